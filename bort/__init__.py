@@ -1,0 +1,5 @@
+"""Bort: a small fast BERT, its pretraining by distillation, its fine-tuning, Agora and OSE."""
+
+from bort import stack
+
+stack.install()

@@ -1,0 +1,97 @@
+"""What the pinned stack needs done before `import mxnet`; the only place that knows.
+
+MXNet 1.9.1 predates NumPy 1.24 and the pip packages of CUDA, and it starts half as many OpenMP
+threads as the machine has logical CPUs. `install` puts a hook in front of the import of MXNet, so
+that the preparation costs nothing to programs that never import it. The set-up script calls it
+from a .pth file of the virtual environment: `horovodrun` imports MXNet itself, before any code of
+ours runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import importlib.util
+import os
+import sys
+from importlib.abc import MetaPathFinder
+from typing import Any
+
+_NUMPY_ALIASES = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "complex": complex,
+    "object": object,
+    "str": str,
+}
+# Libraries that only wrap others or need packages outside the set MXNet links to.
+_NOT_NEEDED = ("libOpenCL", "libnvblas", "libcufftw", "libcusolverMg")
+
+
+def restore_numpy_aliases() -> None:
+    """Give NumPy 1.24+ back the aliases of Python types that MXNet 1.9.1 still uses."""
+    import numpy
+
+    for name, python_type in _NUMPY_ALIASES.items():
+        if name not in vars(numpy):
+            setattr(numpy, name, python_type)
+
+
+def preload_cuda() -> None:
+    """Load the CUDA libraries that pip installed: libmxnet.so then needs no library path.
+
+    They depend on one another; loading is repeated until a pass loads nothing more.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    waiting = [
+        path
+        for root in roots
+        for path in sorted(glob.glob(os.path.join(root, "*", "lib", "lib*.so.*")))
+    ]
+    waiting = [path for path in waiting if not os.path.basename(path).startswith(_NOT_NEEDED)]
+    progress = True
+    while waiting and progress:
+        failed = [path for path in waiting if not _load(path)]
+        progress = len(failed) < len(waiting)
+        waiting = failed
+
+
+def _load(path: str) -> bool:
+    try:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
+
+
+def set_threads() -> None:
+    """Give each rank of this host its share of the cores, unless the user set OMP_NUM_THREADS."""
+    ranks = int(os.environ.get("HOROVOD_LOCAL_SIZE", "1"))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
+
+
+def usable_cores() -> int:
+    """Return the number of cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _BeforeMXNet(MetaPathFinder):
+    """Finds nothing itself; the first search for MXNet is the moment to prepare."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "mxnet":
+            sys.meta_path.remove(self)
+            set_threads()
+            restore_numpy_aliases()
+            preload_cuda()
+
+
+def install() -> None:
+    """Prepare the stack just before the first `import mxnet`; a second call changes nothing."""
+    ready = "mxnet" in sys.modules or any(
+        isinstance(finder, _BeforeMXNet) for finder in sys.meta_path
+    )
+    if not ready:
+        sys.meta_path.insert(0, _BeforeMXNet())
