@@ -1,0 +1,293 @@
+"""The model: predefined shapes, BortModel, BortClassifier, and reading and writing its parameters.
+
+A name reads `bort_<layers>_<heads>_<intermediate>_<hidden>`: `bort_4_8_768_1024` has hidden size
+(units) 1024 and intermediate size 768, the width inside the feed-forward layers, which GluonNLP
+calls hidden_size. Users of the original confuse the two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from types import MappingProxyType
+from typing import Any, Mapping, NamedTuple, Sequence
+
+import gluonnlp as nlp
+import mxnet as mx
+from mxnet.gluon import HybridBlock, nn
+
+from bort.errors import UserError
+
+MAX_LENGTH = 512
+LAYER_NORM_EPS = 1e-5
+
+
+class Shape(NamedTuple):
+    """The architectural parameters of one member of the BERT family, in the order of its name."""
+
+    layers: int
+    heads: int
+    intermediate: int
+    hidden: int
+
+    @property
+    def name(self) -> str:
+        """Return the name that `shape_of` reads back."""
+        return f"bort_{self.layers}_{self.heads}_{self.intermediate}_{self.hidden}"
+
+
+PREDEFINED_SHAPES: Mapping[str, Shape] = MappingProxyType(
+    {
+        "bort_4_8_768_1024": Shape(layers=4, heads=8, intermediate=768, hidden=1024),
+        "bort_2_16_512_1024": Shape(layers=2, heads=16, intermediate=512, hidden=1024),
+    }
+)
+
+
+def shape_of(model_name: str) -> Shape:
+    """Return the shape a model name stands for: a predefined one, or the four numbers it spells.
+
+    Raises `UserError` for a name of another form and for heads that do not divide the hidden size.
+    """
+    if model_name in PREDEFINED_SHAPES:
+        return PREDEFINED_SHAPES[model_name]
+    spelled = re.fullmatch(r"bort_(\d+)_(\d+)_(\d+)_(\d+)", model_name)
+    if not spelled or "0" in spelled.groups():
+        raise UserError(
+            f"model name {model_name!r}: expected bort_<layers>_<heads>_<intermediate>_<hidden>, "
+            "such as bort_4_8_768_1024"
+        )
+    shape = Shape(*map(int, spelled.groups()))
+    if shape.hidden % shape.heads:
+        raise UserError(
+            f"model name {model_name!r}: hidden size {shape.hidden} is not divisible by "
+            f"{shape.heads} heads"
+        )
+    return shape
+
+
+class BortModel(nlp.model.RoBERTaModel):
+    """Bort: token and position embeddings, post-LayerNorm encoder, tied masked-LM decoder.
+
+    Inputs: token ids [batch, length], valid_length [batch], and, with a decoder, masked_positions
+    [batch, masks]. Returns the encoded sequence [batch, length, hidden] and, with a decoder, the
+    logits [batch, masks, vocabulary]. Positions at and beyond valid_length are zero.
+    Neither token types nor pooler (Optimal Subarchitecture Extraction for BERT, released model).
+    """
+
+    def __call__(self, inputs: Any, valid_length: Any = None, masked_positions: Any = None) -> Any:
+        """Run the model; raises `ValueError` for sequences longer than its position table."""
+        check_length(self, inputs)
+        return super().__call__(inputs, valid_length, masked_positions)
+
+
+class BortClassifier(HybridBlock):
+    """Dropout - Dense(hidden, tanh) - Dropout - Dense(num_classes) over the first token's vector.
+
+    Inputs: token ids [batch, length] and valid_length [batch]; returns scores [batch, num_classes].
+    """
+
+    def __init__(self, bort: BortModel, num_classes: int = 2, dropout: float = 0.1) -> None:
+        super().__init__()
+        with self.name_scope():
+            self.bort = bort
+            self.classifier = nn.HybridSequential(prefix="classifier_")
+            with self.classifier.name_scope():
+                self.classifier.add(
+                    nn.Dropout(dropout),
+                    nn.Dense(bort._units, in_units=bort._units, activation="tanh"),
+                    nn.Dropout(dropout),
+                    nn.Dense(num_classes, in_units=bort._units),
+                )
+
+    def hybrid_forward(self, F: Any, inputs: Any, valid_length: Any) -> Any:  # noqa: N803
+        """Score the sequences (shapes: see the class)."""
+        sequence = self.bort(inputs, valid_length)
+        return self.classifier(sequence.slice_axis(axis=1, begin=0, end=1).squeeze(axis=1))
+
+
+def check_length(model: nlp.model.BERTModel, inputs: Any) -> None:
+    """Raise `ValueError` when token ids [batch, length] exceed the position table of the model."""
+    limit = model.encoder._max_length
+    if isinstance(inputs, mx.nd.NDArray) and inputs.shape[1] > limit:
+        raise ValueError(
+            f"sequence length {inputs.shape[1]}: the model has {limit} positions; "
+            "shorten or split the sequences"
+        )
+
+
+def get_bort_model(
+    model_name: str = "bort_4_8_768_1024",
+    dataset_name: str | None = None,
+    vocab: Any = None,
+    pretrained: bool = False,
+    ctx: Any = None,
+    use_decoder: bool = True,
+    root: str = "model",
+    dropout: float = 0.1,
+    max_length: int = MAX_LENGTH,
+) -> tuple[BortModel, Any]:
+    """Build a Bort of any shape; returns it with its vocabulary, as GluonNLP's get_model does.
+
+    Args:
+        model_name: a predefined shape or `bort_<layers>_<heads>_<intermediate>_<hidden>`.
+        dataset_name: GluonNLP's name of the vocabulary, used when `vocab` is None.
+        vocab: anything with a length or a `vocab_size`: a vocabulary or one of our tokenizers.
+        pretrained: load `<root>/bort.params`, the released checkpoint; else random weights.
+        ctx: one device or a list of them; default the CPU.
+        use_decoder: with the masked-LM decoder.
+        root: the folder of the released checkpoint.
+        dropout: rate in embedding, attention and layers while training.
+        max_length: number of positions.
+
+    Raises:
+        UserError: unknown name, no vocabulary, or a checkpoint that is absent or does not fit.
+    """
+    shape = shape_of(model_name)
+    if vocab is None:
+        vocab = _vocabulary(dataset_name)
+    encoder = nlp.model.BERTEncoder(
+        num_layers=shape.layers,
+        units=shape.hidden,
+        hidden_size=shape.intermediate,
+        max_length=max_length,
+        num_heads=shape.heads,
+        dropout=dropout,
+        layer_norm_eps=LAYER_NORM_EPS,
+    )
+    model = BortModel(
+        encoder,
+        vocab_size=vocabulary_size(vocab),
+        units=shape.hidden,
+        embed_size=shape.hidden,
+        use_decoder=use_decoder,
+    )
+    ctx = ctx or mx.cpu()
+    initialize(model, ctx)
+    if pretrained:
+        path = os.path.join(root, "bort.params")
+        if not os.path.exists(path):
+            raise UserError(f"{path}: not found; scripts/download_model.sh fetches it")
+        load_parameters(model, path, ignore_prefixes=() if use_decoder else ("decoder.",))
+    return model, vocab
+
+
+def _vocabulary(dataset_name: str | None) -> Any:
+    from bort.tokenization import TokenizerSettings, load_tokenizer
+
+    if dataset_name is None:
+        raise UserError("get_bort_model needs vocab or dataset_name to know the vocabulary's size")
+    return load_tokenizer(TokenizerSettings(dataset_name=dataset_name))
+
+
+def vocabulary_size(vocab: Any) -> int:
+    """Return the number of entries of a vocabulary or of one of our tokenizers."""
+    return vocab.vocab_size if hasattr(vocab, "vocab_size") else len(vocab)
+
+
+def initialize(model: HybridBlock, ctx: Any) -> None:
+    """Draw weights from Normal(0, 0.02) and give every parameter its shape by one forward pass.
+
+    GluonNLP's Dense layers learn their input size from the first forward; before it, parameters
+    can be neither saved nor broadcast. The draw follows `mx.random.seed`.
+    """
+    model.initialize(init=mx.init.Normal(0.02), ctx=ctx, force_reinit=True)
+    for device in ctx if isinstance(ctx, (list, tuple)) else [ctx]:
+        ids = mx.nd.zeros((1, 1), ctx=device)
+        lengths = mx.nd.ones((1,), ctx=device)
+        if isinstance(model, nlp.model.BERTModel):
+            encode(model, ids, lengths)
+            if model._use_decoder:
+                positions = mx.nd.zeros((1,), ctx=device)
+                decode(model, masked_hidden(model, encode(model, ids, lengths), positions))
+        else:
+            model(ids, lengths)
+
+
+def encode(model: nlp.model.BERTModel, ids: Any, valid_length: Any) -> Any:
+    """Encode token ids [batch, length] to [batch, length, hidden]; Bort and RoBERTa alike."""
+    check_length(model, ids)
+    return model._encode_sequence(ids, [], valid_length)[0]
+
+
+def masked_hidden(model: nlp.model.BERTModel, sequence: Any, positions: Any) -> Any:
+    """Return the decoder's hidden states [n, hidden] before the projection onto the vocabulary.
+
+    `positions` [n] index the flattened [batch * length] grid of `sequence`: unlike GluonNLP's
+    [batch, masks] table it has no padding, so nothing is projected in vain.
+    """
+    rows = sequence.reshape((-3, 0)).take(positions)
+    dense, gelu, layer_norm, _ = model.decoder
+    return layer_norm(gelu(dense(rows)))
+
+
+def decode(model: nlp.model.BERTModel, hidden: Any) -> Any:
+    """Project hidden states [n, hidden] onto the vocabulary: logits [n, vocabulary]."""
+    return model.decoder[3](hidden)
+
+
+def save_parameters(model: HybridBlock, path: str) -> None:
+    """Write the parameters in MXNet's format, the tied embedding matrix once."""
+    model.save_parameters(path, deduplicate=True)
+
+
+def load_parameters(model: HybridBlock, path: str, ignore_prefixes: Sequence[str] = ()) -> None:
+    """Load a parameter file by name: ours or the released one; float16 is cast.
+
+    The tied matrix may be stored under one of its names or under both. Parameters of the file that
+    begin with one of `ignore_prefixes` are passed over.
+
+    Raises `UserError` for an unreadable file and for missing, surplus or misshapen parameters.
+    """
+    try:
+        stored = mx.nd.load(path)
+    except (mx.MXNetError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{path}: cannot be read as a parameter file ({reason})") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: holds arrays without names; expected a Gluon parameter file")
+    stored = {n: v for n, v in stored.items() if not n.startswith(tuple(ignore_prefixes))}
+    tied = _tied_names(model)
+    missing = [names[0] for _, names in tied if not stored.keys() & set(names)]
+    surplus = stored.keys() - {name for _, names in tied for name in names}
+    if missing or surplus:
+        listing = [f"missing {_listing(missing)}"] * bool(missing)
+        listing += [f"surplus {_listing(surplus)}"] * bool(surplus)
+        raise UserError(f"{path}: parameters do not fit this model: {'; '.join(listing)}")
+    values = [_stored_value(path, stored, parameter, names) for parameter, names in tied]
+    for (parameter, _), value in zip(tied, values):
+        parameter.set_data(value)
+
+
+def _tied_names(model: HybridBlock) -> list[tuple[Any, list[str]]]:
+    """Return each distinct parameter with all names it has in a file."""
+    tied: dict[int, tuple[Any, list[str]]] = {}
+    for name, parameter in model._collect_params_with_prefix().items():
+        tied.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return list(tied.values())
+
+
+def _stored_value(path: str, stored: dict[str, Any], parameter: Any, names: list[str]) -> Any:
+    values = [stored[name] for name in names if name in stored]
+    for value in values:
+        if value.shape != parameter.shape:
+            raise UserError(
+                f"{path}: {names[0]} has shape {value.shape}, the model {parameter.shape}; "
+                "is it of another shape or vocabulary?"
+            )
+    first, *others = values
+    if any((first != other).max().asscalar() for other in others):
+        raise UserError(f"{path}: {' and '.join(names)} are tied but differ in the file")
+    return first.astype(parameter.dtype)
+
+
+def _listing(names: Any, most: int = 8) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def parameter_count(model: HybridBlock) -> int:
+    """Return the number of distinct trainable values (the tied matrix counts once)."""
+    parameters = {id(p): p for p in model.collect_params().values()}
+    return sum(p.data().size for p in parameters.values() if p.grad_req != "null")

@@ -1,0 +1,86 @@
+"""One process or many: rank, size, broadcast and sum, behind one small interface.
+
+The training loops know nothing else of Horovod. Sums are asked for as sums: whether the gradients
+of Horovod's own trainer hold sums or means depends on the backend it was built with.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Sequence
+
+import numpy as np
+
+
+class Communicator(Protocol):
+    """The other processes of a run, as seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    def broadcast(self, arrays: Sequence[Any]) -> None:
+        """Overwrite the NDArrays with those of rank 0."""
+
+    def sum_in_place(self, arrays: Sequence[Any]) -> None:
+        """Overwrite each NDArray with its sum over all ranks."""
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum over all ranks of a small NumPy array; waits for the others."""
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+
+
+class SingleProcess:
+    """A run of one process."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+
+    def broadcast(self, arrays: Sequence[Any]) -> None:
+        """Nothing to overwrite: this is rank 0."""
+
+    def sum_in_place(self, arrays: Sequence[Any]) -> None:
+        """Nothing to add."""
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the values."""
+        return values
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+
+class Horovod:
+    """The processes that `horovodrun` started, over Gloo or NCCL."""
+
+    def __init__(self) -> None:
+        import horovod.mxnet as hvd
+
+        hvd.init()
+        self._hvd = hvd
+        self.rank: int = hvd.rank()
+        self.size: int = hvd.size()
+        self.local_rank: int = hvd.local_rank()
+
+    def broadcast(self, arrays: Sequence[Any]) -> None:
+        """Overwrite the NDArrays with those of rank 0."""
+        for number, array in enumerate(arrays):
+            self._hvd.broadcast_(array, root_rank=0, name=f"broadcast.{number}")
+
+    def sum_in_place(self, arrays: Sequence[Any]) -> None:
+        """Overwrite each NDArray with its sum over all ranks, fused into few messages."""
+        for number, array in enumerate(arrays):
+            self._hvd.allreduce_(array, average=False, name=f"sum.{number}", priority=-number)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum over all ranks; float64 goes over the wire unrounded."""
+        from mxnet import nd
+
+        array = nd.array(values, dtype="float64")
+        return self._hvd.allreduce(array, average=False, name="sum.values").asnumpy()
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.sum(np.zeros(1))

@@ -1,0 +1,117 @@
+"""Optimisation: the learning-rate schedule, clipping, and one update of all parameters by BERTAdam.
+
+The update is GluonNLP's BERTAdam. Ours is what stands around it: gradients are sums over masked
+positions, so averaging, clipping and unscaling are one factor, handed to the fused update kernel
+as an array. Nothing is read back to Python: the device never waits for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Sequence
+
+import gluonnlp as nlp
+import mxnet as mx
+from mxnet import nd
+
+from bort.communicator import Communicator
+
+# Neither biases nor the gains and offsets of LayerNorm are shrunk (BERT, appendix A.2).
+WITHOUT_DECAY = ("bias", "beta", "gamma")
+
+
+def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Return the rate of optimiser step `step` (1-based): linear up to the peak, linear down.
+
+    The last step still has a positive rate, and the peak is reached exactly once, at the end of
+    the warm-up; past `total_steps` the last rate is kept.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    left = max(1, total_steps - step + 1)
+    return peak * left / (total_steps - warmup_steps + 1)
+
+
+class UpdateStatistics(NamedTuple):
+    """What one update saw, as NDArrays of shape [1]."""
+
+    gradient_norm: Any  # of the averaged gradient, before clipping
+
+
+class Trainer:
+    """Averages, clips and applies the gradients of a model with BERTAdam.
+
+    The gradients have to be sums over positions; `update` is told over how many. On several
+    devices of this process and several processes the sums are added up first, so every replica
+    makes the same update.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Any],
+        communicator: Communicator,
+        weight_decay: float,
+        epsilon: float,
+        max_norm: float,
+    ) -> None:
+        self._parameters = [p for p in parameters if p.grad_req != "null"]
+        self._communicator = communicator
+        self._max_norm = max_norm
+        for parameter in self._parameters:
+            parameter.wd_mult = 0.0 if parameter.name.endswith(WITHOUT_DECAY) else 1.0
+        self._optimizer = nlp.optimizer.BERTAdam(
+            epsilon=epsilon, wd=weight_decay, param_dict=dict(enumerate(self._parameters))
+        )
+        self._updater = mx.optimizer.get_updater(self._optimizer)
+
+    def update(self, positions: Any, rate: float) -> UpdateStatistics:
+        """Apply the gradients, which are sums over `positions` [1] positions of this process."""
+        gradients = self._summed_over_devices()
+        self._communicator.sum_in_place([*gradients, positions])
+        norm = nd.multi_sum_sq(*gradients, num_arrays=len(gradients)).sum().sqrt() / positions
+        clip = nd.minimum(self._max_norm / nd.maximum(norm, 1e-12), 1.0)
+        self._optimizer.rescale_grad = clip / positions
+        self._optimizer.set_learning_rate(rate)
+        weights = [p.list_data()[0] for p in self._parameters]
+        self._updater(list(range(len(weights))), gradients, weights)
+        self._copy_to_other_devices()
+        return UpdateStatistics(norm)
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients: needed between updates where backward passes accumulate."""
+        for parameter in self._parameters:
+            parameter.zero_grad()
+
+    def _summed_over_devices(self) -> list[Any]:
+        sums = []
+        for parameter in self._parameters:
+            first, *others = parameter.list_grad()
+            for other in others:
+                first += other.as_in_context(first.context)
+            sums.append(first)
+        return sums
+
+    def _copy_to_other_devices(self) -> None:
+        for parameter in self._parameters:
+            first, *others = parameter.list_data()
+            for other in others:
+                first.copyto(other)
+
+    def state(self) -> dict[str, Any]:
+        """Return the optimiser's state as {name: NDArray}, to be stored without pickle."""
+        named = {}
+        for index, (mean, variance) in self._updater.states.items():
+            named[f"mean/{index}"] = mean
+            named[f"variance/{index}"] = variance
+        return named
+
+    def load_state(self, arrays: dict[str, Any]) -> None:
+        """Restore what `state` returned, from {name: NumPy array}."""
+        for index, parameter in enumerate(self._parameters):
+            if f"mean/{index}" not in arrays:
+                continue
+            device = parameter.list_data()[0].context
+            self._updater.states[index] = tuple(
+                nd.array(arrays[f"{kind}/{index}"], ctx=device, dtype="float32")
+                for kind in ("mean", "variance")
+            )
+            self._updater.states_synced[index] = True
