@@ -70,10 +70,11 @@ from typing import (
 
 import numpy as np
 
-from bort.config import option
+from bort.config import check_limits, option
 from bort.errors import UserError
 
 Theta = Mapping[str, Any]
+MapFits = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 TIMAEUS_ACCURACY = 2 / 3  # the author's bound: a labeller must be better than this
 IMBALANCE = 0.5  # a class share this far from an equal share, relatively, is worth a warning
 
@@ -116,20 +117,24 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def plus(self, other: Examples) -> Examples:
-        """Return these examples followed by the others."""
-        inputs = [*self.inputs, *other.inputs]
-        return Examples(inputs, np.concatenate([self.labels, other.labels]))
+    def plus(self, images: Sequence[TauImage]) -> Examples:
+        """Return these examples followed by the images."""
+        if not images:
+            return self
+        labels = np.array([image.label for image in images])
+        inputs = [*self.inputs, *(image.input for image in images)]
+        return Examples(inputs, np.concatenate([self.labels, labels]))
 
 
 class Socrates(Protocol):
     """The candidate: how to fit it and how to predict with it.
 
     A fit has to be determined by its arguments (the seed is part of `theta`), or runs with one
-    seed differ. A warm start calls `fit(dataset, theta, start=model)` with the best model so far.
+    seed differ. `start` is passed in a warm start only: a socrates without it starts cold.
     """
 
-    fit: Callable[..., Any]  # (dataset: Examples, theta: Theta) -> model
+    def fit(self, dataset: Examples, theta: Theta, start: Any = None) -> Any:
+        """Return the model fitted with `theta`, from its initial state or from a model `start`."""
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> np.ndarray:
         """Return the model's labels of n inputs, shape [n]."""
@@ -189,9 +194,7 @@ def negative_squared_error(labels: np.ndarray, predictions: np.ndarray) -> float
     return -float(np.mean((np.asarray(labels) - np.asarray(predictions)) ** 2))
 
 
-def classification(score: Callable[[np.ndarray, np.ndarray], float] = accuracy) -> Objective:
-    """Return the objective for two or more classes; labels are the classes."""
-    return Objective(score, np.asarray)
+CLASSIFICATION = Objective(accuracy, np.asarray)  # two or more classes; `score` may be replaced
 
 
 def regression(
@@ -199,7 +202,11 @@ def regression(
     score: Callable[[np.ndarray, np.ndarray], float] = negative_squared_error,
 ) -> Objective:
     """Return the objective for real labels, binned at the increasing `edges` into classes."""
-    return Objective(score, functools.partial(np.digitize, bins=np.asarray(edges)))
+
+    def classes(values: np.ndarray) -> np.ndarray:
+        return np.digitize(values, edges)  # type: ignore[return-value]  # typed as a scalar
+
+    return Objective(score, classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,62 +307,44 @@ class AgoraResult:
     rounds: List[Round]
 
 
-class Store(Protocol):
+class Store:
     """Where a run keeps its fits: a JSON record for each, and the models that still matter.
 
     A record is written after the model that it may make the best, and a model is dropped after
-    the record that supersedes it, so that a run killed between any two calls can go on.
+    the record that supersedes it, so that a run killed between any two calls can go on. This one
+    lasts as long as the process; a subclass may keep everything elsewhere.
     """
-
-    def recall(self, name: str) -> Any:
-        """Return the record kept under `name`, or None."""
-
-    def record(self, name: str, content: Any) -> None:
-        """Keep JSON content under `name`."""
-
-    def save_model(self, name: str, model: Any) -> None:
-        """Keep a model under `name`."""
-
-    def load_model(self, name: str) -> Any:
-        """Return the model kept under `name`."""
-
-    def drop_model(self, name: str) -> None:
-        """Forget the model under `name`; does nothing when there is none."""
-
-
-class MemoryStore:
-    """A `Store` that lasts as long as the process."""
 
     def __init__(self) -> None:
         self.records: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
 
     def recall(self, name: str) -> Any:
-        """See `Store`."""
+        """Return the record kept under `name`, or None."""
         return self.records.get(name)
 
     def record(self, name: str, content: Any) -> None:
-        """See `Store`."""
+        """Keep JSON content under `name`."""
         self.records[name] = content
 
     def save_model(self, name: str, model: Any) -> None:
-        """See `Store`."""
+        """Keep a model under `name`, instead of the one that may be there."""
         self.models[name] = model
 
     def load_model(self, name: str) -> Any:
-        """See `Store`."""
+        """Return the model kept under `name`."""
         return self.models[name]
 
     def drop_model(self, name: str) -> None:
-        """See `Store`."""
+        """Forget the model under `name`; does nothing when there is none."""
         self.models.pop(name, None)
 
 
-class DiskStore:
-    """A `Store` in a folder: `journal.jsonl` with a line for each record, and `models/`.
+class DiskStore(Store):
+    """A store in a folder: `journal.jsonl` with a line for each record, and `models/`.
 
     `write_model(path, model)` and `read_model(path)` know the models' format; a model may be a
-    file or a folder. A line that a crash cut short is removed; any other line that is not a
+    file or a folder. A last line that a crash cut short is removed; any other line that is no
     record raises `UserError`.
     """
 
@@ -365,11 +354,12 @@ class DiskStore:
         write_model: Callable[[str, Any], None],
         read_model: Callable[[str], Any],
     ) -> None:
-        self.models = os.path.join(folder, "models")
+        super().__init__()
+        self.folder = os.path.join(folder, "models")
         self.journal = os.path.join(folder, "journal.jsonl")
         self.write_model, self.read_model = write_model, read_model
-        os.makedirs(self.models, exist_ok=True)
-        self.records = dict(self._read_journal())
+        os.makedirs(self.folder, exist_ok=True)
+        self.records.update(self._read_journal())
 
     def _read_journal(self) -> Iterator[tuple[str, Any]]:
         if not os.path.exists(self.journal):
@@ -387,21 +377,17 @@ class DiskStore:
                     "restore the file, or start again in an empty folder"
                 ) from None
 
-    def recall(self, name: str) -> Any:
-        """See `Store`."""
-        return self.records.get(name)
-
     def record(self, name: str, content: Any) -> None:
-        """See `Store`."""
+        """Append the record to the journal; it is on the disk when this returns."""
         with open(self.journal, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"name": name, "content": content}) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
-        self.records[name] = content
+        super().record(name, content)
 
     def save_model(self, name: str, model: Any) -> None:
-        """See `Store`; the model appears under its name whole or not at all."""
-        path = self._path(name)
+        """Write the model; it appears under its name whole or not at all."""
+        path = os.path.join(self.folder, name)
         temporary = f"{path}.tmp"
         _remove(temporary)
         self.write_model(temporary, model)
@@ -409,15 +395,12 @@ class DiskStore:
         os.replace(temporary, path)
 
     def load_model(self, name: str) -> Any:
-        """See `Store`."""
-        return self.read_model(self._path(name))
+        """Read the model kept under `name`."""
+        return self.read_model(os.path.join(self.folder, name))
 
     def drop_model(self, name: str) -> None:
-        """See `Store`."""
-        _remove(self._path(name))
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.models, name)
+        """Remove the model under `name`; does nothing when there is none."""
+        _remove(os.path.join(self.folder, name))
 
 
 def _remove(path: str) -> None:
@@ -473,22 +456,24 @@ def _common_with_worst(sequences: Sequence[Sequence[Any]]) -> set[int]:
     return {place for place, sequence in enumerate(sequences) if _contains(sequence, common)}
 
 
-def dropped(order: Sequence[int], search_space: Sequence[Theta], strategy: str) -> list[int]:
-    """Return the sets that a round drops, worst first; names of sets are places in the space.
+_STRATEGIES: dict[str, Callable[[Sequence[Sequence[Any]]], set[int]]] = {
+    "lcs": _common_with_worst,
+    "worst-only": lambda sequences: {0},
+    "halving": lambda sequences: set(range(len(sequences) // 2)),
+}
 
-    `order` lists the current sets from worst to best. At least one set goes, and the last one in
-    `order` only when it is alone.
+
+def sets_to_drop(order: Sequence[int], search_space: Sequence[Theta], strategy: str) -> list[int]:
+    """Return the sets that a round drops, worst first; a set's name is its place in the space.
+
+    `order` lists the current sets from worst to best. At least one set goes, and the best only
+    when it is alone.
     """
-    if strategy == "halving":
-        places = set(range(len(order) // 2))
-    elif strategy == "lcs":
-        thetas = (search_space[name] for name in order)
-        places = _common_with_worst(
-            [[item for item in theta.items() if item[0] != "seed"] for theta in thetas]
-        )
-    else:
-        places = {0}
-    places = (places | {0}) - ({len(order) - 1} if len(order) > 1 else set())
+    thetas = (search_space[name] for name in order)
+    sequences = [[item for item in theta.items() if item[0] != "seed"] for theta in thetas]
+    places = _STRATEGIES[strategy](sequences) | {0}
+    if len(order) > 1:
+        places -= {len(order) - 1}
     return [order[place] for place in sorted(places)]
 
 
@@ -529,20 +514,20 @@ def agora(
     dev: Examples,
     search_space: Sequence[Theta],
     tau: Tau,
-    settings: AgoraSettings = AgoraSettings(),  # noqa: B008  frozen, so safe to share
+    settings: Optional[AgoraSettings] = None,
     *,
     seed: int = 0,
-    objective: Objective = classification(),  # noqa: B008  likewise
+    objective: Objective = CLASSIFICATION,
     test_inputs: Sequence[Any] = (),
     store: Optional[Store] = None,
-    map_fits: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]] = map,
+    map_fits: MapFits = map,
     on_round: Callable[[Round], None] = lambda record: None,
 ) -> AgoraResult:
     """Fit the candidate on scarce data (see the module's docstring for the algorithm).
 
     `test_inputs` are never predicted: they are kept out of train, and dev must not equal them.
     `store` remembers fits: given the store of a killed run, the run goes on to the same result;
-    `max_rounds` alone may be changed. `map_fits(function, tasks)` may spread the fits of a round
+    `max_rounds` alone may be raised. `map_fits(function, tasks)` may spread the fits of a round
     over workers and return their results in any order; `function`, tasks and results can be
     pickled when the socrates, its models and the examples can. `on_round` sees each round's
     record, those recalled from the store included.
@@ -551,18 +536,58 @@ def agora(
     before any fit; warns `WeakTimaeusWarning` and `ImbalanceWarning`, which
     `warnings.simplefilter("error", ...)` turns into errors.
     """
+    settings = settings or AgoraSettings()
+    check_limits(settings)
     _check_data(train, dev, search_space, test_inputs)
     _check_labels(timaeus, train, dev, objective)
-    store = store or MemoryStore()
+    store = store or Store()
     _check_store(store, seed, settings, search_space, train, dev)
-    run = _Run(
-        socrates, timaeus, dev, search_space, tau, settings, seed, objective, store, map_fits
-    )
+    fitting = _Fitting(socrates, dev, search_space, objective, store, map_fits, settings.warm_start)
+    imaging = _Imaging(timaeus, dev, tau, objective, settings, seed, test_inputs)
     rounds = []
-    for record in run.rounds(train, {input_key(example) for example in test_inputs}):
+    for record in _rounds(fitting, imaging, train, settings):
         rounds.append(record)
         on_round(record)
-    return AgoraResult(run.best_fit(), rounds)
+    best = fitting.best()
+    number, replay = divmod(best.step, settings.replay + 1)
+    model = store.load_model(best.name)
+    theta = search_space[best.place]
+    return AgoraResult(Best(theta, best.place, number, replay, best.score, model), rounds)
+
+
+def _rounds(
+    fitting: _Fitting, imaging: _Imaging, data: Examples, settings: AgoraSettings
+) -> Iterator[Round]:
+    """Go through the rounds. A *step* is a round or a replay; fits and images are named by it."""
+    space = list(range(len(fitting.search_space)))
+    passes, limit = settings.replay + 1, settings.max_rounds
+    for step in itertools.islice(itertools.count(), limit and limit * passes):
+        fits = fitting.fit_all(step, space, data)
+        mistakes = imaging.mistakes(fits[-1].predictions)
+        images = imaging.images(step, mistakes, data)
+        pruned: list[int] = []
+        if mistakes and (step + 1) % passes == 0:
+            order = [fit.place for fit in fits]
+            pruned = sets_to_drop(order, fitting.search_space, settings.prune)
+        by_place = sorted(fits, key=lambda fit: fit.place)
+        yield Round(
+            number=step // passes,
+            replay=step % passes,
+            space=tuple(fit.place for fit in by_place),
+            scores=tuple(fit.score for fit in by_place),
+            best=fits[-1].place,
+            best_score=fitting.best().score,
+            mistakes=tuple(mistakes),
+            images=tuple(images),
+            pruned=tuple(pruned),
+            train_size=len(data),
+            label_counts=imaging.label_counts(data),
+            seconds=sum(fit.seconds for fit in fits),
+        )
+        space = [place for place in space if place not in pruned]
+        if not space or not mistakes:
+            return
+        data = data.plus([image for image in images if image.kept])
 
 
 def _check_data(
@@ -579,33 +604,30 @@ def _check_data(
                 f"row {row} of train is row {places[input_key(example)]} of dev: "
                 "remove it from one of them"
             )
-    if test_inputs and {input_key(example) for example in test_inputs} == set(places):
+    if set(map(input_key, test_inputs)) == set(places):
         raise TestEqualsDevError(
             "the test set holds the rows of dev, which Agora selects on: give a test set apart"
         )
 
 
 def _check_labels(timaeus: Timaeus, train: Examples, dev: Examples, objective: Objective) -> None:
-    truth = objective.classes(dev.labels)
-    share = accuracy(truth, objective.classes(np.asarray(timaeus.label(dev.inputs))))
+    answers = np.asarray(timaeus.label(dev.inputs))
+    _check_shape("label", answers, dev.inputs)
+    known, truth = objective.classes(train.labels), objective.classes(dev.labels)
+    share = accuracy(truth, objective.classes(answers))
     if share <= TIMAEUS_ACCURACY:
-        warnings.warn(
-            f"Timaeus labels {share:.3f} of dev correctly; Agora needs more than 2/3",
-            WeakTimaeusWarning,
-            stacklevel=3,
-        )
-    known = objective.classes(train.labels)
+        _warn(WeakTimaeusWarning, f"Timaeus labels {share:.3f} of dev rightly; 2/3 is too little")
     every = np.unique(np.concatenate([known, truth]))
     for name, classes in (("train", known), ("dev", truth)):
         for one in every:
             ratio = float(np.mean(classes == one)) * len(every)
             if abs(ratio - 1) > IMBALANCE:
-                warnings.warn(
-                    f"class {one} has {ratio:.2f} times an equal share of {name}'s rows; "
-                    "see the setting balance",
-                    ImbalanceWarning,
-                    stacklevel=3,
-                )
+                text = f"class {one} has {ratio:.2f} times an equal share of {name}"
+                _warn(ImbalanceWarning, f"{text}; see the setting balance")
+
+
+def _warn(category: type[Warning], text: str) -> None:
+    warnings.warn(text, category, stacklevel=4)  # the line that called `agora`
 
 
 def _check_store(
@@ -637,39 +659,54 @@ def _digest(examples: Examples) -> str:
     return digest.hexdigest()
 
 
+def _check_shape(name: str, labels: np.ndarray, inputs: Sequence[Any]) -> None:
+    if labels.shape != (len(inputs),):
+        raise ValueError(f"{name} returned shape {labels.shape} for {len(inputs)} inputs")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One fit of a round: everything a worker needs but the socrates and the data."""
+    """One fit, as a worker is given it: everything but the socrates and the data."""
 
+    step: int
     place: int
     theta: Theta
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fit:
-    place: int
+class _Fitted:
+    """What a worker returns."""
+
+    task: _Task
     model: Any
-    predictions: list[Any]
+    predictions: List[Any]
     seconds: float
 
 
-def _fit(socrates: Socrates, data: Examples, inputs: Sequence[Any], warm: dict, task: _Task) -> _Fit:
+def _fit(
+    socrates: Socrates,
+    data: Examples,
+    dev_inputs: Sequence[Any],
+    warm: Mapping[str, Any],
+    task: _Task,
+) -> _Fitted:
     """Fit one set and predict dev; a function of the module, so that processes can run it."""
     start = time.perf_counter()
     model = socrates.fit(data, task.theta, **warm)
-    predictions = np.asarray(socrates.predict(model, inputs))
-    if predictions.shape != (len(inputs),):
-        raise ValueError(f"predict returned shape {predictions.shape} for {len(inputs)} inputs")
-    return _Fit(task.place, model, predictions.tolist(), time.perf_counter() - start)
+    predictions = np.asarray(socrates.predict(model, dev_inputs))
+    _check_shape("predict", predictions, dev_inputs)
+    return _Fitted(task, model, predictions.tolist(), time.perf_counter() - start)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leader:
-    """The best fit so far; of two, the greater `rank` wins."""
+class _Fit:
+    """A fit's score and predictions on dev. Of two fits, the one of greater rank is the best."""
 
     score: float
     step: int
     place: int
+    predictions: List[Any]
+    seconds: float
 
     @property
     def rank(self) -> tuple[float, int, int]:
@@ -677,48 +714,159 @@ class _Leader:
 
     @property
     def name(self) -> str:
-        return _name(self.step, self.place)
+        return _fit_name(self.step, self.place)
 
 
-def _name(step: int, place: int) -> str:
+def _fit_name(step: int, place: int) -> str:
     return f"fit-{step:04d}-{place:04d}"
 
 
 @dataclasses.dataclass
-class _Run:
-    """One run; a *step* is a round or a replay of one."""
+class _Fitting:
+    """Makes fits or recalls them from the store, and keeps the best one's model there."""
 
     socrates: Socrates
-    timaeus: Timaeus
     dev: Examples
     search_space: Sequence[Theta]
-    tau: Tau
-    settings: AgoraSettings
-    seed: int
     objective: Objective
     store: Store
-    map_fits: Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-    leader: Optional[_Leader] = None
+    map_fits: MapFits
+    warm_start: bool
+    leader: Optional[_Fit] = None
 
-    def rounds(self, data: Examples, forbidden: set[Hashable]) -> Iterator[Round]:
-        """Go through the rounds; `forbidden` are keys that no image may have."""
-        forbidden = forbidden | {input_key(example) for example in self.dev.inputs}
-        space = list(range(len(self.search_space)))
-        for step in self._steps():
-            fits = self._fit_all(step, space, data)
-            scores = {place: self._score(fits[place]["predictions"]) for place in space}
-            # Of sets with one score the earliest counts as the best.
-            order = sorted(space, key=lambda place: (scores[place], -place))
-            mistakes = self._mistakes(fits[order[-1]]["predictions"])
-            images = self._images(step, mistakes, data, forbidden)
-            replays_left = (step + 1) % (self.settings.replay + 1)
-            pruned = (
-                []
-                if replays_left or not mistakes
-                else dropped(order, self.search_space, self.settings.prune)
+    def best(self) -> _Fit:
+        """Return the best fit so far; there has to be one."""
+        assert self.leader is not None
+        return self.leader
+
+    def fit_all(self, step: int, space: Sequence[int], data: Examples) -> list[_Fit]:
+        """Return the fits of the space's sets on the data, worst first."""
+        before = self.leader
+        digest = _digest(data)
+        fits, tasks = [], []
+        for place in space:
+            record = self.store.recall(_fit_name(step, place))
+            if record is None:
+                tasks.append(_Task(step, place, self.search_space[place]))
+            else:
+                fits.append(self._recalled(step, place, record, digest))
+        if tasks:
+            fits += self._fit_missing(tasks, data, digest, before)
+        if before and before is not self.leader:  # not sooner: the warm start may still need it
+            self.store.drop_model(before.name)
+        return sorted(fits, key=lambda fit: fit.rank)
+
+    def _recalled(self, step: int, place: int, record: Mapping[str, Any], digest: str) -> _Fit:
+        if record["data"] != digest:
+            raise OtherRunError(
+                f"the store's {_fit_name(step, place)} saw other data: tau or Timaeus differ from "
+                "those of the run to resume, or do not repeat themselves; use a new folder"
             )
-            yield self._record(step, space, scores, order[-1], mistakes, images, pruned, data, fits)
-            space = [place for place in space if place not in pruned]
-            if not space or not mistakes:
-                return
-            data = _enlarged(data, images)
+        fit = self._scored(step, place, record["predictions"], record["seconds"])
+        self._lead(fit)
+        return fit
+
+    def _fit_missing(
+        self, tasks: Sequence[_Task], data: Examples, digest: str, before: Optional[_Fit]
+    ) -> list[_Fit]:
+        warm = {}
+        if self.warm_start and before:
+            warm["start"] = self.store.load_model(before.name)
+        function = functools.partial(_fit, self.socrates, data, self.dev.inputs, warm)
+        return [self._keep(fitted, digest) for fitted in self.map_fits(function, tasks)]
+
+    def _keep(self, fitted: _Fitted, digest: str) -> _Fit:
+        task = fitted.task
+        fit = self._scored(task.step, task.place, fitted.predictions, fitted.seconds)
+        if self._leads(fit):
+            self.store.save_model(fit.name, fitted.model)
+        record = {"data": digest, "predictions": fit.predictions, "seconds": fit.seconds}
+        self.store.record(fit.name, record)
+        self._lead(fit)
+        return fit
+
+    def _scored(self, step: int, place: int, predictions: list[Any], seconds: float) -> _Fit:
+        score = float(self.objective.score(self.dev.labels, np.asarray(predictions)))
+        if math.isnan(score):  # the fit diverged: it is the worst, and must not win by accident
+            score = -math.inf
+        return _Fit(score, step, place, predictions, seconds)
+
+    def _leads(self, fit: _Fit) -> bool:
+        return self.leader is None or fit.rank > self.leader.rank
+
+    def _lead(self, fit: _Fit) -> None:
+        if self._leads(fit):
+            former, self.leader = self.leader, fit
+            if former and former.step == fit.step:
+                self.store.drop_model(former.name)
+
+
+@dataclasses.dataclass
+class _Imaging:
+    """Finds mistakes, makes tau-images of them, and has Timaeus label them."""
+
+    timaeus: Timaeus
+    dev: Examples
+    tau: Tau
+    objective: Objective
+    settings: AgoraSettings
+    seed: int
+    test_inputs: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        self.kept_out = set(map(input_key, [*self.dev.inputs, *self.test_inputs]))
+
+    def mistakes(self, predictions: list[Any]) -> list[int]:
+        """Return the places in dev whose prediction is of another class than the label."""
+        classes = self.objective.classes
+        wrong = classes(self.dev.labels) != classes(np.asarray(predictions))
+        return np.flatnonzero(wrong).tolist()
+
+    def label_counts(self, data: Examples) -> dict[str, int]:
+        """Return the number of rows of each class."""
+        counts = np.unique(self.objective.classes(data.labels), return_counts=True)
+        return {str(one): int(count) for one, count in zip(*counts)}
+
+    def images(self, step: int, mistakes: list[int], data: Examples) -> list[TauImage]:
+        """Return labelled images of the mistakes (or of as many random rows of dev)."""
+        drawn = self._draw(step, self._sources(step, mistakes), data)
+        if not drawn:
+            return []
+        inputs = [image for _, image in drawn]
+        labels = np.asarray(self.timaeus.label(inputs))
+        _check_shape("label", labels, inputs)
+        keep = self._balance(step, data.labels, labels)
+        return [
+            TauImage(source, image, label, kept)
+            for (source, image), label, kept in zip(drawn, labels, keep.tolist())
+        ]
+
+    def _sources(self, step: int, mistakes: list[int]) -> list[int]:
+        if self.settings.images_from == "mistakes":
+            return mistakes
+        generator = generator_for(self.seed, "sources", step)
+        return generator.choice(len(self.dev), len(mistakes), replace=False).tolist()
+
+    def _draw(self, step: int, sources: list[int], data: Examples) -> list[tuple[int, Any]]:
+        taken = self.kept_out.union(map(input_key, data.inputs))
+        drawn = []
+        for source in sources:
+            for number in range(self.settings.images_per_mistake):
+                generator = generator_for(self.seed, "image", step, source, number)
+                for _ in range(self.settings.image_attempts):
+                    # A copy, for a tau that works in place must not change dev.
+                    image = self.tau(copy.deepcopy(self.dev.inputs[source]), generator)
+                    if input_key(image) not in taken:
+                        taken.add(input_key(image))
+                        drawn.append((source, image))
+                        break
+        return drawn
+
+    def _balance(self, step: int, labels: np.ndarray, new_labels: np.ndarray) -> np.ndarray:
+        if self.settings.balance is None:
+            return np.ones(len(new_labels), bool)
+        values = (labels, new_labels, self.dev.labels)
+        present, new, in_dev = (self.objective.classes(each) for each in values)
+        every = np.unique(np.concatenate([present, new, in_dev]))
+        generator = generator_for(self.seed, "balance", step)
+        return within_balance(present, new, every, self.settings.balance, generator)
