@@ -27,6 +27,9 @@ class Communicator(Protocol):
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Return the sum over all ranks of a small NumPy array; waits for the others."""
 
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value: plain data of a few kilobytes at most."""
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
 
@@ -47,6 +50,10 @@ class SingleProcess:
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Return the values."""
         return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the value."""
+        return value
 
     def barrier(self) -> None:
         """Nobody to wait for."""
@@ -80,6 +87,10 @@ class Horovod:
 
         array = nd.array(values, dtype="float64")
         return self._hvd.allreduce(array, average=False, name="sum.values").asnumpy()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value."""
+        return self._hvd.broadcast_object(value, root_rank=0)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

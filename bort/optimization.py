@@ -7,7 +7,7 @@ as an array. Nothing is read back to Python: the device never waits for it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Sequence
 
 import gluonnlp as nlp
 import mxnet as mx
@@ -29,12 +29,6 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -
         return peak * step / warmup_steps
     left = max(1, total_steps - step + 1)
     return peak * left / (total_steps - warmup_steps + 1)
-
-
-class UpdateStatistics(NamedTuple):
-    """What one update saw, as NDArrays of shape [1]."""
-
-    gradient_norm: Any  # of the averaged gradient, before clipping
 
 
 class Trainer:
@@ -62,56 +56,63 @@ class Trainer:
             epsilon=epsilon, wd=weight_decay, param_dict=dict(enumerate(self._parameters))
         )
         self._updater = mx.optimizer.get_updater(self._optimizer)
+        self._indices = list(range(len(self._parameters)))
+        # Made now, not at the first update, so that a checkpoint can be loaded into it.
+        for index, weight in enumerate(self._weights()):
+            state = self._optimizer.create_state_multi_precision(index, weight)
+            self._updater.states[index] = state
+            self._updater.states_synced[index] = True
+        self.rate = 0.0
 
-    def update(self, positions: Any, rate: float) -> UpdateStatistics:
-        """Apply the gradients, which are sums over `positions` [1] positions of this process."""
-        gradients = self._summed_over_devices()
-        self._communicator.sum_in_place([*gradients, positions])
+    def sum_gradients(self, positions: int) -> Any:
+        """Add up the gradients of all devices and ranks; returns the sum of `positions`, [1]."""
+        for parameter in self._parameters:
+            first, *others = parameter.list_grad()
+            for other in others:
+                first += other.as_in_context(first.context)
+        gradients = self._gradients()
+        total = nd.full(1, positions, ctx=gradients[0].context)
+        self._communicator.sum_in_place([*gradients, total])
+        return total
+
+    def update(self, positions: Any, rate: float) -> Any:
+        """Apply the summed gradients, which are over `positions` [1] positions.
+
+        Returns the norm [1] of the averaged gradient before clipping.
+        """
+        self.rate = rate
+        gradients = self._gradients()
         norm = nd.multi_sum_sq(*gradients, num_arrays=len(gradients)).sum().sqrt() / positions
         clip = nd.minimum(self._max_norm / nd.maximum(norm, 1e-12), 1.0)
         self._optimizer.rescale_grad = clip / positions
         self._optimizer.set_learning_rate(rate)
-        weights = [p.list_data()[0] for p in self._parameters]
-        self._updater(list(range(len(weights))), gradients, weights)
-        self._copy_to_other_devices()
-        return UpdateStatistics(norm)
+        self._updater(self._indices, gradients, self._weights())
+        for parameter in self._parameters:
+            first, *others = parameter.list_data()
+            for other in others:
+                first.copyto(other)
+        return norm
 
     def zero_gradients(self) -> None:
         """Forget the gradients: needed between updates where backward passes accumulate."""
         for parameter in self._parameters:
             parameter.zero_grad()
 
-    def _summed_over_devices(self) -> list[Any]:
-        sums = []
-        for parameter in self._parameters:
-            first, *others = parameter.list_grad()
-            for other in others:
-                first += other.as_in_context(first.context)
-            sums.append(first)
-        return sums
+    def _gradients(self) -> list[Any]:
+        return [p.list_grad()[0] for p in self._parameters]
 
-    def _copy_to_other_devices(self) -> None:
-        for parameter in self._parameters:
-            first, *others = parameter.list_data()
-            for other in others:
-                first.copyto(other)
+    def _weights(self) -> list[Any]:
+        return [p.list_data()[0] for p in self._parameters]
 
     def state(self) -> dict[str, Any]:
         """Return the optimiser's state as {name: NDArray}, to be stored without pickle."""
         named = {}
         for index, (mean, variance) in self._updater.states.items():
-            named[f"mean/{index}"] = mean
-            named[f"variance/{index}"] = variance
+            named[f"mean.{index}"] = mean
+            named[f"variance.{index}"] = variance
         return named
 
     def load_state(self, arrays: dict[str, Any]) -> None:
         """Restore what `state` returned, from {name: NumPy array}."""
-        for index, parameter in enumerate(self._parameters):
-            if f"mean/{index}" not in arrays:
-                continue
-            device = parameter.list_data()[0].context
-            self._updater.states[index] = tuple(
-                nd.array(arrays[f"{kind}/{index}"], ctx=device, dtype="float32")
-                for kind in ("mean", "variance")
-            )
-            self._updater.states_synced[index] = True
+        for name, own in self.state().items():
+            own[:] = nd.array(arrays[name], ctx=own.context)

@@ -1,0 +1,151 @@
+"""Checkpoints: complete, atomic, verified, pruned.
+
+    <folder>/step-0001000/model.params   parameters, MXNet's format, the tied matrix once
+                          trainer.npz    optimiser state, plain arrays
+                          state.json     step, position, settings, SHA-256 of the other files
+    <folder>/checkpoint_last             link to the newest
+    <folder>/checkpoint_best             link to the best by held-out loss, never pruned
+
+A checkpoint is written under a temporary name, fsynced and renamed: one that stands under its
+final name is complete, and its checksums are verified before it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bort.config import read_json, write_json
+from bort.errors import UserError
+
+MODEL = "model.params"
+TRAINER = "trainer.npz"
+STATE = "state.json"
+LAST = "checkpoint_last"
+BEST = "checkpoint_best"
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint."""
+
+    path: str
+    state: dict[str, Any]  # the content of state.json
+
+    @property
+    def model_path(self) -> str:
+        """Return the path of the parameters."""
+        return os.path.join(self.path, MODEL)
+
+    def trainer_arrays(self) -> dict[str, np.ndarray]:
+        """Read the optimiser's state as {name: array}."""
+        with np.load(os.path.join(self.path, TRAINER), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+
+def save(
+    folder: str, step: int, write_model: Any, arrays: dict[str, np.ndarray], state: dict[str, Any]
+) -> str:
+    """Write the checkpoint of a step and point `checkpoint_last` to it; returns its path.
+
+    Args:
+        folder: where the run keeps its checkpoints.
+        step: number of updates made.
+        write_model: called with the path that the parameters go to.
+        arrays: the optimiser's state.
+        state: what else a resumed run needs; JSON.
+    """
+    name = f"step-{step:07d}"
+    temporary = os.path.join(folder, f".{name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    write_model(os.path.join(temporary, MODEL))
+    np.savez(os.path.join(temporary, TRAINER), **arrays)
+    files = {file: _flushed_sha256(os.path.join(temporary, file)) for file in (MODEL, TRAINER)}
+    write_json(os.path.join(temporary, STATE), {"step": step, **state, "sha256": files})
+    final = os.path.join(folder, name)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _fsync_folder(folder)
+    point(folder, LAST, name)
+    return final
+
+
+def point(folder: str, link: str, name: str) -> None:
+    """Let the link `checkpoint_last` or `checkpoint_best` lead to checkpoint `name`."""
+    temporary = os.path.join(folder, f".{link}.tmp")
+    if os.path.lexists(temporary):
+        os.remove(temporary)
+    os.symlink(name, temporary)
+    os.replace(temporary, os.path.join(folder, link))
+
+
+def load(path: str) -> Checkpoint:
+    """Verify and open one checkpoint; raises `UserError` naming what is missing or altered."""
+    state = read_json(os.path.join(path, STATE))
+    for file, expected in state.get("sha256", {}).items():
+        full = os.path.join(path, file)
+        if not os.path.exists(full):
+            raise UserError(f"{full}: missing; the checkpoint is not complete")
+        if _sha256(full) != expected:
+            raise UserError(f"{full}: its SHA-256 is not that of state.json; altered or truncated")
+    return Checkpoint(path, state)
+
+
+def latest(folder: str) -> Checkpoint | None:
+    """Open the newest good checkpoint of a run; warns of each damaged one it passes over."""
+    for name in reversed(_names(folder)):
+        try:
+            return load(os.path.join(folder, name))
+        except UserError as error:
+            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+    return None
+
+
+def at_step(folder: str, step: int) -> Checkpoint:
+    """Open the checkpoint of a step; raises `UserError` with the steps there are."""
+    name = f"step-{step:07d}"
+    if name not in _names(folder):
+        there = ", ".join(str(int(name[5:])) for name in _names(folder)) or "none"
+        raise UserError(f"--start_step {step}: {folder} has no such checkpoint (steps: {there})")
+    return load(os.path.join(folder, name))
+
+
+def prune(folder: str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best."""
+    best = os.path.join(folder, BEST)
+    kept = {os.readlink(best)} if os.path.islink(best) else set()
+    kept.update(_names(folder)[-keep:])
+    for name in _names(folder):
+        if name not in kept:
+            shutil.rmtree(os.path.join(folder, name))
+
+
+def _names(folder: str) -> list[str]:
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in found if re.fullmatch(r"step-\d{7,}", name))
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        for block in iter(lambda: handle.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flushed_sha256(path: str) -> str:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+    return _sha256(path)
+
+
+def _fsync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,122 @@
+"""What a run says, from rank 0 only: metric lines, metrics.jsonl, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from typing import Iterator, Mapping
+
+from tqdm import tqdm
+
+
+class Reporter:
+    """Writes the metrics of a run to the screen and into its folder.
+
+    metrics.jsonl gets one JSON object per call of `log`, flushed at once, with `step`, `phase` and
+    the values. Lines beyond `from_step` of an earlier attempt are cut off, so that a resumed run
+    reads like an uninterrupted one. With `enabled` false (ranks other than 0) nothing is written.
+    """
+
+    def __init__(self, folder: str, total_steps: int, from_step: int, enabled: bool) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        # Imported here: protobuf takes a while, and only rank 0 needs it.
+        from tensorboardX import SummaryWriter
+
+        self._path = os.path.join(folder, "metrics.jsonl")
+        _cut_after(self._path, from_step)
+        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._board = SummaryWriter(
+            os.path.join(folder, "tensorboard"), purge_step=from_step + 1, flush_secs=10
+        )
+        # A bar that redraws itself is noise in a log file.
+        self._bar = tqdm(
+            total=total_steps,
+            initial=from_step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        if self._enabled:
+            self._bar.update()
+
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Record the values of one moment: a line, a JSON object, and TensorBoard scalars."""
+        if not self._enabled:
+            return
+        record = {"step": step, "phase": phase, "time": round(time.time(), 3), **values}
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{phase}/{name}", value, step)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        self.say(f"step {step:>7}  {phase:<5} {shown}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self._enabled:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._enabled:
+            self._bar.close()
+            self._lines.close()
+            self._board.close()
+
+
+def _cut_after(path: str, step: int) -> None:
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as handle:
+        kept = [line for line in handle if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(f"{path}.tmp", "w", encoding="utf-8") as handle:
+        handle.writelines(kept)
+    os.replace(f"{path}.tmp", path)
+
+
+def _short(value: float) -> str:
+    if isinstance(value, int) or value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 0.01 else f"{value:,.3f}"
+
+
+class PhaseTimer:
+    """Measures how the time of one step divides among its phases.
+
+    MXNet runs behind Python's back, so a phase can only be timed by waiting for it. `measured`
+    switches that on for single steps; the other steps are never held up.
+    """
+
+    def __init__(self) -> None:
+        self.measured = False
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time the enclosed code as phase `name` when the step is measured."""
+        if not self.measured:
+            yield
+            return
+        import mxnet as mx
+
+        mx.nd.waitall()
+        start = time.perf_counter()
+        yield
+        mx.nd.waitall()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def shares(self) -> dict[str, float]:
+        """Return {phase_share: part of the measured time} and start again from zero."""
+        total = sum(self.seconds.values()) or 1.0
+        shares = {f"{name}_share": seconds / total for name, seconds in self.seconds.items()}
+        self.seconds = {}
+        return shares

@@ -1,0 +1,83 @@
+"""The frozen teacher: GluonNLP's RoBERTa or any shape of ours, loaded and never trained."""
+
+from __future__ import annotations
+
+import glob
+import os
+from typing import Any, Sequence
+
+import gluonnlp as nlp
+
+from bort import checkpoint
+from bort.bort import get_bort_model, initialize, load_parameters, shape_of
+from bort.config import read_json
+from bort.errors import UserError
+
+ROBERTA = ("roberta_12_768_12", "roberta_24_1024_16")
+
+
+def build_network(model_name: str, vocab_size: int, ctx: Any) -> nlp.model.BERTModel:
+    """Build a teacher's network with its decoder and random weights.
+
+    `model_name` is one of GluonNLP's RoBERTa models or a shape of ours. Raises `UserError` for
+    any other name.
+    """
+    if model_name in ROBERTA:
+        # GluonNLP asks the vocabulary for nothing but its length.
+        network, _ = nlp.model.get_model(
+            model_name, vocab=range(vocab_size), pretrained=False, use_decoder=True
+        )
+        initialize(network, ctx)
+        return network
+    try:
+        shape_of(model_name)
+    except UserError as error:
+        raise UserError(f"--teacher_model: {error}, or one of {', '.join(ROBERTA)}") from None
+    return get_bort_model(model_name, vocab=range(vocab_size), ctx=ctx, dropout=0.0)[0]
+
+
+def load_teacher(
+    model_name: str,
+    checkpoint_path: str,
+    vocab_size: int,
+    tokenizer_fingerprint: str,
+    ctx: Sequence[Any],
+) -> nlp.model.BERTModel:
+    """Build a teacher and load its weights, which get no gradients.
+
+    `checkpoint_path` is a parameter file, a checkpoint folder, or the folder of a run of the
+    pretraining program. Raises `UserError` when there is no such file, when it does not fit, and
+    when it says that it was trained with another tokenizer.
+    """
+    path = parameter_file(checkpoint_path)
+    state = os.path.join(os.path.dirname(path), checkpoint.STATE)
+    if os.path.exists(state) and read_json(state)["tokenizer_fingerprint"] != tokenizer_fingerprint:
+        raise UserError(
+            f"{path}: trained with another tokenizer than the one of the shards; teacher and "
+            "student need the same vocabulary"
+        )
+    network = build_network(model_name, vocab_size, ctx)
+    load_parameters(network, path)
+    network.collect_params().setattr("grad_req", "null")
+    network.encoder.hybridize(static_alloc=True)
+    return network
+
+
+def parameter_file(path: str) -> str:
+    """Find the parameter file that a path given for a teacher or a student means.
+
+    Raises `UserError` when nothing is there or several files are.
+    """
+    for candidate in (path, os.path.join(path, checkpoint.LAST)):
+        model = os.path.join(candidate, checkpoint.MODEL)
+        if os.path.isfile(model):
+            return checkpoint.load(candidate).model_path
+    if os.path.isfile(path):
+        return path
+    found = sorted(glob.glob(os.path.join(glob.escape(path), "*.params")))
+    if not found:
+        raise UserError(f"{path}: holds no parameters (*.params)")
+    if len(found) > 1:
+        names = ", ".join(os.path.basename(one) for one in found)
+        raise UserError(f"{path}: holds several parameter files ({names}); name one of them")
+    return found[0]

@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+r"""Pretrain Bort by masked-LM distillation in one process: CPU, or one or more GPUs.
+
+Example, on shards made by create_pretraining_data.py:
+
+    python run_pretraining_distillation.py --data shards/train --data_eval shards/test \
+        --teacher_model roberta_24_1024_16 --teacher_ckpt_dir model/roberta.params \
+        --num_steps 100000 --batch_size 16 --ckpt_dir runs/bort
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from bort.communicator import SingleProcess
+from bort.config import parse
+from bort.errors import door
+
+
+@door
+def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
+    """Run the program; returns the held-out evaluations, the first before training."""
+    from bort.pretraining import SETTINGS_CLASSES, Pretraining, PretrainingSettings
+
+    settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES))
+    return Pretraining(settings, SingleProcess()).run()
+
+
+if __name__ == "__main__":
+    main()
