@@ -1,0 +1,281 @@
+"""The nine tasks of GLUE and its diagnostic set AX: tab separated, without quoting.
+
+Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform" (2019).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterator, Optional, Sequence
+
+import numpy as np
+
+from bort import metrics
+from bort.errors import UserError
+from data.base import REWRITE, Example, File, Split, Task, Uid, three_files
+from data.files import BadRowError, Line, collect, decode, read_lines
+
+# One order for every task of natural language inference, so that a model of one serves another.
+INFERENCE = ("entailment", "neutral", "contradiction")
+ENTAILMENT = ("entailment", "not_entailment")
+BINARY = ("0", "1")
+HEADER = "index\tprediction"
+
+
+class GlueTask(Task):
+    """A tab-separated task; the header of each file says which column is which."""
+
+    suite = "glue"
+    suite_folders = ("glue", "glue_data")
+    text_columns: tuple[str, ...] = ("sentence1", "sentence2")
+    label_column = "label"
+
+    def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+        lines = read_lines(path)
+        columns, first = self._columns(path, split, lines)
+        self._check_columns(path, split, columns)
+
+        def cast(line: Line) -> list[Example]:
+            fields = decode(line.content).split("\t")
+            if len(fields) != len(columns):
+                raise BadRowError(f"has {len(fields)} columns instead of {len(columns)}")
+            return [self._example(dict(zip(columns, fields)), line.number - first)]
+
+        return Split(*collect(lines, cast, skip_bad_rows))
+
+    def _columns(self, path: Path, split: str, lines: Iterator[Line]) -> tuple[list[str], int]:
+        """Return the names of the columns and the number of the first line of data."""
+        header = next(lines, None)
+        if header is None:
+            raise UserError(f"{path}: is empty; fetch the file again")
+        return header.content.decode("utf-8", "replace").split("\t"), 2
+
+    def _check_columns(self, path: Path, split: str, columns: Sequence[str]) -> None:
+        wanted = list(self.text_columns)
+        wanted += [] if split in self.test else [self.label_column]
+        missing = [name for name in wanted if name not in columns]
+        if missing:
+            raise UserError(
+                f"{path}:1: the header has no column {', '.join(missing)}; it should be the "
+                f"official {split} file of {self.name}"
+            )
+
+    def _example(self, row: dict[str, str], number: int) -> Example:
+        texts = tuple(row[column].strip() for column in self.text_columns)
+        label = row.get(self.label_column)
+        return Example(
+            uid=_index(row, number),
+            inputs=(texts,),
+            label=None if label is None else self._parse_label(label),
+        )
+
+    def _parse_label(self, text: str) -> float:
+        if text not in self.labels:
+            raise BadRowError(f"label {text!r} is none of {', '.join(self.labels)}")
+        return self.labels.index(text)
+
+    def submission_file(self, split: str) -> Optional[str]:
+        """Return the official file name, such as CoLA.tsv."""
+        return f"{self.name}.tsv"
+
+    def submission(self, examples: Sequence[Example], scores: np.ndarray) -> list[str]:
+        """Return the header and one line "index<TAB>prediction" per example."""
+        predictions = self.predict(scores)
+        rows = [f"{e.uid}\t{self._spell(p)}" for e, p in zip(examples, predictions)]
+        return [HEADER, *rows]
+
+    def _spell(self, prediction: Any) -> str:
+        return self.labels[int(prediction)]
+
+    def parse_submission(
+        self, path: Path, examples: Optional[Sequence[Example]] = None
+    ) -> list[Uid]:
+        """Check header, columns and labels, and return the indices."""
+        lines = read_lines(path)
+        header = next(lines, None)
+        if header is None or header.content != HEADER.encode():
+            raise UserError(f"{path}:1: the header has to be 'index<TAB>prediction'; {REWRITE}")
+        return collect(lines, self._parse_prediction, False, REWRITE)[0]
+
+    def _parse_prediction(self, line: Line) -> list[Uid]:
+        fields = decode(line.content).split("\t")
+        if len(fields) != 2:
+            raise BadRowError(f"has {len(fields)} columns instead of 2")
+        self._parse_label(fields[1])
+        return [_whole_number(fields[0])]
+
+
+def _index(row: dict[str, str], number: int) -> int:
+    """Return the official index of a row: its own column where the file has one."""
+    for column in ("index", "id"):
+        if column in row:
+            return _whole_number(row[column])
+    return number
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise BadRowError(f"index {text!r} is not a whole number")
+    return int(text)
+
+
+class CoLA(GlueTask):
+    """Is the sentence acceptable English? Its train and dev files have no header."""
+
+    name = "CoLA"
+    labels = BINARY
+    folders = ("CoLA", "glue_cola")
+    files = three_files(".tsv", 8551, 1043, 1063)
+    text_columns = ("sentence",)
+    measures = (metrics.matthews, metrics.accuracy)
+    headline = ("matthews",)
+
+    def _columns(self, path: Path, split: str, lines: Iterator[Line]) -> tuple[list[str], int]:
+        if split in self.test:
+            return super()._columns(path, split, lines)
+        return ["source", "label", "annotation", "sentence"], 1
+
+
+class SST2(GlueTask):
+    """Is the film review positive? One sentence."""
+
+    name = "SST-2"
+    aliases = ("SST",)
+    labels = BINARY
+    folders = ("SST-2", "glue_sst")
+    files = three_files(".tsv", 67349, 872, 1821)
+    text_columns = ("sentence",)
+
+
+class Paraphrase(GlueTask):
+    """Two sentences or questions, the same meaning or not: F1 and accuracy."""
+
+    labels = BINARY
+    measures = (metrics.accuracy, metrics.f1)
+    headline = ("accuracy", "f1")
+
+
+class MRPC(Paraphrase):
+    """Paraphrases from the news; the official files begin with a byte order mark."""
+
+    name = "MRPC"
+    folders = ("MRPC", "glue_mrpc")
+    files = three_files(".tsv", 3668, 408, 1725)
+    text_columns = ("#1 String", "#2 String")
+    label_column = "Quality"
+
+
+class QQP(Paraphrase):
+    """Duplicate questions on Quora."""
+
+    name = "QQP"
+    folders = ("QQP", "glue_qqp")
+    files = three_files(".tsv", 363846, 40430, 390965)
+    text_columns = ("question1", "question2")
+    label_column = "is_duplicate"
+
+
+class STSB(GlueTask):
+    """Similarity of two sentences, from 0 to 5."""
+
+    name = "STS-B"
+    kind = "regression"
+    labels = ()
+    folders = ("STS-B", "glue_stsb")
+    files = three_files(".tsv", 5749, 1500, 1379)
+    label_column = "score"
+    measures = (metrics.pearson, metrics.spearman)
+    headline = ("pearson", "spearman")
+
+    def _parse_label(self, text: str) -> float:
+        try:
+            score = float(text)
+        except ValueError:
+            raise BadRowError(f"score {text!r} is not a number") from None
+        if not 0 <= score <= 5:
+            raise BadRowError(f"score {text} is not between 0 and 5")
+        return score
+
+    def predict(self, scores: np.ndarray) -> np.ndarray:
+        """Bring scores [n] or [n, 1] into the range of the labels: [n], 0 to 5."""
+        return np.clip(np.asarray(scores, dtype=np.float64).reshape(-1), 0.0, 5.0)
+
+    def _spell(self, prediction: Any) -> str:
+        return f"{prediction:.3f}"
+
+
+class MNLI(GlueTask):
+    """Inference over several genres: the dev and test sets have two parts each."""
+
+    name = "MNLI"
+    labels = INFERENCE
+    folders = ("MNLI", "glue_mnli")
+    files = (
+        File("train", "train.tsv", 392702),
+        File("dev_matched", "dev_matched.tsv", 9815),
+        File("dev_mismatched", "dev_mismatched.tsv", 9832),
+        File("test_matched", "test_matched.tsv", 9796),
+        File("test_mismatched", "test_mismatched.tsv", 9847),
+    )
+    label_column = "gold_label"
+
+    def submission_file(self, split: str) -> Optional[str]:
+        """Return MNLI-m.tsv or MNLI-mm.tsv."""
+        return "MNLI-mm.tsv" if split == "test_mismatched" else "MNLI-m.tsv"
+
+
+class QNLI(GlueTask):
+    """Does the sentence answer the question? The counts are those of version 2."""
+
+    name = "QNLI"
+    labels = ENTAILMENT
+    folders = ("QNLI", "glue_qnli")
+    files = three_files(".tsv", 104743, 5463, 5463)
+    text_columns = ("question", "sentence")
+
+
+class RTE(GlueTask):
+    """Textual entailment, GLUE's files of it."""
+
+    name = "RTE"
+    labels = ENTAILMENT
+    folders = ("RTE", "glue_rte")
+    files = three_files(".tsv", 2490, 277, 3000)
+
+
+class WNLI(GlueTask):
+    """Winograd schemas as inference: 1 if the second sentence follows."""
+
+    name = "WNLI"
+    labels = BINARY
+    folders = ("WNLI", "glue_wnli")
+    files = three_files(".tsv", 635, 71, 146)
+
+
+class AX(GlueTask):
+    """GLUE's diagnostic set, predicted with an MNLI model.
+
+    The file with labels (diagnostic-full.tsv) is read where it lies beside the other; its rows
+    have the same order.
+    """
+
+    name = "AX"
+    aliases = ("diagnostic",)
+    labels = INFERENCE
+    folders = ("AX", "diagnostic")
+    files = (
+        File("test", "diagnostic-full.tsv", 1104),
+        File("test", "diagnostic.tsv", 1104),
+        File("test", "AX.tsv", 1104),
+    )
+    measures = (metrics.matthews,)
+    headline = ("matthews",)
+    model_task = "MNLI"
+
+    def _columns(self, path: Path, split: str, lines: Iterator[Line]) -> tuple[list[str], int]:
+        columns, first = super()._columns(path, split, lines)
+        renamed = {"Premise": "sentence1", "Hypothesis": "sentence2", "Label": "label"}
+        return [renamed.get(column, column) for column in columns], first
+
+
+GLUE_TASKS = (CoLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI, AX)
