@@ -90,7 +90,8 @@ class Horovod:
 
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value."""
-        return self._hvd.broadcast_object(value, root_rank=0)
+        # Named here: Horovod's own name would be that of the type, which differs between ranks.
+        return self._hvd.broadcast_object(value, root_rank=0, name="object")
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

@@ -314,8 +314,8 @@ class Pretraining:
     def _begin(self) -> None:
         folder = self.settings.run.ckpt_dir
         resumed = self._restore()
-        for parameter in self.student.collect_params().values():
-            self.communicator.broadcast(parameter.list_data())
+        parameters = self.student.collect_params().values()
+        self.communicator.broadcast([array for p in parameters for array in p.list_data()])
         if resumed:
             self.communicator.broadcast(list(self.trainer.state().values()))
         if self._first:
