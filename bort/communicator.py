@@ -22,7 +22,11 @@ class Communicator(Protocol):
         """Overwrite the NDArrays with those of rank 0."""
 
     def sum_in_place(self, arrays: Sequence[Any]) -> None:
-        """Overwrite each NDArray with its sum over all ranks."""
+        """Overwrite each NDArray with its sum over all ranks, without waiting.
+
+        A place in the sequence has to hold the same array at every call: the sums of one call may
+        still be under way when the next is queued, and only the array keeps them apart.
+        """
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Return the sum over all ranks of a small NumPy array; waits for the others."""

@@ -57,6 +57,8 @@ class Trainer:
         )
         self._updater = mx.optimizer.get_updater(self._optimizer)
         self._indices = list(range(len(self._parameters)))
+        # One array for all steps: the device's queue then keeps the sums of successive steps apart.
+        self._positions = nd.zeros(1, ctx=self._weights()[0].context)
         # Made now, not at the first update, so that a checkpoint can be loaded into it.
         for index, weight in enumerate(self._weights()):
             state = self._optimizer.create_state_multi_precision(index, weight)
@@ -70,10 +72,9 @@ class Trainer:
             first, *others = parameter.list_grad()
             for other in others:
                 first += other.as_in_context(first.context)
-        gradients = self._gradients()
-        total = nd.full(1, positions, ctx=gradients[0].context)
-        self._communicator.sum_in_place([*gradients, total])
-        return total
+        self._positions[:] = positions
+        self._communicator.sum_in_place([*self._gradients(), self._positions])
+        return self._positions
 
     def update(self, positions: Any, rate: float) -> Any:
         """Apply the summed gradients, which are over `positions` [1] positions.
