@@ -1,0 +1,26 @@
+#!/usr/bin/env python3
+"""Turn text into pretraining shards: sequences of full sentences, tokens masked for masked-LM."""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+from bort.config import parse
+from bort.errors import door
+from bort.masking import MaskingSettings, SequenceSettings
+from bort.preparation import CorpusSettings, prepare
+from bort.tokenization import TokenizerSettings
+from data.shards import Manifest
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> Manifest:
+    """Make the shards that the flags ask for and return their manifest."""
+    corpus, tokenizer, sequences, masking = parse(
+        str(__doc__), argv, CorpusSettings, TokenizerSettings, SequenceSettings, MaskingSettings
+    )
+    return prepare(corpus, tokenizer, sequences, masking)
+
+
+if __name__ == "__main__":
+    main()
