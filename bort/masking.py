@@ -61,11 +61,11 @@ class MaskingSettings:
 
 
 class Text(NamedTuple):
-    """Tokens of whole documents. No sentence is empty."""
+    """Tokens of whole documents."""
 
     ids: np.ndarray  # [tokens], all sentences one after the other
     sentence_lengths: np.ndarray  # [sentences], in tokens
-    document_lengths: np.ndarray  # [documents], in sentences; may be 0
+    document_lengths: np.ndarray  # [documents], in sentences
 
 
 class Sequences(NamedTuple):
@@ -187,8 +187,12 @@ def mask_sequences(
     """
     input_ids, offsets = sequences
     maskable = table.maskable[input_ids]
-    chosen = _choose_tokens(input_ids, maskable, offsets, settings, table, generator)
-    places = np.flatnonzero(chosen)
+    starts, lengths = _words(input_ids, maskable, table)
+    counts = np.diff(offsets) - np.diff(np.searchsorted(np.flatnonzero(~maskable), offsets))
+    wanted = np.rint(settings.masked_lm_prob * counts).astype(np.int64)
+    wanted = np.clip(wanted, 1, settings.max_predictions_per_seq)
+    taken = _choose_words(lengths, np.searchsorted(starts, offsets), wanted, generator)
+    places = _ranges(starts[taken], lengths[taken])
     true_ids = input_ids[places]
     masked_lengths = np.diff(np.searchsorted(places, offsets))
     masked_input = input_ids.copy()
@@ -202,26 +206,26 @@ def mask_sequences(
     )
 
 
-def _choose_tokens(
-    input_ids: np.ndarray,
-    maskable: np.ndarray,
-    offsets: np.ndarray,
-    settings: MaskingSettings,
-    table: MaskingTable,
-    generator: np.random.Generator,
-) -> np.ndarray:
-    """Return which tokens are masked, bool [tokens]."""
-    # Behind a special token begins a word, also where a long one was split.
-    begins = table.starts_word[input_ids] | ~np.append(False, maskable[:-1])
-    words = np.flatnonzero(maskable & begins)
-    tokens_before = np.append(0, np.cumsum(maskable))
-    word_lengths = np.diff(tokens_before[words], append=tokens_before[-1])
-    wanted = np.rint(settings.masked_lm_prob * np.diff(tokens_before[offsets])).astype(np.int64)
-    wanted = np.clip(wanted, 1, settings.max_predictions_per_seq)
-    chosen_words = _choose_words(word_lengths, np.searchsorted(words, offsets), wanted, generator)
-    chosen = maskable.copy()
-    chosen[maskable] = np.repeat(chosen_words, word_lengths)
-    return chosen
+def _words(
+    input_ids: np.ndarray, maskable: np.ndarray, table: MaskingTable
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each word starts and its length in tokens, both int64 [words]."""
+    begins = table.starts_word[input_ids]
+    # A special token begins something, and so does what follows it: the rest of a long sentence
+    # may continue a word.
+    special = np.flatnonzero(~maskable)
+    begins[special] = True
+    begins[special[:-1] + 1] = True  # the last token of all is a special one
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(starts, append=len(input_ids))
+    is_word = maskable[starts]
+    return starts[is_word], lengths[is_word]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return start, start + 1, ..., start + length - 1 for each range, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
 
 
 def _choose_words(
@@ -231,12 +235,8 @@ def _choose_words(
 
     The shuffle of Fisher and Yates, stopped early, one draw at a time from all rows at once.
 
-    Args:
-        lengths: tokens of each word, [words].
-        offsets: where the words of each row begin, [rows + 1].
-        wanted: tokens to take from each row, [rows].
-
-    Returns: which words are taken, bool [words].
+    `lengths` [words] are the tokens of each word, `offsets` [rows + 1] where the words of each row
+    begin, `wanted` [rows] the tokens to take. Returns which words are taken, bool [words].
     """
     order = np.arange(len(lengths))
     taken = np.zeros(len(lengths), bool)

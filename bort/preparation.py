@@ -25,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, NamedTuple, Optional
+from typing import Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
 from tqdm import tqdm
@@ -342,7 +342,6 @@ class InstanceMaker:
 
     def _encode(self, documents: list[bytes]) -> Text:
         encoded = [self.tokenizer.encode_sentences(_sentences(one)) for one in documents]
-        encoded = [[ids for ids in sentences if len(ids)] for sentences in encoded]
         sentences = list(itertools.chain.from_iterable(encoded))
         return Text(
             ids=np.concatenate([*sentences, []], dtype=self._ids, casting="unsafe"),
@@ -358,8 +357,7 @@ class InstanceMaker:
 
 
 def _sentences(document: bytes) -> list[str]:
-    lines = (line.strip() for line in document.decode().split("\n"))
-    return [line for line in lines if line]
+    return list(filter(None, map(str.strip, document.decode().split("\n"))))
 
 
 def in_order(

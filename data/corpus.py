@@ -130,15 +130,16 @@ def _unzstd(file: Any) -> Iterator[bytes]:
     frame = None
     # Small pieces, because each may unfold to a thousand times its size.
     for piece in _pieces_of(file, READ_BYTES >> 7):
-        while piece:
+        rest = piece
+        while rest:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
-                text = frame.decompress(piece)
+                text = frame.decompress(rest)
             except zstandard.ZstdError as error:
                 raise EOFError(error) from None
             if text:
                 yield text
-            piece = frame.unused_data
+            rest = frame.unused_data
             frame = None if frame.eof else frame
     if frame:
         raise EOFError("it ends in the middle")

@@ -179,7 +179,10 @@ class ShardWriter:
         self._last_offsets = {"offsets": 0, "masked_offsets": 0}
         folder = os.path.dirname(path)
         try:
-            self._files = {name: tempfile.TemporaryFile(dir=folder) for name in self._types}
+            self._files = {
+                name: tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+                for name in self._types
+            }
             for name in self._last_offsets:
                 self._append(name, np.zeros(1))
         except OSError as error:
