@@ -1,0 +1,117 @@
+"""What the tests of pretraining share: tiny shards, tiny runs, and ways to compare them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from bort.communicator import Communicator, SingleProcess
+from bort.config import parse
+from data.shards import Manifest, ShardWriter, id_type, shard_name, write_manifest
+
+VOCAB_SIZE = 61
+BOS, PAD, EOS, UNK, MASK = range(5)
+FIRST_WORD = 5
+SHAPE = "bort_1_2_32_32"
+
+
+def write_shards(
+    folder: str | os.PathLike, sizes: Sequence[int], seed: int, fingerprint: str = "one"
+) -> None:
+    """Write shards of `sizes` sequences whose words count upwards: 9 10 11 ...
+
+    Any unmasked neighbour tells a masked word, so even a tiny model learns something, and no two
+    sequences of a folder are alike. Lengths are 8 to 24 tokens, masks are always `<mask>`.
+    """
+    generator = np.random.default_rng(seed)
+    kinds = [(n, first) for n in range(6, 23) for first in range(FIRST_WORD, VOCAB_SIZE - n)]
+    chosen = iter(generator.permutation(kinds)[: sum(sizes)])
+    os.makedirs(folder, exist_ok=True)
+    entries = []
+    for index, size in enumerate(sizes):
+        path = os.path.join(folder, shard_name(index))
+        with ShardWriter(path, id_type(VOCAB_SIZE)) as writer:
+            for _ in range(size):
+                words, first = next(chosen)
+                _write_sequence(writer, np.arange(first, first + words), generator)
+            entries.append(writer.finish(documents=size, sentences=size, unknown=0))
+    tokenizer = {"fingerprint": fingerprint, "vocab_size": VOCAB_SIZE, "pad_id": PAD}
+    write_manifest(str(folder), "manifest.json", Manifest(tokenizer, {}, [], entries))
+
+
+def _write_sequence(writer: ShardWriter, words: np.ndarray, generator: np.random.Generator) -> None:
+    ids = np.concatenate([[BOS], words, [EOS]])
+    masks = max(1, round(0.15 * len(words)))
+    positions = np.sort(1 + generator.choice(len(words), masks, replace=False))
+    labels = ids[positions]
+    ids[positions] = MASK
+    writer.write(ids, np.array([len(ids)]), positions, labels, np.array([masks]))
+
+
+def arguments(folder: Path, **flags: Any) -> list[str]:
+    """Return the command line of a tiny run on the shards of `folder`; `flags` override it."""
+    settings = {
+        "data": folder / "train",
+        "student_model": SHAPE,
+        "batch_size": 4,
+        "num_buckets": 3,
+        "num_steps": 20,
+        "lr": 0.01,
+        "warmup_ratio": 0.1,
+        "log_interval": 5,
+        **flags,
+    }
+    line = []
+    for name, value in settings.items():
+        if value is not False:
+            line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
+
+
+def make_run(folder: Path, communicator: Communicator | None = None, **flags: Any) -> Any:
+    """Return a run that is ready to start."""
+    from bort.pretraining import SETTINGS_CLASSES, Pretraining, PretrainingSettings
+
+    settings = PretrainingSettings(*parse("", arguments(folder, **flags), *SETTINGS_CLASSES))
+    return Pretraining(settings, communicator or SingleProcess())
+
+
+def finished_run(folder: Path, **flags: Any) -> Any:
+    """Return a run that has trained to its end."""
+    run = make_run(folder, **flags)
+    run.run()
+    return run
+
+
+def arrays_of(run: Any) -> dict[str, np.ndarray]:
+    """Return parameters and optimiser state of a run, by name."""
+    parameters = run.student._collect_params_with_prefix()
+    arrays = {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
+    return {**arrays, **{name: array.asnumpy() for name, array in run.trainer.state().items()}}
+
+
+def digest(run: Any) -> str:
+    """Return one SHA-256 over parameters, optimiser state, step and place in the data."""
+    total = hashlib.sha256(f"{run.step} {run.position}".encode())
+    for name, array in sorted(arrays_of(run).items()):
+        total.update(name.encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl without what the clock decides."""
+    lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if name not in ("time", "tokens_per_second") and not name.endswith("_share")
+        }
+        for line in lines
+    ]
