@@ -345,8 +345,8 @@ horovod_wheel() {
 nvcc_folder() {
     if command -v nvcc >/dev/null; then
         dirname "$(type -P nvcc)"
-    elif [[ -x /usr/local/cuda/bin/nvcc ]]; then
-        echo /usr/local/cuda/bin
+    elif [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
+        echo "${CUDA_HOME:-/usr/local/cuda}/bin"
     fi
 }
 
