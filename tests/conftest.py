@@ -1,0 +1,39 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    """Keep one OpenMP thread, before MXNet is imported: bits depend on the number of threads."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of real corpora and vocabularies, which are too large for this repository.
+
+    The environment variable BORT_SHARED names it; tests that need it are skipped without it.
+    """
+    path = Path(os.environ.get("BORT_SHARED", ROOT.parent / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"{path} is absent; BORT_SHARED names the folder of real corpora")
+    return path
+
+
+@pytest.fixture
+def tiny_model() -> Any:
+    """Return a Bort with decoder, small enough for anything: vocabulary 50, all values drawn."""
+    import bort.bort
+    from tests.reference import redraw
+
+    model, _ = bort.bort.get_bort_model("bort_2_4_24_32", vocab=range(50))
+    redraw(model, seed=5)
+    return model
