@@ -7,13 +7,15 @@ special token never comes out (save `<unk>`, from a SentencePiece model without 
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import hashlib
 import json
 import os
 import re
+import sys
+import tempfile
 from dataclasses import dataclass
-from typing import Any, Iterable, Mapping, Optional, Protocol, Sequence
+from typing import Iterable, Optional, Protocol, Sequence
 
 import numpy as np
 
@@ -26,11 +28,15 @@ SAMPLE_MODEL = os.path.join(
 )
 SPECIAL_TOKENS = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 
-_BPE_RANKS_FILE = "openai_webtext_bpe_ranks-396d4d8e.json"
-# GPT-2's division of text into words. `++` takes what GPT-2's `+` takes, without ever giving back:
-# nothing after it could match a shorter run, and the search is a third faster.
-_GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# tiktoken's regular expressions overflow their stack at a million blanks in a row.
+# GluonNLP's names; the digits are the first of the SHA-1 of the content.
+_RELEASED_FILES = (
+    f"{RELEASED_DATASET}-2b804f8f.vocab",
+    "openai_webtext_bpe_ranks-396d4d8e.json",
+)
+# GPT-2's division of text into words. The group holds all that needs no look-ahead: tiktoken's
+# regular expressions search it as one automaton, which makes encoding a third faster.
+_GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
+# They overflow their stack at a million blanks in a row; such a run is encoded in parts.
 _ENDLESS_BLANKS = re.compile(r"\s{65536}(?=\s)")
 
 
@@ -73,7 +79,7 @@ class TokenizerSettings:
     """Which vocabulary encodes the text; none named: the small one embedded in test_data/."""
 
     dataset_name: Optional[str] = option(
-        None, f"GluonNLP vocabulary, from its cache or downloaded: {RELEASED_DATASET}"
+        None, f"{RELEASED_DATASET}: RoBERTa's vocabulary, from GluonNLP's cache or downloaded"
     )
     vocab_file: Optional[str] = option(
         None, "byte-level BPE vocabulary: GluonNLP's .vocab or Hugging Face's vocab.json"
@@ -92,6 +98,11 @@ class TokenizerSettings:
         named = [f"--{kind}" for kind in kinds if getattr(self, kind)]
         if len(named) > 1:
             raise UserError(f"{' and '.join(named)} name different vocabularies: give one of them")
+        if self.dataset_name not in (None, RELEASED_DATASET):
+            raise UserError(
+                f"--dataset_name {self.dataset_name}: only {RELEASED_DATASET} is known by name; "
+                "give any other vocabulary's files by --vocab_file and --bpe_ranks"
+            )
 
 
 def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
@@ -104,7 +115,7 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     if settings.sentencepiece:
         return _load_sentencepiece(settings.sentencepiece)
     if settings.dataset_name:
-        return _load_bpe(*_gluonnlp_files(settings.dataset_name))
+        return _load_bpe(*_released_files())
     if settings.vocab_file and settings.bpe_ranks:
         return _load_bpe(settings.vocab_file, settings.bpe_ranks)
     return _load_sentencepiece(SAMPLE_MODEL)
@@ -114,7 +125,11 @@ class _Vocabulary:
     """What both kinds share: the spelling of every id, and which ids are special."""
 
     def __init__(self, spelling: Sequence[str], word_mark: str) -> None:
+        """Number the tokens in their order; raises `ValueError` when a special one is missing."""
         ids = {token: index for index, token in enumerate(spelling)}
+        missing = [token for token in SPECIAL_TOKENS.values() if token not in ids]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
         special = {role: ids[token] for role, token in SPECIAL_TOKENS.items()}
         self.bos_id, self.pad_id = special["bos"], special["pad"]
         self.eos_id, self.unk_id = special["eos"], special["unk"]
@@ -129,17 +144,13 @@ class _Vocabulary:
         """Return the vocabulary's spelling of each id."""
         return [self._spelling[index] for index in ids]
 
-    def _plain(self, ids: Iterable[int]) -> list[int]:
-        special = set(self.special_ids.tolist()) - {self.unk_id}
-        return [int(index) for index in ids if int(index) not in special]
-
 
 class ByteLevelBPE(_Vocabulary):
     """Byte-level byte-pair encoding (Radford et al. 2019, section 2.2), as in RoBERTa.
 
     Gives what GluonNLP's `GPT2BPETokenizer` and its vocabulary give. tiktoken merges whichever
-    neighbours spell a token of the vocabulary, GluonNLP those that stand in the list of merges:
-    the same as long as each merge makes a new token out of older ones, which is checked.
+    neighbours spell a token, GluonNLP those that stand in the list of merges: the same as long as
+    each merge makes a new token out of older ones, which is checked.
     """
 
     name = "byte_level_bpe"
@@ -147,53 +158,75 @@ class ByteLevelBPE(_Vocabulary):
     def __init__(self, spelling: Sequence[str], merges: Sequence[str]) -> None:
         """Build from the tokens in the order of their ids and the merges ("a b") by rank.
 
-        Raises `ValueError` when the merges do not build on each other or leave the vocabulary.
+        Raises `ValueError` when the merges do not build on each other, when the vocabulary lacks
+        one of their tokens, and when it lacks a special token.
         """
         import tiktoken
 
         super().__init__(spelling, word_mark=_BYTE_TO_CHARACTER[ord(" ")])
-        ranks = _ranks(merges)
+        made = _tokens_made(merges)
         ids = {token: index for index, token in enumerate(spelling)}
-        missing = [token for token in ranks if token not in ids]
+        missing = [token for token in made if token not in ids]
         if missing:
             raise ValueError(
-                f"{len(missing)} of its {len(ranks)} tokens are not in the vocabulary, "
+                f"{len(missing)} of the {len(made)} tokens that the merges make are not in it, "
                 f"the first is {missing[0]!r}"
             )
-        self._ids_of_ranks = np.array([ids[token] for token in ranks], np.int32)
-        self._bytes = {ids[token]: _token_bytes(token) for token in ranks}
+        content = {token: _token_bytes(token) for token in made}
+        self._ids = np.array([ids[token] for token in made], np.int32)  # by rank
+        self._sizes = np.array([len(content[token]) for token in made])  # bytes, by rank
+        self._bytes = [content.get(token, b"") for token in spelling]  # by id
         self._encoding = tiktoken.Encoding(
             self.name,
             pat_str=_GPT2_WORDS,
-            mergeable_ranks={_token_bytes(token): rank for token, rank in ranks.items()},
-            special_tokens={},
+            mergeable_ranks={content[token]: rank for rank, token in enumerate(made)},
+            # Never produced, as nothing is allowed below. But tiktoken looks for them in the text,
+            # and to look for none at all takes it longer: that pattern matches everywhere.
+            special_tokens={
+                token: len(made) + i for i, token in enumerate(SPECIAL_TOKENS.values())
+            },
         )
-        content = json.dumps([self.name, list(spelling), list(merges)]).encode()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        described = json.dumps([self.name, list(spelling), list(merges)]).encode()
+        self.fingerprint = hashlib.sha256(described).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 [tokens]; a lone surrogate counts as U+FFFD."""
-        cuts = [0, *(blanks.end() for blanks in _ENDLESS_BLANKS.finditer(text)), len(text)]
-        ranks: list[int] = []
-        for start, end in zip(cuts, cuts[1:]):
-            ranks += self._encoding.encode_ordinary(text[start:end])
-        return self._ids_of_ranks[np.array(ranks, np.int64)]
+        return self._ids.take(self._ranks(_utf8(text).decode()))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
         return [self.encode(text) for text in texts]
 
     def encode_sentences(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each sentence; all but the first are encoded with a space before."""
-        return [
-            self.encode(f" {sentence}" if place else sentence)
-            for place, sentence in enumerate(sentences)
-        ]
+        """Return the ids of `" ".join(sentences)`, divided before the spaces of the join.
+
+        A token of several spaces, where a sentence is empty or begins with a space, goes whole to
+        the later sentence.
+        """
+        content = [_utf8(sentence) for sentence in sentences]
+        ranks = self._ranks(b" ".join(content).decode())
+        sentence_ends = np.cumsum([len(one) + 1 for one in content])[:-1] - 1
+        token_ends = self._sizes.take(ranks).cumsum()
+        cuts = token_ends.searchsorted(sentence_ends, side="right").tolist()
+        ids = self._ids.take(ranks)
+        starts, ends = [0, *cuts], [*cuts, len(ids)]
+        return [ids[starts[i] : ends[i]] for i in range(len(sentences))]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text; bytes that are no UTF-8 become U+FFFD, special tokens nothing."""
-        content = b"".join(self._bytes.get(index, b"") for index in self._plain(ids))
-        return content.decode("utf-8", errors="replace")
+        return b"".join(self._bytes[index] for index in ids).decode("utf-8", errors="replace")
+
+    def _ranks(self, text: str) -> np.ndarray:
+        nothing: frozenset[str] = frozenset()
+        cuts = [blanks.end() for blanks in _ENDLESS_BLANKS.finditer(text)]
+        parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])] if cuts else [text]
+        ranks = [
+            self._encoding.encode_to_numpy(
+                part, allowed_special=nothing, disallowed_special=nothing
+            )
+            for part in parts
+        ]
+        return np.concatenate(ranks) if cuts else ranks[0]
 
 
 class SentencePiece(_Vocabulary):
@@ -202,46 +235,57 @@ class SentencePiece(_Vocabulary):
     name = "sentencepiece"
 
     def __init__(self, model: bytes) -> None:
-        """Build from the content of a .model file; raises `RuntimeError` when it is none."""
-        import sentencepiece
+        """Build from the content of a .model file.
 
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        size = self._processor.vocab_size()
-        super().__init__(self._processor.id_to_piece(list(range(size))), word_mark="▁")
+        Raises `RuntimeError` when it is none, `ValueError` when it lacks a special token or would
+        read one in plain text.
+        """
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model)
+        ids = range(self._processor.vocab_size())
+        super().__init__(self._processor.id_to_piece(list(ids)), word_mark="▁")
+        readable = [
+            self._spelling[index]
+            for index in self.special_ids.tolist()
+            if not self._processor.is_control(index) and index != self._processor.unk_id()
+        ]
+        if readable:
+            raise ValueError(f"text may contain its {', '.join(readable)}: no control symbol")
         self.fingerprint = hashlib.sha256(self.name.encode() + b"\0" + model).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, int32 [tokens]."""
+        """Return the ids of a text, int32 [tokens]; a lone surrogate counts as U+FFFD."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
-        # One thread: the caller's processes are the parallelism.
-        pieces = self._processor.encode([_well_formed(text) for text in texts], num_threads=1)
-        return [np.array(ids, np.int32) for ids in pieces]
+        # One thread: the parallelism is in the caller's processes.
+        encoded = self._processor.encode([_utf8(text) for text in texts], num_threads=1)
+        return [np.array(ids, np.int32) for ids in encoded]
 
     def encode_sentences(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each sentence: SentencePiece marks the space itself."""
+        """Return the ids of each sentence: SentencePiece marks the spaces itself."""
         return self.encode_batch(sentences)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text, with ⁇ for `<unk>`; other special tokens leave nothing in it."""
-        return self._processor.decode(self._plain(ids))
+        return self._processor.decode([int(index) for index in ids])
 
 
-def _well_formed(text: str) -> str:
+def _utf8(text: str) -> bytes:
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _byte_alphabet() -> dict[int, str]:
     """Return GPT-2's spelling of the 256 bytes: printable ones as they are, others from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in sorted(printable)} | {
+    return {byte: chr(byte) for byte in printable} | {
         byte: chr(0x100 + place) for place, byte in enumerate(others)
     }
 
@@ -254,26 +298,26 @@ def _token_bytes(token: str) -> bytes:
     return bytes(_CHARACTER_TO_BYTE[character] for character in token)
 
 
-def _ranks(merges: Sequence[str]) -> dict[str, int]:
-    """Return {token: rank}: the 256 bytes, then what each merge makes; raises `ValueError`."""
-    ranks = {character: rank for rank, character in enumerate(_BYTE_TO_CHARACTER.values())}
+def _tokens_made(merges: Sequence[str]) -> list[str]:
+    """Return the tokens by rank: the 256 bytes, then what each merge makes.
+
+    Raises `ValueError` for a merge that does not make a new token out of two older ones.
+    """
+    made = dict.fromkeys(_CHARACTER_TO_BYTE)
     for number, merge in enumerate(merges, start=1):
         left, _, right = merge.partition(" ")
-        if left not in ranks or right not in ranks or left + right in ranks:
+        if left not in made or right not in made or left + right in made:
             raise ValueError(f"merge {number}, {merge!r}, does not make a new token of older ones")
-        ranks[left + right] = len(ranks)
-    return ranks
+        made[left + right] = None
+    return list(made)
 
 
 def _load_bpe(vocab_file: str, bpe_ranks: str) -> ByteLevelBPE:
-    spelling = _read_vocabulary(vocab_file)
-    _check_specials(spelling, vocab_file, "take a RoBERTa vocabulary")
-    merges = _read_merges(bpe_ranks)
     try:
-        return ByteLevelBPE(spelling, merges)
+        return ByteLevelBPE(_read_vocabulary(vocab_file), _read_merges(bpe_ranks))
     except ValueError as error:
         raise UserError(
-            f"{bpe_ranks}: {error} ({vocab_file}); take both files from the same model"
+            f"{vocab_file} with {bpe_ranks}: {error}; give both files of one RoBERTa vocabulary"
         ) from None
 
 
@@ -281,22 +325,22 @@ def _read_vocabulary(path: str) -> list[str]:
     """Return the tokens in the order of their ids, from GluonNLP's or Hugging Face's JSON."""
     content = read_json(path)
     ids = content.get("token_to_idx", content) if isinstance(content, dict) else None
-    if not isinstance(ids, dict) or sorted(_integers(ids)) != list(range(len(ids))):
+    if (
+        not isinstance(ids, dict)
+        or any(type(index) is not int for index in ids.values())
+        or sorted(ids.values()) != list(range(len(ids)))
+    ):
         raise UserError(
-            f"{path}: is neither a GluonNLP vocabulary nor a Hugging Face vocab.json "
-            "(a JSON object that numbers its tokens from 0 on)"
+            f"{path}: is neither a GluonNLP vocabulary nor a Hugging Face vocab.json, which "
+            "number their tokens from 0 on without gaps"
         )
     return sorted(ids, key=ids.__getitem__)
-
-
-def _integers(ids: Mapping[str, Any]) -> list[int]:
-    return [index for index in ids.values() if type(index) is int]
 
 
 def _read_merges(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as handle:
-            lines = handle.read().splitlines()
+            lines = handle.read().split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -312,17 +356,49 @@ def _load_sentencepiece(path: str) -> SentencePiece:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except RuntimeError:
         raise UserError(f"{path}: is not a SentencePiece model") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; train one with scripts/train_sentencepiece.py") from None
 
 
-def _check_specials(spelling: Sequence[str], path: str, cure: str) -> None:
-    known = set(spelling)
-    missing = [token for token in SPECIAL_TOKENS.values() if token not in known]
-    if missing:
-        raise UserError(f"{path}: lacks {', '.join(missing)}; {cure}")
+def _released_files() -> tuple[str, str]:
+    """Return the paths of RoBERTa's vocabulary and merges in MXNet's cache, downloaded if need be.
 
-
-def _gluonnlp_files(dataset_name: str) -> tuple[str, str]:
+    Looks before it asks GluonNLP, whose import brings MXNet and takes seconds.
+    """
     home = os.environ.get("MXNET_HOME", os.path.join("~", ".mxnet"))
-    root = os.path.join(os.path.expanduser(home), "models")
-    found = glob.glob(os.path.join(glob.escape(root), f"{dataset_name}-*.vocab"))
-    return found[0], os.path.join(root, _BPE_RANKS_FILE)
+    folder = os.path.join(os.path.expanduser(home), "models")
+    vocab_file, bpe_ranks = (os.path.join(folder, name) for name in _RELEASED_FILES)
+    if not (_is_whole(vocab_file) and _is_whole(bpe_ranks)):
+        _download_released(folder)
+    return vocab_file, bpe_ranks
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        with open(path, "rb") as handle:
+            digest = hashlib.sha1(handle.read()).hexdigest()
+    except OSError:
+        return False
+    return digest.startswith(os.path.basename(path).rpartition("-")[2].partition(".")[0])
+
+
+def _download_released(folder: str) -> None:
+    """Let GluonNLP fetch both files into a folder of their own, then put them in their place."""
+    from gluonnlp.data import GPT2BPETokenizer
+    from gluonnlp.data.utils import _load_pretrained_vocab
+
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:
+            with contextlib.redirect_stdout(sys.stderr):
+                _load_pretrained_vocab(RELEASED_DATASET, fresh)
+                GPT2BPETokenizer(root=fresh)
+            for name in _RELEASED_FILES:
+                os.replace(os.path.join(fresh, name), os.path.join(folder, name))
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).split("(", 1)[0].strip() or type(error).__name__
+        raise UserError(
+            f"--dataset_name {RELEASED_DATASET}: {' and '.join(_RELEASED_FILES)} are not in "
+            f"{folder} and could not be downloaded ({type(error).__name__}: {reason}); put them "
+            "there, or give --vocab_file and --bpe_ranks"
+        ) from None
