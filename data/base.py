@@ -83,6 +83,7 @@ class Task:
     measures: metrics of (labels, predictions), both [n]; reported under their own names.
     headline: the official metrics, whose mean is the leaderboard's figure for the task; the
         first one stops training early.
+    counts_from_zero: the leaderboard's indices are 0, 1, 2, ... (not of MultiRC and ReCoRD).
     model_task: the task whose model predicts this one (its own name if empty).
     """
 
@@ -96,6 +97,7 @@ class Task:
     files: tuple[File, ...]
     measures: tuple[Callable[[np.ndarray, np.ndarray], float], ...] = (metrics.accuracy,)
     headline: tuple[str, ...] = ("accuracy",)
+    counts_from_zero: bool = True
     model_task: str = ""
 
     @property

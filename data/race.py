@@ -19,7 +19,7 @@ from data.base import Example, File, Split, Task
 from data.files import BadRowError, collect, member, parse_object
 
 CASTS = ("choices", "joined")
-_BLANK = re.compile(r"_+")
+_BLANK = re.compile(r"\s*_+\s*")
 
 
 class Article(NamedTuple):
@@ -160,7 +160,7 @@ def _texts(options: Any) -> list[str]:
 def _filled(question: Question, option: str) -> str:
     """Put the option at the question's only blank, or behind the question."""
     if len(_BLANK.findall(question.text)) == 1:
-        return _BLANK.sub(lambda _: option, question.text)
+        return _BLANK.sub(lambda _: f" {option} ", question.text).strip()
     return f"{question.text} {option}"
 
 

@@ -241,6 +241,7 @@ class MultiRC(SuperGlueTask):
     folders = ("MultiRC", "superglue_multirc")
     files = three_files(".jsonl", 27243, 4848, 9693, "val")
     headline = ("f1a", "exact_match")
+    counts_from_zero = False
     values = answers = (0, 1)
 
     def _examples(self, row: dict[str, Any], index: int) -> list[Example]:
@@ -335,6 +336,7 @@ class ReCoRD(SuperGlueTask):
     files = three_files(".jsonl", 100730, 10000, 10000, "val")
     label_key = "answers"
     headline = ("f1", "exact_match")
+    counts_from_zero = False
 
     def count_rows(self, examples: Sequence[Example]) -> int:
         """Return the number of queries."""

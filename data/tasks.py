@@ -10,7 +10,8 @@ from data.glue import GLUE_TASKS
 from data.race import RACE_TASKS, Race
 from data.super_glue import SUPER_GLUE_TASKS
 
-SUITES: tuple[str, ...] = ("glue", "superglue", "race")
+LEADERBOARDS: tuple[str, ...] = ("glue", "superglue")
+SUITES: tuple[str, ...] = (*LEADERBOARDS, "race")
 _CLASSES: tuple[type[Task], ...] = (*GLUE_TASKS, *SUPER_GLUE_TASKS, *RACE_TASKS)
 
 

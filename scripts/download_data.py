@@ -1,0 +1,35 @@
+"""Fetch the data of GLUE, SuperGLUE and RACE tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional, Sequence
+
+from bort.config import OneLineParser
+from bort.errors import door
+from data.base import default_data_dir
+from data.download import SERVER, download
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> Path:
+    """Fetch what is named on the command line and return the folder that it lies in."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("names", nargs="+", help="tasks, or glue, superglue, race, all")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        default=default_data_dir(),
+        help="where the data go, and where they are looked for first (default %(default)s)",
+    )
+    parser.add_argument(
+        "--server", default=SERVER, help="a mirror with the same paths (default %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    data_dir: Path = arguments.data_dir.expanduser()
+    download(arguments.names, data_dir, arguments.server)
+    return data_dir
+
+
+if __name__ == "__main__":
+    main()

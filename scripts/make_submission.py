@@ -1,0 +1,41 @@
+"""Gather the predictions of fine-tuning runs into the archive that GLUE or SuperGLUE takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional, Sequence
+
+from bort.config import OneLineParser
+from bort.errors import door
+from data.submission import Entry, gather, write_archive
+from data.tasks import LEADERBOARDS
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> list[Entry]:
+    """Check every file, write the archive, and return its entries."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("suite", choices=LEADERBOARDS)
+    parser.add_argument("--runs", type=Path, required=True, help="folder with one run per task")
+    parser.add_argument("--output", type=Path, required=True, help="the .zip file to write")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        help="the data that were predicted; needed when they are not the official test sets",
+    )
+    parser.add_argument(
+        "--fill_missing",
+        action="store_true",
+        help="fill the file of a task without predictions with its first label",
+    )
+    arguments = parser.parse_args(argv)
+    entries = gather(arguments.suite, arguments.runs, arguments.data_dir, arguments.fill_missing)
+    write_archive(arguments.output, entries)
+    for entry in entries:
+        print(f"{entry.name:<14}{entry.rows:>8} rows  {entry.origin}")
+    print(f"{arguments.output}: {len(entries)} files")
+    return entries
+
+
+if __name__ == "__main__":
+    main()

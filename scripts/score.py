@@ -1,0 +1,27 @@
+"""Average the scores of fine-tuning runs as GLUE and SuperGLUE do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional, Sequence
+
+from bort.config import OneLineParser
+from bort.errors import door
+from data.scoreboard import SuiteScore, as_table, read_scores, suite_score
+from data.tasks import SUITES
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> dict[str, SuiteScore]:
+    """Print one table per suite that has a run, and return them by suite."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders with metrics.json files")
+    scores = read_scores(parser.parse_args(argv).runs)
+    tables = {suite: suite_score(suite, scores) for suite in SUITES}
+    tables = {suite: table for suite, table in tables.items() if table.tasks}
+    print("\n\n".join(as_table(suite, table) for suite, table in tables.items()))
+    return tables
+
+
+if __name__ == "__main__":
+    main()
