@@ -147,7 +147,7 @@ def load_space(name: str) -> list[Shape]:
     if name in SPACES:
         return SPACES[name]()
     if not name.endswith((".yaml", ".yml")):
-        raise UserError(f"--space {name}: must be {', '.join(SPACES)} or a .yaml file")
+        raise UserError(f"--space {name}: must be {', '.join(SPACES)}, or a .yaml file")
     content = _read_yaml(name)
     if isinstance(content, dict) and set(content) == {"architectures"}:
         space = [shape_of(str(one)) for one in _listed(name, content, "architectures", str)]

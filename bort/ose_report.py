@@ -74,7 +74,11 @@ def _print_correlation(family: BertFamily, latencies: Mapping[Shape, float]) -> 
 def abnc_lines(frame: Frame) -> list[str]:
     """Return the report of the AB^nC conditions."""
     conditions = check_abnc(frame.members, frame.family.layers)
-    return ["AB^nC property (C is the masked-LM decoder):", *(f"  {one}" for one in conditions)]
+    return [
+        "AB^nC property (C is the masked-LM decoder):",
+        *(f"  {condition}" for condition in conditions),
+        "  open   a smooth training problem, and SGD with clipped weights (the theory mode)",
+    ]
 
 
 def explanation(frame: Frame, shape: Shape, result: OseResult | None) -> list[str]:

@@ -113,12 +113,12 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[OseResult]:
     result = None
     if errors:
         search = partial(run_search, frame, errors, settings.seed)
+        strides = read_strides(settings.compare_strides, len(errors.space))
         result = search(settings.stride)
         folder = settings.output_dir
         os.makedirs(folder, exist_ok=True)
         write_report(result, frame, latencies, as_dict(space_settings, settings), folder)
-        if settings.compare_strides:
-            strides = read_strides(settings.compare_strides, len(errors.space))
+        if strides:
             compare_strides([(stride, search(stride)) for stride in strides], folder)
     if settings.explain:
         print("\n".join(explanation(frame, shape_of(settings.explain), result)))
@@ -181,6 +181,8 @@ def read_errors(source: str, space: Sequence[Shape]) -> Errors:
                     )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{source}: cannot be read ({error})") from None
+    if not measured:
+        raise UserError(f"{source}: holds no errors; give a line for each architecture")
     return Errors(list(measured), MeanError(measured))
 
 
@@ -194,8 +196,10 @@ def _read_row(where: str, row: Mapping[str, Optional[str]]) -> tuple[Shape, floa
     return shape, error
 
 
-def read_strides(text: str, most: int) -> list[int]:
-    """Return the strides of a list with commas, 1 always among them, ascending."""
+def read_strides(text: Optional[str], most: int) -> list[int]:
+    """Return the strides of a list with commas, ascending, with 1 among them; none for None."""
+    if text is None:
+        return []
     try:
         strides = {int(one) for one in text.split(",")}
     except ValueError:
