@@ -189,12 +189,3 @@ def test_the_script_itself(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: --space nowhere")
-
-
-def test_infinite_errors_are_null_in_the_files():
-    assert (
-        run_ose.MeanError({shape_of("bort_1_1_1_1"): [math.inf, 1.0]})(
-            shape_of("bort_1_1_1_1"), 0, {}, None
-        )
-        == math.inf
-    )
