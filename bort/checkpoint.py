@@ -2,7 +2,7 @@
 
     <folder>/step-0001000/model.params   parameters, MXNet's format, the tied matrix once
                           trainer.npz    optimiser state, plain arrays
-                          state.json     step, position, settings, SHA-256 of the other files
+                          state.json     step, position, settings, SHA-256 of the files and itself
     <folder>/checkpoint_last             link to the newest
     <folder>/checkpoint_best             link to the best by held-out loss, never pruned
 
@@ -12,7 +12,9 @@ final name is complete, and its checksums are verified before it is loaded.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -27,6 +29,7 @@ from bort.errors import UserError
 MODEL = "model.params"
 TRAINER = "trainer.npz"
 STATE = "state.json"
+OWN_SUM = "state_sha256"
 LAST = "checkpoint_last"
 BEST = "checkpoint_best"
 
@@ -60,14 +63,16 @@ def save(
         arrays: the optimiser's state.
         state: what else a resumed run needs; JSON.
     """
-    name = f"step-{step:07d}"
+    name = _name(step)
     temporary = os.path.join(folder, f".{name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     write_model(os.path.join(temporary, MODEL))
     np.savez(os.path.join(temporary, TRAINER), **arrays)
-    files = {file: _flushed_sha256(os.path.join(temporary, file)) for file in (MODEL, TRAINER)}
-    write_json(os.path.join(temporary, STATE), {"step": step, **state, "sha256": files})
+    sums = {file: _flushed_sha256(os.path.join(temporary, file)) for file in (MODEL, TRAINER)}
+    content = {"step": step, **state, "sha256": sums}
+    write_json(os.path.join(temporary, STATE), {**content, OWN_SUM: _json_sha256(content)})
+    _fsync_folder(temporary)
     final = os.path.join(folder, name)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
@@ -88,7 +93,11 @@ def point(folder: str, link: str, name: str) -> None:
 def load(path: str) -> Checkpoint:
     """Verify and open one checkpoint; raises `UserError` naming what is missing or altered."""
     state = read_json(os.path.join(path, STATE))
-    for file, expected in state.get("sha256", {}).items():
+    if not isinstance(state, dict) or state.pop(OWN_SUM, None) != _json_sha256(state):
+        raise UserError(
+            f"{os.path.join(path, STATE)}: its own SHA-256 is missing or wrong; altered"
+        )
+    for file, expected in state["sha256"].items():
         full = os.path.join(path, file)
         if not os.path.exists(full):
             raise UserError(f"{full}: missing; the checkpoint is not complete")
@@ -98,22 +107,57 @@ def load(path: str) -> Checkpoint:
 
 
 def latest(folder: str) -> Checkpoint | None:
-    """Open the newest good checkpoint of a run; warns of each damaged one it passes over."""
-    for name in reversed(_names(folder)):
+    """Open the newest good checkpoint of a run; None when the run has not saved any.
+
+    Warns of each damaged one that it passes over; raises `UserError` when all are damaged.
+    """
+    names = _names(folder)
+    for name in reversed(names):
         try:
             return load(os.path.join(folder, name))
         except UserError as error:
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+    if names:
+        raise UserError(
+            f"{folder}: all its checkpoints are damaged; give another --ckpt_dir to start anew"
+        )
     return None
+
+
+def rewind(folder: str, step: int, best_step: int | None) -> None:
+    """Make the folder what it was when the run had saved the checkpoint of `step`.
+
+    Later checkpoints, damaged or of a continuation that is given up, would otherwise outlive the
+    ones to come when those are pruned. What a killed run left half-written goes, too.
+    """
+    for name in _names(folder):
+        if _step_of(name) > step:
+            shutil.rmtree(os.path.join(folder, name))
+    for half_written in glob.glob(os.path.join(glob.escape(folder), ".step-*.tmp")):
+        shutil.rmtree(half_written)
+    point(folder, LAST, _name(step))
+    if best_step is not None and _name(best_step) in _names(folder):
+        point(folder, BEST, _name(best_step))
+    elif os.path.lexists(os.path.join(folder, BEST)):
+        os.remove(os.path.join(folder, BEST))
 
 
 def at_step(folder: str, step: int) -> Checkpoint:
     """Open the checkpoint of a step; raises `UserError` with the steps there are."""
-    name = f"step-{step:07d}"
+    name = _name(step)
     if name not in _names(folder):
-        there = ", ".join(str(int(name[5:])) for name in _names(folder)) or "none"
+        there = ", ".join(str(_step_of(name)) for name in _names(folder)) or "none"
         raise UserError(f"--start_step {step}: {folder} has no such checkpoint (steps: {there})")
     return load(os.path.join(folder, name))
+
+
+def require_none(folder: str) -> None:
+    """Raise `UserError` when the folder holds checkpoints: a new run would mix its own in."""
+    if _names(folder):
+        raise UserError(
+            f"--ckpt_dir {folder}: holds the checkpoints of another run; "
+            "--resume goes on from them, another folder starts anew"
+        )
 
 
 def prune(folder: str, keep: int) -> None:
@@ -126,9 +170,18 @@ def prune(folder: str, keep: int) -> None:
             shutil.rmtree(os.path.join(folder, name))
 
 
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def _step_of(name: str) -> int:
+    return int(name[len("step-") :])
+
+
 def _names(folder: str) -> list[str]:
     found = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(name for name in found if re.fullmatch(r"step-\d{7,}", name))
+    # By number: ten million has a digit more than the names are padded to.
+    return sorted((name for name in found if re.fullmatch(r"step-\d{7,}", name)), key=_step_of)
 
 
 def _sha256(path: str) -> str:
@@ -137,6 +190,10 @@ def _sha256(path: str) -> str:
         for block in iter(lambda: handle.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _json_sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _flushed_sha256(path: str) -> str:
