@@ -121,7 +121,9 @@ class RunSettings:
     ckpt_interval: int = option(1000, "updates between checkpoints", minimum=1)
     keep_checkpoints: int = option(3, "newest checkpoints to keep, besides the best", minimum=1)
     resume: bool = option(False, "go on from the newest good checkpoint in --ckpt_dir")
-    start_step: int = option(0, "go on from the checkpoint of this step", minimum=0)
+    start_step: int = option(
+        0, "go on from the checkpoint of this step and delete the later ones", minimum=0
+    )
     log_interval: int = option(10, "updates between metric lines", minimum=1)
     eval_interval: int = option(1000, "updates between evaluations", minimum=1)
     seed: int = option(0, "of the weights, the order of the data and the dropout", minimum=0)
@@ -264,6 +266,7 @@ class Pretraining:
         self.step = 0
         self.position = 0
         self.best_loss = float("inf")
+        self.best_step: int | None = None
         self.stop_asked = False
         self.source, self.held_out, self.manifest = open_data(settings)
         self.student, self.teacher = build_models(settings, self.manifest, self.devices)
@@ -281,15 +284,18 @@ class Pretraining:
         self._timer = PhaseTimer()
 
     def run(self) -> list[dict[str, float]]:
-        """Train up to the last step; returns the evaluations, the first before training."""
+        """Train up to the last step; returns the evaluations, of a new run the first before it."""
         run, last = self.settings.run, self.settings.optimizer.num_steps
         self._begin()
         batches = prefetched(lambda number: (number, self.source(number)), self._numbers())
-        evaluations = [self._evaluate()]
+        # A resumed run has had its evaluation of this step.
+        evaluations = [] if self.step else [self._evaluate()]
         self._stopwatch.lap()
+        stop = False
         with stop_on_sigterm(self):
-            while self.step < last and not self.stop_asked:
+            while self.step < last and not stop:
                 self._train_step(batches)
+                stop = self._stop_agreed()
                 if self.step % run.log_interval == 0 or self.step == last:
                     self._log()
                 best = False
@@ -297,11 +303,15 @@ class Pretraining:
                     evaluations.append(self._evaluate())
                     best = self._is_best(evaluations[-1])
                 due = self.step % run.ckpt_interval == 0 or self.step == last
-                if due or best or self.stop_asked:
+                if due or best or stop:
                     self._save(best)
         batches.close()
         self._reporter.close()
         return evaluations
+
+    def _stop_agreed(self) -> bool:
+        """Tell whether any rank was asked to stop: all have to leave after the same step."""
+        return bool(self.communicator.sum(np.array([float(self.stop_asked)]))[0])
 
     @property
     def _workers(self) -> int:
@@ -428,7 +438,9 @@ class Pretraining:
 
     def _is_best(self, evaluation: dict[str, float]) -> bool:
         loss = evaluation.get("mlm_loss", self.best_loss)
-        improved, self.best_loss = loss < self.best_loss, min(loss, self.best_loss)
+        improved = loss < self.best_loss
+        if improved:
+            self.best_loss, self.best_step = loss, self.step
         return improved
 
     def _save(self, best: bool) -> None:
@@ -443,6 +455,7 @@ class Pretraining:
         state = {
             "position": self.position,
             "best_loss": self.best_loss,
+            "best_step": self.best_step,
             "interval": interval,
             "model": self.settings.student.student_model,
             "vocab_size": self.manifest.vocab_size,
@@ -465,6 +478,8 @@ class Pretraining:
     def _restore(self) -> bool:
         run = self.settings.run
         if not (run.resume or run.start_step):
+            if self._first:
+                checkpoint.require_none(run.ckpt_dir)
             return False
         found = None
         if self._first:
@@ -481,7 +496,9 @@ class Pretraining:
             self.trainer.load_state(found.trainer_arrays())
             self._interval.load_state(state["interval"])
         self.step, self.position = state["step"], state["position"]
-        self.best_loss = state["best_loss"]
+        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+        if found:
+            checkpoint.rewind(run.ckpt_dir, self.step, self.best_step)
         return True
 
 
