@@ -19,7 +19,7 @@ class Communicator(Protocol):
     local_rank: int
 
     def broadcast(self, arrays: Sequence[Any]) -> None:
-        """Overwrite the NDArrays with those of rank 0."""
+        """Overwrite the NDArrays with those of rank 0; waits for the others."""
 
     def sum_in_place(self, arrays: Sequence[Any]) -> None:
         """Overwrite each NDArray with its sum over all ranks, without waiting.
@@ -79,6 +79,9 @@ class Horovod:
         """Overwrite the NDArrays with those of rank 0."""
         for number, array in enumerate(arrays):
             self._hvd.broadcast_(array, root_rank=0, name=f"broadcast.{number}")
+        # The next call uses the same names, and two messages of one name must not be under way.
+        for array in arrays:
+            array.wait_to_read()
 
     def sum_in_place(self, arrays: Sequence[Any]) -> None:
         """Overwrite each NDArray with its sum over all ranks, fused into few messages."""
