@@ -51,8 +51,9 @@ def shape_of(model_name: str) -> Shape:
     """
     if model_name in PREDEFINED_SHAPES:
         return PREDEFINED_SHAPES[model_name]
-    spelled = re.fullmatch(r"bort_(\d+)_(\d+)_(\d+)_(\d+)", model_name)
-    if not spelled or "0" in spelled.groups():
+    # No leading zeros: a shape has one name, and no number is 0.
+    spelled = re.fullmatch("bort" + 4 * "_([1-9][0-9]*)", model_name)
+    if not spelled:
         raise UserError(
             f"model name {model_name!r}: expected bort_<layers>_<heads>_<intermediate>_<hidden>, "
             "such as bort_4_8_768_1024"
