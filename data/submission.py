@@ -137,7 +137,9 @@ def _filled(task: Task, split: str, data_dir: Optional[Path]) -> Entry:
     lines = task.submission(examples, np.zeros((len(examples), max(1, len(task.labels)))))
     default = "0.000" if not task.labels else task.labels[0]
     default = "the first entity" if task.kind == "candidates" else default
-    return Entry(name, len(examples), f"not predicted, filled with {default}", _content(lines))
+    return Entry(
+        name, task.count_rows(examples), f"not predicted, filled with {default}", _content(lines)
+    )
 
 
 def write_archive(path: Path, entries: Sequence[Entry]) -> None:
