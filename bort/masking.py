@@ -236,7 +236,7 @@ def _choose_words(
     The shuffle of Fisher and Yates, stopped early, one draw at a time from all rows at once.
 
     `lengths` [words] are the tokens of each word, `offsets` [rows + 1] where the words of each row
-    begin, `wanted` [rows] the tokens to take. Returns which words are taken, bool [words].
+    begin, `wanted` [rows] the tokens to take. Returns the numbers of the words taken, ascending.
     """
     order = np.arange(len(lengths))
     taken = np.zeros(len(lengths), bool)
@@ -246,7 +246,7 @@ def _choose_words(
         if not rows.all():
             at, end, missing = at[rows], end[rows], missing[rows]
         if not len(at):
-            return taken
+            return np.flatnonzero(taken)
         drawn = at + (generator.random(len(at)) * (end - at)).astype(np.int64)
         word = order[drawn]
         order[drawn] = order[at]

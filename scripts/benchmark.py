@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Measure one part of the project, against the plain way of doing the same.
+
+python scripts/benchmark.py NAME [flags]          flags: python scripts/benchmark.py NAME --help
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from typing import Any, Optional, Sequence
+
+import benchmarks
+
+from bort.config import OneLineParser
+from bort.errors import door
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> Any:
+    """Run the benchmark that the first argument names; return what its `main` returns."""
+    names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("name", choices=names)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = parser.parse_args(arguments[:1]).name
+    return importlib.import_module(f"benchmarks.{name}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

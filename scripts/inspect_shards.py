@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Show what a folder of pretraining shards holds: its manifest, statistics, a few instances.
+
+    python scripts/inspect_shards.py FOLDER [--num 3]
+
+The vocabulary is the one the shards were made with; if it moved since, name it by the tokenizer's
+flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Iterator, Optional, Sequence
+
+import numpy as np
+
+from bort.config import build, check_limits, option, parser_for
+from bort.errors import UserError, door
+from bort.tokenization import Tokenizer, TokenizerSettings, load_tokenizer
+from data.shards import Manifest, Shard, ShardSet, open_shards
+
+_SEQUENCES_AT_ONCE = 1 << 14
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """What is shown."""
+
+    num: int = option(3, "instances to print, spread over the folder", minimum=0)
+
+
+@dataclass
+class Statistics:
+    """Counts over all sequences of a folder."""
+
+    text_tokens: int = 0
+    masked: int = 0
+    masked_special: int = 0
+    became_mask: int = 0
+    became_other: int = 0
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Yield (what, how much) for the table."""
+        yield "masked, of tokens of text", _percent(self.masked, self.text_tokens)
+        yield "  became <mask>", _percent(self.became_mask, self.masked)
+        yield "  became another token", _percent(self.became_other, self.masked)
+        kept = self.masked - self.became_mask - self.became_other
+        yield "  stayed", _percent(kept, self.masked)
+        yield "masked special tokens", f"{self.masked_special:,}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.2f} %"
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> Statistics:
+    """Print the report on one folder and return its statistics."""
+    parser = parser_for(str(__doc__), InspectSettings, TokenizerSettings)
+    parser.add_argument("folder", help="made by create_pretraining_data.py")
+    parsed = vars(parser.parse_args(argv))
+    settings = build(InspectSettings, parsed)
+    check_limits(settings)
+    shards = open_shards(parsed["folder"], verify=True)
+    tokenizer = _tokenizer_of(shards.manifest, build(TokenizerSettings, parsed))
+    statistics = measure(shards, tokenizer)
+    for what, value in [*_manifest_rows(shards), *statistics.rows()]:
+        print(f"{what:<28}{value:>16}")
+    for index in np.linspace(0, shards.num_sequences - 1, settings.num).astype(int):
+        print(f"\nsequence {index}, {shards.lengths[index]} tokens")
+        print(in_words(tokenizer, *shards.sequence(int(index))))
+    return statistics
+
+
+def _tokenizer_of(manifest: Manifest, given: TokenizerSettings) -> Tokenizer:
+    if given == TokenizerSettings():
+        given = build(TokenizerSettings, manifest.tokenizer["settings"])
+    tokenizer = load_tokenizer(given)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            "the shards were made with another vocabulary: name it by --dataset_name, "
+            f"--vocab_file and --bpe_ranks, or --sentencepiece (now {given})"
+        )
+    return tokenizer
+
+
+def _manifest_rows(shards: ShardSet) -> Iterator[tuple[str, str]]:
+    manifest, lengths = shards.manifest, shards.lengths
+    yield "tokenizer", str(manifest.tokenizer["name"])
+    yield "vocabulary", f"{manifest.vocab_size:,}"
+    for name, value in manifest.arguments.items():
+        yield f"--{name}", str(value)
+    yield "input files", f"{len(manifest.inputs):,}"
+    yield "shards (SHA-256 verified)", f"{len(manifest.shards):,}"
+    for name, count in manifest.totals.items():
+        yield name, f"{count:,}"
+    yield "unknown, of all tokens", _percent(manifest.totals["unknown"], lengths.sum())
+    shortest, median, longest = np.percentile(lengths, [0, 50, 100])
+    yield "length, shortest", f"{shortest:.0f}"
+    yield "length, median", f"{median:.0f}"
+    yield "length, longest", f"{longest:.0f}"
+
+
+def measure(shards: ShardSet, tokenizer: Tokenizer) -> Statistics:
+    """Count masks and what became of the tokens; reads all shards, a part at a time."""
+    total = Statistics()
+    special = np.zeros(tokenizer.vocab_size, bool)
+    special[tokenizer.special_ids] = True
+    for shard in shards.shards:
+        for first in range(0, shard.num_sequences, _SEQUENCES_AT_ONCE):
+            last = min(first + _SEQUENCES_AT_ONCE, shard.num_sequences)
+            shown, true_ids, input_ids = _masked_tokens(shard, first, last)
+            total.masked += len(true_ids)
+            total.masked_special += int(special[true_ids].sum())
+            total.became_mask += int((shown == tokenizer.mask_id).sum())
+            total.became_other += int(((shown != tokenizer.mask_id) & (shown != true_ids)).sum())
+            # A special token that is masked, or shown in place of a token, is one of the latter.
+            specials = special[input_ids].sum() - special[shown].sum() + special[true_ids].sum()
+            total.text_tokens += len(input_ids) - int(specials)
+    return total
+
+
+def _masked_tokens(shard: Shard, first: int, last: int) -> tuple[np.ndarray, ...]:
+    """Return what is shown at the masked places, what is true there, and all input ids."""
+    offsets = shard.offsets[first : last + 1]
+    masked_offsets = shard.masked_offsets[first : last + 1]
+    masked = slice(masked_offsets[0], masked_offsets[-1])
+    input_ids = shard.input_ids[offsets[0] : offsets[-1]]
+    starts = np.repeat(offsets[:-1] - offsets[0], np.diff(masked_offsets))
+    return (
+        input_ids[starts + shard.masked_positions[masked]],
+        shard.masked_ids[masked],
+        input_ids,
+    )
+
+
+def in_words(
+    tokenizer: Tokenizer, input_ids: np.ndarray, positions: np.ndarray, true_ids: np.ndarray
+) -> str:
+    """Return a sequence as text; a masked token reads [true token: what is shown]."""
+    truth = dict(zip(positions.tolist(), true_ids.tolist()))
+    special = set(tokenizer.special_ids.tolist())
+    ids = input_ids.tolist()
+
+    def kind(place: int) -> int:
+        # Each masked or special token stands alone, the others are decoded together.
+        return place if place in truth or ids[place] in special else -1
+
+    words = []
+    for key, places in groupby(range(len(ids)), key=kind):
+        shown = [ids[place] for place in places]
+        if key not in truth:
+            words.append(_spelt(tokenizer, shown))
+            continue
+        true_word = _spelt(tokenizer, [truth[key]])
+        space = " " * true_word.startswith(" ")
+        became = "kept" if shown == [truth[key]] else _spelt(tokenizer, shown).strip()
+        words.append(f"{space}[{true_word.strip()}: {became}]")
+    return "".join(words)
+
+
+def _spelt(tokenizer: Tokenizer, ids: list[int]) -> str:
+    if ids[0] in tokenizer.special_ids:
+        return " ".join(tokenizer.tokens(ids))
+    text = tokenizer.decode(ids)
+    # SentencePiece forgets the space before the first word.
+    missing = tokenizer.word_starts[ids[0]] and not text.startswith(" ")
+    return " " * bool(missing) + text
+
+
+if __name__ == "__main__":
+    main()
