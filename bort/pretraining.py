@@ -280,6 +280,7 @@ class Pretraining:
             max_norm=settings.optimizer.max_norm,
         )
         self._interval = Interval(self.devices[0])
+        self._gradient_norm = nd.zeros(1, ctx=self.devices[0])
         self._stopwatch = Stopwatch()
         self._timer = PhaseTimer()
 
@@ -374,7 +375,9 @@ class Pretraining:
             rate = learning_rate(
                 self.step + 1, optimizer.lr, optimizer.warmup_steps, optimizer.num_steps
             )
-            self._gradient_norm = self.trainer.update(total, rate)
+            before, self._gradient_norm = self._gradient_norm, self.trainer.update(total, rate)
+        # One step may wait in the device's queue, no more: a run that is told to stop ends soon.
+        before.wait_to_read()
         self.step += 1
         self.position += self._workers * self.settings.data.accumulate
         self._reporter.advance()
