@@ -223,11 +223,14 @@ requirements_file() {
 # ---- the environment ---------------------------------------------------------------------------
 
 # Keeps .venv when it was made here, for this MXNet and this Python, even if it is unfinished.
+# Sets `kept`.
 prepare_venv() {
     local found options=()
+    kept=""
     if [[ -f $VENV/made-for && "$(<"$VENV/made-for")" == "$ROOT $variant" ]] &&
         serves_python "$PY" && "$PY" -m pip --version >/dev/null 2>&1; then
         drop_half_installed
+        kept=yes
         return
     fi
     found=${asked:-$(newest_python)}
@@ -286,6 +289,12 @@ check_mxnet() {
     local output
     output=$("$PY" -c 'import mxnet, gluonnlp' 2>&1) && return
     printf '%s\n' "$output" >>"$LOG"
+    if [[ -n $kept ]]; then
+        say "what an earlier set-up left does not load; making .venv anew"
+        rm "$VENV/made-for"
+        fill_venv
+        return
+    fi
     case "$variant" in
         cu101) die "mxnet-cu101 does not load: ${output##*$'\n'}. It needs CUDA 10.1, cuDNN 7 and" \
             "NCCL 2 on LD_LIBRARY_PATH; with a newer driver use BORT_MXNET=cu117" ;;
@@ -445,16 +454,20 @@ remember_choice() {
     esac
 }
 
-set_up() {
-    local variant
-    variant=$(mxnet_variant)
-    warn_about_gpus
-    check_compiler
+fill_venv() {
     prepare_venv
     remember_choice
     install_packages
     write_path_file
     check_mxnet
+}
+
+set_up() {
+    local variant kept
+    variant=$(mxnet_variant)
+    warn_about_gpus
+    check_compiler
+    fill_venv
     link_driver_library
     install_horovod
     fingerprint >"$VENV/complete"

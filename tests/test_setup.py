@@ -32,6 +32,7 @@ if [[ -n ${FAKE_FAILS:-} && $text == *"$FAKE_FAILS"* ]]; then
 fi
 install() {
     for name; do
+        [[ ! -d $packages/$name.dist-info ]] || continue
         mkdir -p "$packages/$name" "$packages/$name.dist-info"
         touch "$packages/$name.dist-info/RECORD"
     done
@@ -58,8 +59,11 @@ case "$text" in
         touch "$(after --wheel-dir)/horovod-0.28.1-cp3$minor-cp3$minor-linux_x86_64.whl"
         ;;
     *--target*) mkdir -p "$(after --target)/nvidia/cu13/lib" ;;
-    *.whl) install horovod ;;
-    *requirements-dev.txt*) install mxnet gluonnlp ;;
+    *force-reinstall*.whl) rm -rf "$packages/horovod.dist-info" && install horovod ;;
+    *requirements-dev.txt*)
+        install mxnet gluonnlp
+        [[ $text != *cu117* ]] || mkdir -p "$packages/nvidia/nccl"
+        ;;
 esac
 """
 
@@ -185,10 +189,22 @@ def test_a_half_installed_package_is_installed_again(machine):
     assert machine.made(".whl")
 
 
+def test_a_damaged_package_is_replaced(machine):
+    succeeded(machine.run())
+    (machine.project / ".venv/packages/mxnet").rmdir()
+    assert "does not load; making .venv anew" in succeeded(machine.run())
+    assert not machine.made("pip wheel")
+    machine.command("nvidia-smi", "exit 1")
+    run = machine.run(FAKE_FAILS="import mxnet")
+    assert "error: MXNet does not load" in run.stderr
+    assert len(machine.made("-m venv")) == 1
+
+
 def test_a_moved_checkout_gets_a_new_environment(machine, tmp_path):
-    succeeded(machine.run())
+    machine.gpus("NVIDIA L4, 8.9")
+    succeeded(machine.run(BORT_MXNET="cpu"))
     machine.project = machine.project.rename(tmp_path / "elsewhere")
-    succeeded(machine.run())
+    assert "MXNet for cpu" in succeeded(machine.run())
     assert machine.made("-m venv")
     assert machine.made("pip wheel")
 
@@ -309,6 +325,7 @@ def test_a_chosen_mxnet_is_remembered_and_wheels_are_kept(machine):
     machine.gpus("NVIDIA L4, 8.9")
     assert "MXNet for cu117" in succeeded(machine.run(BORT_MXNET="auto"))
     assert machine.made("pip wheel")
+    assert "MXNet for cu117" in succeeded(machine.run())
     assert "MXNet for cpu" in succeeded(machine.run(BORT_MXNET="cpu"))
     assert machine.made(".whl")
     assert not machine.made("pip wheel")
@@ -331,6 +348,11 @@ def test_horovod_with_nccl_where_there_is_nvcc(machine):
     succeeded(machine.run())
     assert "HOROVOD_GPU_OPERATIONS=NCCL" in machine.calls
     assert "HOROVOD_BUILD_CUDA_CC_LIST=70,80" in machine.calls
+    assert machine.made("HOROVOD_NCCL_HOME=")
+    (machine.bin / "nvidia-smi").unlink()
+    shutil.rmtree(machine.project / ".venv")
+    succeeded(machine.run(BORT_MXNET="cu117"))
+    assert machine.made("HOROVOD_NCCL_HOME="), "no nvidia-smi in an image for later GPUs"
 
 
 def test_horovod_with_gloo_where_there_is_no_nvcc(machine):
