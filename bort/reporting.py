@@ -84,7 +84,7 @@ def _cut_after(path: str, step: int) -> None:
 
 
 def _short(value: float) -> str:
-    if isinstance(value, int) or value == int(value):
+    if float(value).is_integer():
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) < 0.01 else f"{value:,.3f}"
 
