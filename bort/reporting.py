@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from contextlib import contextmanager
-from typing import Iterator, Mapping
+from typing import Any, Iterator, Mapping
 
 from tqdm import tqdm
 
@@ -28,7 +29,7 @@ class Reporter:
         from tensorboardX import SummaryWriter
 
         self._path = os.path.join(folder, "metrics.jsonl")
-        _cut_after(self._path, from_step)
+        _cut_after(self._path, from_step or -1)
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._board = SummaryWriter(
             os.path.join(folder, "tensorboard"), purge_step=from_step + 1, flush_secs=10
@@ -66,11 +67,12 @@ class Reporter:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Close the files and print the closing table."""
         if self._enabled:
             self._bar.close()
             self._lines.close()
             self._board.close()
+            print(closing_table(self._path), flush=True)
 
 
 def _cut_after(path: str, step: int) -> None:
@@ -87,6 +89,33 @@ def _short(value: float) -> str:
     if float(value).is_integer():
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) < 0.01 else f"{value:,.3f}"
+
+
+def closing_table(metrics_path: str) -> str:
+    """Return what a run achieved as a table: held-out figures before and after, speed, shares.
+
+    `metrics_path` is the run's metrics.jsonl.
+    """
+    with open(metrics_path, encoding="utf-8") as handle:
+        records = [json.loads(line) for line in handle]
+    evaluations = [record for record in records if record["phase"] == "eval"]
+    training = [record for record in records if record["phase"] == "train"]
+    rows = []
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        rows.append(f"{'held out':<20}{'step ' + str(first['step']):>12}{'now':>12}")
+        rows += [f"{name:<20}{first[name]:>12.4f}{last[name]:>12.4f}" for name in _figures(last)]
+    if training:
+        speed = statistics.median(record["tokens_per_second"] for record in training)
+        rows.append(f"{'tokens/s (median)':<20}{'':>12}{speed:>12,.0f}")
+        for name in [name for name in training[-1] if name.endswith("_share")]:
+            share = statistics.median(record.get(name, 0.0) for record in training)
+            rows.append(f"{'time in ' + name[: -len('_share')]:<20}{'':>12}{share:>12.1%}")
+    return "\n".join(rows)
+
+
+def _figures(record: dict[str, Any]) -> list[str]:
+    return [name for name in record if name not in ("step", "phase", "time")]
 
 
 class PhaseTimer:
