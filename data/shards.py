@@ -379,6 +379,8 @@ def _map_member(content: np.ndarray, member: zipfile.ZipInfo) -> np.ndarray:
     header = io.BytesIO(content[start : min(end, start + 1024)].tobytes())
     np.lib.format.read_magic(header)
     shape, _, kind = np.lib.format.read_array_header_1_0(header)
+    if kind.kind not in "iu":
+        raise ValueError(f"{member.filename} holds {kind}, not whole numbers")
     return content[start + header.tell() : end].view(kind).reshape(shape)
 
 
