@@ -851,8 +851,8 @@ class _Imaging:
         taken = self.kept_out.union(map(input_key, data.inputs))
         drawn = []
         for source in sources:
-            for number in range(self.settings.images_per_mistake):
-                generator = generator_for(self.seed, "image", step, source, number)
+            generator = generator_for(self.seed, "image", step, source)
+            for _ in range(self.settings.images_per_mistake):
                 for _ in range(self.settings.image_attempts):
                     # A copy, for a tau that works in place must not change dev.
                     image = self.tau(copy.deepcopy(self.dev.inputs[source]), generator)
