@@ -237,7 +237,8 @@ def test_hyperparameter_sets_are_the_grid_under_a_mode():
 def test_candidates_that_fail_cannot_win():
     result = search(lambda a, *_: math.nan if a[1] < 4 else smooth_error(a, 0, {}, None))
     assert result.best.architecture[1] >= 4
-    assert all(row.w == 0 for row in result.table if row.architecture[1] < 4)
+    failed = [row for row in result.table if row.architecture[1] < 4]
+    assert {(row.w, row.errors) for row in failed} == {(0.0, (math.inf,))}
     with pytest.raises(UserError, match="no architecture visited has a W above 0"):
         search(lambda *_: math.inf)
 
@@ -277,7 +278,8 @@ def test_what_the_error_function_gets():
     # Neither the limit of steps nor the stride nor the other sets change a candidate's draws.
     longer = {(a, d) for a, *_, d in draws(max_steps=14, thetas=[{"a": 2}], stride=4, seed=3)}
     assert longer < {(a, d) for a, *_, d in first}
-    assert not {d for *_, d in draws(max_steps=7, seed=4)} & {d for *_, d in first}
+    other = draws(max_steps=7, thetas=[{"a": 1}, {"a": 2}], repeats=2, seed=4)
+    assert not {d for *_, d in other} & {d for *_, d in first}
 
 
 # ---------------------------------------------------------------------------------------------
