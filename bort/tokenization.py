@@ -35,7 +35,7 @@ _RELEASED_FILES = (
 )
 # GPT-2's division of text into words. The group holds all that needs no look-ahead: tiktoken's
 # regular expressions search it as one automaton, which makes encoding a third faster.
-_GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$)|\s+(?!\S)|\s"
+_GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"
 # They overflow their stack at a million blanks in a row; such a run is encoded in parts.
 _ENDLESS_BLANKS = re.compile(r"\s{65536}(?=\s)")
 
