@@ -318,6 +318,7 @@ def process_map(workers: int) -> Map:
     def spread(
         function: Callable[[Candidate], Measurement], candidates: Sequence[Candidate]
     ) -> Iterator[Measurement]:
+        """Yield the measurements in the order in which they end."""
         # A forked child would inherit MXNet's threads in a state that hangs.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, _limit_threads, (workers,))
@@ -349,6 +350,7 @@ def rank_map(rank: int, size: int, all_reduce_sum: Callable[[np.ndarray], np.nda
     def spread(
         function: Callable[[Candidate], Measurement], candidates: Sequence[Candidate]
     ) -> Iterator[Measurement]:
+        """Yield this rank's measurements as they come, then those of the others."""
         shared = np.zeros((len(candidates), 2))
         for candidate in candidates[rank::size]:
             measurement = function(candidate)
