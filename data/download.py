@@ -15,7 +15,6 @@ import os
 import shutil
 import socket
 import stat
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -176,9 +175,9 @@ def _file_errors(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside `folder` that is gone afterwards, unless it was renamed."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    # mkdtemp makes it private; the data are as public as the folders around them.
-    staging.chmod(0o755)
+    staging = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
+    staging.mkdir()
     try:
         yield staging
     finally:

@@ -113,6 +113,16 @@ def test_archive_is_fetched_checked_and_placed(server, tmp_path, name):
     assert len(server.requests) == 1
 
 
+def test_leftovers_of_a_killed_run_do_not_matter(server, tmp_path):
+    (tmp_path / "glue" / ".CoLA.partial").mkdir(parents=True)
+    (tmp_path / "glue" / ".CoLA.partial" / "train.tsv").write_text("half a row")
+    (tmp_path / ".downloads").mkdir()
+    (tmp_path / ".downloads" / "CoLA.zip").write_bytes(task_archive("CoLA"))
+    get(server, tmp_path, "CoLA")
+    assert server.requests == []
+    assert [path.name for path in (tmp_path / "glue").iterdir()] == ["CoLA"]
+
+
 def test_ax_is_a_single_file(server, tmp_path):
     offer(server, "AX", (TEST_DATA / "glue" / "AX" / "diagnostic.tsv").read_bytes())
     get(server, tmp_path, "AX")

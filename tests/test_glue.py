@@ -91,6 +91,11 @@ def test_skipped_row_is_counted_and_no_index_shifts(tmp_path):
     assert lines == ["index\tprediction", "0\t0", "2\t1"]
 
 
+def test_index_is_the_one_in_the_file(tmp_path):
+    rows = "id\tquestion1\tquestion2\n7\tA?\tB?\n9\tC?\tD?\n"
+    assert [e.uid for e in read(tmp_path, "QQP", "test", rows).examples] == [7, 9]
+
+
 def test_skipped_row_without_an_index_column_shifts_nothing_either(tmp_path):
     rows = "a\t1\t\tOne.\na\t7\t\tTwo.\na\t0\t\tThree.\n"
     examples, skipped = read(tmp_path, "CoLA", "train", rows, skip_bad_rows=True)

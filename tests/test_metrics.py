@@ -85,6 +85,12 @@ def test_correlation_of_tiny_differences_does_not_cancel():
     assert metrics.pearson(labels, 1e8 + labels) == pytest.approx(1.0)
 
 
+def test_class_that_is_only_predicted_counts_in_macro_f1():
+    # class 0: 2 of 3 right, F1 4/5; class 2 has no example, F1 0
+    value = metrics.macro_f1(np.array([0, 0, 0]), np.array([0, 0, 2]))
+    assert value == pytest.approx((4 / 5 + 0) / 2)
+
+
 def test_exact_groups_counts_questions_without_a_mistake():
     groups = [(0, 1), (0, 1), (0, 2), (1, 1), (1, 1)]
     labels, predictions = np.array([1, 0, 1, 0, 0]), np.array([1, 0, 0, 0, 0])

@@ -68,6 +68,8 @@ def test_same_predictions_make_the_same_archive(tmp_path):
     write_archive(tmp_path / "a.zip", entries)
     write_archive(tmp_path / "b.zip", entries)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert {info.date_time[0] for info in archive.infolist()} == {2020}
 
 
 def test_missing_tasks_are_named_or_filled_on_request(tmp_path, capsys):
@@ -181,7 +183,8 @@ def test_scores_of_sts_b_have_to_be_numbers_in_range(tmp_path):
         ("MultiRC", '{"idx": 0, "passage": {"questions": [{"idx": 0}]}}\n', "has no 'answers'"),
         (
             "MultiRC",
-            '{"idx": 0, "passage": {"questions": [{"idx": 0, "answers": [{"idx": 0, "label": 2}]}]}}',
+            '{"idx": 0, "passage": {"questions": [{"idx": 0, "answers": [{"idx": 0, "label": 2}]}]'
+            "}}\n",
             "label 2 is none of 0, 1",
         ),
     ],

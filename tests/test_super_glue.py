@@ -163,6 +163,15 @@ TEXT = "Ada Lund met Ben Orr. Orr sang to Cid and Dee.\n@highlight\nLund meets O
 NAMES = ["Ada Lund", "Ben Orr", "Orr", "Cid", "Dee", "Lund"]
 
 
+def test_record_asks_once_for_an_entity_that_is_named_twice(tmp_path):
+    row = record(0, "Dee")
+    row["passage"]["text"] += " and Dee"  # the last entity ends where the passage ends
+    start = len(row["passage"]["text"]) - 3
+    row["passage"]["entities"].append({"start": start, "end": start + 2})
+    examples = read(tmp_path, "ReCoRD", "dev", [row]).examples
+    assert [e.candidate for e in examples].count("Dee") == 1
+
+
 def record(number: int, answer: str | None, names: list[str] = NAMES) -> dict:
     starts = [TEXT.index(name, 22 if name == "Orr" else 0) for name in names]
     entities = [{"start": s, "end": s + len(n) - 1} for s, n in zip(starts, names)]
@@ -261,7 +270,11 @@ def test_what_is_wrong_is_said(tmp_path, name, row, message):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"start": 2, "end": 900}, "outside the passage"), ({"start": -2, "end": 1}, "outside")],
+    [
+        ({"start": 2, "end": len(TEXT)}, "outside the passage"),
+        ({"start": -2, "end": 1}, "outside"),
+        ({"start": 5, "end": 4}, "outside"),
+    ],
 )
 def test_record_entities_have_to_lie_in_the_passage(tmp_path, change, message):
     row = record(0, "Dee")
