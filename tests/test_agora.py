@@ -731,3 +731,26 @@ def test_it_needs_neither_mxnet_nor_scikit_learn():
         "import sys, bort.agora; sys.exit(bool({'mxnet', 'sklearn', 'scipy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# What it is for; scripts/agora_toys.py shows the same with networks
+
+
+def test_over_30_seeds_it_beats_the_best_of_the_grid_on_hidden_data():
+    gains = []
+    for seed in range(30):
+        test = points(1000, seed=900 + seed)
+        arguments = {
+            "train": points(12, seed=300 + seed, low=0.0),
+            "dev": points(60, seed=600 + seed),
+            "seed": seed,
+        }
+        enumerated = Store()
+        scores = []
+        for settings in (AgoraSettings(max_rounds=1), AgoraSettings()):
+            model = run(settings, store=enumerated, **arguments).best.model
+            predictions = Polynomial().predict(model, test.inputs)
+            scores.append(module.accuracy(test.labels, predictions))
+        gains.append(scores[1] - scores[0])
+    half = 2.045 * np.std(gains, ddof=1) / np.sqrt(30)  # Student's t, 29 degrees of freedom
+    assert np.mean(gains) - half > 0
