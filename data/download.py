@@ -295,13 +295,14 @@ def split_mrpc(folder: Path) -> None:
 
 
 def _raw_rows(path: Path) -> list[list[str]]:
-    def fields(line: Line) -> list[list[str]]:
-        return [decode(line.content).split("\t")]
-
-    rows, _ = collect(read_lines(path), fields, False, "it is not the official file")
+    rows, _ = collect(read_lines(path), _fields, False, "it is not the official file")
     if not rows:
         raise UserError(f"{path}: is empty")
     return rows
+
+
+def _fields(line: Line) -> list[list[str]]:
+    return [decode(line.content).split("\t")]
 
 
 def _write_rows(path: Path, rows: list[list[str]]) -> None:

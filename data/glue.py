@@ -36,6 +36,7 @@ class GlueTask(Task):
         self._check_columns(path, split, columns)
 
         def cast(line: Line) -> list[Example]:
+            """Return the example of one line."""
             fields = decode(line.content).split("\t")
             if len(fields) != len(columns):
                 raise BadRowError(f"has {len(fields)} columns instead of {len(columns)}")

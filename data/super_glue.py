@@ -37,6 +37,7 @@ class SuperGlueTask(Task):
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
         def cast(line: Line) -> list[Example]:
+            """Return the examples of one line."""
             row = parse_object(line.content)
             examples = self._examples(row, _index(row, line.number - 1))
             if split not in self.test and any(e.label is None for e in examples):
@@ -73,6 +74,7 @@ class SuperGlueTask(Task):
         """Check keys and labels of every line, and return the indices."""
 
         def parse(line: Line) -> list[Uid]:
+            """Return the indices that one line predicts."""
             return self._parse_prediction(parse_object(line.content))
 
         return collect(read_lines(path), parse, False, REWRITE)[0]
@@ -311,9 +313,9 @@ def _running_text(text: str) -> str:
 
 
 class Query(NamedTuple):
-    """A ReCoRD query: index, passage, text, entities of the passage, right answers if known."""
+    """A ReCoRD query: official index, passage, text, its entities, and the answers if known."""
 
-    index: int
+    number: int
     passage: str
     text: str
     entities: tuple[str, ...]
@@ -344,6 +346,7 @@ class ReCoRD(SuperGlueTask):
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
         def cast(line: Line) -> list[Example]:
+            """Return the examples of one passage."""
             queries = _queries(parse_object(line.content))
             if split not in self.test and not all(query.answers for query in queries):
                 raise BadRowError("has a query without answers")
@@ -394,6 +397,7 @@ class ReCoRD(SuperGlueTask):
             entities[_parts(example)[0]].add(example.candidate)
 
         def parse(line: Line) -> list[Uid]:
+            """Return the query that one line answers."""
             row = parse_object(line.content)
             query, answer = member(row, "idx", int), member(row, "label", str)
             if answer not in entities.get(query, {answer}):
@@ -435,7 +439,7 @@ def _candidates(query: Query, entities: Sequence[str]) -> list[Example]:
     right = set(map(metrics.normalise_answer, query.answers))
     return [
         Example(
-            uid=(query.index, number),
+            uid=(query.number, number),
             inputs=((query.passage, query.text.replace("@placeholder", entity).strip()),),
             label=int(metrics.normalise_answer(entity) in right) if right else None,
             candidate=entity,
@@ -454,7 +458,7 @@ def _balanced(query: Query, seed: int) -> list[Example]:
     if not any(example.label for example in candidates):
         candidates = _candidates(query, (*query.entities, *query.answers))
     wrong = [number for number, example in enumerate(candidates) if not example.label]
-    order = np.random.default_rng([seed, query.index]).permutation(wrong)
+    order = np.random.default_rng([seed, query.number]).permutation(wrong)
     drawn = set(order[: len(candidates) - len(wrong)].tolist())
     return [e for number, e in enumerate(candidates) if e.label or number in drawn]
 
