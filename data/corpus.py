@@ -27,7 +27,7 @@ MAX_DOCUMENT_BYTES = 4 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANK_LINES = re.compile(rb"\n[ \t\r\f\v]*\n\s*")
 _OPEN: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_DAMAGED = "{path}: damaged, or not a {suffix} file ({error}); get it again"
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,18 @@ def read_pieces(path: str) -> Iterator[bytes]:
     """
     suffix = os.path.splitext(path)[1]
     try:
-        with open(path, "rb") if suffix == ".zst" else _OPEN.get(suffix, _open_plain)(path) as file:
+        with _OPEN.get(suffix, _open_plain)(path) as file:
             yield from _unzstd(file) if suffix == ".zst" else _pieces_of(file, READ_BYTES)
-    except _DAMAGE as error:
-        raise UserError(
-            f"{path}: damaged, or not a {suffix} file ({error}); get it again"
-        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if error.errno is not None:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(_DAMAGED.format(path=path, suffix=suffix, error=error)) from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(_DAMAGED.format(path=path, suffix=suffix, error=error)) from None
 
 
 def _open_plain(path: str) -> Any:
-    return open(path, "rb", buffering=0)
+    return open(path, "rb")
 
 
 def _pieces_of(file: Any, size: int) -> Iterator[bytes]:
@@ -123,26 +123,29 @@ def _pieces_of(file: Any, size: int) -> Iterator[bytes]:
 def _unzstd(file: Any) -> Iterator[bytes]:
     """Yield what the frames of a .zst file hold.
 
-    Not zstandard's own reader: it takes the end of a truncated file for the end of the text.
+    Not by zstandard's own reader: it takes the end of a truncated file for the end of the text.
     """
     import zstandard
 
-    frame = None
-    # Small pieces, because each may unfold to a thousand times its size.
-    for piece in _pieces_of(file, READ_BYTES >> 7):
+    frame, ready = None, bytearray()
+    # Little at a time, because each byte may unfold to ten thousand.
+    for piece in _pieces_of(file, 512):
         rest = piece
         while rest:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
-                text = frame.decompress(rest)
+                ready += frame.decompress(rest)
             except zstandard.ZstdError as error:
                 raise EOFError(error) from None
-            if text:
-                yield text
             rest = frame.unused_data
             frame = None if frame.eof else frame
+        if len(ready) >= READ_BYTES:
+            yield bytes(ready)
+            ready.clear()
     if frame:
         raise EOFError("it ends in the middle")
+    if ready:
+        yield bytes(ready)
 
 
 def split_documents(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -152,7 +155,7 @@ def split_documents(pieces: Iterable[bytes]) -> Iterator[bytes]:
         rest += piece
     rest = rest.removeprefix(_BYTE_ORDER_MARK)
     for piece in itertools.chain([b""], pieces):
-        *whole, rest = _BLANK_LINES.split(rest + piece)
+        *whole, rest = _BLANK_LINES.split((rest + piece).lstrip())
         *cut, rest = _cut(rest)
         for document in itertools.chain(*map(_cut, whole), cut):
             if document.strip():
@@ -166,13 +169,13 @@ def _cut(document: bytes) -> Iterator[bytes]:
     while len(document) > MAX_DOCUMENT_BYTES:
         end = _end_of_part(document)
         yield document[:end]
-        document = document[end:]
+        document = document[end:].lstrip()
     yield document
 
 
 def _end_of_part(document: bytes) -> int:
     for gap in (b"\n", b" "):
-        end = document.rfind(gap, 0, MAX_DOCUMENT_BYTES)
+        end = document.rfind(gap, 0, MAX_DOCUMENT_BYTES + 1)
         if end > 0:
             return end
     end = MAX_DOCUMENT_BYTES
@@ -192,7 +195,7 @@ def _first_bad_byte(path: str) -> str:
             line += error.object.count(b"\n", 0, error.start)
             byte = offset - pending + error.start
             return (
-                f"{path}, line {line}: byte {byte} of the text (0x{error.object[error.start]:02x}) "
+                f"{path}, line {line}: the byte 0x{error.object[error.start]:02x} at offset {byte} "
                 "is not UTF-8; convert the file, e.g. with iconv -f latin1 -t utf-8"
             )
         offset += len(piece)
