@@ -9,7 +9,6 @@ theirs is recorded in the folder's source.json.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import os
 import shutil
@@ -27,6 +26,7 @@ from bort.config import write_json
 from bort.errors import UserError
 from data.base import Task
 from data.files import Line, collect, decode, read_lines
+from data.shards import sha256_of
 from data.tasks import SUITES, get_task, task_names
 
 SERVER = "https://dl.fbaipublicfiles.com"
@@ -314,7 +314,7 @@ def _verify(task: Task, folder: Path) -> str:
     """Check hashes and numbers of rows in the task's folder; return the numbers in words."""
     for file in task.files:
         known = FILE_HASHES.get((task.name, file.name))
-        if known and sha256(folder / file.name) != known:
+        if known and sha256_of(str(folder / file.name)) != known:
             raise UserError(f"{task.name}: {file.name} is not the official file (its SHA-256)")
     counts = []
     for split in _splits(task):
@@ -329,17 +329,8 @@ def _verify(task: Task, folder: Path) -> str:
 
 def _record(task: Task, fetched: Sequence[Path], server: str, folder: Path) -> None:
     sources = [
-        {"url": f"{server}/{remote}", "bytes": path.stat().st_size, "sha256": sha256(path)}
+        {"url": f"{server}/{remote}", "bytes": path.stat().st_size, "sha256": sha256_of(str(path))}
         for path, (remote, _) in zip(fetched, SOURCES[task.name])
     ]
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_json(str(folder / "source.json"), {"fetched": when, "sources": sources})
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -48,8 +48,12 @@ def _content(lines: Sequence[str]) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def check_submission(

@@ -211,6 +211,14 @@ def test_race_has_no_leaderboard(tmp_path):
     assert write_submission(task, "test", examples, np.zeros((2, 4)), tmp_path) is None
 
 
+def test_place_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/o\.zip: cannot be written"):
+        write_archive(tmp_path / "file" / "o.zip", [])
+    write_archive(tmp_path / "new" / "folder" / "o.zip", [])
+    assert (tmp_path / "new" / "folder" / "o.zip").exists()
+
+
 def test_door_names_the_mistake(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         make_submission.main(["glue", "--runs", str(tmp_path), "--output", str(tmp_path / "o.zip")])
