@@ -6,6 +6,7 @@ of Horovod's own trainer hold sums or means depends on the backend it was built 
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol, Sequence
 
 import numpy as np
@@ -103,3 +104,8 @@ class Horovod:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.sum(np.zeros(1))
+
+
+def communicator_of_environment() -> Communicator:
+    """Return Horovod's processes when `horovodrun` started this one, else a single process."""
+    return Horovod() if "HOROVOD_RANK" in os.environ else SingleProcess()

@@ -1,0 +1,220 @@
+"""The teacher's outputs on disk, so that training needs only its projection onto the vocabulary.
+
+The teacher is frozen and the masks of a shard are fixed, so its hidden state at a masked position,
+before the projection, is the same in every epoch. A cache is a folder:
+
+    manifest.json       the teacher (shape, SHA-256 of its parameters), the type of the rows
+    projection.npz      the teacher's output matrix [vocabulary, hidden] and bias, float32
+    <shard>.npy         one row [hidden] per masked position of a shard, in the shard's order; named
+                        by the first 16 digits of the shard's SHA-256
+
+One folder serves any number of shards, of training and of held-out data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, Iterator
+
+import numpy as np
+from mxnet import nd
+
+from bort.bort import encode, masked_hidden
+from bort.config import read_json, write_json
+from bort.errors import UserError
+from data.batches import collate
+from data.shards import Shard, ShardEntry, ShardSet
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+PROJECTION_FILE = "projection.npz"
+BUILD = "scripts/build_teacher_cache.py"
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """What a cache was made with: all of it has to fit before a row is used."""
+
+    teacher_model: str
+    teacher_sha256: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    hidden: int
+    dtype: str
+    format_version: int = FORMAT_VERSION
+
+
+def read_cache_manifest(folder: str) -> CacheManifest:
+    """Read the manifest of a cache; raises `UserError` when there is none or of another format."""
+    path = os.path.join(folder, MANIFEST_FILE)
+    if not os.path.exists(path):
+        raise UserError(f"--teacher_cache {folder}: is no teacher cache; {BUILD} makes one")
+    content = read_json(path)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: of another format version; delete {folder}, run {BUILD} again")
+    return CacheManifest(**content)
+
+
+def rows_path(folder: str, entry: ShardEntry) -> str:
+    """Return the path of the rows of one shard."""
+    return os.path.join(folder, f"{entry.sha256[:16]}.npy")
+
+
+def open_rows(folder: str, shards: ShardSet) -> list[np.ndarray]:
+    """Map the rows of each shard into memory: arrays [masked positions, hidden].
+
+    Raises `UserError` when the cache was made for another vocabulary, or the rows of a shard are
+    missing or short.
+    """
+    manifest = read_cache_manifest(folder)
+    if manifest.tokenizer_fingerprint != shards.manifest.tokenizer_fingerprint:
+        raise UserError(f"--teacher_cache {folder}: made for shards of another tokenizer")
+    return [_map_rows(folder, manifest, entry) for entry in shards.manifest.shards]
+
+
+def _map_rows(folder: str, manifest: CacheManifest, entry: ShardEntry) -> np.ndarray:
+    path = rows_path(folder, entry)
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing, the rows of shard {entry.file}; run {BUILD} on its folder"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, run {BUILD}") from None
+    expected = (entry.masked, manifest.hidden)
+    if rows.shape != expected or rows.dtype != manifest.dtype:
+        raise UserError(
+            f"{path}: holds {rows.dtype} {rows.shape} where shard {entry.file} needs "
+            f"{manifest.dtype} {expected}; delete it, run {BUILD}"
+        )
+    return rows
+
+
+class CachedTeacher:
+    """A teacher that looks its hidden states up and only projects them."""
+
+    def __init__(self, folder: str, devices: list[Any]) -> None:
+        with np.load(os.path.join(folder, PROJECTION_FILE), allow_pickle=False) as arrays:
+            weight, bias = arrays["weight"], arrays["bias"]
+        self._projection = {
+            device: (nd.array(weight, ctx=device), nd.array(bias, ctx=device)) for device in devices
+        }
+
+    def logits(self, hidden: Any) -> Any:
+        """Project hidden states [n, hidden] onto the vocabulary: [n, vocabulary]."""
+        weight, bias = self._projection[hidden.context]
+        return nd.FullyConnected(hidden, weight, bias, num_hidden=weight.shape[0])
+
+
+def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:
+    """Make the folder with manifest and projection; raises `UserError` for another teacher's."""
+    path = os.path.join(folder, MANIFEST_FILE)
+    if os.path.exists(path):
+        there = asdict(read_cache_manifest(folder))
+        for name, value in asdict(manifest).items():
+            if there[name] != value:
+                raise UserError(
+                    f"{folder}: made with {name} {there[name]}, now {value}; "
+                    "give another --output_dir or delete it"
+                )
+        return
+    os.makedirs(folder, exist_ok=True)
+    projection = teacher.decoder[3]
+    temporary = os.path.join(folder, f".{PROJECTION_FILE}")  # savez wants the suffix .npz
+    np.savez(
+        temporary,
+        weight=projection.weight.data(projection.weight.list_ctx()[0]).asnumpy(),
+        bias=projection.bias.data(projection.bias.list_ctx()[0]).asnumpy(),
+    )
+    os.replace(temporary, os.path.join(folder, PROJECTION_FILE))
+    # Last: a folder with a manifest is whole.
+    write_json(path, asdict(manifest))
+
+
+def cache_shard(
+    folder: str,
+    shard: Shard,
+    entry: ShardEntry,
+    teacher: Any,
+    manifest: CacheManifest,
+    pad_id: int,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Write the rows of one shard; goes on where an interrupted call stopped.
+
+    Args:
+        folder: a cache made by `prepare_cache`.
+        shard: the shard.
+        entry: what the manifest of the shards says of it.
+        teacher: a model with its decoder.
+        manifest: of the cache.
+        pad_id: the tokenizer's.
+        batch_size: sequences per forward pass.
+        advance: called with the number of sequences done, for a progress bar.
+    """
+    final = rows_path(folder, entry)
+    if os.path.exists(final):
+        advance(shard.num_sequences)
+        return
+    partial = f"{final}.partial"
+    with open(partial, "ab") as handle:
+        start = _resume(handle, shard, manifest)
+        advance(start)
+        for rows, count in _teacher_rows(shard, start, teacher, pad_id, batch_size):
+            handle.write(rows.astype(manifest.dtype).tobytes())
+            advance(count)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, final)
+
+
+def _resume(handle: Any, shard: Shard, manifest: CacheManifest) -> int:
+    """Leave the header and the rows of whole sequences in the file; return how many those are."""
+    shape = (len(shard.masked_ids), manifest.hidden)
+    row_bytes = manifest.hidden * np.dtype(manifest.dtype).itemsize
+    if handle.tell() == 0:
+        described = np.lib.format.header_data_from_array_1_0(
+            np.empty((0, manifest.hidden), manifest.dtype)
+        )
+        np.lib.format.write_array_header_1_0(handle, {**described, "shape": shape})
+        handle.flush()
+        return 0
+    with open(handle.name, "rb") as reader:
+        np.lib.format.read_magic(reader)
+        np.lib.format.read_array_header_1_0(reader)
+        header_bytes = reader.tell()
+    whole_rows = (handle.tell() - header_bytes) // row_bytes
+    sequences = int(np.searchsorted(shard.masked_offsets, whole_rows, side="right")) - 1
+    handle.truncate(header_bytes + int(shard.masked_offsets[sequences]) * row_bytes)
+    handle.seek(0, os.SEEK_END)
+    return sequences
+
+
+def _teacher_rows(
+    shard: Shard, start: int, teacher: Any, pad_id: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    device = next(iter(teacher.collect_params().values())).list_ctx()[0]
+    lengths = shard.lengths
+    for first in range(start, shard.num_sequences, batch_size):
+        numbers = np.arange(first, min(first + batch_size, shard.num_sequences))
+        batch = collate(shard, numbers, int(lengths[numbers].max()), pad_id)
+        sequence = encode(
+            teacher,
+            nd.array(batch.input_ids, ctx=device),
+            nd.array(batch.valid_length, ctx=device),
+        )
+        positions = nd.array(batch.masked_positions, ctx=device)
+        yield masked_hidden(teacher, sequence, positions).asnumpy(), len(numbers)
+
+
+def parameters_sha256(model: Any) -> str:
+    """Return a SHA-256 over the names and values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model._collect_params_with_prefix().items()):
+        digest.update(name.encode())
+        digest.update(parameter.data(parameter.list_ctx()[0]).asnumpy().tobytes())
+    return digest.hexdigest()

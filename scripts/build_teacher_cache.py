@@ -1,0 +1,98 @@
+r"""Store the teacher's outputs for shards, so that training with --teacher_cache need not run it.
+
+    python scripts/build_teacher_cache.py --data shards/train,shards/test --output_dir cache \
+        --teacher_model roberta_24_1024_16 --teacher_ckpt_dir model/roberta.params
+
+Interrupted, the same command goes on where it stopped. Under horovodrun the ranks share the shards.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Optional, Sequence
+
+from tqdm import tqdm
+
+from bort.communicator import communicator_of_environment
+from bort.config import option, parse, required
+from bort.errors import door
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Which teacher's outputs are stored, for which shards."""
+
+    data: str = required("folders of shards, separated by commas")
+    output_dir: str = required("folder of the cache")
+    teacher_model: str = required("roberta_24_1024_16, roberta_12_768_12, or bort_<...>")
+    teacher_ckpt_dir: str = required("its weights: a parameter file, a checkpoint, a run's folder")
+    dtype: str = option("float16", "type of the stored rows", choices=("float16", "float32"))
+    batch_size: int = option(16, "sequences per forward pass", minimum=1)
+    gpus: Optional[str] = option(None, "device number; without: the CPU")
+
+
+@door
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the cache; returns its size in bytes."""
+    from bort.pretraining import devices_of
+    from bort.teacher import load_teacher
+    from bort.teacher_cache import CacheManifest, cache_shard, parameters_sha256, prepare_cache
+    from data.shards import open_shards
+
+    (settings,) = parse(str(__doc__), argv, CacheSettings)
+    communicator = communicator_of_environment()
+    shard_sets = [open_shards(folder) for folder in settings.data.split(",")]
+    tokenizer = shard_sets[0].manifest
+    teacher = load_teacher(
+        settings.teacher_model,
+        settings.teacher_ckpt_dir,
+        tokenizer.vocab_size,
+        tokenizer.tokenizer_fingerprint,
+        devices_of(settings.gpus, communicator)[:1],
+    )
+    manifest = CacheManifest(
+        teacher_model=settings.teacher_model,
+        teacher_sha256=parameters_sha256(teacher),
+        tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        hidden=teacher._units,
+        dtype=settings.dtype,
+    )
+    if communicator.rank == 0:
+        prepare_cache(settings.output_dir, teacher, manifest)
+    communicator.barrier()
+    pairs = [pair for one in shard_sets for pair in zip(one.shards, one.manifest.shards)]
+    mine = pairs[communicator.rank :: communicator.size]
+    total = sum(shard.num_sequences for shard, _ in mine)
+    with tqdm(total=total, unit="sequence", disable=communicator.rank != 0) as bar:
+        for shard, entry in mine:
+            cache_shard(
+                settings.output_dir,
+                shard,
+                entry,
+                teacher,
+                manifest,
+                tokenizer.pad_id,
+                settings.batch_size,
+                bar.update,
+            )
+    communicator.barrier()
+    return _report(settings.output_dir, pairs, communicator.rank)
+
+
+def _report(folder: str, pairs: list[Any], rank: int) -> int:
+    from bort.teacher_cache import rows_path
+
+    size = sum(os.path.getsize(rows_path(folder, entry)) for _, entry in pairs)
+    sequences = sum(shard.num_sequences for shard, _ in pairs)
+    if rank == 0:
+        print(
+            f"{folder}: {size / 1e6:,.1f} MB for {sequences:,} sequences, "
+            f"{size / sequences / 1e3:,.1f} MB per 1,000"
+        )
+    return size
+
+
+if __name__ == "__main__":
+    main()
