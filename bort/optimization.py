@@ -17,6 +17,8 @@ from bort.communicator import Communicator
 
 # Neither biases nor the gains and offsets of LayerNorm are shrunk (BERT, appendix A.2).
 WITHOUT_DECAY = ("bias", "beta", "gamma")
+# Values whose squares are summed in float32 at once: see sum_of_squares.
+PIECE = 1 << 19
 
 
 def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -29,6 +31,18 @@ def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -
         return peak * step / warmup_steps
     left = max(1, total_steps - step + 1)
     return peak * left / (total_steps - warmup_steps + 1)
+
+
+def sum_of_squares(arrays: Sequence[Any]) -> Any:
+    """Return the sum of the squares of all values of all arrays, [1].
+
+    Summed in pieces: on a CPU, MXNet's own multi_sum_sq and norm add value after value to one
+    float32, which loses 10 percent and more over the gradient of a vocabulary's matrix, and takes
+    three times as long as dot products.
+    """
+    flat = [array.reshape(-1) for array in arrays]
+    pieces = [one[start : start + PIECE] for one in flat for start in range(0, one.size, PIECE)]
+    return nd.concat(*[nd.dot(piece, piece) for piece in pieces], dim=0).sum()
 
 
 class Trainer:
@@ -83,7 +97,7 @@ class Trainer:
         """
         self.rate = rate
         gradients = self._gradients()
-        norm = nd.multi_sum_sq(*gradients, num_arrays=len(gradients)).sum().sqrt() / positions
+        norm = sum_of_squares(gradients).sqrt() / positions
         clip = nd.minimum(self._max_norm / nd.maximum(norm, 1e-12), 1.0)
         self._optimizer.rescale_grad = clip / positions
         self._optimizer.set_learning_rate(rate)
