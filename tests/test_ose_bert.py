@@ -277,8 +277,9 @@ def test_unknown_and_missing_spaces():
 def test_latency_is_measured_at_the_length_asked_for(monkeypatch):
     seen = []
     monkeypatch.setattr("bort.ose_bert.encode", lambda model, ids, n: seen.append(ids.shape) or ids)
-    assert 0 < measure_latency(Shape(1, 1, 4, 4), sequence_length=6, runs=2) < 5
-    assert seen == [(1, 6)] * 3
+    assert 0 < measure_latency(Shape(1, 1, 4, 4), sequence_length=6, runs=3) < 5
+    assert len(seen) > 3
+    assert set(seen) == {(1, 6)}
 
 
 @pytest.mark.slow
