@@ -9,6 +9,7 @@ Interrupted, the same command goes on where it stopped. Under horovodrun the ran
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any, Optional, Sequence
 
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = [pair for one in shard_sets for pair in zip(one.shards, one.manifest.shards)]
     mine = pairs[communicator.rank :: communicator.size]
     total = sum(shard.num_sequences for shard, _ in mine)
-    with tqdm(total=total, unit="sequence", disable=communicator.rank != 0) as bar:
+    hidden = communicator.rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=total, unit="sequence", disable=hidden) as bar:
         for shard, entry in mine:
             cache_shard(
                 settings.output_dir,
