@@ -247,13 +247,19 @@ class MultiRC(SuperGlueTask):
     values = answers = (0, 1)
 
     def _examples(self, row: dict[str, Any], index: int) -> list[Example]:
-        passage = member(row, "paragraph" if "paragraph" in row else "passage", dict)
+        old = "paragraph" in row
+        passage = member(row, "paragraph" if old else "passage", dict)
         text = _running_text(member(passage, "text", str))
         examples = []
-        for question in map(_object, member(passage, "questions", list)):
+        for place, question in enumerate(map(_object, member(passage, "questions", list))):
             asked = member(question, "question", str).strip()
-            for answer in map(_object, member(question, "answers", list)):
-                uid = (index, member(question, "idx", int), member(answer, "idx", int))
+            for rank, answer in enumerate(map(_object, member(question, "answers", list))):
+                # Only the old layout may do without indices; no leaderboard takes it.
+                uid = (
+                    index,
+                    _index(question, place) if old else member(question, "idx", int),
+                    _index(answer, rank) if old else member(answer, "idx", int),
+                )
                 pair = (text, f"{asked} {member(answer, 'text', str).strip()}")
                 examples.append(Example(uid, (pair,), self._label(answer)))
         return examples

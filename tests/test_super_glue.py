@@ -150,12 +150,12 @@ def test_multirc_metrics_by_hand(tmp_path):
 
 def test_multirc_reads_the_layout_before_version_2(tmp_path):
     text = "<b>Sent 1: </b>Ada met Ben.<br><b>Sent 2: </b>They rowed.<br>"
-    answers = [{"text": "Ada", "isAnswer": True, "scores": {}, "idx": 0}]
-    answers.append({"text": "Cid", "isAnswer": False, "scores": {}, "idx": 1})
-    question = {"question": "Who met Ben?", "sentences_used": [0], "idx": 0, "answers": answers}
+    answers = [{"text": "Ada", "isAnswer": True, "scores": {}}]
+    answers.append({"text": "Cid", "isAnswer": False, "scores": {}})
+    question = {"question": "Who met Ben?", "sentences_used": [0], "idx": "4", "answers": answers}
     rows = [{"idx": 0, "paragraph": {"text": text, "questions": [question]}}]
     examples = read(tmp_path, "MultiRC", "train", rows).examples
-    assert [e.label for e in examples] == [1, 0]
+    assert [(e.uid, e.label) for e in examples] == [((0, 4, 0), 1), ((0, 4, 1), 0)]
     assert examples[0].inputs == (("Ada met Ben. They rowed.", "Who met Ben? Ada"),)
 
 
@@ -259,6 +259,17 @@ WIC = {"word": "a", "sentence1": "a b", "sentence2": "a", "idx": 0, "label": Tru
         ("WiC", {**WIC, "start1": True, "end1": 1, "start2": 0, "end2": 1}, "'start1' is True"),
         ("COPA", {"question": "why", "idx": 0}, "question 'why' is neither"),
         ("MultiRC", {"idx": 0, "passage": {"text": "T.", "questions": [7]}}, "holds 7 where an"),
+        (
+            "MultiRC",
+            {
+                "idx": 0,
+                "passage": {
+                    "text": "T.",
+                    "questions": [{"question": "Q", "answers": [{"text": "A", "label": 1}]}],
+                },
+            },
+            "has no 'idx'",
+        ),
         ("ReCoRD", record(0, None), "has a query without answers"),
         ("ReCoRD", record(0, "Dee", []), "has no entities"),
     ],
