@@ -12,7 +12,6 @@ Timaeus itself. Socrates is a small network; needs scikit-learn and matplotlib.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 import warnings
 from typing import Any, Callable, Optional, Sequence
@@ -213,4 +212,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
