@@ -5,8 +5,9 @@ of architectures it extracts the one with the largest W-coefficient: small, fast
 comparison with the maximum point T, the largest member. Size and speed are closed forms of the
 architectural parameters; only the error needs training, and only a bounded number of steps.
 
-From the paper: the three measures, T, the W-coefficient, one visit every `stride` positions of the
-ordered space, the best over all sets of hyper-parameters. Where it is silent the choices are ours:
+From the paper, as its abstract and accounts of it by others have it: the three measures, T, the
+W-coefficient, one visit every `stride` positions of the ordered space, the best over all sets of
+hyper-parameters. Where they are silent the choices are ours:
 
 - The order: size, inference cost, `tie_break`, all ascending. Positions 0, stride, 2 * stride, ...
   are visited.
