@@ -6,22 +6,25 @@ labelled by a model that is only roughly right (*Timaeus*) and appended to the t
 least promising sets are dropped; and so on until none is left. The loop knows nothing about
 models, text or frameworks: it needs the three small protocols below, NumPy and nothing else.
 
-Stated by the paper (abstract, first page) or by its author's public notes:
+Theirs - [P] the paper's abstract and first page, [A] its author's post about the trilogy, [R] the
+README of the code released with Bort:
 
-- the inputs: candidate, trained labeller, train set, evaluation set, search space, tau-function;
-- every round fits all sets on the current data, scores them on the evaluation set and keeps the
-  best model ever seen (the choice is greedy);
-- new examples come from the evaluation set's mistakes; the evaluation set itself never enters
-  the training set; the labeller labels the new examples;
+- a trained labeller, a candidate, a train and an evaluation set, a search space and a function
+  that makes data; the search space is searched and pruned round by round; the choice of the best
+  is greedy [P];
+- every round fits all sets and scores them on the evaluation set; new examples are made near the
+  best fit's mistakes there, labelled by the trained model and appended to train; the evaluation
+  set itself never enters train [A];
 - the sets are ordered by score and those in the longest common sequence rooted at the first
-  element are removed; the loop ends when the space is empty;
-- tau(x) lies near x, with a lower and an upper bound on the distance;
+  element are removed; the loop ends when the space is empty [A];
+- |Theta| rounds, so |Theta|^2 (log|Theta| + |theta|^2 + T_fit) + labels of |Theta| |dev| rows [P];
+- tau(x) lies near x, with a lower and an upper bound on the distance [A];
 - the labeller has to be better than 2/3; labels should be balanced, by artificial means if need
-  be; the evaluation set has to be representative;
-- rounds <= |Theta|, and the cost |Theta|^2 (log|Theta| + |theta|^2 + T_fit) + labels per round;
-- some rounds were done again on the enlarged data ("replay"); regression can be cast to classes.
+  be; the evaluation set has to be representative; regression can be cast to classes [A];
+- some rounds were done again ("replay") [R]; its recommended space is the 480 sets [R].
 
-Ours, where the sources are silent:
+Ours, where those are silent (the text of the algorithm itself was not at hand, nor was the origin
+of the names Socrates, Timaeus and tau checked):
 
 - "ordered" is ascending, so that "the first element" is the worst set. A set is the sequence of
   its (name, value) pairs without the seed. Its longest common subsequence with each other set is
@@ -391,6 +394,7 @@ class DiskStore(Store):
         temporary = f"{path}.tmp"
         _remove(temporary)
         self.write_model(temporary, model)
+        _flush(temporary)
         _remove(path)
         os.replace(temporary, path)
 
@@ -401,6 +405,13 @@ class DiskStore(Store):
     def drop_model(self, name: str) -> None:
         """Remove the model under `name`; does nothing when there is none."""
         _remove(os.path.join(self.folder, name))
+
+
+def _flush(path: str) -> None:
+    inside = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    for file in [path] if os.path.isfile(path) else inside:
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
 
 
 def _remove(path: str) -> None:
