@@ -101,9 +101,10 @@ def check_limits(settings: Any) -> None:
         low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
         if value is None or isinstance(value, str):
             continue
-        if low is not None and value < low:
+        # Asked the other way round, so that "nan" is outside.
+        if low is not None and not value >= low:
             raise UserError(f"--{field.name} {value}: must be at least {low}")
-        if high is not None and value > high:
+        if high is not None and not value <= high:
             raise UserError(f"--{field.name} {value}: must be at most {high}")
 
 
@@ -114,10 +115,10 @@ def as_dict(*settings: Any) -> dict[str, dict[str, Any]]:
 
 def write_json(path: str, content: Any) -> None:
     """Write `content` as JSON under `path`, whole or not at all."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as handle:
-        json.dump(content, handle, indent=2, ensure_ascii=False)
-        handle.write("\n")
+        handle.write(f"{text}\n")
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
