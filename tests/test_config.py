@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+
+from bort.config import as_dict, build, option, parse, parser_for, read_json, required, write_json
+from bort.errors import UserError
+
+
+@dataclass(frozen=True)
+class CookingSettings:
+    """How the meal is made."""
+
+    dish: str = required("what to cook")
+    portions: int = option(4, "plates", minimum=1, maximum=12)
+    salt: float = option(0.5, "part of 100 %", minimum=0.0, maximum=1.0)
+    cook: Optional[str] = option(None, "who cooks")
+    minutes: Optional[int] = option(None, "time limit", minimum=5)
+    spicy: bool = option(False, "with chilli")
+    style: str = option("boiled", "manner", choices=("boiled", "fried"))
+
+    def check(self) -> None:
+        """Refuse what does not go together."""
+        if self.style == "fried" and self.dish == "soup":
+            raise UserError("--style fried: soup cannot be fried; choose boiled")
+
+
+@dataclass(frozen=True)
+class TableSettings:
+    """Where the meal is eaten."""
+
+    seats: int = option(2, "chairs")
+
+
+def cooking(*argv: str) -> CookingSettings:
+    return parse("Cooks.", ["--dish", "rice", *argv], CookingSettings)[0]
+
+
+def test_fields_without_flag_have_their_defaults() -> None:
+    assert cooking() == CookingSettings(
+        dish="rice", portions=4, salt=0.5, cook=None, minutes=None, spicy=False, style="boiled"
+    )
+
+
+def test_flags_have_the_types_of_their_fields() -> None:
+    settings = cooking(
+        *("--portions", "7", "--salt", "1e-2", "--cook", "12"),
+        *("--minutes", "30", "--spicy", "--style", "fried"),
+    )
+    assert dataclasses.astuple(settings) == ("rice", 7, 0.01, "12", 30, True, "fried")
+    assert type(settings.portions) is type(settings.minutes) is int
+
+
+def test_each_class_gets_its_own_instance() -> None:
+    meal, table = parse("", ["--seats", "6", "--dish", "x"], CookingSettings, TableSettings)
+    assert (meal.dish, table) == ("x", TableSettings(seats=6))
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cooking().portions = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ([], "required: --dish"),
+        (["--dish"], "expected one argument"),
+        (["--dish", "x", "--portions", "many"], "--portions: invalid int value: 'many'"),
+        (["--dish", "x", "--portions", "1.5"], "--portions: invalid int value"),
+        (["--dish", "x", "--minutes", ""], "--minutes: invalid int value"),
+        (["--dish", "x", "--salt", "a"], "--salt: invalid float value"),
+        (["--dish", "x", "--style", "raw"], "--style: invalid choice: 'raw'"),
+        (["--dish", "x", "--spicy", "yes"], "unrecognized arguments: yes"),
+        (["--dish", "x", "--dessert", "cake"], "unrecognized arguments: --dessert cake"),
+    ],
+)
+def test_complaints_of_the_parser_are_one_line_and_status_2(
+    argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("Cooks.", argv, CookingSettings)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert complaint in printed.err
+    assert "--help)" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "complaint"),
+    [
+        ("portions", "0", "--portions 0: must be at least 1"),
+        ("portions", "13", "--portions 13: must be at most 12"),
+        ("salt", "-0.1", "--salt -0.1: must be at least 0.0"),
+        ("salt", "1.01", "--salt 1.01: must be at most 1.0"),
+        ("salt", "inf", "--salt inf: must be at most 1.0"),
+        ("salt", "nan", "--salt nan: must be at least 0.0"),
+        ("minutes", "4", "--minutes 4: must be at least 5"),
+    ],
+)
+def test_values_outside_the_limits_are_refused(flag: str, value: str, complaint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        cooking(f"--{flag}", value)
+    assert str(caught.value) == complaint
+
+
+def test_limits_are_inclusive() -> None:
+    assert cooking("--portions", "1", "--salt", "0").portions == 1
+    assert cooking("--portions", "12", "--salt", "1", "--minutes", "5").salt == 1
+
+
+def test_a_class_checks_itself() -> None:
+    with pytest.raises(UserError, match="soup cannot be fried"):
+        cooking("--dish", "soup", "--style", "fried")
+    with pytest.raises(UserError, match="soup cannot be fried"):
+        build(CookingSettings, {"dish": "soup", "style": "fried"})
+
+
+def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser_for("Cooks a meal.", CookingSettings, TableSettings).parse_args(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "Cooks a meal.",
+        "How the meal is made.",
+        "--dish STR what to cook",
+        "--portions INT plates (default 4)",
+        "--salt FLOAT part of 100 % (default 0.5)",
+        "--cook STR who cooks",
+        "--minutes INT time limit",
+        "--spicy with chilli",
+        "--style {boiled,fried} manner (default boiled)",
+        "Where the meal is eaten.",
+        "--seats INT chairs (default 2)",
+    ):
+        assert expected in text
+
+
+def test_building_passes_over_what_belongs_to_other_classes() -> None:
+    values = {"dish": "stew", "seats": 3, "portions": 2}
+    assert build(CookingSettings, values) == CookingSettings(dish="stew", portions=2)
+    assert build(TableSettings, values) == TableSettings(seats=3)
+
+
+def test_settings_survive_config_json(tmp_path: Path) -> None:
+    path = str(tmp_path / "config.json")
+    before = cooking("--dish", "crème brûlée 甜", "--salt", "0.1", "--minutes", "45", "--spicy")
+    write_json(path, as_dict(before, TableSettings()))
+    content = read_json(path)
+    assert set(content) == {"CookingSettings", "TableSettings"}
+    assert build(CookingSettings, content["CookingSettings"]) == before
+    assert build(TableSettings, content["TableSettings"]) == TableSettings()
+
+
+def test_json_is_utf8_for_people_to_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(str(path), {"name": "naïve"})
+    assert path.read_bytes() == '{\n  "name": "naïve"\n}\n'.encode()
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(str(path), {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(str(path), {"a": 2, "b": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(str(path), [3])
+    assert read_json(str(path)) == [3]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "cannot be read"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON")],
+)
+def test_unreadable_json_is_a_user_error(content: Any, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_json(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_folder_is_no_json(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read_json(str(tmp_path))
