@@ -272,6 +272,14 @@ def test_shards_are_balanced_and_none_is_empty(outputs):
     assert max(sizes) <= file.bytes / outputs + longest
 
 
+def test_blocks_are_small(small_blocks):
+    file = survey(str(SAMPLE))
+    sizes = [block.bytes for block in read_blocks([file], 2)]
+    longest = max(block.bytes for block in read_blocks([file], 25))
+    assert len(sizes) > 5
+    assert max(sizes) < 2000 + longest
+
+
 def test_a_huge_document_first_leaves_no_shard_empty(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("long " * 1000 + "\n\nb\n\nc\n\nd\n")
@@ -463,12 +471,24 @@ def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     assert "another run is writing there; let it end" in line
 
 
-def test_a_killed_worker_ends_the_run():
-    settings = InstanceSettings(
-        TokenizerSettings(), SequenceSettings(), MaskingSettings(), dupe_factor=1, random_seed=0
+def instance_maker(dupe_factor=1):
+    return InstanceMaker(
+        InstanceSettings(
+            TokenizerSettings(), SequenceSettings(), MaskingSettings(), dupe_factor, random_seed=0
+        )
     )
+
+
+def test_unknown_tokens_are_counted_in_every_copy(monkeypatch):
+    maker = instance_maker(dupe_factor=3)
+    comma = int(maker.tokenizer.encode("a, b")[-2])
+    monkeypatch.setattr(maker.tokenizer, "unk_id", comma)
+    assert maker(Block(0, 0, [b"One, two.\nThree, four, five."])).unknown == 3 * 3
+
+
+def test_a_killed_worker_ends_the_run():
     blocks = (Block(0, number, [b"Text."]) for number in range(100_000))
-    instances = in_order(InstanceMaker(settings), blocks, num_workers=2)
+    instances = in_order(instance_maker(), blocks, num_workers=2)
     next(instances)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"a worker process was killed.* with fewer than 2 for --n"):
