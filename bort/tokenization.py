@@ -180,11 +180,9 @@ class ByteLevelBPE(_Vocabulary):
             self.name,
             pat_str=_GPT2_WORDS,
             mergeable_ranks={content[token]: rank for rank, token in enumerate(made)},
-            # Never produced, as nothing is allowed below. But tiktoken looks for them in the text,
-            # and to look for none at all takes it longer: that pattern matches everywhere.
-            special_tokens={
-                token: len(made) + i for i, token in enumerate(SPECIAL_TOKENS.values())
-            },
+            # Never produced, as `encode_to_numpy` is told to allow none; but tiktoken looks for
+            # them in the text, and to look for nothing takes it longer: that matches everywhere.
+            special_tokens=dict.fromkeys(SPECIAL_TOKENS.values(), len(made)),
         )
         described = json.dumps([self.name, list(spelling), list(merges)]).encode()
         self.fingerprint = hashlib.sha256(described).hexdigest()

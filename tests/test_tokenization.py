@@ -254,6 +254,20 @@ def test_merges_by_hand():
         assert encoder.encode(text).tolist() == [spelling.index(token) for token in tokens]
 
 
+def test_words_are_letters_digits_or_others_after_one_space():
+    alphabet = list(tokenization._BYTE_TO_CHARACTER.values())
+    within = ["Ġ a", "Ġ 1", "Ġ !"]
+    across = ["a 1", "1 !", "! a", "Ġ Ġa"]  # of two words, so never merged
+    merges = [*across[:3], *within, across[3]]
+    made = [merge.replace(" ", "") for merge in merges]
+    encoder = ByteLevelBPE([*SPECIAL_TOKENS.values(), *made, *alphabet], merges)
+    assert encoder.tokens(encoder.encode("a1!a 1 ! a  a")) == [
+        *["a", "1", "!", "a"],
+        *["Ġ1", "Ġ!", "Ġa"],
+        *["Ġ", "Ġa"],
+    ]
+
+
 @pytest.mark.parametrize("ending", ["s", "t", "re", "ve", "m", "ll", "d"])
 def test_contractions_are_words(ending):
     alphabet = list(tokenization._BYTE_TO_CHARACTER.values())
@@ -442,6 +456,14 @@ def test_training_names_what_is_wrong(tmp_path, capsys, flags, says):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_training_text_must_be_utf8(tmp_path, capsys):
+    text = tmp_path / "latin1.txt"
+    text.write_bytes("one\ncafé\n".encode("latin1"))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "a.model", input_file=text)
+    assert f"error: {text}, line 2" in capsys.readouterr().err
+
+
 # ---- what is refused
 
 
@@ -489,7 +511,8 @@ def test_flags_are_checked_when_parsed(capsys):
         ("[1]", "is neither a GluonNLP vocabulary nor a Hugging Face vocab.json"),
         ('{"a": 0, "b": 2}', "is neither"),
         ('{"a": "0"}', "is neither"),
-        ('{"a": 0, "b": false}', "is neither"),
+        ('{"a": 0, "b": true}', "is neither"),
+        ('{"a": 0, "b": "1"}', "is neither"),
         ('{"token_to_idx": ["a"]}', "is neither"),
         ('{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}', "it lacks <mask>; give both"),
         ('{"[CLS]": 0}', "it lacks <s>, <pad>, </s>, <unk>, <mask>; give both"),
