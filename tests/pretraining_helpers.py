@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -14,6 +16,7 @@ from bort.communicator import Communicator, SingleProcess
 from bort.config import parse
 from data.shards import Manifest, ShardWriter, id_type, shard_name, write_manifest
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 61
 BOS, PAD, EOS, UNK, MASK = range(5)
 FIRST_WORD = 5
@@ -75,7 +78,8 @@ def arguments(folder: Path, **flags: Any) -> list[str]:
 
 def make_run(folder: Path, communicator: Communicator | None = None, **flags: Any) -> Any:
     """Return a run that is ready to start."""
-    from bort.pretraining import SETTINGS_CLASSES, Pretraining, PretrainingSettings
+    from bort.pretraining import Pretraining
+    from bort.settings import SETTINGS_CLASSES, PretrainingSettings
 
     settings = PretrainingSettings(*parse("", arguments(folder, **flags), *SETTINGS_CLASSES))
     return Pretraining(settings, communicator or SingleProcess())
@@ -115,3 +119,29 @@ def metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
         }
         for line in lines
     ]
+
+
+def horovodrun(ranks: int, *command: str) -> str:
+    """Run a command on so many ranks of this machine and return what they printed.
+
+    The first word `python` stands for this interpreter. Fails with the output when a rank fails.
+    """
+    folder = os.path.dirname(sys.executable)
+    words = [sys.executable if word == "python" else word for word in command]
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([folder, os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [os.path.join(folder, "horovodrun"), "-np", str(ranks), "-H", f"localhost:{ranks}", *words],
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

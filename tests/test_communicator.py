@@ -1,0 +1,86 @@
+"""One process, and two under Horovod: sums, broadcasts, and ranks that lag behind."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+
+from bort.communicator import SingleProcess
+from tests.pretraining_helpers import horovodrun
+
+# Rank 1 is slow at every turn: rank 0 then has several messages under way at once.
+TWO_RANKS = """
+    import json, sys, time
+    from pathlib import Path
+    import numpy as np
+    from bort.communicator import Horovod
+
+    communicator = Horovod()
+    from mxnet import nd
+
+    rank, size = communicator.rank, communicator.size
+
+    def lag():
+        time.sleep(0.02 * rank)
+
+    found = {"size": size, "local_rank": communicator.local_rank}
+
+    broadcast = []
+    for call in range(20):
+        arrays = [nd.full((3, 2), 100 * call + 10 * place + rank) for place in range(3)]
+        communicator.broadcast(arrays)
+        lag()
+        broadcast += [float(array.sum().asscalar()) / 6 for array in arrays]
+    found["broadcast"] = broadcast
+
+    held = [nd.zeros(1000), nd.zeros(1)]
+    sums = []
+    for call in range(20):
+        for place, array in enumerate(held):
+            array[:] = call + place + 100 * rank
+        communicator.sum_in_place(held)
+        lag()
+        sums.append(nd.concat(held[0][:1], held[1], dim=0))
+    found["sum_in_place"] = nd.stack(*sums).asnumpy().tolist()
+
+    found["sum"] = communicator.sum(np.array([1 / 3, rank, 2.0**53])).tolist()
+    found["object"] = communicator.broadcast_object({"step": 7, "rank": rank, "none": None})
+    start = time.monotonic()
+    time.sleep(rank)
+    communicator.barrier()
+    found["waited"] = time.monotonic() - start
+    Path(f"{sys.argv[1]}/{rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_a_single_process_is_rank_0_of_1_and_changes_nothing():
+    alone = SingleProcess()
+    assert (alone.rank, alone.size, alone.local_rank) == (0, 1, 0)
+    values = np.array([1 / 3, 2.0])
+    assert (alone.sum(values) == values).all()
+    assert alone.broadcast_object({"step": 7}) == {"step": 7}
+    array = np.ones(3)
+    alone.broadcast([array])
+    alone.sum_in_place([array])
+    alone.barrier()
+    assert (array == 1).all()
+
+
+@pytest.mark.distributed
+def test_two_ranks_one_of_them_slow(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(textwrap.dedent(TWO_RANKS))
+    horovodrun(2, "python", str(script), str(tmp_path))
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [one.pop("local_rank") for one in ranks] == [0, 1]
+    assert all(one.pop("waited") > 0.9 for one in ranks), "the barrier lets nobody pass early"
+    assert ranks[0] == ranks[1]
+    expected = [100 * call + 10 * place for call in range(20) for place in range(3)]
+    assert ranks[0]["broadcast"] == expected, "rank 0's values everywhere"
+    assert ranks[0]["sum_in_place"] == [[2 * call + 100, 2 * call + 102] for call in range(20)]
+    assert ranks[0]["sum"] == [1 / 3 + 1 / 3, 1.0, 2.0**54], "in float64"
+    assert ranks[0]["object"] == {"step": 7, "rank": 0, "none": None}
+    assert ranks[0]["size"] == 2
