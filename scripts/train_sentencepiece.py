@@ -21,7 +21,7 @@ from bort.errors import UserError, door
 from bort.tokenization import SPECIAL_TOKENS
 from data.corpus import MAX_DOCUMENT_BYTES, find_inputs, read_documents, survey
 
-_ALWAYS_SPELT = string.ascii_letters + string.digits + string.punctuation
+_COMMON = frozenset(string.ascii_letters + string.digits + string.punctuation)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def train(settings: SentencePieceSettings, sentences: Sequence[str]) -> bytes:
             vocab_size=settings.vocab_size,
             character_coverage=settings.character_coverage,
             max_sentence_length=MAX_DOCUMENT_BYTES,  # longer ones are left out without a word
-            required_chars=_ALWAYS_SPELT,
+            # Not all of the common ones: versions before 0.2.3 abort when one is not in the text.
+            required_chars="".join(sorted(_COMMON.intersection(set().union(*sentences)))),
             byte_fallback=True,
             # RoBERTa's order, but for <mask>, its last token, which follows these.
             bos_id=0,

@@ -434,8 +434,8 @@ def test_every_sentence_has_the_same_chance_to_be_drawn():
 def test_long_lines_are_learnt_from(tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("zyxwv " * 5000 + "\nthe cat\n", "utf-8")
-    trained = train(tmp_path / "long.model", input_file=text, vocab_size=365)
-    assert "▁zyxwv" in trained.tokens(range(365))
+    trained = train(tmp_path / "long.model", input_file=text, vocab_size=280)
+    assert "▁zyxwv" in trained.tokens(range(280))
 
 
 @pytest.mark.parametrize(
@@ -552,7 +552,7 @@ def test_merges_that_are_none(files, tmp_path, content, says):
 
 def test_merges_may_lack_the_first_line_and_the_last_newline(files, tmp_path, bpe, merges):
     path = tmp_path / "m.txt"
-    path.write_text("\r\n".join(merges), "utf-8", newline="")
+    path.write_bytes("\r\n".join(merges).encode())
     settings = TokenizerSettings(vocab_file=str(files["vocab.json"]), bpe_ranks=str(path))
     assert load_tokenizer(settings).fingerprint == bpe.fingerprint
 
