@@ -15,12 +15,13 @@ from typing import Sequence
 from bort.communicator import SingleProcess
 from bort.config import parse
 from bort.errors import door
+from bort.settings import SETTINGS_CLASSES, PretrainingSettings
 
 
 @door
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     """Run the program; returns the held-out evaluations, the first before training."""
-    from bort.pretraining import SETTINGS_CLASSES, Pretraining, PretrainingSettings
+    from bort.pretraining import Pretraining
 
     settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES))
     return Pretraining(settings, SingleProcess()).run()

@@ -25,6 +25,7 @@ import numpy as np
 
 from bort.config import read_json, write_json
 from bort.errors import UserError
+from data.shards import sha256_of
 
 MODEL = "model.params"
 TRAINER = "trainer.npz"
@@ -101,7 +102,7 @@ def load(path: str) -> Checkpoint:
         full = os.path.join(path, file)
         if not os.path.exists(full):
             raise UserError(f"{full}: missing; the checkpoint is not complete")
-        if _sha256(full) != expected:
+        if sha256_of(full) != expected:
             raise UserError(f"{full}: its SHA-256 is not that of state.json; altered or truncated")
     return Checkpoint(path, state)
 
@@ -184,14 +185,6 @@ def _names(folder: str) -> list[str]:
     return sorted((name for name in found if re.fullmatch(r"step-\d{7,}", name)), key=_step_of)
 
 
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        for block in iter(lambda: handle.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _json_sha256(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -199,7 +192,7 @@ def _json_sha256(content: dict[str, Any]) -> str:
 def _flushed_sha256(path: str) -> str:
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
-    return _sha256(path)
+    return sha256_of(path)
 
 
 def _fsync_folder(folder: str) -> None:

@@ -65,3 +65,12 @@ def distillation_loss(
 def correct_predictions(logits: Any, labels: Any) -> Any:
     """Count positions whose highest logit [n, vocabulary] is the label [n]; returns [1]."""
     return (logits.argmax(axis=-1) == labels.astype("float32")).sum()
+
+
+def squared_distance(student_logits: Any, teacher_logits: Any) -> Any:
+    """Return the mean square between the two distributions [n, vocabulary] per position, [n].
+
+    A figure for the log, as the original printed it; not part of the loss.
+    """
+    difference = nd.softmax(student_logits, axis=-1) - nd.softmax(teacher_logits, axis=-1)
+    return nd.square(difference).mean(axis=-1)

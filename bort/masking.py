@@ -99,7 +99,7 @@ class MaskingTable:
         self.maskable = np.ones(tokenizer.vocab_size, bool)
         self.maskable[tokenizer.special_ids] = False
         self.plain_ids = np.flatnonzero(self.maskable)
-        self.starts_word = tokenizer.word_starts if whole_words else np.ones_like(self.maskable)
+        self.starts_word = tokenizer.word_starts if whole_words else None
 
 
 def make_sequences(
@@ -210,6 +210,9 @@ def _words(
     input_ids: np.ndarray, maskable: np.ndarray, table: MaskingTable
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where each word starts and its length in tokens, both int64 [words]."""
+    if table.starts_word is None:
+        starts = np.flatnonzero(maskable)
+        return starts, np.ones_like(starts)
     begins = table.starts_word[input_ids]
     # A special token begins something, and so does what follows it: the rest of a long sentence
     # may continue a word.

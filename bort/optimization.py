@@ -40,9 +40,32 @@ def sum_of_squares(arrays: Sequence[Any]) -> Any:
     float32, which loses 10 percent and more over the gradient of a vocabulary's matrix, and takes
     three times as long as dot products.
     """
-    flat = [array.reshape(-1) for array in arrays]
+    # float16 squares overflow at 256.
+    flat = [array.reshape(-1).astype("float32", copy=False) for array in arrays]
     pieces = [one[start : start + PIECE] for one in flat for start in range(0, one.size, PIECE)]
     return nd.concat(*[nd.dot(piece, piece) for piece in pieces], dim=0).sum()
+
+
+class LossScale:
+    """The factor on a float16 loss that keeps small gradients from vanishing.
+
+    Halved whenever a gradient overflows, doubled after `window` updates without (Micikevicius et
+    al., Mixed Precision Training, section 3.2). Every rank sees the same summed gradient, so all
+    keep the same factor without talking.
+    """
+
+    def __init__(self, value: float = 2.0**15, window: int = 2000) -> None:
+        self.value = value
+        self.window = window
+        self.good_updates = 0
+
+    def update(self, overflowed: bool) -> None:
+        """Take note of one update."""
+        self.good_updates = 0 if overflowed else self.good_updates + 1
+        if overflowed:
+            self.value = max(1.0, self.value / 2)
+        elif self.good_updates == self.window:
+            self.value, self.good_updates = self.value * 2, 0
 
 
 class Trainer:
@@ -50,7 +73,9 @@ class Trainer:
 
     The gradients have to be sums over positions; `update` is told over how many. On several
     devices of this process and several processes the sums are added up first, so every replica
-    makes the same update.
+    makes the same update. A gradient that is not finite changes nothing: the update kernel leaves
+    out what it is told to multiply by zero. With `loss_scale` the gradients are that of the scaled
+    loss, and float16 parameters have float32 master copies.
     """
 
     def __init__(
@@ -60,14 +85,21 @@ class Trainer:
         weight_decay: float,
         epsilon: float,
         max_norm: float,
+        loss_scale: LossScale | None = None,
+        compression: str = "none",
     ) -> None:
         self._parameters = [p for p in parameters if p.grad_req != "null"]
         self._communicator = communicator
         self._max_norm = max_norm
+        self.loss_scale = loss_scale
+        self._compression = compression
         for parameter in self._parameters:
             parameter.wd_mult = 0.0 if parameter.name.endswith(WITHOUT_DECAY) else 1.0
         self._optimizer = nlp.optimizer.BERTAdam(
-            epsilon=epsilon, wd=weight_decay, param_dict=dict(enumerate(self._parameters))
+            epsilon=epsilon,
+            wd=weight_decay,
+            param_dict=dict(enumerate(self._parameters)),
+            multi_precision=True,
         )
         self._updater = mx.optimizer.get_updater(self._optimizer)
         self._indices = list(range(len(self._parameters)))
@@ -87,7 +119,7 @@ class Trainer:
             for other in others:
                 first += other.as_in_context(first.context)
         self._positions[:] = positions
-        self._communicator.sum_in_place([*self._gradients(), self._positions])
+        self._communicator.sum_in_place([*self._gradients(), self._positions], self._compression)
         return self._positions
 
     def update(self, positions: Any, rate: float) -> Any:
@@ -97,9 +129,13 @@ class Trainer:
         """
         self.rate = rate
         gradients = self._gradients()
-        norm = sum_of_squares(gradients).sqrt() / positions
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        norm = sum_of_squares(gradients).sqrt() / (positions * scale)
         clip = nd.minimum(self._max_norm / nd.maximum(norm, 1e-12), 1.0)
-        self._optimizer.rescale_grad = clip / positions
+        factor = clip / (positions * scale)
+        self._optimizer.rescale_grad = nd.where(
+            nd.contrib.isfinite(norm), factor, nd.zeros_like(factor)
+        )
         self._optimizer.set_learning_rate(rate)
         self._updater(self._indices, gradients, self._weights())
         for parameter in self._parameters:
@@ -122,9 +158,12 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return the optimiser's state as {name: NDArray}, to be stored without pickle."""
         named = {}
-        for index, (mean, variance) in self._updater.states.items():
-            named[f"mean.{index}"] = mean
-            named[f"variance.{index}"] = variance
+        for index, state in self._updater.states.items():
+            # With float16 parameters: ((mean, variance), float32 master copy).
+            moments, *master = state if isinstance(state[0], tuple) else (state,)
+            named[f"mean.{index}"], named[f"variance.{index}"] = moments
+            if master:
+                named[f"master.{index}"] = master[0]
         return named
 
     def load_state(self, arrays: dict[str, Any]) -> None:

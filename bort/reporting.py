@@ -8,8 +8,9 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
+from mxnet import nd
 from tqdm import tqdm
 
 
@@ -118,6 +119,54 @@ def _figures(record: dict[str, Any]) -> list[str]:
     return [name for name in record if name not in ("step", "phase", "time")]
 
 
+class Interval:
+    """Sums since the last metric line, kept on the device so that no step waits for them."""
+
+    # total loss, masked LM, KL, correct predictions, squared distance: over masked positions
+    SUMS = 5
+
+    def __init__(self, device: Any) -> None:
+        self._sums = nd.zeros(self.SUMS, ctx=device)
+        self.positions = 0
+        self.tokens = 0
+
+    def add(self, sums: Any, positions: int, tokens: int) -> None:
+        """Add the sums [5] of one micro-batch, its masked positions and its tokens."""
+        self._sums += sums.as_in_context(self._sums.context)
+        self.positions += positions
+        self.tokens += tokens
+
+    def state(self) -> list[float]:
+        """Return everything as numbers; waits for the device."""
+        return [*map(float, self._sums.asnumpy()), self.positions, self.tokens]
+
+    def load_state(self, state: Sequence[float]) -> None:
+        """Restore what `state` returned."""
+        self._sums[:] = nd.array(state[: self.SUMS], ctx=self._sums.context)
+        self.positions, self.tokens = map(int, state[self.SUMS :])
+
+
+class Stopwatch:
+    """Seconds spent training, without the evaluations and checkpoints in between."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap and start the next."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the enclosed work out of the lap; waits for what the device still has to do."""
+        nd.waitall()
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+
 class PhaseTimer:
     """Measures how the time of one step divides among its phases.
 
@@ -135,12 +184,10 @@ class PhaseTimer:
         if not self.measured:
             yield
             return
-        import mxnet as mx
-
-        mx.nd.waitall()
+        nd.waitall()
         start = time.perf_counter()
         yield
-        mx.nd.waitall()
+        nd.waitall()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def shares(self) -> dict[str, float]:

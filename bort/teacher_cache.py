@@ -24,6 +24,7 @@ from mxnet import nd
 from bort.bort import encode, masked_hidden
 from bort.config import read_json, write_json
 from bort.errors import UserError
+from bort.evaluation import DeviceBatch
 from data.batches import collate
 from data.shards import Shard, ShardEntry, ShardSet
 
@@ -103,10 +104,10 @@ class CachedTeacher:
             device: (nd.array(weight, ctx=device), nd.array(bias, ctx=device)) for device in devices
         }
 
-    def logits(self, hidden: Any) -> Any:
-        """Project hidden states [n, hidden] onto the vocabulary: [n, vocabulary]."""
-        weight, bias = self._projection[hidden.context]
-        return nd.FullyConnected(hidden, weight, bias, num_hidden=weight.shape[0])
+    def logits(self, batch: DeviceBatch) -> Any:
+        """Project the hidden states [n, hidden] of a batch: logits [n, vocabulary]."""
+        weight, bias = self._projection[batch.labels.context]
+        return nd.FullyConnected(batch.teacher_hidden, weight, bias, num_hidden=weight.shape[0])
 
 
 def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Iterable, Iterator, NamedTuple, TypeVar
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
 
-from data.shards import ShardSet
+from data.shards import Shard, ShardSet
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     valid_length: np.ndarray  # [batch] int32
     masked_positions: np.ndarray  # [n] int32, into the flattened [batch * length] grid
     labels: np.ndarray  # [n] int32, the true tokens there
+    teacher_hidden: Optional[np.ndarray] = None  # [n, hidden], what a teacher's cache holds there
 
     @property
     def tokens(self) -> int:
@@ -89,7 +90,7 @@ class BatchOrder:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def collate(shards: ShardSet, rows: np.ndarray, width: int, pad_id: int) -> Batch:
+def collate(shards: ShardSet | Shard, rows: np.ndarray, width: int, pad_id: int) -> Batch:
     """Gather the sequences `rows` [batch] into one micro-batch of `width` columns."""
     input_ids = np.full((len(rows), width), pad_id, dtype=np.int32)
     valid_length = np.empty(len(rows), dtype=np.int32)
@@ -104,18 +105,32 @@ def collate(shards: ShardSet, rows: np.ndarray, width: int, pad_id: int) -> Batc
 
 
 class BatchSource:
-    """Makes micro-batches of a set of shards by their number in the endless stream."""
+    """Makes micro-batches of a set of shards by their number in the endless stream.
 
-    def __init__(self, shards: ShardSet, order: BatchOrder, pad_id: int) -> None:
+    `teacher_rows` are the rows of a teacher's cache, one array [masked positions, hidden] a shard.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: BatchOrder,
+        pad_id: int,
+        teacher_rows: Optional[Sequence[np.ndarray]] = None,
+    ) -> None:
         self._shards = shards
         self.order = order
         self._pad_id = pad_id
+        self._teacher_rows = teacher_rows
 
     def __call__(self, position: int) -> Batch:
         """Return micro-batch `position`."""
         rows = self.order.rows(position)
         width = self.order.width(int(self._shards.lengths[rows].max()))
-        return collate(self._shards, rows, width, self._pad_id)
+        batch = collate(self._shards, rows, width, self._pad_id)
+        if self._teacher_rows is None:
+            return batch
+        hidden = [self._teacher_rows[shard][span] for shard, span in map(self._shards.masked, rows)]
+        return batch._replace(teacher_hidden=np.concatenate(hidden))
 
 
 def prefetched(

@@ -403,8 +403,18 @@ class ShardSet:
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (input_ids, masked_positions, masked_ids) of one sequence, without copying."""
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.shards[place].sequence(index - int(self._starts[place]))
+        shard, row = self._place(index)
+        return self.shards[shard].sequence(row)
+
+    def masked(self, index: int) -> tuple[int, slice]:
+        """Return the shard of a sequence, and where its masked tokens lie among the shard's."""
+        shard, row = self._place(index)
+        start, end = self.shards[shard].masked_offsets[row : row + 2]
+        return shard, slice(int(start), int(end))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
 
 
 def open_shards(folder: str, verify: bool = False) -> ShardSet:

@@ -70,7 +70,7 @@ def test_losses_at_a_fixed_seed(data, tmp_path):
 
 def numpy_evaluation(run, shards) -> dict[str, float]:
     """Evaluate sequence by sequence in float64, without batches or padding."""
-    student, teacher = map(reference.parameters_of, (run.student, run.teacher))
+    student, teacher = map(reference.parameters_of, (run.student, run.teacher.network))
     sums = dict.fromkeys(("mlm_loss", "accuracy", "kl", "teacher_accuracy"), 0.0)
     positions = 0
     for index in range(shards.num_sequences):
@@ -104,7 +104,7 @@ class OneOfTwo:
 
 def test_evaluation_is_that_of_float64_numpy_whatever_the_batches_and_ranks(data, tmp_path):
     from bort.communicator import SingleProcess
-    from bort.pretraining import evaluate
+    from bort.evaluation import evaluate
     from data.shards import open_shards
 
     flags = {"ckpt_dir": tmp_path, "data_eval": data / "test", **teacher_flags(data)}
@@ -168,9 +168,9 @@ def test_masked_language_modelling_alone_learns_the_shards(data, tmp_path):
 
 def test_the_teacher_stays_as_it_was_loaded(data, tmp_path):
     run = make_run(data, ckpt_dir=tmp_path, **teacher_flags(data))
-    before = reference.parameters_of(run.teacher)
+    before = reference.parameters_of(run.teacher.network)
     run.run()
-    after = reference.parameters_of(run.teacher)
+    after = reference.parameters_of(run.teacher.network)
     assert all((before[name] == after[name]).all() for name in before)
 
 

@@ -1,0 +1,91 @@
+"""What a model says at the masked positions of a batch, and how good that is on a held-out set."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional, Protocol
+
+import numpy as np
+from mxnet import nd
+
+from bort.bort import decode, encode, masked_hidden
+from bort.communicator import Communicator
+from bort.distillation import correct_predictions, distillation_kl, masked_lm_loss
+from data.batches import Batch, BatchSource
+
+
+class DeviceBatch(NamedTuple):
+    """A micro-batch as NDArrays on its device (shapes: see data.batches.Batch)."""
+
+    input_ids: Any
+    valid_length: Any
+    masked_positions: Any
+    labels: Any
+    teacher_hidden: Optional[Any]
+
+
+def to_device(batch: Batch, device: Any) -> DeviceBatch:
+    """Copy a micro-batch to a device, as float32: MXNet's operators take ids as such."""
+    *arrays, hidden = (batch[i] for i in range(len(batch)))
+    moved = [nd.array(array, ctx=device, dtype="float32") for array in arrays]
+    # The rows of a cache may be float16: half the bytes travel, the device widens them.
+    widened = hidden if hidden is None else nd.array(hidden, ctx=device, dtype=hidden.dtype)
+    return DeviceBatch(*moved, widened if widened is None else widened.astype("float32"))
+
+
+def masked_logits(model: Any, batch: DeviceBatch) -> Any:
+    """Return the logits [n, vocabulary], float32, of a model at the masked positions."""
+    dtype = model.word_embed[0].weight.dtype
+    sequence = encode(model, batch.input_ids, batch.valid_length.astype(dtype, copy=False))
+    logits = decode(model, masked_hidden(model, sequence, batch.masked_positions))
+    return logits.astype("float32", copy=False)
+
+
+class Teacher(Protocol):
+    """Whoever knows the right distributions: a network, or the cache of one."""
+
+    def logits(self, batch: DeviceBatch) -> Any:
+        """Return the logits [n, vocabulary], float32, at the masked positions."""
+
+
+class LiveTeacher:
+    """A frozen network that is run on every batch."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def logits(self, batch: DeviceBatch) -> Any:
+        """Return the logits [n, vocabulary] of the network."""
+        return masked_logits(self.network, batch)
+
+
+def evaluate(
+    student: Any,
+    teacher: Teacher | None,
+    source: BatchSource,
+    temperature: float,
+    communicator: Communicator,
+    device: Any,
+) -> dict[str, float]:
+    """Measure a model on every batch of a held-out set, split over the ranks.
+
+    Returns means over all masked positions: mlm_loss (nats), accuracy, and with a teacher
+    teacher_accuracy and kl, which is temperature^2 * KL(teacher || student) at the temperature.
+    """
+    sums = np.zeros(5)
+    for number in range(communicator.rank, source.order.batches_per_epoch, communicator.size):
+        batch = to_device(source(number), device)
+        logits = masked_logits(student, batch)
+        parts = [masked_lm_loss(logits, batch.labels).sum()]
+        parts.append(correct_predictions(logits, batch.labels))
+        if teacher is not None:
+            teacher_logits = teacher.logits(batch)
+            parts.append(distillation_kl(logits, teacher_logits, temperature).sum())
+            parts.append(correct_predictions(teacher_logits, batch.labels))
+        values = nd.concat(*parts, dim=0).asnumpy()
+        sums[: len(values)] += values
+        sums[4] += len(batch.labels)
+    mlm, correct, kl, teacher_correct, positions = communicator.sum(sums)
+    result = {"mlm_loss": mlm / positions, "accuracy": correct / positions}
+    if teacher is not None:
+        result.update(kl=kl / positions, teacher_accuracy=teacher_correct / positions)
+    return result
