@@ -203,7 +203,7 @@ class TwoEqualRanks(SingleProcess):
 
     size = 2
 
-    def sum_in_place(self, arrays: Sequence[Any]) -> None:
+    def sum_in_place(self, arrays: Sequence[Any], compression: str = "none") -> None:
         for array in arrays:
             array[:] = 2 * array
 
