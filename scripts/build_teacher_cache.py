@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings.teacher_ckpt_dir,
         tokenizer.vocab_size,
         tokenizer.tokenizer_fingerprint,
-        devices_of(settings.gpus, communicator)[:1],
+        devices_of(settings.gpus, 1, communicator)[:1],
     )
     manifest = CacheManifest(
         teacher_model=settings.teacher_model,

@@ -1,0 +1,300 @@
+"""One step of distillation, against the original's recipe of stock GluonNLP parts, in one run.
+
+    python scripts/benchmark.py distillation [--teachers roberta_12_768_12] [--repeats 9]
+
+Every way trains the 4-layer Bort on the same batches; ways take turns, so that a change in the
+machine's pace meets all; the table has medians. The original's recipe is run on the same threads
+and, in a process of its own that also takes turns, on the threads MXNet takes by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import numpy as np
+
+from bort.config import option, parse
+
+MLM_WEIGHT, TEACHER_WEIGHT, TEMPERATURE = 0.1, 0.5, 2.0
+MASKED = 0.15
+SEQUENCES = 64
+
+
+@dataclass(frozen=True)
+class DistillationBenchmarkSettings:
+    """What is measured, and how often."""
+
+    teachers: str = option("roberta_12_768_12", "teachers to measure with, commas between")
+    batch_size: int = option(4, "sequences per step", minimum=1)
+    length: int = option(128, "tokens per sequence", minimum=8, maximum=512)
+    vocab_size: int = option(50265, "tokens of the vocabulary", minimum=100)
+    repeats: int = option(9, "steps measured of each way", minimum=1)
+    stock_only: Optional[str] = option(
+        None, "measure only the original's recipe with this teacher ('none': without), step by step"
+    )
+
+
+def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
+    """Measure, print a table, return {way: median seconds}."""
+    (settings,) = parse(str(__doc__), argv, DistillationBenchmarkSettings)
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.stock_only:
+            _answer_with_stock_steps(settings)
+            return {}
+        with contextlib.ExitStack() as stack:
+            ways = _ways(settings, folder, stack)
+            seconds = _measure(ways, settings.repeats)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    _print_table(medians, seconds, settings)
+    return medians
+
+
+def _measure(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    for way in ways.values():
+        way()  # graphs are made and memory is taken at the first step
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for name, way in list(ways.items()) * repeats:
+        seconds[name].append(way())
+    return seconds
+
+
+def _ways(
+    settings: DistillationBenchmarkSettings, folder: str, stack: contextlib.ExitStack
+) -> dict[str, Callable[[], float]]:
+    shards = os.path.join(folder, "shards")
+    write_random_shards(shards, settings)
+    ways = {
+        "original, no teacher": timed(StockStep(settings, None)),
+        "original, no teacher, default threads": stack.enter_context(
+            _on_default_threads("none", settings)
+        ),
+        "ours, no teacher": timed(_our_step(settings, shards, folder, [])),
+    }
+    for teacher in settings.teachers.split(","):
+        weights = os.path.join(folder, f"{teacher}.params")
+        flags = ["--teacher_model", teacher, "--teacher_ckpt_dir", weights]
+        cache = os.path.join(folder, f"cache-{teacher}")
+        _write_teacher(teacher, weights, settings)
+        _build_cache(shards, cache, flags)
+        ways |= {
+            f"original, {teacher}": timed(StockStep(settings, teacher)),
+            f"original, {teacher}, default threads": stack.enter_context(
+                _on_default_threads(teacher, settings)
+            ),
+            f"ours, {teacher} live": timed(_our_step(settings, shards, folder, flags)),
+            f"ours, {teacher} cached": timed(
+                _our_step(settings, shards, folder, ["--teacher_cache", cache])
+            ),
+        }
+    return ways
+
+
+def timed(step: Callable[[], None]) -> Callable[[], float]:
+    """Return a function that runs a step to its end and returns the seconds it took."""
+
+    def run() -> float:
+        import mxnet as mx
+
+        mx.nd.waitall()
+        start = time.perf_counter()
+        step()
+        mx.nd.waitall()
+        return time.perf_counter() - start
+
+    return run
+
+
+def write_random_shards(folder: str, settings: DistillationBenchmarkSettings) -> None:
+    """Write shards of random tokens, all sequences full, 15 % of the tokens masked."""
+    from data.shards import Manifest, ShardWriter, id_type, shard_name, write_manifest
+
+    generator = np.random.default_rng(0)
+    os.makedirs(folder)
+    masks = round(MASKED * settings.length)
+    with ShardWriter(os.path.join(folder, shard_name(0)), id_type(settings.vocab_size)) as writer:
+        for _ in range(SEQUENCES):
+            ids = generator.integers(5, settings.vocab_size, settings.length)
+            positions = np.sort(generator.choice(settings.length, masks, replace=False))
+            true = generator.integers(5, settings.vocab_size, masks)
+            lengths = np.array([settings.length]), np.array([masks])
+            writer.write(ids, lengths[0], positions, true, lengths[1])
+        entry = writer.finish(documents=SEQUENCES, sentences=SEQUENCES, unknown=0)
+    tokenizer = {"fingerprint": "random", "vocab_size": settings.vocab_size, "pad_id": 1}
+    write_manifest(folder, "manifest.json", Manifest(tokenizer, {}, [], [entry]))
+
+
+def _our_step(
+    settings: DistillationBenchmarkSettings, shards: str, folder: str, flags: list[str]
+) -> Callable[[], None]:
+    from bort.communicator import SingleProcess
+    from bort.pretraining import Pretraining
+    from bort.settings import SETTINGS_CLASSES, PretrainingSettings
+
+    argv = ["--data", shards, "--batch_size", str(settings.batch_size), "--num_steps", "100000"]
+    argv += ["--ckpt_dir", tempfile.mkdtemp(dir=folder), "--log_interval", "1000", *flags]
+    run = Pretraining(PretrainingSettings(*parse("", argv, *SETTINGS_CLASSES)), SingleProcess())
+    with contextlib.redirect_stdout(io.StringIO()):
+        run.begin()
+    batches = run.batches()
+    return lambda: run.train_step(batches)
+
+
+def _write_teacher(teacher: str, path: str, settings: DistillationBenchmarkSettings) -> None:
+    import mxnet as mx
+
+    from bort.bort import save_parameters
+    from bort.teacher import build_network
+
+    save_parameters(build_network(teacher, settings.vocab_size, mx.cpu()), path)
+
+
+def _build_cache(shards: str, cache: str, flags: list[str]) -> None:
+    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "build_teacher_cache.py")
+    argv = [sys.executable, script, "--data", shards, "--output_dir", cache, *flags]
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+
+
+class StockStep:
+    """A step as the original makes it, from stock parts of MXNet and GluonNLP.
+
+    Softmaxes of both networks for KL and MSE, top-k accuracy over the logits, a stock Trainer with
+    BERTAdam, no clipping in float32, the losses read back to the host at every step.
+    """
+
+    def __init__(self, settings: DistillationBenchmarkSettings, teacher: Optional[str]) -> None:
+        import gluonnlp as nlp
+        import mxnet as mx
+
+        from bort.bort import get_bort_model
+        from bort.teacher import build_network
+
+        self.student, _ = get_bort_model(vocab=range(settings.vocab_size))
+        self.student.hybridize(static_alloc=True)
+        self.teacher = None
+        if teacher:
+            self.teacher = build_network(teacher, settings.vocab_size, mx.cpu())
+            self.teacher.hybridize(static_alloc=True)
+        optimizer = nlp.optimizer.BERTAdam(learning_rate=1e-4, wd=0.01)
+        self.trainer = mx.gluon.Trainer(self.student.collect_params(), optimizer)
+        self.cross_entropy = mx.gluon.loss.SoftmaxCELoss()
+        self.divergence = mx.gluon.loss.KLDivLoss(from_logits=False)
+        self.square = mx.gluon.loss.L2Loss()
+        self.batch = random_batch(settings)
+
+    def __call__(self) -> None:
+        """Make one step."""
+        from mxnet import autograd, nd
+
+        ids, lengths, positions, true = self.batch
+        count = true.size
+        with autograd.record():
+            logits = self.student(ids, lengths, positions)[1]
+            loss = self.cross_entropy(logits, true.expand_dims(-1)).sum() / true.shape[1]
+            figures = [loss]
+            if self.teacher is not None:
+                teacher_logits = self.teacher(ids, lengths, positions)[1]
+                student_soft = nd.softmax(logits, temperature=TEMPERATURE)
+                teacher_soft = nd.softmax(teacher_logits, temperature=TEMPERATURE)
+                divergence = self.divergence(student_soft, teacher_soft).sum() * TEMPERATURE**2
+                figures.append(divergence / count)
+                square = self.square(nd.softmax(logits), nd.softmax(teacher_logits))
+                figures.append(square.sum() / count)
+                loss = MLM_WEIGHT * loss + TEACHER_WEIGHT * figures[1]
+        loss.backward()
+        self.trainer.step(1)
+        found = nd.topk(logits, axis=-1, k=1).squeeze(axis=-1)
+        figures.append((found == true).sum() / count)
+        for figure in figures:
+            figure.asscalar()
+
+
+def random_batch(settings: DistillationBenchmarkSettings) -> tuple[Any, ...]:
+    """Return NDArrays: ids [batch, length], lengths [batch], positions, labels [batch, masks]."""
+    from mxnet import nd
+
+    generator = np.random.default_rng(0)
+    shape = (settings.batch_size, settings.length)
+    ids = generator.integers(5, settings.vocab_size, shape)
+    places = [generator.permutation(settings.length) for _ in range(settings.batch_size)]
+    positions = np.sort(np.stack(places)[:, : round(MASKED * settings.length)])
+    labels = generator.integers(5, settings.vocab_size, positions.shape)
+    lengths = np.full(settings.batch_size, settings.length)
+    return tuple(nd.array(array) for array in (ids, lengths, positions, labels))
+
+
+# ---- the original's recipe on the threads that MXNet takes by default ----------------------------
+
+
+@contextlib.contextmanager
+def _on_default_threads(
+    teacher: str, settings: DistillationBenchmarkSettings
+) -> Iterator[Callable[[], float]]:
+    """Start a process on MXNet's number of threads; yield a function that times a step of it.
+
+    It rests between its steps: it takes one when it reads a line and answers with the seconds.
+    """
+    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmark.py")
+    flags = [f"--{f}={getattr(settings, f)}" for f in ("batch_size", "length", "vocab_size")]
+    # MXNet's own choice, which bort.stack would otherwise replace: half of the logical CPUs.
+    process = subprocess.Popen(
+        [sys.executable, script, "distillation", "--stock_only", teacher, *flags],
+        env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def step() -> float:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+
+    try:
+        yield step
+    finally:
+        process.communicate()
+
+
+def _answer_with_stock_steps(settings: DistillationBenchmarkSettings) -> None:
+    step = timed(
+        StockStep(settings, None if settings.stock_only == "none" else settings.stock_only)
+    )
+    for _ in sys.stdin:
+        print(step(), flush=True)
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def _print_table(
+    medians: dict[str, float],
+    seconds: dict[str, list[float]],
+    settings: DistillationBenchmarkSettings,
+) -> None:
+    threads = os.environ["OMP_NUM_THREADS"]
+    tokens = settings.batch_size * settings.length
+    print(
+        f"{settings.batch_size} x {settings.length} tokens, vocabulary {settings.vocab_size:,}, "
+        f"{threads} OpenMP threads, medians of {settings.repeats} steps in turn"
+    )
+    print(f"{'':<46}{'ms':>8}{'range':>16}{'tokens/s':>10}{'of original':>13}")
+    for name, median in medians.items():
+        low, high = 1e3 * min(seconds[name]), 1e3 * max(seconds[name])
+        stock = medians.get(f"original, {_teacher_of(name)}")
+        print(
+            f"{name:<46}{1e3 * median:>8.0f}{f'{low:.0f}-{high:.0f}':>16}"
+            f"{tokens / median:>10.0f}{median / stock:>12.2f}x"
+        )
+
+
+def _teacher_of(way: str) -> str:
+    return way.split(", ")[1].replace(" live", "").replace(" cached", "")
