@@ -149,8 +149,9 @@ class ByteLevelBPE(_Vocabulary):
     """Byte-level byte-pair encoding (Radford et al. 2019, section 2.2), as in RoBERTa.
 
     Gives what GluonNLP's `GPT2BPETokenizer` and its vocabulary give. tiktoken merges whichever
-    neighbours spell a token, GluonNLP those that stand in the list of merges: the same as long as
-    each merge makes a new token out of older ones, which is checked.
+    neighbours spell a token, GluonNLP those that stand in the list of merges. For a list that was
+    learnt these are the same, because a token is then spelt in one way only; a list in which a
+    merge does not make a new token out of older ones is refused.
     """
 
     name = "byte_level_bpe"
