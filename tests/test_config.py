@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,11 +168,27 @@ def test_json_is_utf8_for_people_to_read(tmp_path: Path) -> None:
     assert path.read_bytes() == '{\n  "name": "naïve"\n}\n'.encode()
 
 
-def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_what_is_no_json_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(str(path), {"a": 1})
     with pytest.raises(TypeError):
         write_json(str(path), {"a": 2, "b": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.json"
+    write_json(str(path), {"a": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_json(str(path), {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     write_json(str(path), [3])
     assert read_json(str(path)) == [3]

@@ -12,6 +12,7 @@ from bort.distillation import (
     distillation_kl,
     distillation_loss,
     masked_lm_loss,
+    squared_distance,
 )
 from tests import reference
 
@@ -187,6 +188,7 @@ def test_extreme_logits_stay_finite(temperature: float) -> None:
     parts = loss_of(case, temperature=temperature)
     kl = reference.distillation_kl(student, teacher, temperature).sum()
     assert parts.kl.asscalar() == pytest.approx(kl, rel=1e-5)
+    assert parts.mlm.asscalar() == pytest.approx(160 + np.log(3), rel=1e-5)
     assert np.isfinite(gradient_of(case, 0.3, 0.7, temperature)).all()
 
 
@@ -196,6 +198,12 @@ def test_correct_predictions_are_counted(case: Case) -> None:
     count = correct_predictions(array(case.student), array(labels % 11))
     assert count.shape == (1,)
     assert count.asscalar() == 4
+
+
+def test_squared_distance_is_the_mean_over_the_vocabulary(case: Case) -> None:
+    values = squared_distance(array(case.student), array(case.teacher)).asnumpy()
+    difference = reference.softmax(case.student) - reference.softmax(case.teacher)
+    np.testing.assert_allclose(values, (difference**2).mean(axis=-1), rtol=1e-5)
 
 
 def test_float32_holds_over_the_whole_vocabulary() -> None:

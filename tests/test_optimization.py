@@ -11,7 +11,7 @@ from mxnet import autograd, gluon, nd
 from bort.bort import BortModel, decode, encode, get_bort_model, masked_hidden
 from bort.communicator import Communicator, SingleProcess
 from bort.distillation import masked_lm_loss
-from bort.optimization import Trainer, learning_rate, sum_of_squares
+from bort.optimization import LossScale, Trainer, learning_rate, sum_of_squares
 from tests.reference import BERTAdam, parameters_of
 
 SHAPES = {"weight": (4, 3), "embedding": (7, 2), "bias": (4,), "gamma": (5,), "beta": (5,)}
@@ -31,10 +31,13 @@ def fresh_parameters(ctx: Any = None) -> dict[str, Any]:
 
 
 def trainer_of(
-    parameters: dict[str, Any], max_norm: float = 1.0, communicator: Communicator | None = None
+    parameters: dict[str, Any],
+    max_norm: float = 1.0,
+    communicator: Communicator | None = None,
+    **more: Any,
 ) -> Trainer:
     ranks = communicator or SingleProcess()
-    return Trainer(list(parameters.values()), ranks, DECAY, EPSILON, max_norm)
+    return Trainer(list(parameters.values()), ranks, DECAY, EPSILON, max_norm, **more)
 
 
 def draw_gradients(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
@@ -195,6 +198,78 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_shows(poison: float) 
     assert all((array.asnumpy() == 0).all() for array in trainer.state().values())
 
 
+# ---- float16 -----------------------------------------------------------------------------------
+
+
+def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_after_a_window() -> None:
+    scale = LossScale(window=3)
+    assert scale.value == 32768
+    seen = []
+    for overflowed in (True, False, False, True, False, False, False, False, False, False, False):
+        scale.update(overflowed)
+        seen.append(scale.value / 32768)
+    assert seen == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 1, 1]
+
+
+def test_the_loss_scale_does_not_fall_below_one() -> None:
+    scale = LossScale(value=3.0)
+    for _ in range(4):
+        scale.update(overflowed=True)
+    assert scale.value == 1.0
+
+
+def test_gradients_of_a_scaled_loss_update_as_those_of_the_loss() -> None:
+    plain, scaled = fresh_parameters(), fresh_parameters()
+    expected, trainer = trainer_of(plain), trainer_of(scaled, loss_scale=LossScale(value=1024.0))
+    gradients = draw_gradients(0)
+    put_gradients(plain, gradients)
+    put_gradients(scaled, {name: 1024 * values for name, values in gradients.items()})
+    norms = [one.update(one.sum_gradients(2), 0.1).asscalar() for one in (expected, trainer)]
+    assert norms[0] == norms[1]
+    assert_identical(values_of(scaled), values_of(plain))
+
+
+def float16_parameters() -> dict[str, Any]:
+    parameters = fresh_parameters()
+    for parameter in parameters.values():
+        parameter.cast("float16")
+    return parameters
+
+
+def test_float16_parameters_do_not_lose_small_steps() -> None:
+    """Steps of 3e-5 are below half a float16 ulp near 1; the float32 master copies add them up."""
+    parameters = float16_parameters()
+    trainer = trainer_of(parameters, max_norm=1e6)
+    weights = {name: values.astype(np.float64) for name, values in values_of(parameters).items()}
+    decay = {name: DECAY * (name in DECAYED) for name in SHAPES}
+    expected = BERTAdam(weights, decay, EPSILON)
+    gradients = {n: v.astype(np.float16).astype(float) for n, v in draw_gradients(0).items()}
+    for _ in range(40):
+        put_gradients(parameters, gradients)
+        trainer.update(trainer.sum_gradients(1), 1e-5)
+        expected.step(gradients, 1e-5, 1e6)
+    for name, parameter in parameters.items():
+        assert parameter.data().dtype == np.float16
+        moved = abs(expected.weights[name] - weights[name])
+        assert (moved > 1e-3).all()
+        np.testing.assert_allclose(
+            parameter.data().asnumpy(), expected.weights[name], rtol=6e-4, atol=1e-5, err_msg=name
+        )
+
+
+def test_the_state_of_float16_parameters_holds_their_master_copies() -> None:
+    parameters, restored = float16_parameters(), float16_parameters()
+    trainer, other = trainer_of(parameters), trainer_of(restored)
+    for seed in range(3):
+        step(trainer, parameters, seed, rate=1e-4)
+    other.load_state({name: array.asnumpy() for name, array in trainer.state().items()})
+    assert len(trainer.state()) == 3 * len(SHAPES)
+    assert {array.dtype for array in trainer.state().values()} == {np.float32}
+    for one, own in ((trainer, parameters), (other, restored)):
+        step(one, own, seed=3, rate=1e-4)
+    assert_identical(values_of(restored), values_of(parameters))
+
+
 # ---- devices and ranks -------------------------------------------------------------------------
 
 
@@ -204,6 +279,7 @@ class TwoEqualRanks(SingleProcess):
     size = 2
 
     def sum_in_place(self, arrays: Sequence[Any], compression: str = "none") -> None:
+        self.compression = compression
         for array in arrays:
             array[:] = 2 * array
 
@@ -216,6 +292,13 @@ def test_two_ranks_with_the_same_batch_update_as_one() -> None:
         step(joined, two, seed)
     assert joined.sum_gradients(3).asscalar() == 6
     assert_identical(values_of(two), values_of(one))
+
+
+def test_the_ranks_are_told_how_to_compress() -> None:
+    ranks = TwoEqualRanks()
+    parameters = fresh_parameters()
+    step(trainer_of(parameters, communicator=ranks, compression="fp16"), parameters, seed=0)
+    assert ranks.compression == "fp16"
 
 
 def test_two_devices_update_as_one_with_their_summed_gradients() -> None:
