@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import functools
 import glob
 import itertools
 import multiprocessing
@@ -317,7 +316,10 @@ def read_blocks(files: list[TextFile], num_outputs: int) -> Iterator[Block]:
 
 
 class InstanceMaker:
-    """Makes instances of blocks; the same block gives the same instances in every process."""
+    """Makes instances of blocks; the same block gives the same instances in every process.
+
+    Workers get it pickled, which takes a third of the time of loading the tokenizer again.
+    """
 
     def __init__(self, settings: InstanceSettings) -> None:
         """Load the tokenizer; raises `UserError` when that fails."""
@@ -370,11 +372,13 @@ def in_order(
     if num_workers == 1:
         yield from map(maker, blocks)
         return
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("spawn"), _Worker.start, (maker,)
+    )
     waiting: deque[Future[Instances]] = deque()
     try:
         for block in blocks:
-            waiting.append(pool.submit(_work, maker.settings, block))
+            waiting.append(pool.submit(_Worker.make, block))
             if len(waiting) > num_workers * _BLOCKS_AHEAD_PER_WORKER:
                 yield waiting.popleft().result()
         while waiting:
@@ -388,10 +392,22 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it even when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+class _Worker:
+    """What a worker process keeps between blocks."""
+
+    maker: InstanceMaker
+
+    @classmethod
+    def start(cls, maker: InstanceMaker) -> None:
+        """Leave Ctrl-C to the parent, and end with it even when it is killed."""
+        cls.maker = maker
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    @classmethod
+    def make(cls, block: Block) -> Instances:
+        """Return the instances of a block."""
+        return cls.maker(block)
 
 
 def _end_with_parent() -> None:
@@ -399,16 +415,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _work(settings: InstanceSettings, block: Block) -> Instances:
-    return _maker_of(settings)(block)
-
-
-@functools.lru_cache(maxsize=1)
-def _maker_of(settings: InstanceSettings) -> InstanceMaker:
-    """Return the maker of this worker process, loaded with its first block."""
-    return InstanceMaker(settings)
 
 
 class Progress:
