@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    """Keep one OpenMP thread, before MXNet is imported: bits depend on the number of threads."""
+    """Prepare the stack before any test module imports MXNet, even where no .pth file does.
+
+    One OpenMP thread, unless the variable is set: bits depend on the number of threads.
+    """
+    import bort  # noqa: F401
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

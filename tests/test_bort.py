@@ -432,10 +432,12 @@ def test_a_tied_matrix_under_neither_name_is_missing(
 def test_surplus_parameters_are_listed(
     layout: dict[str, Any], other: BortModel, tmp_path: Path
 ) -> None:
-    layout["pooler.weight"] = nd.ones((2, 2))
+    layout["pooler.weight"] = layout["cls.bias"] = nd.ones((2, 2))
+    message = refusal(other, tmp_path / "x.params", layout)
+    assert message.endswith("fit this model: surplus cls.bias, pooler.weight")
     del layout["decoder.0.bias"]
     message = refusal(other, tmp_path / "x.params", layout)
-    assert message.endswith("missing decoder.0.bias; surplus pooler.weight")
+    assert message.endswith("missing decoder.0.bias; surplus cls.bias, pooler.weight")
 
 
 def test_a_long_list_is_cut_with_its_length(other: BortModel, tmp_path: Path) -> None:
@@ -465,8 +467,8 @@ def test_tied_matrices_that_differ_are_refused(
     layout: dict[str, Any], other: BortModel, tmp_path: Path
 ) -> None:
     changed = layout[TIED[1]].copy()
-    # Smaller, not larger: a comparison by the greatest difference would not see it.
-    changed[3, 4] -= 1
+    # The second is larger: the greatest of their differences is still 0.
+    changed[3, 4] += 1
     layout[TIED[1]] = changed
     message = refusal(other, tmp_path / "x.params", layout)
     assert "word_embed.0.weight and decoder.3.weight are tied but differ" in message
