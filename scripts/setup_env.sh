@@ -351,12 +351,20 @@ horovod_wheel() {
     compgen -G "$1/horovod-$HOROVOD-$tag-*.whl"
 }
 
+# Prints the folder of an nvcc that has its toolkit beside it. One on the PATH may be a script that
+# calls another; CMake would then look for the headers in the wrong place.
 nvcc_folder() {
-    if command -v nvcc >/dev/null; then
-        dirname "$(type -P nvcc)"
-    elif [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
-        echo "${CUDA_HOME:-/usr/local/cuda}/bin"
+    local folder top=""
+    folder=$(dirname "$(type -P nvcc || true)")
+    if [[ $folder != . ]]; then
+        top=$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
     fi
+    for folder in "$folder" "$top/bin" "${CUDA_HOME:-/usr/local/cuda}/bin"; do
+        if [[ -x $folder/nvcc && -f $folder/../include/cuda_runtime.h ]]; then
+            echo "$folder"
+            return
+        fi
+    done
 }
 
 horovod_operations() {

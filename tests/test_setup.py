@@ -56,6 +56,7 @@ case "$text" in
         ;;
     "-m pip wheel"*)
         env | grep ^HOROVOD_ | sort >>"$calls"
+        echo "COMPILER=$(cut -d: -f2 <<<"$PATH")" >>"$calls"
         touch "$(after --wheel-dir)/horovod-0.28.1-cp3$minor-cp3$minor-linux_x86_64.whl"
         ;;
     *--target*) mkdir -p "$(after --target)/nvidia/cu13/lib" ;;
@@ -342,13 +343,17 @@ def test_a_cuda_mxnet_without_driver(machine):
     assert not machine.made("requirements")
 
 
-def test_horovod_with_nccl_where_there_is_nvcc(machine):
+def test_horovod_with_nccl_where_there_is_nvcc(machine, tmp_path):
     machine.gpus("Tesla V100, 7.0", "NVIDIA A100, 8.0", "NVIDIA A100, 8.0")
-    machine.command("nvcc", "exit 0")
+    machine.command("nvcc", f"echo '#$ TOP={tmp_path}/toolkit/bin/..'")
+    for path in ("bin/nvcc", "include/cuda_runtime.h"):
+        (tmp_path / "toolkit" / path).parent.mkdir(parents=True)
+        (tmp_path / "toolkit" / path).touch(0o755)
     succeeded(machine.run())
     assert "HOROVOD_GPU_OPERATIONS=NCCL" in machine.calls
     assert "HOROVOD_BUILD_CUDA_CC_LIST=70,80" in machine.calls
     assert machine.made("HOROVOD_NCCL_HOME=")
+    assert machine.made(f"COMPILER={tmp_path}/toolkit/bin/../bin")
     (machine.bin / "nvidia-smi").unlink()
     shutil.rmtree(machine.project / ".venv")
     succeeded(machine.run(BORT_MXNET="cu117"))
