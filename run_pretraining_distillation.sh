@@ -92,7 +92,7 @@ embedded_run() {
         EVAL_INTERVAL=100 LOG_INTERVAL=50 CKPT_DIR=$folder/teacher \
         run 1 "$folder/train" "$folder/test"
     echo "== 3/3 Bort, distilled on $workers worker(s)"
-    TEACHER_MODEL=bort_2_4_512_256 NUM_STEPS=60 LR=3e-4 WARMUP_RATIO=0.1 NUM_BUCKETS=4 \
+    TEACHER_MODEL=bort_2_4_512_256 NUM_STEPS=40 LR=3e-4 WARMUP_RATIO=0.1 NUM_BUCKETS=4 \
         BATCH_SIZE=512 EVAL_INTERVAL=20 LOG_INTERVAL=10 CKPT_DIR=$folder/bort \
         run "$workers" "$folder/train" "$folder/test" "$folder/teacher"
     echo "== done in $((SECONDS - start)) s: everything is in $folder"
