@@ -41,7 +41,7 @@ from bort.masking import (
     mask_sequences,
 )
 from bort.stack import usable_cores
-from bort.tokenization import Tokenizer, TokenizerSettings, load_tokenizer
+from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.corpus import TextFile, find_inputs, read_documents, survey
 from data.shards import (
     MANIFEST_FILE,
@@ -122,15 +122,19 @@ def prepare(
     Raises `UserError` for input that cannot be used, for a folder that holds shards of other
     settings or another text, and when the disk is full.
     """
-    start = time.perf_counter()
     settings = InstanceSettings(
         tokenizer_settings, sequences, masking, corpus.dupe_factor, corpus.random_seed
     )
-    maker = InstanceMaker(settings)
+    return make_shards(corpus, InstanceMaker(settings))
+
+
+def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
+    """Do as `prepare` says, with a tokenizer that is already loaded."""
+    start = time.perf_counter()
     with Progress("checking the text") as progress:
         files = [survey(path, progress.advance) for path in find_inputs(corpus.input_file)]
     _check_number_of_documents(files, corpus.num_outputs)
-    plan = _plan(settings, maker.tokenizer, files, corpus.num_outputs)
+    plan = _plan(maker, files, corpus.num_outputs)
     with _own_folder(corpus.output_dir):
         plan.shards.extend(_finished_shards(corpus.output_dir, plan))
         if len(plan.shards) == corpus.num_outputs:
@@ -150,11 +154,9 @@ def _check_number_of_documents(files: list[TextFile], num_outputs: int) -> None:
         )
 
 
-def _plan(
-    settings: InstanceSettings, tokenizer: Tokenizer, files: list[TextFile], num_outputs: int
-) -> Manifest:
+def _plan(maker: InstanceMaker, files: list[TextFile], num_outputs: int) -> Manifest:
     """Return the manifest of the shards to make, still without shards."""
-    id_type(tokenizer.vocab_size)  # raises here, before any work
+    settings, tokenizer = maker.settings, maker.tokenizer
     roles = ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")
     return Manifest(
         tokenizer={
@@ -322,7 +324,7 @@ class InstanceMaker:
     """
 
     def __init__(self, settings: InstanceSettings) -> None:
-        """Load the tokenizer; raises `UserError` when that fails."""
+        """Load the tokenizer; raises `UserError` when that fails or its ids do not fit."""
         self.settings = settings
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self._table = MaskingTable(self.tokenizer, settings.masking.whole_word_mask)

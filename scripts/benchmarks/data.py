@@ -1,19 +1,22 @@
 """Text to shards, against the plain GluonNLP path, in one run on the same text.
 
-    python scripts/benchmark.py data --input_file FILE [--megabytes 24] [--repeats 3]
+    python scripts/benchmark.py data --input_file FILE [--repeats 3] [--parallel_megabytes 200]
 
-Both load their vocabulary and write their output. Runs of the two take turns, so that a change in
-the machine's pace meets both; the table has medians. One process on one core (the others may not be
-used), then ours with two processes.
+First both on one core (the others may not be used), on the text as it is; loading the vocabulary is
+not counted. The two take turns, so that a change in the machine's pace meets both, and the table
+has medians. Then ours with one and with two processes, on the text repeated to a size that makes
+starting processes small.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -24,7 +27,7 @@ import numpy as np
 
 from bort.config import option, parse, required
 from bort.masking import MaskingSettings, SequenceSettings
-from bort.preparation import CorpusSettings, prepare
+from bort.preparation import CorpusSettings, InstanceMaker, InstanceSettings, make_shards
 from bort.stack import usable_cores
 from bort.tokenization import RELEASED_DATASET, TokenizerSettings
 from data.corpus import find_inputs, read_pieces
@@ -35,36 +38,75 @@ _MASKED_LM_PROB = 0.15
 _MAX_PREDICTIONS = 80
 
 
+# Gets a way ready, uncounted; what it returns is timed.
+Way = Callable[[], Callable[[], object]]
+
+
 @dataclass(frozen=True)
 class DataBenchmarkSettings:
     """How text to shards is measured."""
 
     input_file: str = required("real text: paths and globs, separated by commas")
-    megabytes: float = option(24.0, "text to use; repeated or cut to this size", minimum=0.1)
     repeats: int = option(3, "times each way is run", minimum=1)
+    parallel_megabytes: int = option(200, "size of the text for two processes", minimum=1)
     dataset_name: str = option(RELEASED_DATASET, "vocabulary of both ways")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
-    """Measure, print a table, return {name: median seconds}."""
+    """Measure, print two tables, return {name: median seconds}."""
     (settings,) = parse(str(__doc__), argv, DataBenchmarkSettings)
+    paths = find_inputs(settings.input_file)
     with tempfile.TemporaryDirectory() as folder:
         text = os.path.join(folder, "text.txt")
-        size = write_text(find_inputs(settings.input_file), int(settings.megabytes * 1e6), text)
-        ways = _ways(text, folder, settings.dataset_name)
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for name, way in list(ways.items()) * settings.repeats:
+        write_text(paths, sum(len(piece) for path in paths for piece in read_pieces(path)), text)
+        shards = os.path.join(folder, "shards")
+        plain = os.path.join(folder, "plain.npz")
+        ways: dict[str, Way] = {
+            "plain GluonNLP, one core": lambda: plain_gluonnlp(text, plain, settings.dataset_name),
+            "ours, one core": lambda: ours(text, shards, settings.dataset_name, 1),
+        }
+        medians = compare(text, ways, settings.repeats, cores=1)
+        if usable_cores() > 1:
+            write_text(paths, settings.parallel_megabytes * 1_000_000, text)
+            ways = {
+                f"ours, {count} process{'es' * (count > 1)}": functools.partial(
+                    ours, text, shards, settings.dataset_name, count
+                )
+                for count in (1, 2)
+            }
+            medians.update(compare(text, ways, settings.repeats, cores=2))
+    return medians
+
+
+def compare(text: str, ways: dict[str, Way], repeats: int, cores: int) -> dict[str, float]:
+    """Run each way `repeats` times in turns on so many cores; print and return the medians."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for name, get_ready in list(ways.items()) * repeats:
+        run = get_ready()
+        with restricted_to(cores):
             start = time.perf_counter()
-            way()
+            run()
             seconds[name].append(time.perf_counter() - start)
+    size = os.path.getsize(text) / 1e6
+    print(f"{size:.1f} MB of text, {repeats} runs each")
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"{size / 1e6:.1f} MB of text, {settings.repeats} runs each, {usable_cores()} cores")
     first = next(iter(medians.values()))
     for name, median in medians.items():
-        spread = f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}"
-        rate = f"{size / median / 1e6:6.2f} MB/s   x {first / median:.2f}"
-        print(f"{name:<30}{median:8.2f} s ({spread})   {rate}")
+        spread = f"({min(seconds[name]):.2f}-{max(seconds[name]):.2f})"
+        print(f"{name:<26}{median:8.2f} s {spread:<14}{size / median:7.2f} MB/s", end="")
+        print(f"   x {first / median:.2f}", flush=True)
     return medians
+
+
+@contextlib.contextmanager
+def restricted_to(count: int) -> Iterator[None]:
+    """Let this process use the first `count` of its cores only."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(cores)[:count]))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def write_text(paths: Sequence[str], size: int, target: str) -> int:
@@ -82,68 +124,50 @@ def write_text(paths: Sequence[str], size: int, target: str) -> int:
     return size
 
 
-def _ways(text: str, folder: str, dataset_name: str) -> dict[str, Callable[[], None]]:
-    # Imports before the clock starts: neither way is charged for them.
-    import gluonnlp  # noqa: F401
-    import tiktoken  # noqa: F401
-
-    def ours(num_workers: int) -> Callable[[], None]:
-        def run() -> None:
-            with tempfile.TemporaryDirectory(dir=folder) as shards:
-                corpus = CorpusSettings(text, shards, num_workers=num_workers)
-                vocabulary = TokenizerSettings(dataset_name=dataset_name)
-                with contextlib.redirect_stdout(io.StringIO()):
-                    prepare(corpus, vocabulary, SequenceSettings(), MaskingSettings())
-
-        return run
-
-    ways = {
-        "plain GluonNLP, one core": on_one_core(
-            lambda: plain_gluonnlp(text, os.path.join(folder, "plain.npz"), dataset_name)
-        ),
-        "ours, one core": on_one_core(ours(1)),
-    }
-    if usable_cores() > 1:
-        ways["ours, two processes"] = ours(2)
-    return ways
-
-
-def on_one_core(way: Callable[[], None]) -> Callable[[], None]:
-    """Return `way`, run with the first usable core only."""
+def ours(text: str, output: str, dataset_name: str, num_workers: int) -> Callable[[], object]:
+    """Return the making of shards with the vocabulary loaded."""
+    corpus = CorpusSettings(text, output, num_workers=num_workers)
+    vocabulary = TokenizerSettings(dataset_name=dataset_name)
+    settings = InstanceSettings(
+        vocabulary, SequenceSettings(), MaskingSettings(), corpus.dupe_factor, corpus.random_seed
+    )
+    maker = InstanceMaker(settings)
+    shutil.rmtree(output, ignore_errors=True)
 
     def run() -> None:
-        cores = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {min(cores)})
-        try:
-            way()
-        finally:
-            os.sched_setaffinity(0, cores)
+        with contextlib.redirect_stdout(io.StringIO()):
+            make_shards(corpus, maker)
 
     return run
 
 
-def plain_gluonnlp(text: str, output: str, dataset_name: str) -> None:
-    """Do the same with GluonNLP's tokenizer and Python lists, in memory, as its BERT scripts do."""
+def plain_gluonnlp(text: str, output: str, dataset_name: str) -> Callable[[], object]:
+    """Return the same with GluonNLP's tokenizer and Python lists, as its BERT scripts do it."""
     import gluonnlp as nlp
     from gluonnlp.model.utils import _load_vocab
 
     vocabulary = _load_vocab(dataset_name, None, os.path.join(nlp.base.get_home_dir(), "models"))
+    # A new one each time: it remembers every word it has seen.
     tokenizer = nlp.data.GPT2BPETokenizer()
-    generator = random.Random(0)
-    documents: list[list[list[int]]] = [[]]
-    with open(text, encoding="utf-8") as lines:
-        for line in map(str.strip, lines):
-            if line:
-                documents[-1].append(vocabulary[tokenizer(line)])
-            else:
-                documents.append([])
-    instances = [
-        _masked(sequence, vocabulary, generator)
-        for document in documents
-        for sequence in _packed(document, generator)
-    ]
-    names = ("input_ids", "masked_lm_positions", "masked_lm_ids")
-    np.savez(output, **{name: _ragged(rows) for name, rows in zip(names, zip(*instances))})
+
+    def run() -> None:
+        generator = random.Random(0)
+        documents: list[list[list[int]]] = [[]]
+        with open(text, encoding="utf-8") as lines:
+            for line in map(str.strip, lines):
+                if line:
+                    documents[-1].append(vocabulary[tokenizer(line)])
+                else:
+                    documents.append([])
+        instances = [
+            _masked(sequence, vocabulary, generator)
+            for document in documents
+            for sequence in _packed(document, generator)
+        ]
+        names = ("input_ids", "masked_lm_positions", "masked_lm_ids")
+        np.savez(output, **{name: _ragged(rows) for name, rows in zip(names, zip(*instances))})
+
+    return run
 
 
 def _packed(document: list[list[int]], generator: random.Random) -> Iterator[list[int]]:
