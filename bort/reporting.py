@@ -109,8 +109,10 @@ def closing_table(metrics_path: str) -> str:
     if training:
         speed = statistics.median(record["tokens_per_second"] for record in training)
         rows.append(f"{'tokens/s (median)':<20}{'':>12}{speed:>12,.0f}")
-        for name in [name for name in training[-1] if name.endswith("_share")]:
-            share = statistics.median(record.get(name, 0.0) for record in training)
+        # The last line has none when it ends a shorter interval.
+        shares = dict.fromkeys(n for record in training for n in record if n.endswith("_share"))
+        for name in shares:
+            share = statistics.median(record[name] for record in training if name in record)
             rows.append(f"{'time in ' + name[: -len('_share')]:<20}{'':>12}{share:>12.1%}")
     return "\n".join(rows)
 

@@ -122,6 +122,7 @@ def test_the_closing_table_compares_first_and_last_and_takes_medians(tmp_path):
             {"step": step, "phase": "train", "tokens_per_second": speed, "student_share": share}
             for step, speed, share in [(1, 10, 0.9), (2, 1000, 0.5), (3, 1200, 0.6)]
         ),
+        {"step": 4, "phase": "train", "tokens_per_second": 1100},
         {"step": 3, "phase": "eval", "time": 9, "kl": 0.5},
     ]
     path = tmp_path / "metrics.jsonl"
@@ -130,7 +131,7 @@ def test_the_closing_table_compares_first_and_last_and_takes_medians(tmp_path):
     assert table == [
         ["held", "out", "step", "0", "now"],
         ["kl", "2.0000", "0.5000"],
-        ["tokens/s", "(median)", "1,000"],
+        ["tokens/s", "(median)", "1,050"],
         ["time", "in", "student", "60.0%"],
     ]
 
