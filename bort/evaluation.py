@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional, Protocol
 import numpy as np
 from mxnet import nd
 
-from bort.bort import decode, encode, masked_hidden
+from bort.bort import EmbeddingRows, decode, encode, encode_rows, masked_hidden
 from bort.communicator import Communicator
 from bort.distillation import correct_predictions, distillation_kl, masked_lm_loss
 from data.batches import Batch, BatchSource
@@ -32,10 +32,16 @@ def to_device(batch: Batch, device: Any) -> DeviceBatch:
     return DeviceBatch(*moved, widened if widened is None else widened.astype("float32"))
 
 
-def masked_logits(model: Any, batch: DeviceBatch) -> Any:
-    """Return the logits [n, vocabulary], float32, of a model at the masked positions."""
-    dtype = model.word_embed[0].weight.dtype
-    sequence = encode(model, batch.input_ids, batch.valid_length.astype(dtype, copy=False))
+def masked_logits(model: Any, batch: DeviceBatch, rows: EmbeddingRows | None = None) -> Any:
+    """Return the logits [n, vocabulary], float32, of a model at the masked positions.
+
+    With `rows` the word embeddings come from there, for a backward pass that ends in them.
+    """
+    valid_length = batch.valid_length.astype(model.word_embed[0].weight.dtype, copy=False)
+    if rows is None:
+        sequence = encode(model, batch.input_ids, valid_length)
+    else:
+        sequence = encode_rows(model, rows, valid_length)
     logits = decode(model, masked_hidden(model, sequence, batch.masked_positions))
     return logits.astype("float32", copy=False)
 

@@ -4,6 +4,7 @@ processes, on one or many devices, interrupted or not.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
@@ -16,7 +17,13 @@ import numpy as np
 from mxnet import autograd, nd
 
 from bort import checkpoint
-from bort.bort import get_bort_model, load_parameters, parameter_count, save_parameters
+from bort.bort import (
+    EmbeddingRows,
+    get_bort_model,
+    load_parameters,
+    parameter_count,
+    save_parameters,
+)
 from bort.communicator import Communicator
 from bort.config import as_dict, write_json
 from bort.distillation import correct_predictions, distillation_loss, squared_distance
@@ -31,6 +38,11 @@ from data.batches import Batch, BatchOrder, BatchSource, prefetched
 from data.shards import Manifest, ShardSet, open_shards
 
 MASK_31_BITS = 0x7FFFFFFF
+# What the micro-batch of a number depends on, besides the shards.
+STREAM_FLAGS = {
+    "DataSettings": ("batch_size", "num_buckets", "use_avg_len"),
+    "RunSettings": ("seed",),
+}
 
 
 class MicroBatch(NamedTuple):
@@ -224,8 +236,9 @@ class Pretraining:
         mx.random.seed(int(key) & MASK_31_BITS, ctx=batch.labels.context)
         scale = self.trainer.loss_scale.value if self.trainer.loss_scale else 1.0
         with self._timer("student"):
+            rows = EmbeddingRows(self.student, batch.input_ids)
             with autograd.record():
-                logits = masked_logits(self.student, batch)
+                logits = masked_logits(self.student, batch, rows)
                 parts = distillation_loss(
                     logits,
                     batch.labels,
@@ -236,6 +249,7 @@ class Pretraining:
                 )
                 scaled = parts.total if scale == 1.0 else parts.total * scale
             scaled.backward()
+            rows.add_gradient()
             correct = correct_predictions(logits, batch.labels)
             square = nd.zeros_like(correct)
             if settings.log_teacher_mse and teacher_logits is not None:
@@ -335,6 +349,7 @@ class Pretraining:
             "model": self.settings.student.student_model,
             "vocab_size": self.manifest.vocab_size,
             "tokenizer_fingerprint": self.manifest.tokenizer_fingerprint,
+            "shards_sha256": shards_sha256(self.manifest),
             "settings": as_dict(*self.settings),
         }
         arrays = {name: array.asnumpy() for name, array in self.trainer.state().items()}
@@ -355,6 +370,7 @@ class Pretraining:
         state = self.communicator.broadcast_object(found.state if found else None)
         if state is None:
             return False
+        require_same_stream(self.settings, self.manifest, state)
         self.step, self.position = state["step"], state["position"]
         self.micro_batches = state["micro_batches"]
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
@@ -377,6 +393,28 @@ class Pretraining:
             return checkpoint.latest(run.ckpt_dir)
         checkpoint.require_none(run.ckpt_dir)
         return None
+
+
+def require_same_stream(
+    settings: PretrainingSettings, manifest: Manifest, state: dict[str, Any]
+) -> None:
+    """Raise `UserError` when the micro-batches are not those that a checkpoint's state counts."""
+    cure = "give what it was made with, or start anew from its weights with --student_parameters"
+    if shards_sha256(manifest) != state["shards_sha256"]:
+        raise UserError(f"--data {settings.data.data}: not the checkpoint's shards; {cure}")
+    now = as_dict(*settings)
+    for concern, flags in STREAM_FLAGS.items():
+        for flag in flags:
+            given, made_with = now[concern][flag], state["settings"][concern][flag]
+            if given != made_with:
+                raise UserError(
+                    f"--{flag} {given}: the checkpoint was made with {made_with}; {cure}"
+                )
+
+
+def shards_sha256(manifest: Manifest) -> str:
+    """Return one SHA-256 over those of all shards."""
+    return hashlib.sha256(" ".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import glob
 import importlib.util
 import os
 import sys
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -25,6 +26,8 @@ _NUMPY_ALIASES = {
     "object": object,
     "str": str,
 }
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # Libraries that only wrap others or need packages outside the set MXNet links to.
 _NOT_NEEDED = ("libOpenCL", "libnvblas", "libcufftw", "libcusolverMg")
 
@@ -67,9 +70,27 @@ def _load(path: str) -> bool:
 
 
 def set_threads() -> None:
-    """Give each rank of this host its share of the cores, unless the user set OMP_NUM_THREADS."""
+    """Give each rank of this host its share of the cores, unless the user set OMP_NUM_THREADS.
+
+    GNU OpenMP's threads spin while they wait for one another. Where another program runs on one of
+    the cores they wait for long, and a step of training took six times as long; with a shorter
+    spin it takes twice as long, and just as long as before on a quiet machine.
+    """
     ranks = int(os.environ.get("HOROVOD_LOCAL_SIZE", "1"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what MXNet frees on a CPU, instead of returning it to the system.
+
+    MXNet frees every large buffer and takes it anew at the next step; the kernel then fills it with
+    zeros first, which cost a training step of Bort a tenth of its time.
+    """
+    with suppress(OSError, AttributeError):  # another C library has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def usable_cores() -> int:
@@ -84,6 +105,7 @@ class _BeforeMXNet(MetaPathFinder):
         if name == "mxnet":
             sys.meta_path.remove(self)
             set_threads()
+            keep_freed_memory()
             restore_numpy_aliases()
             preload_cuda()
 

@@ -14,14 +14,18 @@ One folder serves any number of shards, of training and of held-out data.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import zipfile
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
 import numpy as np
 from mxnet import nd
+from mxnet.gluon import nn
 
-from bort.bort import encode, masked_hidden
+from bort.bort import decode, encode, masked_hidden
 from bort.config import read_json, write_json
 from bort.errors import UserError
 from bort.evaluation import DeviceBatch
@@ -53,7 +57,7 @@ def read_cache_manifest(folder: str) -> CacheManifest:
     if not os.path.exists(path):
         raise UserError(f"--teacher_cache {folder}: is no teacher cache; {BUILD} makes one")
     content = read_json(path)
-    if content.get("format_version") != FORMAT_VERSION:
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: of another format version; delete {folder}, run {BUILD} again")
     return CacheManifest(**content)
 
@@ -78,7 +82,8 @@ def open_rows(folder: str, shards: ShardSet) -> list[np.ndarray]:
 def _map_rows(folder: str, manifest: CacheManifest, entry: ShardEntry) -> np.ndarray:
     path = rows_path(folder, entry)
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        # A plain array: slices of the subclass take ten times as long.
+        rows = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
     except FileNotFoundError:
         raise UserError(
             f"{path}: missing, the rows of shard {entry.file}; run {BUILD} on its folder"
@@ -98,16 +103,35 @@ class CachedTeacher:
     """A teacher that looks its hidden states up and only projects them."""
 
     def __init__(self, folder: str, devices: list[Any]) -> None:
-        with np.load(os.path.join(folder, PROJECTION_FILE), allow_pickle=False) as arrays:
-            weight, bias = arrays["weight"], arrays["bias"]
-        self._projection = {
-            device: (nd.array(weight, ctx=device), nd.array(bias, ctx=device)) for device in devices
-        }
+        """Load the projection; raises `UserError` when it is missing, damaged or another's."""
+        manifest = read_cache_manifest(folder)
+        weight, bias = _read_projection(folder, manifest)
+        layer = nn.Dense(manifest.vocab_size, in_units=manifest.hidden)
+        layer.initialize(ctx=devices)
+        layer.weight.set_data(nd.array(weight))
+        layer.bias.set_data(nd.array(bias))
+        # What `decode` wants to see of a model, so that both kinds of teacher project alike.
+        self._model = SimpleNamespace(decoder=(None, None, None, layer))
 
     def logits(self, batch: DeviceBatch) -> Any:
         """Project the hidden states [n, hidden] of a batch: logits [n, vocabulary]."""
-        weight, bias = self._projection[batch.labels.context]
-        return nd.FullyConnected(batch.teacher_hidden, weight, bias, num_hidden=weight.shape[0])
+        return decode(self._model, batch.teacher_hidden)
+
+
+def _read_projection(folder: str, manifest: CacheManifest) -> tuple[np.ndarray, np.ndarray]:
+    path = os.path.join(folder, PROJECTION_FILE)
+    cure = f"delete {folder}, run {BUILD} again"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            weight, bias = arrays["weight"], arrays["bias"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {cure}") from None
+    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {cure}") from None
+    expected = (manifest.vocab_size, manifest.hidden)
+    if weight.shape != expected or bias.shape != expected[:1]:
+        raise UserError(f"{path}: holds {weight.shape}, its manifest says {expected}; {cure}")
+    return weight, bias
 
 
 def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:
@@ -124,12 +148,15 @@ def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:
         return
     os.makedirs(folder, exist_ok=True)
     projection = teacher.decoder[3]
-    temporary = os.path.join(folder, f".{PROJECTION_FILE}")  # savez wants the suffix .npz
-    np.savez(
-        temporary,
-        weight=projection.weight.data(projection.weight.list_ctx()[0]).asnumpy(),
-        bias=projection.bias.data(projection.bias.list_ctx()[0]).asnumpy(),
-    )
+    temporary = os.path.join(folder, f".{PROJECTION_FILE}")
+    with open(temporary, "wb") as handle:
+        np.savez(
+            handle,
+            weight=projection.weight.data(projection.weight.list_ctx()[0]).asnumpy(),
+            bias=projection.bias.data(projection.bias.list_ctx()[0]).asnumpy(),
+        )
+        handle.flush()
+        os.fsync(handle.fileno())
     os.replace(temporary, os.path.join(folder, PROJECTION_FILE))
     # Last: a folder with a manifest is whole.
     write_json(path, asdict(manifest))
@@ -162,37 +189,49 @@ def cache_shard(
         advance(shard.num_sequences)
         return
     partial = f"{final}.partial"
-    with open(partial, "ab") as handle:
-        start = _resume(handle, shard, manifest)
-        advance(start)
-        for rows, count in _teacher_rows(shard, start, teacher, pad_id, batch_size):
-            handle.write(rows.astype(manifest.dtype).tobytes())
-            advance(count)
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        with open(partial, "ab") as handle:
+            start = _resume(handle, shard, manifest, batch_size)
+            advance(start)
+            for rows, count in _teacher_rows(shard, start, teacher, pad_id, batch_size):
+                handle.write(rows.astype(manifest.dtype).tobytes())
+                advance(count)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{partial}: cannot be written ({error.strerror}); make room and run the same command "
+            "again, it goes on from there"
+        ) from None
     os.replace(partial, final)
 
 
-def _resume(handle: Any, shard: Shard, manifest: CacheManifest) -> int:
-    """Leave the header and the rows of whole sequences in the file; return how many those are."""
-    shape = (len(shard.masked_ids), manifest.hidden)
-    row_bytes = manifest.hidden * np.dtype(manifest.dtype).itemsize
-    if handle.tell() == 0:
-        described = np.lib.format.header_data_from_array_1_0(
-            np.empty((0, manifest.hidden), manifest.dtype)
-        )
-        np.lib.format.write_array_header_1_0(handle, {**described, "shape": shape})
-        handle.flush()
-        return 0
+def _resume(handle: Any, shard: Shard, manifest: CacheManifest, batch_size: int) -> int:
+    """Leave the header and the rows of whole batches in the file; return their sequences.
+
+    Whole batches, because the last bits of a row depend on which batch it was computed in.
+    """
+    header = _header((len(shard.masked_ids), manifest.hidden), manifest.dtype)
     with open(handle.name, "rb") as reader:
-        np.lib.format.read_magic(reader)
-        np.lib.format.read_array_header_1_0(reader)
-        header_bytes = reader.tell()
-    whole_rows = (handle.tell() - header_bytes) // row_bytes
+        kept = reader.read(len(header)) == header
+    if not kept:
+        handle.truncate(0)
+        handle.write(header)
+        return 0
+    row_bytes = manifest.hidden * np.dtype(manifest.dtype).itemsize
+    whole_rows = (handle.tell() - len(header)) // row_bytes
     sequences = int(np.searchsorted(shard.masked_offsets, whole_rows, side="right")) - 1
-    handle.truncate(header_bytes + int(shard.masked_offsets[sequences]) * row_bytes)
-    handle.seek(0, os.SEEK_END)
+    sequences -= sequences % batch_size
+    handle.truncate(len(header) + int(shard.masked_offsets[sequences]) * row_bytes)
     return sequences
+
+
+def _header(shape: tuple[int, int], dtype: str) -> bytes:
+    """Return the .npy header of an array."""
+    written = io.BytesIO()
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(written, described)
+    return written.getvalue()
 
 
 def _teacher_rows(
