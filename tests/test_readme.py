@@ -10,6 +10,7 @@ import fnmatch
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import create_pretraining_data
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+SAMPLE_TEXT = ROOT / "test_data" / "sample_text.txt"
 TABLE = re.compile(r"(<!-- flags: ([^\n]+) -->\n)(.*?)(<!-- end of flags -->)", re.DOTALL)
 MAP_ENTRY = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
 # What a reader looks for by name; tests and test data may be named by a pattern.
@@ -169,12 +173,36 @@ def test_every_file_is_in_the_map(mapped):
     assert not [name for name in tracked() if not is_named(name)]
 
 
-def test_files_named_in_commands_exist(readme):
+@pytest.fixture(scope="module")
+def commands(readme: str) -> list[str]:
+    """Return the shell's lines of all examples, continued lines joined."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
-    commands = "\n".join(block for language, block in blocks if language == "bash")
-    named = set(re.findall(r"(?:scripts/)?\w+\.(?:py|sh)\b", commands))
+    shell = "".join(block for language, block in blocks if language == "bash")
+    return shell.replace("\\\n", "").splitlines()
+
+
+def test_files_named_in_commands_exist(commands):
+    named = set(re.findall(r"(?:scripts/)?\w+\.(?:py|sh)\b", "\n".join(commands)))
     assert len(named) > 10
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_flags_in_commands_exist(commands):
+    program = r"\bpython (scripts/benchmark\.py \w+|\S+\.py)( .*)"
+    calls = [found for line in commands for found in re.findall(program, line)]
+    assert len(calls) > 10
+    for called, arguments in calls:
+        known = parser_of(called)._option_string_actions
+        assert not [flag for flag in re.findall(r"--\w+", arguments) if flag not in known]
+
+
+def test_first_example_prints_what_is_shown(readme, tmp_path, capsys):
+    _, _, section = readme.partition("\n### create_pretraining_data.py\n")
+    command, shown = re.findall(r"^```\w*\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)[:2]
+    arguments = shlex.split(command.replace("\\\n", ""))[2:]
+    places = {"runs/shards": str(tmp_path), "test_data/sample_text.txt": str(SAMPLE_TEXT)}
+    create_pretraining_data.main([places.get(one, one) for one in arguments])
+    assert capsys.readouterr().out.startswith(shown.removesuffix("...\n"))
 
 
 @pytest.mark.parametrize("what", UNWANTED)
