@@ -25,11 +25,15 @@ class DeviceBatch(NamedTuple):
 
 def to_device(batch: Batch, device: Any) -> DeviceBatch:
     """Copy a micro-batch to a device, as float32: MXNet's operators take ids as such."""
-    *arrays, hidden = (batch[i] for i in range(len(batch)))
-    moved = [nd.array(array, ctx=device, dtype="float32") for array in arrays]
-    # The rows of a cache may be float16: half the bytes travel, the device widens them.
-    widened = hidden if hidden is None else nd.array(hidden, ctx=device, dtype=hidden.dtype)
-    return DeviceBatch(*moved, widened if widened is None else widened.astype("float32"))
+    hidden = batch.teacher_hidden
+    if hidden is not None:
+        # A cache may hold float16: half the bytes travel, the device widens them.
+        hidden = nd.array(hidden, ctx=device, dtype=hidden.dtype).astype("float32", copy=False)
+    arrays = (batch.input_ids, batch.valid_length, batch.masked_positions, batch.labels)
+    ids, lengths, positions, labels = (
+        nd.array(array, ctx=device, dtype="float32") for array in arrays
+    )
+    return DeviceBatch(ids, lengths, positions, labels, hidden)
 
 
 def masked_logits(model: Any, batch: DeviceBatch, rows: EmbeddingRows | None = None) -> Any:

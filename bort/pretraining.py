@@ -10,7 +10,7 @@ import os
 import signal
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Generator, Iterator, NamedTuple
 
 import mxnet as mx
 import numpy as np
@@ -145,7 +145,7 @@ class Pretraining:
         )
         self._reporter.say(self._description())
 
-    def batches(self) -> Iterator[MicroBatch]:
+    def batches(self) -> Generator[MicroBatch, None, None]:
         """Yield the micro-batches that fall to this rank, without end, prepared ahead."""
         return prefetched(
             lambda place: MicroBatch(place[0], place[1], self.source(place[0])), self._places()
@@ -302,7 +302,8 @@ class Pretraining:
         values["lr"] = self.trainer.rate
         if self.trainer.loss_scale:
             values["loss_scale"] = self.trainer.loss_scale.value
-        values["gradient_norm"] = float(self._update.norm.asscalar())
+        if self._update:
+            values["gradient_norm"] = float(self._update.norm.asscalar())
         values["tokens_per_second"] = round(tokens / seconds)
         self._reporter.log(self.step, "train", {**values, **self._timer.shares()})
         self._interval = Interval(self.devices[0])
@@ -494,7 +495,7 @@ def build_teacher(
     teacher = settings.teacher
     if teacher.teacher_cache:
         return CachedTeacher(teacher.teacher_cache, devices)
-    if not teacher.teacher_model:
+    if not (teacher.teacher_model and teacher.teacher_ckpt_dir):
         return None
     network = load_teacher(
         teacher.teacher_model,

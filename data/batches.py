@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, TypeVar
+from typing import Callable, Generator, Iterable, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
 
@@ -135,7 +135,7 @@ class BatchSource:
 
 def prefetched(
     make: Callable[[Item], Made], items: Iterable[Item], depth: int = 2
-) -> Iterator[Made]:
+) -> Generator[Made, None, None]:
     """Yield make(item) for each item in order, made up to `depth` ahead in a thread.
 
     A thread, not a process: gathering rows from mapped memory is quick, and a fork after MXNet or

@@ -29,5 +29,5 @@ check "lint" ruff check .
 check "format" ruff format --check .
 check "types" mypy
 check "quick tests" python -m pytest "$@"
-check "two-process tests" python -m pytest "$@" -m distributed
+check "two-process tests" python -m pytest "$@" -m "distributed and not slow"
 exit "$worst"
