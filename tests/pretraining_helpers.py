@@ -8,9 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
+import pytest
 
 from bort.communicator import Communicator, SingleProcess
 from bort.config import parse
@@ -119,6 +120,25 @@ def metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
         }
         for line in lines
     ]
+
+
+def assert_same_training(
+    folder: str | os.PathLike,
+    weights: Mapping[str, np.ndarray],
+    other_folder: str | os.PathLike,
+    other_weights: Mapping[str, np.ndarray],
+) -> None:
+    """Compare two runs to 1e-5: metrics, norms of gradients included, and each array of weights."""
+    lines, others = metrics(folder), metrics(other_folder)
+    assert [line.pop("phase") for line in lines] == [line.pop("phase") for line in others]
+    for line, same in zip(lines, others):
+        assert line == pytest.approx(same, rel=1e-5)
+    assert weights.keys() == other_weights.keys()
+    for name, mine in weights.items():
+        # Softmax does not see the biases of keys: they follow nothing but rounding.
+        if not name.endswith("proj_key.bias"):
+            distance = np.linalg.norm(mine - other_weights[name])
+            assert distance <= 1e-5 * np.linalg.norm(mine), name
 
 
 def horovodrun(ranks: int, *command: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bort.errors import UserError
 from tests import reference
 from tests.pretraining_helpers import (
     SHAPE,
     VOCAB_SIZE,
     arguments,
     arrays_of,
+    assert_same_training,
     digest,
     finished_run,
     make_run,
     metrics,
     write_shards,
 )
+from tests.reference import parameters_of
 
 HEADS = 2
 TEMPERATURE = 2.0  # the default of --distillation_temperature
@@ -70,7 +74,7 @@ def test_losses_at_a_fixed_seed(data, tmp_path):
 
 def numpy_evaluation(run, shards) -> dict[str, float]:
     """Evaluate sequence by sequence in float64, without batches or padding."""
-    student, teacher = map(reference.parameters_of, (run.student, run.teacher.network))
+    student, teacher = map(parameters_of, (run.student, run.teacher.network))
     sums = dict.fromkeys(("mlm_loss", "accuracy", "kl", "teacher_accuracy"), 0.0)
     positions = 0
     for index in range(shards.num_sequences):
@@ -168,10 +172,50 @@ def test_masked_language_modelling_alone_learns_the_shards(data, tmp_path):
 
 def test_the_teacher_stays_as_it_was_loaded(data, tmp_path):
     run = make_run(data, ckpt_dir=tmp_path, **teacher_flags(data))
-    before = reference.parameters_of(run.teacher.network)
+    before = parameters_of(run.teacher.network)
     run.run()
-    after = reference.parameters_of(run.teacher.network)
+    after = parameters_of(run.teacher.network)
     assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_micro_batches_are_averaged_by_their_masked_positions(data, tmp_path):
+    """Five micro-batches with unequal numbers of masks train like the one batch of them all."""
+    flags = {"num_buckets": 1, "dropout": 0.0, "num_steps": 4, "log_interval": 1, "lr": 0.001}
+    folders = tmp_path / "whole", tmp_path / "parts"
+    whole = finished_run(data, ckpt_dir=folders[0], batch_size=25, **flags)
+    parts = finished_run(data, ckpt_dir=folders[1], batch_size=5, accumulate=5, **flags)
+    assert len({len(parts.source(number).labels) for number in range(5)}) > 1
+    assert_same_training(
+        folders[0], parameters_of(whole.student), folders[1], parameters_of(parts.student)
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_devices_in_one_process_train_like_one_that_accumulates(data, tmp_path, accumulate):
+    flags = {**teacher_flags(data), "data_eval": data / "test", "lr": 0.001, "num_steps": 12}
+    folders = tmp_path / "one", tmp_path / "two"
+    one = finished_run(data, ckpt_dir=folders[0], accumulate=2 * accumulate, **flags)
+    two = finished_run(data, ckpt_dir=folders[1], accumulate=accumulate, cpu_contexts=2, **flags)
+    assert_same_training(
+        folders[0], parameters_of(one.student), folders[1], parameters_of(two.student)
+    )
+    for parameter in two.student.collect_params().values():
+        first, second = parameter.list_data()
+        assert (first.asnumpy() == second.asnumpy()).all(), parameter.name
+
+
+def test_a_run_keeps_its_global_batches_on_another_number_of_devices(data, tmp_path):
+    flags = {"num_steps": 12, "ckpt_interval": 6, "keep_checkpoints": 5, "lr": 0.001}
+    undisturbed = finished_run(data, ckpt_dir=tmp_path / "one", accumulate=2, **flags)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "one", moved, symlinks=True)
+    resumed = finished_run(data, ckpt_dir=moved, cpu_contexts=2, start_step=6, **flags)
+    assert_same_training(
+        tmp_path / "one", parameters_of(undisturbed.student), moved, parameters_of(resumed.student)
+    )
+    crowded = make_run(data, ckpt_dir=moved, cpu_contexts=3, resume=True, **flags)
+    with pytest.raises(UserError, match="2 micro-batches, too few for 3 workers"):
+        crowded.run()
 
 
 # ---- what is used ------------------------------------------------------------------------------
@@ -354,6 +398,31 @@ def test_a_finished_run_resumed_does_nothing_more(data, tmp_path, undisturbed):
         == (undisturbed("plain")[0])
     )
     assert metrics(tmp_path) == undisturbed("plain")[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"batch_size": 5}, "--batch_size 5: the checkpoint was made with 4"),
+        ({"num_buckets": 2}, "--num_buckets 2"),
+        ({"use_avg_len": True}, "--use_avg_len True"),
+        ({"seed": 1}, "--seed 1"),
+        ({"data": "test"}, "--data test: not the checkpoint's shards"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_batches(data, tmp_path, monkeypatch, changed, named):
+    finished_run(data, ckpt_dir=tmp_path, num_steps=1)
+    monkeypatch.chdir(data)
+    with pytest.raises(UserError, match=named):
+        finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True, **changed)
+
+
+def test_a_moved_run_goes_on_from_moved_shards(data, tmp_path):
+    finished_run(data, ckpt_dir=tmp_path / "here", num_steps=1)
+    shutil.copytree(data / "train", tmp_path / "shards")
+    (tmp_path / "here").rename(tmp_path / "there")
+    flags = {"ckpt_dir": tmp_path / "there", "data": tmp_path / "shards", "num_steps": 2}
+    assert finished_run(data, resume=True, **flags).step == 2
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, undisturbed):
