@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 from tqdm import tqdm
 
 from bort.communicator import communicator_of_environment
 from bort.config import option, parse, required
-from bort.errors import door
+from bort.errors import UserError, door
+from data.shards import Manifest, Shard, ShardEntry, open_shards
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bort.pretraining import devices_of
     from bort.teacher import load_teacher
     from bort.teacher_cache import CacheManifest, cache_shard, parameters_sha256, prepare_cache
-    from data.shards import open_shards
 
     (settings,) = parse(str(__doc__), argv, CacheSettings)
     communicator = communicator_of_environment()
-    shard_sets = [open_shards(folder) for folder in settings.data.split(",")]
-    tokenizer = shard_sets[0].manifest
+    pairs, tokenizer = _shards(settings.data)
     teacher = load_teacher(
         settings.teacher_model,
         settings.teacher_ckpt_dir,
@@ -63,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if communicator.rank == 0:
         prepare_cache(settings.output_dir, teacher, manifest)
     communicator.barrier()
-    pairs = [pair for one in shard_sets for pair in zip(one.shards, one.manifest.shards)]
     mine = pairs[communicator.rank :: communicator.size]
     total = sum(shard.num_sequences for shard, _ in mine)
     hidden = communicator.rank != 0 or not sys.stderr.isatty()
@@ -83,7 +81,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _report(settings.output_dir, pairs, communicator.rank)
 
 
-def _report(folder: str, pairs: list[Any], rank: int) -> int:
+def _shards(folders: str) -> tuple[list[tuple[Shard, ShardEntry]], Manifest]:
+    """Return the distinct shards of all folders, and the manifest of the first."""
+    names = folders.split(",")
+    sets = [open_shards(folder) for folder in names]
+    first = sets[0].manifest
+    for name, one in zip(names, sets):
+        if one.manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise UserError(f"--data {name}: made with another tokenizer than {names[0]}")
+    # By content: two ranks must not write the same file.
+    distinct = {
+        entry.sha256: (shard, entry)
+        for one in sets
+        for shard, entry in zip(one.shards, one.manifest.shards)
+    }
+    return list(distinct.values()), first
+
+
+def _report(folder: str, pairs: list[tuple[Shard, ShardEntry]], rank: int) -> int:
     from bort.teacher_cache import rows_path
 
     size = sum(os.path.getsize(rows_path(folder, entry)) for _, entry in pairs)
