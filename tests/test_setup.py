@@ -452,7 +452,7 @@ def test_run_tests_ends_with_the_worst_status(machine, lint, tests, status):
     run = machine.run("run_tests")
     assert run.returncode == status
     assert run.stdout.startswith("set up")
-    assert run.stdout.rstrip().endswith("python -m pytest -m distributed")
+    assert run.stdout.rstrip().endswith("python -m pytest -m distributed and not slow")
 
 
 @pytest.mark.distributed
