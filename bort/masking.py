@@ -80,7 +80,7 @@ class MaskedSequences(NamedTuple):
 
     input_ids: np.ndarray  # [tokens], masks applied
     lengths: np.ndarray  # [sequences], in tokens
-    masked_positions: np.ndarray  # [masked], inside each one's own sequence
+    masked_positions: np.ndarray  # [masked] uint16, inside each one's own sequence
     masked_ids: np.ndarray  # [masked], the true tokens there
     masked_lengths: np.ndarray  # [sequences], in masked tokens
 
@@ -200,7 +200,7 @@ def mask_sequences(
     return MaskedSequences(
         input_ids=masked_input,
         lengths=np.diff(offsets),
-        masked_positions=places - np.repeat(offsets[:-1], masked_lengths),
+        masked_positions=(places - np.repeat(offsets[:-1], masked_lengths)).astype(np.uint16),
         masked_ids=true_ids,
         masked_lengths=masked_lengths,
     )
