@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import glob
 import itertools
 import multiprocessing
@@ -24,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Iterable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
 from tqdm import tqdm
@@ -58,7 +59,8 @@ from data.shards import (
 
 BLOCK_BYTES = 1 << 20
 _SECONDS_BETWEEN_LINES = 30
-_BLOCKS_AHEAD_PER_WORKER = 2
+# Enough to keep the workers busy while a shard is finished.
+_BLOCKS_AHEAD_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ class Instances(NamedTuple):
     unknown: int
 
 
+MakeInstances = Callable[[Iterable[Block]], Iterator[Instances]]
+
+
 def prepare(
     corpus: CorpusSettings,
     tokenizer_settings: TokenizerSettings,
@@ -131,16 +136,19 @@ def prepare(
 def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
     """Do as `prepare` says, with a tokenizer that is already loaded."""
     start = time.perf_counter()
-    with Progress("checking the text") as progress:
-        files = [survey(path, progress.advance) for path in find_inputs(corpus.input_file)]
-    _check_number_of_documents(files, corpus.num_outputs)
-    plan = _plan(maker, files, corpus.num_outputs)
-    with _own_folder(corpus.output_dir):
-        plan.shards.extend(_finished_shards(corpus.output_dir, plan))
-        if len(plan.shards) == corpus.num_outputs:
-            print(f"{corpus.output_dir}: is complete, nothing to do")
-        size = _make_missing_shards(corpus, maker, files, plan)
-        _complete(corpus.output_dir, plan)
+    paths = find_inputs(corpus.input_file)
+    blocks = -(-sum(map(os.path.getsize, paths)) // BLOCK_BYTES)  # more if they are compressed
+    with workers(maker, min(corpus.num_workers, usable_cores(), blocks)) as make:
+        with Progress("checking the text") as progress:
+            files = [survey(path, progress.advance) for path in paths]
+        _check_number_of_documents(files, corpus.num_outputs)
+        plan = _plan(maker, files, corpus.num_outputs)
+        with _own_folder(corpus.output_dir):
+            plan.shards.extend(_finished_shards(corpus.output_dir, plan))
+            if len(plan.shards) == corpus.num_outputs:
+                print(f"{corpus.output_dir}: is complete, nothing to do")
+            size = _make_missing_shards(corpus, make, files, plan)
+            _complete(corpus.output_dir, plan)
     print(_summary(plan, size, time.perf_counter() - start))
     return plan
 
@@ -225,7 +233,7 @@ def _is_intact(folder: str, entry: ShardEntry) -> bool:
 
 
 def _make_missing_shards(
-    corpus: CorpusSettings, maker: InstanceMaker, files: list[TextFile], plan: Manifest
+    corpus: CorpusSettings, make: MakeInstances, files: list[TextFile], plan: Manifest
 ) -> int:
     """Make the shards that `plan` lacks and enter them; return how many bytes of text they hold."""
     done = {entry.file for entry in plan.shards}
@@ -233,12 +241,10 @@ def _make_missing_shards(
         return 0
     write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
     total = sum(file.bytes for file in files)
-    num_workers = min(corpus.num_workers, usable_cores(), -(-total // BLOCK_BYTES))
     made = 0
     with Progress("making shards", total) as progress:
         blocks = _missing_blocks(read_blocks(files, corpus.num_outputs), done, progress)
-        instances = in_order(maker, blocks, num_workers)
-        for shard, group in itertools.groupby(instances, key=lambda one: one.shard):
+        for shard, group in itertools.groupby(make(blocks), key=lambda one: one.shard):
             entry, size = _write_shard(corpus.output_dir, shard, group, plan, progress)
             plan.shards.append(entry)
             plan.shards.sort(key=lambda one: one.file)
@@ -364,27 +370,22 @@ def _sentences(document: bytes) -> list[str]:
     return list(filter(None, map(str.strip, document.decode().split("\n"))))
 
 
-def in_order(
-    maker: InstanceMaker, blocks: Iterable[Block], num_workers: int
-) -> Iterator[Instances]:
-    """Yield the instances of each block, in order, made by `num_workers` processes (1: this one).
+@contextmanager
+def workers(maker: InstanceMaker, num_workers: int) -> Iterator[MakeInstances]:
+    """Start worker processes, unless one is enough; give what makes instances of blocks, in order.
 
-    Few blocks are under way at any time. Raises `UserError` when a worker is killed.
+    They are ready sooner for being started before there is anything to do.
     """
-    if num_workers == 1:
-        yield from map(maker, blocks)
+    if num_workers <= 1:
+        yield functools.partial(map, maker)
         return
     pool = ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("spawn"), _Worker.start, (maker,)
     )
-    waiting: deque[Future[Instances]] = deque()
     try:
-        for block in blocks:
-            waiting.append(pool.submit(_Worker.make, block))
-            if len(waiting) > num_workers * _BLOCKS_AHEAD_PER_WORKER:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for _ in range(num_workers):
+            pool.submit(os.getpid)
+        yield functools.partial(_in_order, pool, num_workers)
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, for want of memory perhaps; run the same command again, "
@@ -392,6 +393,18 @@ def in_order(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, num_workers: int, blocks: Iterable[Block]
+) -> Iterator[Instances]:
+    waiting: deque[Future[Instances]] = deque()
+    for block in blocks:
+        waiting.append(pool.submit(_Worker.make, block))
+        if len(waiting) > num_workers * _BLOCKS_AHEAD_PER_WORKER:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 class _Worker:

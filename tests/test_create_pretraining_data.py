@@ -25,7 +25,7 @@ from bort import preparation
 from bort.config import read_json, write_json
 from bort.errors import UserError
 from bort.masking import MaskingSettings, SequenceSettings
-from bort.preparation import Block, InstanceMaker, InstanceSettings, in_order, read_blocks
+from bort.preparation import Block, InstanceMaker, InstanceSettings, read_blocks, workers
 from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
 from data.corpus import survey
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE, open_shards, read_manifest
@@ -488,12 +488,16 @@ def test_unknown_tokens_are_counted_in_every_copy(monkeypatch):
 
 def test_a_killed_worker_ends_the_run():
     blocks = (Block(0, number, [b"Text."]) for number in range(100_000))
-    instances = in_order(instance_maker(), blocks, num_workers=2)
-    next(instances)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"a worker process was killed.* with fewer than 2 for --n"):
-        for _ in instances:
-            pass
+
+    def run():
+        with workers(instance_maker(), 2) as make:
+            instances = make(blocks)
+            next(instances)
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            list(instances)
+
+    with pytest.raises(UserError, match=r"a worker process was killed.* fewer than 2 for --num_w"):
+        run()
 
 
 def test_the_closing_table(tmp_path, capsys):
