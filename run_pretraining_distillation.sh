@@ -11,7 +11,8 @@
 # Settings, by environment variables (the recipe of the released model where it is known):
 #   STUDENT_MODEL, TEACHER_MODEL, NUM_STEPS, BATCH_SIZE, ACCUMULATE, NUM_BUCKETS, LR, WARMUP_RATIO,
 #   MLM_WEIGHT, TEACHER_CE_WEIGHT, TEMPERATURE, CKPT_DIR, CKPT_INTERVAL, EVAL_INTERVAL,
-#   LOG_INTERVAL, SEED, and EXTRA_FLAGS for any other flag of run_pretraining_distillation.py.
+#   LOG_INTERVAL, SEED, and EXTRA_FLAGS for any other flag of run_pretraining_distillation.py;
+#   HOROVODRUN_FLAGS for flags of horovodrun, such as --timeline-filename or --fusion-threshold-mb.
 # What is printed goes to the screen and to $CKPT_DIR/train.log.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -29,14 +30,16 @@ without_rank_0_mark() { sed -u 's/^\[0\]<std\(out\|err\)>: \{0,1\}//'; }
 pretrain() {
     local workers=$1 gpus=()
     shift
-    if nvidia-smi -L >/dev/null 2>&1; then
+    # The set-up may have chosen the CPU on a machine with a GPU that MXNet cannot use.
+    if [[ $(<.venv/made-for) != *" cpu" ]] && nvidia-smi -L >/dev/null 2>&1; then
         gpus=(--gpus "$(seq -s, 0 $((workers - 1)))")
     fi
     if ((workers == 1)); then
         .venv/bin/python run_pretraining_distillation.py "$@" "${gpus[@]}"
     else
+        # shellcheck disable=SC2086  # HOROVODRUN_FLAGS holds several words
         PATH="$PWD/.venv/bin:$PATH" horovodrun -np "$workers" -H "localhost:$workers" \
-            python -u run_pretraining_distillation_hvd.py "$@" "${gpus[@]}" 2>&1 |
+            ${HOROVODRUN_FLAGS:-} python -u run_pretraining_distillation_hvd.py "$@" "${gpus[@]}" 2>&1 |
             without_rank_0_mark
     fi
 }
