@@ -16,6 +16,7 @@ import pytest
 from bort.communicator import Communicator, SingleProcess
 from bort.config import parse
 from data.shards import Manifest, ShardWriter, id_type, shard_name, write_manifest
+from tests.reference import redraw
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 61
@@ -55,6 +56,22 @@ def _write_sequence(writer: ShardWriter, words: np.ndarray, generator: np.random
     labels = ids[positions]
     ids[positions] = MASK
     writer.write(ids, np.array([len(ids)]), positions, labels, np.array([masks]))
+
+
+def write_data(folder: Path) -> None:
+    """Write shards into train/ and test/, and a teacher's weights into teacher.params."""
+    from bort.bort import get_bort_model, save_parameters
+
+    write_shards(folder / "train", sizes=(11, 5, 9), seed=1)
+    write_shards(folder / "test", sizes=(7, 6), seed=2)
+    teacher, _ = get_bort_model(SHAPE, vocab=range(VOCAB_SIZE))
+    redraw(teacher, seed=3, deviation=0.2)
+    save_parameters(teacher, str(folder / "teacher.params"))
+
+
+def teacher_flags(folder: Path) -> dict[str, object]:
+    """Return the flags that name the teacher of `write_data`."""
+    return {"teacher_model": SHAPE, "teacher_ckpt_dir": folder / "teacher.params"}
 
 
 def arguments(folder: Path, **flags: Any) -> list[str]:

@@ -18,7 +18,6 @@ from bort.errors import UserError
 from tests import reference
 from tests.pretraining_helpers import (
     SHAPE,
-    VOCAB_SIZE,
     arguments,
     arrays_of,
     assert_same_training,
@@ -26,6 +25,8 @@ from tests.pretraining_helpers import (
     finished_run,
     make_run,
     metrics,
+    teacher_flags,
+    write_data,
     write_shards,
 )
 from tests.reference import parameters_of
@@ -41,20 +42,9 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Return a folder with shards in train/ and test/, and a teacher's weights."""
-    from bort.bort import get_bort_model, save_parameters
-
     folder = tmp_path_factory.mktemp("data")
-    write_shards(folder / "train", sizes=(11, 5, 9), seed=1)
-    write_shards(folder / "test", sizes=(7, 6), seed=2)
-    teacher, _ = get_bort_model(SHAPE, vocab=range(VOCAB_SIZE))
-    reference.redraw(teacher, seed=3, deviation=0.2)
-    save_parameters(teacher, str(folder / "teacher.params"))
+    write_data(folder)
     return folder
-
-
-def teacher_flags(data: Path) -> dict[str, object]:
-    return {"teacher_model": SHAPE, "teacher_ckpt_dir": data / "teacher.params"}
 
 
 # ---- what is computed --------------------------------------------------------------------------
@@ -280,6 +270,18 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(data, tmp_path)
         f"step-{lowest['step']:07d}",
         "step-0000020",
     }
+
+
+def test_a_resumed_run_remembers_its_best(data, tmp_path):
+    flags = {"data_eval": data / "test", "eval_interval": 2, "keep_checkpoints": 1, "lr": 0.5}
+    finished_run(data, ckpt_dir=tmp_path / "undisturbed", **flags)
+    run_killed_at(data, tmp_path / "resumed", 11, **flags)
+    finished_run(data, ckpt_dir=tmp_path / "resumed", resume=True, **flags)
+    one, other = ((tmp_path / name) for name in ("undisturbed", "resumed"))
+    best = os.readlink(one / "checkpoint_best")
+    assert best < "step-0000010", "nothing to remember"
+    assert os.readlink(other / "checkpoint_best") == best
+    assert sorted(os.listdir(one)) == sorted(os.listdir(other))
 
 
 # ---- exact resume ------------------------------------------------------------------------------

@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import reference
 from tests.pretraining_helpers import (
-    SHAPE,
-    VOCAB_SIZE,
     arguments,
     assert_same_training,
     finished_run,
     horovodrun,
-    write_shards,
+    teacher_flags,
+    write_data,
 )
 
 pytestmark = pytest.mark.distributed
@@ -44,23 +42,15 @@ STOPPED_DOOR = """
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Return a folder with shards in train/ and test/, and a teacher's weights."""
-    from bort.bort import get_bort_model, save_parameters
-
     folder = tmp_path_factory.mktemp("data")
-    write_shards(folder / "train", sizes=(11, 5, 9), seed=1)
-    write_shards(folder / "test", sizes=(7, 6), seed=2)
-    teacher, _ = get_bort_model(SHAPE, vocab=range(VOCAB_SIZE))
-    reference.redraw(teacher, seed=3, deviation=0.2)
-    save_parameters(teacher, str(folder / "teacher.params"))
+    write_data(folder)
     return folder
 
 
 def run_flags(data: Path) -> dict[str, object]:
     return {
         "data_eval": data / "test",
-        "teacher_model": SHAPE,
-        "teacher_ckpt_dir": data / "teacher.params",
+        **teacher_flags(data),
         "num_steps": STEPS,
         "ckpt_interval": 5,
         "keep_checkpoints": 10,
