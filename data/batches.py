@@ -68,9 +68,11 @@ class BatchOrder:
     def rows(self, position: int) -> np.ndarray:
         """Return the sequence numbers [batch] of micro-batch `position` of the endless stream."""
         epoch, place = divmod(position, self.batches_per_epoch)
-        if self._epoch_in_memory is None or self._epoch_in_memory[0] != epoch:
-            self._epoch_in_memory = (epoch, self._epoch(epoch))
-        return self._epoch_in_memory[1][place]
+        # Read once: the thread that prefetches may be in another epoch than its caller.
+        held = self._epoch_in_memory
+        if held is None or held[0] != epoch:
+            held = self._epoch_in_memory = (epoch, self._epoch(epoch))
+        return held[1][place]
 
     def width(self, longest: int) -> int:
         """Return the width of the bucket that a sequence of this length belongs to."""
