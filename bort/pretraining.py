@@ -94,6 +94,7 @@ class Pretraining:
         )
         self._interval = Interval(self.devices[0])
         self._update: Update | None = None
+        self._unsettled: list[Update] = []
         self._stopwatch = Stopwatch()
         self._timer = PhaseTimer()
 
@@ -168,10 +169,11 @@ class Pretraining:
         with self._timer("update"):
             norm = self.trainer.update(total, self._rate())
         self.step += 1
-        # One step may wait in the device's queue, no more: a run that is told to stop ends soon.
-        before, self._update = self._update, Update(self.step, self.position, norm)
+        self._update = Update(self.step, self.position, norm)
+        self._unsettled.append(self._update)
         self.position += self.micro_batches
-        self._settle(self._update if self.trainer.loss_scale else before)
+        # One step may wait in the device's queue, no more: a run that is told to stop ends soon.
+        self._settle(waiting=0 if self.trainer.loss_scale else 1)
         self._reporter.advance()
 
     @property
@@ -256,15 +258,15 @@ class Pretraining:
                 square = squared_distance(logits, teacher_logits).sum()
             self._interval.add(nd.concat(*parts, correct, square, dim=0), len(batch.labels), tokens)
 
-    def _settle(self, update: Update | None) -> None:
-        """Wait for an update and look at its gradient; one that is not finite changed nothing."""
-        if update is None:
-            return
-        finite = math.isfinite(float(update.norm.asscalar()))
-        if self.trainer.loss_scale:
-            self.trainer.loss_scale.update(overflowed=not finite)
-        elif not finite:
-            self._report_nonfinite(update)
+    def _settle(self, waiting: int = 0) -> None:
+        """Wait for all but the last `waiting` updates; not finite ones have changed nothing."""
+        while len(self._unsettled) > waiting:
+            update = self._unsettled.pop(0)
+            finite = math.isfinite(float(update.norm.asscalar()))
+            if self.trainer.loss_scale:
+                self.trainer.loss_scale.update(overflowed=not finite)
+            elif not finite:
+                self._report_nonfinite(update)
 
     def _report_nonfinite(self, update: Update) -> None:
         name = f"nonfinite-step-{update.step:07d}.npz"
@@ -281,6 +283,8 @@ class Pretraining:
                     if a is not None
                 },
             )
+        # The first rank that leaves takes the others with it.
+        self.communicator.barrier()
         what = (
             f"step {update.step}: the gradient of micro-batches {numbers[0]} to {numbers[-1]} is "
             f"not finite; they are saved in {path}; the parameters are as before the step"
@@ -290,6 +294,7 @@ class Pretraining:
         self._reporter.say(f"warning: {what}; skipped")
 
     def _log(self) -> None:
+        self._settle()
         sums = self.communicator.sum(np.array(self._interval.state()))
         seconds = self._stopwatch.lap()
         total, mlm, kl, correct, square, positions, tokens = sums
@@ -331,6 +336,7 @@ class Pretraining:
         return improved
 
     def _save(self, best: bool) -> None:
+        self._settle()
         with self._stopwatch.paused():
             interval = self.communicator.sum(np.array(self._interval.state())).tolist()
             if self._first:
