@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 r"""Pretrain Bort by masked-LM distillation in many processes under Horovod.
 
-The same program and flags as run_pretraining_distillation.py; --batch_size and --accumulate count
-for each process. Example:
+The program and flags of run_pretraining_distillation.py; --batch_size and --accumulate count for
+each process. With --elastic training outlives the loss of processes. Example:
 
     horovodrun -np 2 -H localhost:2 python run_pretraining_distillation_hvd.py \
         --data shards/train --data_eval shards/test --num_steps 1000 --ckpt_dir runs/bort
@@ -15,15 +15,27 @@ from typing import Sequence
 from bort.communicator import Horovod
 from bort.config import parse
 from bort.errors import door
-from bort.settings import SETTINGS_CLASSES, PretrainingSettings
+from bort.settings import SETTINGS_CLASSES, ElasticSettings, PretrainingSettings
 
 
 @door
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
-    """Run the program; returns the held-out evaluations, the first before training."""
+    """Run the program; returns the held-out evaluations, the first before training.
+
+    With --check it only prints what is known before the run, and there are none.
+    """
+    from bort.preflight import preflight
     from bort.pretraining import Pretraining
 
-    settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES))
+    *parsed, elasticity = parse(__doc__, argv, *SETTINGS_CLASSES, ElasticSettings)
+    settings = PretrainingSettings(*parsed)
+    if settings.run.check:
+        preflight(settings, Horovod())
+        return []
+    if elasticity.elastic:
+        from bort.elastic import run_elastic
+
+        return run_elastic(settings, Horovod())
     return Pretraining(settings, Horovod()).run()
 
 

@@ -71,11 +71,22 @@ class Horovod:
     def __init__(self) -> None:
         import horovod.mxnet as hvd
 
-        hvd.init()
         self._hvd = hvd
-        self.rank: int = hvd.rank()
-        self.size: int = hvd.size()
-        self.local_rank: int = hvd.local_rank()
+        self._join()
+
+    def _join(self) -> None:
+        self._hvd.init()
+        self.rank: int = self._hvd.rank()
+        self.size: int = self._hvd.size()
+        self.local_rank: int = self._hvd.local_rank()
+
+    def rejoin(self) -> None:
+        """Leave, and meet the processes there are now: rank and size change.
+
+        Under elastic Horovod only, after a process was lost or before a new one is let in.
+        """
+        self._hvd.shutdown()
+        self._join()
 
     def broadcast(self, arrays: Sequence[Any]) -> None:
         """Overwrite the NDArrays with those of rank 0."""

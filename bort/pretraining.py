@@ -8,9 +8,9 @@ import hashlib
 import math
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
-from typing import Any, Generator, Iterator, NamedTuple
+from typing import Any, Callable, Generator, Iterator, NamedTuple
 
 import mxnet as mx
 import numpy as np
@@ -100,15 +100,67 @@ class Pretraining:
 
     def run(self) -> list[dict[str, float]]:
         """Train up to the last step; returns the evaluations, of a new run the first before it."""
-        run, last = self.settings.run, self.settings.optimizer.num_steps
         self.begin()
-        batches = self.batches()
-        # A resumed run has had its evaluation of this step.
-        evaluations = [] if self.step else [self._evaluate()]
-        self._stopwatch.lap()
-        stop = False
-        with stop_on_sigterm(self):
+        return self.train()
+
+    def begin(self) -> None:
+        """Restore a checkpoint if one is asked for, make all ranks equal, open the log."""
+        self.restore()
+        self.synchronise()
+        self.enter()
+
+    def restore(self) -> None:
+        """Load the checkpoint that is asked for on rank 0, from which the other ranks get it."""
+        found = self._wanted_checkpoint() if self._first else None
+        if found is None:
+            return
+        require_same_stream(self.settings, self.manifest, found.state)
+        load_parameters(self.student, found.model_path)
+        self.trainer.load_state(found.trainer_arrays())
+        self.set_progress(found.state)
+        checkpoint.rewind(self.settings.run.ckpt_dir, self.step, self.best_step)
+
+    def synchronise(self) -> None:
+        """Give every rank the progress, the parameters and the optimiser's state of rank 0."""
+        self.set_progress(self.communicator.broadcast_object(self.progress()))
+        self.communicator.broadcast(self.arrays())
+
+    def enter(self) -> None:
+        """Share out the micro-batches to the ranks there are, and open the log on rank 0.
+
+        Raises `UserError` when there are more workers than micro-batches in an update.
+        """
+        folder = self.settings.run.ckpt_dir
+        if self.micro_batches < self._workers:
+            raise UserError(
+                f"an update of this run takes {self.micro_batches} micro-batches, "
+                f"too few for {self._workers} workers; start fewer"
+            )
+        gradients = "add" if self._accumulates else "write"
+        self.student.collect_params().setattr("grad_req", gradients)
+        if self._first:
+            os.makedirs(folder, exist_ok=True)
+            write_json(os.path.join(folder, "config.json"), as_dict(*self.settings))
+        self._reporter = Reporter(
+            folder, self.settings.optimizer.num_steps, self.step, enabled=self._first
+        )
+        self._reporter.say(self._description())
+
+    def train(self, commit: Callable[[], None] | None = None) -> list[dict[str, float]]:
+        """Train from where `enter` left the run up to the last step; returns the evaluations.
+
+        `commit` is called between two steps, after each metric line: a moment when the sums of the
+        interval are empty.
+        """
+        run, last = self.settings.run, self.settings.optimizer.num_steps
+        with closing(self.batches()) as batches, self._reporter, stop_on_sigterm(self):
+            # A resumed run has had its evaluation of this step.
+            evaluations = [] if self.step else [self._evaluate()]
+            self._stopwatch.lap()
+            stop = False
             while self.step < last and not stop:
+                if commit and self.step % run.log_interval == 0:
+                    commit()
                 self.train_step(batches)
                 stop = self._stop_agreed()
                 if self.step % run.log_interval == 0 or self.step == last:
@@ -120,31 +172,38 @@ class Pretraining:
                 due = self.step % run.ckpt_interval == 0 or self.step == last
                 if due or best or stop:
                     self._save(best)
-        batches.close()
-        self._reporter.close()
         return evaluations
 
-    def begin(self) -> None:
-        """Restore a checkpoint if one is asked for, make all ranks equal, open the log."""
-        folder = self.settings.run.ckpt_dir
-        resumed = self._restore()
-        if self.micro_batches < self._workers:
-            raise UserError(
-                f"--resume: an update takes {self.micro_batches} micro-batches, "
-                f"too few for {self._workers} workers"
-            )
-        parameters = self.student.collect_params()
-        parameters.setattr("grad_req", "add" if self._accumulates else "write")
-        self.communicator.broadcast([a for p in parameters.values() for a in p.list_data()])
-        if resumed:
-            self.communicator.broadcast(list(self.trainer.state().values()))
+    def progress(self) -> dict[str, Any]:
+        """Return how far the run is as plain data; `interval` counts this rank's part only."""
+        scale = self.trainer.loss_scale
+        return {
+            "step": self.step,
+            "position": self.position,
+            "micro_batches": self.micro_batches,
+            "loss_scale": [scale.value, scale.good_updates] if scale else None,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "interval": self._interval.state(),
+        }
+
+    def set_progress(self, progress: dict[str, Any]) -> None:
+        """Go to where the `progress` of rank 0 says; the other ranks' intervals start empty."""
+        self.step, self.position = progress["step"], progress["position"]
+        self.micro_batches = progress["micro_batches"]
+        self.best_loss, self.best_step = progress["best_loss"], progress["best_step"]
+        scale = self.trainer.loss_scale
+        if scale and progress["loss_scale"]:
+            scale.value, scale.good_updates = progress["loss_scale"]
+        self._interval = Interval(self.devices[0])
         if self._first:
-            os.makedirs(folder, exist_ok=True)
-            write_json(os.path.join(folder, "config.json"), as_dict(*self.settings))
-        self._reporter = Reporter(
-            folder, self.settings.optimizer.num_steps, self.step, enabled=self._first
-        )
-        self._reporter.say(self._description())
+            self._interval.load_state(progress["interval"])
+        self._update, self._unsettled = None, []
+
+    def arrays(self) -> list[Any]:
+        """Return all that an update changes: parameters on each device, optimiser's state."""
+        parameters = self.student.collect_params().values()
+        return [a for p in parameters for a in p.list_data()] + list(self.trainer.state().values())
 
     def batches(self) -> Generator[MicroBatch, None, None]:
         """Yield the micro-batches that fall to this rank, without end, prepared ahead."""
@@ -345,13 +404,8 @@ class Pretraining:
 
     def _write_checkpoint(self, interval: list[float], best: bool) -> None:
         run = self.settings.run
-        scale = self.trainer.loss_scale
         state = {
-            "position": self.position,
-            "micro_batches": self.micro_batches,
-            "loss_scale": [scale.value, scale.good_updates] if scale else None,
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
+            **self.progress(),
             "interval": interval,
             "model": self.settings.student.student_model,
             "vocab_size": self.manifest.vocab_size,
@@ -371,26 +425,6 @@ class Pretraining:
             checkpoint.point(run.ckpt_dir, checkpoint.BEST, os.path.basename(path))
         checkpoint.prune(run.ckpt_dir, run.keep_checkpoints)
         self._reporter.say(f"step {self.step:>7}  saved {path}")
-
-    def _restore(self) -> bool:
-        found = self._wanted_checkpoint() if self._first else None
-        state = self.communicator.broadcast_object(found.state if found else None)
-        if state is None:
-            return False
-        require_same_stream(self.settings, self.manifest, state)
-        self.step, self.position = state["step"], state["position"]
-        self.micro_batches = state["micro_batches"]
-        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
-        if self.trainer.loss_scale and state["loss_scale"]:
-            self.trainer.loss_scale.value, self.trainer.loss_scale.good_updates = state[
-                "loss_scale"
-            ]
-        if found:
-            load_parameters(self.student, found.model_path)
-            self.trainer.load_state(found.trainer_arrays())
-            self._interval.load_state(state["interval"])
-            checkpoint.rewind(self.settings.run.ckpt_dir, self.step, self.best_step)
-        return True
 
     def _wanted_checkpoint(self) -> checkpoint.Checkpoint | None:
         run = self.settings.run

@@ -67,13 +67,17 @@ class Reporter:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self) -> None:
-        """Close the files and print the closing table."""
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Close the files; print the closing table of a run that did not fail."""
         if self._enabled:
             self._bar.close()
             self._lines.close()
             self._board.close()
-            print(closing_table(self._path), flush=True)
+            if kind is None:
+                print(closing_table(self._path), flush=True)
 
 
 def _cut_after(path: str, step: int) -> None:

@@ -115,6 +115,18 @@ class RunSettings:
     seed: int = option(0, "of the weights, the order of the data and the dropout", minimum=0)
     gpus: Optional[str] = option(None, "device numbers such as 0,1; without: the CPU")
     cpu_contexts: int = option(1, "replicas of the model in one process on the CPU", minimum=1)
+    check: bool = option(
+        False, "print what is known before the run, time some steps, write nothing, and exit"
+    )
+
+
+@dataclass(frozen=True)
+class ElasticSettings:
+    """What happens when workers are lost; of the program for many processes only."""
+
+    elastic: bool = option(
+        False, "go on without lost workers and let new ones in (under elastic horovodrun)"
+    )
 
 
 class PretrainingSettings(NamedTuple):

@@ -161,8 +161,15 @@ def assert_same_training(
 def horovodrun(ranks: int, *command: str) -> str:
     """Run a command on so many ranks of this machine and return what they printed.
 
-    The first word `python` stands for this interpreter. Fails with the output when a rank fails.
+    Fails with the output when a rank fails.
     """
+    done = launched(["-np", str(ranks), "-H", f"localhost:{ranks}"], *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def launched(flags: Sequence[str], *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command under `horovodrun` with these flags; `python` stands for this interpreter."""
     folder = os.path.dirname(sys.executable)
     words = [sys.executable if word == "python" else word for word in command]
     environment = {
@@ -171,8 +178,8 @@ def horovodrun(ranks: int, *command: str) -> str:
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [os.path.join(folder, "horovodrun"), "-np", str(ranks), "-H", f"localhost:{ranks}", *words],
+    return subprocess.run(
+        [os.path.join(folder, "horovodrun"), *flags, *words],
         check=False,
         cwd=ROOT,
         env=environment,
@@ -180,5 +187,3 @@ def horovodrun(ranks: int, *command: str) -> str:
         text=True,
         timeout=180,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,13 @@ TRAIN = {"loss": 1.25, "tokens_per_second": 1000}
 @pytest.fixture
 def report(tmp_path):
     """Return a function that opens a reporter on the same folder, closing the one before."""
-    opened = []
+    with ExitStack() as opened:
 
-    def reopen(from_step=0, enabled=True):
-        if opened:
-            opened.pop().close()
-        opened.append(Reporter(str(tmp_path), 100, from_step, enabled))
-        return opened[0]
+        def reopen(from_step=0):
+            opened.close()
+            return opened.enter_context(Reporter(str(tmp_path), 100, from_step, enabled=True))
 
-    yield reopen
-    opened.pop().close()
+        yield reopen
 
 
 def steps(folder: Path) -> list[int]:
@@ -94,10 +92,9 @@ def test_a_line_torn_by_a_kill_is_cut_and_the_next_starts_afresh(tmp_path, repor
 
 
 def test_tensorboard_gets_the_same_values(tmp_path):
-    reporter = Reporter(str(tmp_path), 100, 0, enabled=True)
-    reporter.log(5, "train", TRAIN)
-    reporter.log(5, "eval", {"kl": 0.75})
-    reporter.close()
+    with Reporter(str(tmp_path), 100, 0, enabled=True) as reporter:
+        reporter.log(5, "train", TRAIN)
+        reporter.log(5, "eval", {"kl": 0.75})
     assert scalars(tmp_path) == {
         ("train/loss", 5): 1.25,
         ("train/tokens_per_second", 5): 1000,
@@ -105,12 +102,20 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     }
 
 
-def test_other_ranks_write_and_say_nothing(tmp_path, report, capsys):
-    silent = report(enabled=False)
-    silent.advance()
-    silent.log(5, "train", TRAIN)
-    silent.say("a line")
-    silent.close()
+def test_the_closing_table_is_that_of_a_run_that_did_not_fail(tmp_path, capsys):
+    for fails in (True, False):
+        with suppress(KeyError), Reporter(str(tmp_path), 100, 0, enabled=True) as reporter:
+            reporter.log(5, "eval", {"kl": 0.75})
+            if fails:
+                raise KeyError
+        assert ("held out" in capsys.readouterr().out) is not fails
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+    with Reporter(str(tmp_path), 100, 0, enabled=False) as silent:
+        silent.advance()
+        silent.log(5, "train", TRAIN)
+        silent.say("a line")
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
 
@@ -134,6 +139,18 @@ def test_the_closing_table_compares_first_and_last_and_takes_medians(tmp_path):
         ["tokens/s", "(median)", "1,050"],
         ["time", "in", "student", "60.0%"],
     ]
+
+
+def test_a_run_that_fails_closes_its_files_without_a_table(tmp_path, capsys):
+    def fail():
+        with Reporter(str(tmp_path), 100, 0, enabled=True) as reporter:
+            reporter.log(5, "eval", {"kl": 0.75})
+            raise ValueError("not finite")
+
+    with pytest.raises(ValueError, match="not finite"):
+        fail()
+    assert "held out" not in capsys.readouterr().out
+    assert scalars(tmp_path) == {("eval/kl", 5): 0.75}
 
 
 def test_the_closing_table_of_a_run_without_metrics_is_empty(tmp_path):
