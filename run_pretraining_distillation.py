@@ -20,10 +20,17 @@ from bort.settings import SETTINGS_CLASSES, PretrainingSettings
 
 @door
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
-    """Run the program; returns the held-out evaluations, the first before training."""
+    """Run the program; returns the held-out evaluations, the first before training.
+
+    With --check it only prints what is known before the run, and there are none.
+    """
+    from bort.preflight import preflight
     from bort.pretraining import Pretraining
 
     settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES))
+    if settings.run.check:
+        preflight(settings, SingleProcess())
+        return []
     return Pretraining(settings, SingleProcess()).run()
 
 
