@@ -136,7 +136,7 @@ class Preflight:
         ]
         if held_out is not None:
             rows.append(
-                Row("held out", f"{held_out.order.batches_per_epoch:,} batches, same tokens")
+                Row("held out", f"{held_out.order.batches_per_epoch:,} batches, same tokenizer")
             )
         return rows
 
