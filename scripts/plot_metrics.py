@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Draw the metrics of one or several pretraining runs to one picture.
+
+    python scripts/plot_metrics.py RUN ... [--output metrics.png]
+
+RUN is the folder of a run, or its metrics.jsonl. Lines are training, markers the held-out data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Sequence
+
+from bort.config import build, option, parser_for
+from bort.errors import UserError, door
+
+FILE = "metrics.jsonl"
+# Name in the file, title, unit of the vertical axis.
+PANELS = (
+    ("loss", "loss that is trained on", "nats"),
+    ("mlm_loss", "masked-LM loss", "nats"),
+    ("kl", "distance from the teacher, T² KL", "nats"),
+    ("accuracy", "accuracy at masked positions", ""),
+    ("lr", "learning rate", ""),
+    ("tokens_per_second", "throughput", "tokens/s"),
+)
+COLUMNS = 3
+# With more points than this a marker for each would hide the line.
+MOST_MARKERS = 60
+
+
+@dataclass(frozen=True)
+class PlotSettings:
+    """Where the picture goes."""
+
+    output: Optional[str] = option(
+        None, "the picture (PNG, PDF, SVG); without: metrics.png in the first run's folder"
+    )
+
+
+class Curve(NamedTuple):
+    """The finite values of one metric: steps and values."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class Run(NamedTuple):
+    """One run: a name for the legend and the lines of its metrics.jsonl."""
+
+    name: str
+    records: list[dict[str, Any]]
+
+    def curve(self, phase: str, metric: str) -> Curve:
+        """Return a metric of phase `train` or `eval` over the steps."""
+        points = [
+            (record["step"], record[metric])
+            for record in self.records
+            if record["phase"] == phase and math.isfinite(record.get(metric, math.nan))
+        ]
+        return Curve([step for step, _ in points], [value for _, value in points])
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> str:
+    """Draw the runs; returns the path of the picture."""
+    parser = parser_for(str(__doc__), PlotSettings)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its file")
+    parsed = vars(parser.parse_args(argv))
+    settings = build(PlotSettings, parsed)
+    runs = [read_run(path) for path in parsed["runs"]]
+    folder = os.path.dirname(metrics_file(parsed["runs"][0]))
+    output = settings.output or os.path.join(folder, "metrics.png")
+    draw(runs, output)
+    print(output)
+    return output
+
+
+def metrics_file(path: str) -> str:
+    """Return the metrics.jsonl that a path means."""
+    return os.path.join(path, FILE) if os.path.isdir(path) else path
+
+
+def read_run(path: str) -> Run:
+    """Read the metrics of a run; raises `UserError` when there are none or they cannot be read.
+
+    A last line without its end is left out: the run is writing it, or was killed while it did.
+    """
+    file = metrics_file(path)
+    try:
+        with open(file, encoding="utf-8") as handle:
+            lines = [line for line in handle if line.endswith("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); name the folder of a run") from None
+    if not lines:
+        raise UserError(f"{file}: holds no metrics yet; wait for the run's first line")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            known = {"step", "phase"} <= record.keys()
+        except (ValueError, AttributeError):
+            known = False
+        if not known:
+            raise UserError(f"{file}, line {number}: is no metric line; name the folder of a run")
+        records.append(record)
+    return Run(os.path.normpath(path), records)
+
+
+def draw(runs: Sequence[Run], path: str) -> None:
+    """Draw a panel for each metric that any run has; raises `UserError` when it cannot write."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    phases = ("train", "eval")
+    panels = [
+        panel
+        for panel in PANELS
+        if any(run.curve(phase, panel[0]).steps for run in runs for phase in phases)
+    ]
+    if not panels:
+        raise UserError(f"{runs[0].name}: none of its values is finite; there is nothing to draw")
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(4.6 * min(COLUMNS, len(panels)), 3.1 * rows + 0.6))
+    figure.set_layout_engine("constrained")
+    FigureCanvasAgg(figure)
+    for place, (metric, title, unit) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, min(COLUMNS, len(panels)), place)
+        for number, run in enumerate(runs):
+            _draw_run(axes, run, metric, f"C{number % 10}")
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(unit)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if metric == "tokens_per_second":
+            axes.set_ylim(bottom=0)
+    _add_legend(figure, runs)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {path}: cannot be written ({error})") from None
+
+
+def _draw_run(axes: Any, run: Run, metric: str, colour: str) -> None:
+    trained, held_out = run.curve("train", metric), run.curve("eval", metric)
+    # A single point has no line.
+    axes.plot(*trained, color=colour, linewidth=1.2, marker="." if len(trained.steps) == 1 else "")
+    every = max(1, len(held_out.steps) // MOST_MARKERS)
+    axes.plot(*held_out, color=colour, linestyle="", marker="o", markersize=4, markevery=every)
+
+
+def _add_legend(figure: Any, runs: Sequence[Run]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=f"C{n % 10}", label=run.name) for n, run in enumerate(runs)]
+    if any(record["phase"] == "eval" for run in runs for record in run.records):
+        handles.append(Line2D([], [], color="grey", linestyle="", marker="o", label="held out"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+
+
+if __name__ == "__main__":
+    main()
