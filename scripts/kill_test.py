@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 from bort import checkpoint
 from bort.config import option, parse, required
@@ -33,14 +34,19 @@ RUN = {
     "accumulate": 2,
     "ckpt_interval": 7,
     "eval_interval": 45,
-    "log_interval": 10,
+    "log_interval": 3,
     "lr": 1e-3,
     "seed": 3,
 }
-# What is printed when a run is ready for its first step.
-READY = "from step"
-# Of an equal share of the training time, so that no attempt but the last reaches the end.
-SHARE = 0.5
+# What is printed when a run is ready for its first step, and after some steps.
+READY = re.compile(r"from step (\d+)$")
+STEP = re.compile(r"^step +(\d+) +train ")
+# One of so many kills falls into the start, before the first step.
+STARTS = 5
+# Of twice an equal share of the steps that are left, so that no attempt but the last ends.
+SHARE = 0.8
+# Within so many steps after one that is seen: also while a checkpoint is being written.
+SCATTER = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,18 @@ class Timing(NamedTuple):
     """How long an undisturbed run takes, in seconds."""
 
     start: float  # until its first step
-    training: float
+    step: float
+
+
+class Moment(NamedTuple):
+    """When a run is killed: so many seconds after it was started, or after its first `steps`."""
+
+    steps: Optional[int]
+    seconds: float
+
+    def __str__(self) -> str:
+        after = "its start" if self.steps is None else f"{self.steps} steps"
+        return f"{self.seconds:.3f} s after {after}"
 
 
 @door
@@ -69,25 +86,34 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for folder in (undisturbed, killed):
         shutil.rmtree(folder, ignore_errors=True)
     begun = time.monotonic()
-    timing = _to_the_end(_command(settings, undisturbed))
+    timing = _to_the_end(_command(settings, undisturbed), settings.num_steps)
     print(
-        f"undisturbed run: {timing.start:.1f} s until its first step, {timing.training:.1f} s for "
-        f"{settings.num_steps} steps; moments by seed {settings.seed}",
+        f"undisturbed run: {timing.start:.1f} s until its first step, {timing.step * 1e3:.0f} ms a "
+        f"step, {settings.num_steps} steps; moments by seed {settings.seed}",
         flush=True,
     )
-    moments = random.Random(settings.seed)
-    latest_moment = timing.start + SHARE * timing.training / settings.kills
+    generator = random.Random(settings.seed)
     for number in range(1, settings.kills + 1):
-        delay = moments.uniform(timing.start / 2, latest_moment)
-        _kill_after(delay, [*_command(settings, killed), "--resume"])
-        print(f"kill {number:>3}: after {delay:6.3f} s, {_left_behind(killed)}", flush=True)
-    _to_the_end([*_command(settings, killed), "--resume"])
+        left = settings.num_steps - _steps_saved(killed)
+        share = 2 * SHARE * left / (settings.kills - number + 2)
+        moment = draw_moment(generator, share, timing)
+        _kill_at(moment, [*_command(settings, killed), "--resume"])
+        print(f"kill {number:>3}: {moment!s:<29} leaves {_left_behind(killed)}", flush=True)
+    _to_the_end([*_command(settings, killed), "--resume"], settings.num_steps)
     _compare(undisturbed, killed)
     print(
         f"{settings.kills} of {settings.kills}: weights and optimiser state are those of the "
         f"undisturbed run, bit for bit ({time.monotonic() - begun:.0f} s)"
     )
     return settings.kills
+
+
+def draw_moment(generator: random.Random, most_steps: float, timing: Timing) -> Moment:
+    """Draw when to kill: in the start, or anywhere in the first `most_steps` steps."""
+    place, scatter = generator.random(), generator.random()
+    if generator.randrange(STARTS) == 0:
+        return Moment(None, place * timing.start)
+    return Moment(int(place * most_steps), scatter * SCATTER * timing.step)
 
 
 def _command(settings: KillTestSettings, folder: str) -> list[str]:
@@ -102,48 +128,53 @@ def _command(settings: KillTestSettings, folder: str) -> list[str]:
     return [sys.executable, DOOR, *words]
 
 
-def _to_the_end(command: list[str]) -> Timing:
+def _to_the_end(command: list[str], steps: int) -> Timing:
     """Run a command; raises `UserError` with its complaint when it fails."""
-    begun = time.monotonic()
-    ready = begun
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        assert process.stdout is not None
-        said = []
+    begun = ready = time.monotonic()
+    said = []
+    with _started(command) as process:
         for line in process.stdout:
             said.append(line)
-            if READY in line:
+            if READY.search(line):
                 ready = time.monotonic()
     if process.returncode:
         raise UserError(f"the run ended with status {process.returncode}: {''.join(said[-5:])}")
-    return Timing(ready - begun, time.monotonic() - ready)
+    return Timing(ready - begun, (time.monotonic() - ready) / steps)
 
 
-def _kill_after(seconds: float, command: list[str]) -> None:
+def _started(command: list[str]) -> Any:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _kill_at(moment: Moment, command: list[str]) -> None:
     """Start a command and kill it; raises `UserError` when it ends by itself before."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        complaint = process.communicate(timeout=seconds)[1]
-    except subprocess.TimeoutExpired:
+    last = ""
+    with _started(command) as process:
+        wanted = None
+        for last in process.stdout if moment.steps is not None else ():
+            ready, step = READY.search(last), STEP.search(last)
+            if ready:
+                wanted = int(ready[1]) + moment.steps
+            if wanted is not None and (step or ready) and int((step or ready)[1]) >= wanted:
+                break
+        time.sleep(moment.seconds)
         process.kill()
-        complaint = process.communicate()[1]
     if process.returncode != -signal.SIGKILL:
         raise UserError(
-            f"the run ended with status {process.returncode} before it was killed: "
-            f"{complaint.strip() or 'it was done; give more --num_steps'}"
+            f"the run ended with status {process.returncode} before it was killed ({last.strip()})"
         )
+
+
+def _steps_saved(folder: str) -> int:
+    last = os.path.join(folder, checkpoint.LAST)
+    return checkpoint.load(last).state["step"] if os.path.exists(last) else 0
 
 
 def _left_behind(folder: str) -> str:
     """Return what a killed run has left, in words."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     half_written = sum(name.endswith(".tmp") for name in names)
-    last = os.path.join(folder, checkpoint.LAST)
-    newest = os.readlink(last) if os.path.islink(last) else "no checkpoint"
-    return f"newest {newest}" + f", {half_written} half-written" * bool(half_written)
+    return f"step {_steps_saved(folder)}" + f" and {half_written} half-written" * bool(half_written)
 
 
 def _compare(undisturbed: str, killed: str) -> None:

@@ -127,8 +127,9 @@ def draw(runs: Sequence[Run], path: str) -> None:
     figure = Figure(figsize=(4.6 * min(COLUMNS, len(panels)), 3.1 * rows + 0.6))
     figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)
+    axes = None
     for place, (metric, title, unit) in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, min(COLUMNS, len(panels)), place)
+        axes = figure.add_subplot(rows, min(COLUMNS, len(panels)), place, sharex=axes)
         for number, run in enumerate(runs):
             _draw_run(axes, run, metric, f"C{number % 10}")
         axes.set_title(title, fontsize=10)
