@@ -88,12 +88,21 @@ class BortClassifier(HybridBlock):
     """Dropout - Dense(hidden, tanh) - Dropout - Dense(num_classes) over the first token's vector.
 
     Inputs: token ids [batch, length] and valid_length [batch]; returns scores [batch, num_classes].
+    `bort` may be any BERTModel without decoder; with `extra_layer` one more Dense(hidden) comes
+    before the rest, as the paper is said to have had for CoLA.
     """
 
-    def __init__(self, bort: BortModel, num_classes: int = 2, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        bort: nlp.model.BERTModel,
+        num_classes: int = 2,
+        dropout: float = 0.1,
+        extra_layer: bool = False,
+    ) -> None:
         super().__init__()
         with self.name_scope():
             self.bort = bort
+            self.extra = nn.Dense(bort._units, in_units=bort._units) if extra_layer else None
             self.classifier = nn.HybridSequential(prefix="classifier_")
             with self.classifier.name_scope():
                 self.classifier.add(
@@ -105,8 +114,12 @@ class BortClassifier(HybridBlock):
 
     def hybrid_forward(self, F: Any, inputs: Any, valid_length: Any) -> Any:  # noqa: N803
         """Score the sequences (shapes: see the class)."""
-        sequence = self.bort(inputs, valid_length)
-        return self.classifier(sequence.slice_axis(axis=1, begin=0, end=1).squeeze(axis=1))
+        return self.head(self.bort(inputs, valid_length))
+
+    def head(self, sequence: Any) -> Any:
+        """Return the scores [batch, num_classes] of an encoded sequence [batch, length, hidden]."""
+        first = sequence.slice_axis(axis=1, begin=0, end=1).squeeze(axis=1)
+        return self.classifier(first if self.extra is None else self.extra(first))
 
 
 def check_length(model: nlp.model.BERTModel, inputs: Any) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: complete, atomic, verified, pruned.
 
     <folder>/step-0001000/model.params   parameters, MXNet's format, the tied matrix once
+                          model.json, tokenizer/   what makes it a saved model (bort.saved_model)
                           trainer.npz    optimiser state, plain arrays
                           state.json     step, position, settings, SHA-256 of the files and itself
     <folder>/checkpoint_last             link to the newest
@@ -60,7 +61,7 @@ def save(
     Args:
         folder: where the run keeps its checkpoints.
         step: number of updates made.
-        write_model: called with the path that the parameters go to.
+        write_model: called with the path that the parameters go to; may write more beside them.
         arrays: the optimiser's state.
         state: what else a resumed run needs; JSON.
     """
@@ -70,7 +71,7 @@ def save(
     os.makedirs(temporary)
     write_model(os.path.join(temporary, MODEL))
     np.savez(os.path.join(temporary, TRAINER), **arrays)
-    sums = {file: _flushed_sha256(os.path.join(temporary, file)) for file in (MODEL, TRAINER)}
+    sums = {file: _flushed_sha256(os.path.join(temporary, file)) for file in _files(temporary)}
     content = {"step": step, **state, "sha256": sums}
     write_json(os.path.join(temporary, STATE), {**content, OWN_SUM: _json_sha256(content)})
     _fsync_folder(temporary)
@@ -183,6 +184,11 @@ def _names(folder: str) -> list[str]:
     found = os.listdir(folder) if os.path.isdir(folder) else []
     # By number: ten million has a digit more than the names are padded to.
     return sorted((name for name in found if re.fullmatch(r"step-\d{7,}", name)), key=_step_of)
+
+
+def _files(folder: str) -> list[str]:
+    paths = [os.path.join(there, name) for there, _, names in os.walk(folder) for name in names]
+    return sorted(os.path.relpath(path, folder) for path in paths)
 
 
 def _json_sha256(content: dict[str, Any]) -> str:

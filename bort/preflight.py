@@ -23,10 +23,11 @@ from bort.bort import parameter_count
 from bort.communicator import Communicator
 from bort.errors import UserError
 from bort.evaluation import LiveTeacher
-from bort.pretraining import Pretraining, devices_of, open_data
+from bort.pretraining import Pretraining, open_data
 from bort.settings import PretrainingSettings
 from bort.stack import usable_cores
 from bort.teacher_cache import read_cache_manifest
+from bort.training import devices_of
 
 # What the project is written for: GluonNLP 0.9 and earlier compute another attention.
 NEEDED = {"MXNet": "1.9.", "GluonNLP": "0.10."}

@@ -42,7 +42,7 @@ from bort.masking import (
     mask_sequences,
 )
 from bort.stack import usable_cores
-from bort.tokenization import TokenizerSettings, load_tokenizer
+from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings, load_tokenizer
 from data.corpus import TextFile, find_inputs, read_documents, survey
 from data.shards import (
     MANIFEST_FILE,
@@ -71,7 +71,7 @@ class CorpusSettings:
         "text files: paths and globs, separated by commas; one sentence per line, a blank line "
         "between documents; plain, .gz, .bz2, .xz or .zst"
     )
-    output_dir: str = required("folder for the shards and manifest.json")
+    output_dir: str = required("folder for the shards, their tokenizer and manifest.json")
     dupe_factor: int = option(1, "copies of the text, each with other masks", minimum=1)
     num_outputs: int = option(1, "number of shards", minimum=1)
     random_seed: int = option(12345, "of masks and short sequences", minimum=0)
@@ -148,6 +148,7 @@ def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
             if len(plan.shards) == corpus.num_outputs:
                 print(f"{corpus.output_dir}: is complete, nothing to do")
             size = _make_missing_shards(corpus, make, files, plan)
+            maker.tokenizer.save(os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
             _complete(corpus.output_dir, plan)
     print(_summary(plan, size, time.perf_counter() - start))
     return plan

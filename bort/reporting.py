@@ -128,28 +128,26 @@ def _figures(record: dict[str, Any]) -> list[str]:
 class Interval:
     """Sums since the last metric line, kept on the device so that no step waits for them."""
 
-    # total loss, masked LM, KL, correct predictions, squared distance: over masked positions
-    SUMS = 5
-
-    def __init__(self, device: Any) -> None:
-        self._sums = nd.zeros(self.SUMS, ctx=device)
-        self.positions = 0
+    def __init__(self, device: Any, sums: int) -> None:
+        self._sums = nd.zeros(sums, ctx=device)
+        self.count = 0
         self.tokens = 0
 
-    def add(self, sums: Any, positions: int, tokens: int) -> None:
-        """Add the sums [5] of one micro-batch, its masked positions and its tokens."""
+    def add(self, sums: Any, count: int, tokens: int) -> None:
+        """Add the sums [sums] of one micro-batch, over how many they are, and its tokens."""
         self._sums += sums.as_in_context(self._sums.context)
-        self.positions += positions
+        self.count += count
         self.tokens += tokens
 
     def state(self) -> list[float]:
-        """Return everything as numbers; waits for the device."""
-        return [*map(float, self._sums.asnumpy()), self.positions, self.tokens]
+        """Return sums, count and tokens as numbers; waits for the device."""
+        return [*map(float, self._sums.asnumpy()), self.count, self.tokens]
 
     def load_state(self, state: Sequence[float]) -> None:
         """Restore what `state` returned."""
-        self._sums[:] = nd.array(state[: self.SUMS], ctx=self._sums.context)
-        self.positions, self.tokens = map(int, state[self.SUMS :])
+        *sums, count, tokens = state
+        self._sums[:] = nd.array(sums, ctx=self._sums.context)
+        self.count, self.tokens = int(count), int(tokens)
 
 
 class Stopwatch:

@@ -7,6 +7,7 @@ import os
 from typing import Any, Sequence
 
 import gluonnlp as nlp
+import mxnet as mx
 
 from bort import checkpoint
 from bort.bort import get_bort_model, initialize, load_parameters, shape_of
@@ -16,24 +17,31 @@ from bort.errors import UserError
 ROBERTA = ("roberta_12_768_12", "roberta_24_1024_16")
 
 
-def build_network(model_name: str, vocab_size: int, ctx: Any) -> nlp.model.BERTModel:
-    """Build a teacher's network with its decoder and random weights.
+def build_network(
+    model_name: str,
+    vocab_size: int,
+    ctx: Any,
+    use_decoder: bool = True,
+    dropout: float = 0.0,
+) -> nlp.model.BERTModel:
+    """Build a network with random weights: one of GluonNLP's RoBERTa models or a shape of ours.
 
-    `model_name` is one of GluonNLP's RoBERTa models or a shape of ours. Raises `UserError` for
-    any other name.
+    Raises `UserError` for any other name.
     """
+    vocab = range(vocab_size)  # asked for nothing but its length
     if model_name in ROBERTA:
-        # GluonNLP asks the vocabulary for nothing but its length.
         network, _ = nlp.model.get_model(
-            model_name, vocab=range(vocab_size), pretrained=False, use_decoder=True
+            model_name, vocab=vocab, pretrained=False, use_decoder=use_decoder, dropout=dropout
         )
-        initialize(network, ctx)
+        initialize(network, ctx or mx.cpu())
         return network
     try:
         shape_of(model_name)
     except UserError as error:
-        raise UserError(f"--teacher_model: {error}, or one of {', '.join(ROBERTA)}") from None
-    return get_bort_model(model_name, vocab=range(vocab_size), ctx=ctx, dropout=0.0)[0]
+        raise UserError(f"{error}, or one of {', '.join(ROBERTA)}") from None
+    return get_bort_model(
+        model_name, vocab=vocab, ctx=ctx, use_decoder=use_decoder, dropout=dropout
+    )[0]
 
 
 def load_teacher(
@@ -56,7 +64,10 @@ def load_teacher(
             f"{path}: trained with another tokenizer than the one of the shards; teacher and "
             "student need the same vocabulary"
         )
-    network = build_network(model_name, vocab_size, ctx)
+    try:
+        network = build_network(model_name, vocab_size, ctx)
+    except UserError as error:
+        raise UserError(f"--teacher_model: {error}") from None
     load_parameters(network, path)
     network.collect_params().setattr("grad_req", "null")
     network.encoder.hybridize(static_alloc=True)

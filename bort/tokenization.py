@@ -33,6 +33,10 @@ _RELEASED_FILES = (
     f"{RELEASED_DATASET}-2b804f8f.vocab",
     "openai_webtext_bpe_ranks-396d4d8e.json",
 )
+# Where shards and saved models keep their tokenizer.
+TOKENIZER_FOLDER = "tokenizer"
+# What `Tokenizer.save` writes: SentencePiece's model, or Hugging Face's names of the two files.
+_SAVED_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
 # GPT-2's division of text into words. The group holds all that needs no look-ahead: tiktoken's
 # regular expressions search it as one automaton, which makes encoding a third faster.
 _GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"
@@ -72,6 +76,9 @@ class Tokenizer(Protocol):
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Return the vocabulary's spelling of each id."""
+
+    def save(self, folder: str) -> None:
+        """Write the files that `load_tokenizer_folder` makes the same tokenizer of."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,28 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     if settings.vocab_file and settings.bpe_ranks:
         return _load_bpe(settings.vocab_file, settings.bpe_ranks)
     return _load_sentencepiece(SAMPLE_MODEL)
+
+
+def load_tokenizer_folder(folder: str) -> Optional[Tokenizer]:
+    """Return the tokenizer that `Tokenizer.save` wrote into a folder; None when there is none.
+
+    Raises `UserError` when its files are damaged.
+    """
+    model, vocab_file, bpe_ranks = (os.path.join(folder, name) for name in _SAVED_FILES)
+    if os.path.exists(model):
+        return _load_sentencepiece(model)
+    if os.path.exists(vocab_file):
+        return _load_bpe(vocab_file, bpe_ranks)
+    return None
+
+
+def _write_files(folder: str, contents: dict[str, bytes]) -> None:
+    os.makedirs(folder, exist_ok=True)
+    for name, content in contents.items():
+        path = os.path.join(folder, name)
+        with open(f"{path}.tmp", "wb") as handle:
+            handle.write(content)
+        os.replace(f"{path}.tmp", path)
 
 
 class _Vocabulary:
@@ -177,6 +206,7 @@ class ByteLevelBPE(_Vocabulary):
         self._ids = np.array([ids[token] for token in made], np.int32)  # by rank
         self._sizes = np.array([len(content[token]) for token in made])  # bytes, by rank
         self._bytes = [content.get(token, b"") for token in spelling]  # by id
+        self._merges = merges
         self._encoding = tiktoken.Encoding(
             self.name,
             pat_str=_GPT2_WORDS,
@@ -215,6 +245,14 @@ class ByteLevelBPE(_Vocabulary):
         """Return the text; bytes that are no UTF-8 become U+FFFD, special tokens nothing."""
         return b"".join(self._bytes[index] for index in ids).decode("utf-8", errors="replace")
 
+    def save(self, folder: str) -> None:
+        """Write vocab.json and merges.txt, in Hugging Face's form, into a folder."""
+        ids = {token: index for index, token in enumerate(self._spelling)}
+        merges = "".join(f"{line}\n" for line in ("#version: 0.2", *self._merges))
+        vocabulary = json.dumps(ids, ensure_ascii=False)
+        _, vocab_file, bpe_ranks = _SAVED_FILES
+        _write_files(folder, {bpe_ranks: merges.encode(), vocab_file: vocabulary.encode()})
+
     def _ranks(self, text: str) -> np.ndarray:
         nothing: frozenset[str] = frozenset()
         cuts = [blanks.end() for blanks in _ENDLESS_BLANKS.finditer(text)]
@@ -241,6 +279,7 @@ class SentencePiece(_Vocabulary):
         """
         from sentencepiece import SentencePieceProcessor
 
+        self._model = model
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
         ids = range(self._processor.vocab_size())
@@ -271,6 +310,10 @@ class SentencePiece(_Vocabulary):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text, with ⁇ for `<unk>`; other special tokens leave nothing in it."""
         return self._processor.decode([int(index) for index in ids])
+
+    def save(self, folder: str) -> None:
+        """Write tokenizer.model into a folder."""
+        _write_files(folder, {_SAVED_FILES[0]: self._model})
 
 
 def _utf8(text: str) -> bytes:

@@ -124,6 +124,11 @@ class BatchSource:
         self._pad_id = pad_id
         self._teacher_rows = teacher_rows
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Return the number of micro-batches that use every sequence once."""
+        return self.order.batches_per_epoch
+
     def __call__(self, position: int) -> Batch:
         """Return micro-batch `position`."""
         rows = self.order.rows(position)

@@ -37,9 +37,9 @@ class CacheSettings:
 @door
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the cache; returns its size in bytes."""
-    from bort.pretraining import devices_of
     from bort.teacher import load_teacher
     from bort.teacher_cache import CacheManifest, cache_shard, parameters_sha256, prepare_cache
+    from bort.training import devices_of
 
     (settings,) = parse(str(__doc__), argv, CacheSettings)
     communicator = communicator_of_environment()

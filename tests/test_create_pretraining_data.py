@@ -26,7 +26,12 @@ from bort.config import read_json, write_json
 from bort.errors import UserError
 from bort.masking import MaskingSettings, SequenceSettings
 from bort.preparation import Block, InstanceMaker, InstanceSettings, read_blocks, workers
-from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
+from bort.tokenization import (
+    RELEASED_DATASET,
+    TokenizerSettings,
+    load_tokenizer,
+    load_tokenizer_folder,
+)
 from data.corpus import survey
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE, open_shards, read_manifest
 from tests.conftest import ROOT
@@ -72,7 +77,8 @@ def complaint(capsys, output, text=SAMPLE, **values):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def documents_of(text):
@@ -121,7 +127,11 @@ def test_plain_english_has_no_unknown_tokens(tmp_path):
 
 def test_files_are_as_agreed(tmp_path, tokenizer):
     create(tmp_path / "out", num_outputs=2, random_seed=7)
-    assert sorted(content(tmp_path / "out")) == [MANIFEST_FILE, "part-00000.npz", "part-00001.npz"]
+    shards = ["part-00000.npz", "part-00001.npz"]
+    files = [MANIFEST_FILE, *shards, "tokenizer/tokenizer.model"]
+    assert sorted(content(tmp_path / "out")) == files
+    saved = load_tokenizer_folder(str(tmp_path / "out" / "tokenizer"))
+    assert saved.fingerprint == tokenizer.fingerprint
     manifest = read_json(str(tmp_path / "out" / MANIFEST_FILE))
     assert manifest["format_version"] == 1
     assert manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint

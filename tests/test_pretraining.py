@@ -265,7 +265,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(data, tmp_path)
     held_out = [line for line in metrics(tmp_path) if line["phase"] == "eval" and line["step"]]
     lowest = min(held_out, key=lambda line: line["mlm_loss"])
     assert best["step"] == lowest["step"]
-    assert best["best_loss"] == lowest["mlm_loss"]
+    assert best["best_score"] == -lowest["mlm_loss"]
     assert {path.name for path in tmp_path.glob("step-*")} == {
         f"step-{lowest['step']:07d}",
         "step-0000020",

@@ -144,7 +144,7 @@ def test_an_unknown_teacher_is_told_what_there_is() -> None:
     with pytest.raises(UserError) as caught:
         build_network("bert_12_768_12", 50, mx.cpu())
     message = str(caught.value)
-    assert message.startswith("--teacher_model: model name 'bert_12_768_12'")
+    assert message.startswith("model name 'bert_12_768_12'")
     assert message.endswith("or one of roberta_12_768_12, roberta_24_1024_16")
 
 

@@ -27,6 +27,7 @@ from bort.tokenization import (
     SentencePiece,
     TokenizerSettings,
     load_tokenizer,
+    load_tokenizer_folder,
 )
 from scripts import train_sentencepiece
 from tests.conftest import ROOT
@@ -340,6 +341,15 @@ def test_decoded_bytes_that_are_no_utf8(bpe):
 
 
 # ---- fingerprints
+
+
+def test_saved_in_hugging_faces_form_it_is_the_same(tmp_path, bpe):
+    bpe.save(str(tmp_path / "saved"))
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"vocab.json", "merges.txt"}
+    assert load_tokenizer_folder(str(tmp_path / "saved")).fingerprint == bpe.fingerprint
+    vocabulary = json.loads((tmp_path / "saved" / "vocab.json").read_text(encoding="utf-8"))
+    assert vocabulary["<mask>"] == bpe.mask_id
+    assert load_tokenizer_folder(str(tmp_path)) is None
 
 
 def test_fingerprint_knows_the_content_not_the_place(files, bpe, spelling, merges):

@@ -1,0 +1,118 @@
+"""A saved model carries all that its use needs: weights, shape, task, labels and tokenizer.
+
+    <folder>/<name>.params   parameters, MXNet's format, the tied matrix once
+             <name>.json     the card: what the network is and what it answers
+             tokenizer/      the files of its vocabulary
+
+Fine-tuning writes `best`, a pretraining checkpoint holds `model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Tuple
+
+from bort import bort, teacher
+from bort.config import read_json, write_json
+from bort.errors import UserError
+from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
+
+FORMAT_VERSION = 1
+MASKED_LM = "masked_lm"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a saved network is.
+
+    model: a shape's name, or roberta_12_768_12 or roberta_24_1024_16.
+    vocab_size, tokenizer_fingerprint: of the vocabulary it was trained with.
+    kind: masked_lm, or a kind of `data.base.Task`: classification, regression, multiple_choice,
+        candidates.
+    task, labels, num_outputs: of a classifier; empty and 0 for masked_lm.
+    max_len: tokens that an input is cut to.
+    extra_layer: a dense layer stands between the network and the classifier.
+    race_cast: how RACE's options are cast; empty for other tasks.
+    details: metrics, data and command, for whoever reads it.
+    """
+
+    model: str
+    vocab_size: int
+    tokenizer_fingerprint: str
+    kind: str
+    task: str = ""
+    labels: Tuple[str, ...] = ()
+    num_outputs: int = 0
+    max_len: int = bort.MAX_LENGTH
+    extra_layer: bool = False
+    race_cast: str = ""
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class SavedModel(NamedTuple):
+    """A network that was loaded, what it is, and its tokenizer (None if none was saved)."""
+
+    network: Any
+    card: Card
+    tokenizer: Optional[Tokenizer]
+
+
+def save_model(path: str, network: Any, card: Card, tokenizer: Optional[Tokenizer]) -> None:
+    """Write a network to `path`, which ends in .params, with its card and its tokenizer.
+
+    The parameters come last and in one rename: a file that is there has its card beside it.
+    """
+    folder = os.path.dirname(path)
+    os.makedirs(folder or ".", exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
+    write_json(_card_path(path), {"format": FORMAT_VERSION, **dataclasses.asdict(card)})
+    bort.save_parameters(network, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_model(path: str, ctx: Any = None) -> SavedModel:
+    """Load a saved model: its .params file, its folder, or a pretraining checkpoint or run.
+
+    Raises `UserError` when it is absent, damaged, or was saved without a card.
+    """
+    found = teacher.parameter_file(path)
+    card = read_card(found)
+    network = build_network(card, ctx)
+    bort.load_parameters(network, found)
+    folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
+    return SavedModel(network, card, load_tokenizer_folder(folder))
+
+
+def read_card(path: str) -> Card:
+    """Read the card beside a .params file.
+
+    Raises `UserError` when there is none, and for a card of another format.
+    """
+    name = _card_path(path)
+    if not os.path.exists(name):
+        raise UserError(f"{path}: no {os.path.basename(name)} beside it says what it is")
+    content = read_json(name)
+    fields = {field.name for field in dataclasses.fields(Card)}
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT_VERSION:
+        raise UserError(f"{name}: is not the card of a model, format {FORMAT_VERSION}")
+    if not {"model", "vocab_size", "tokenizer_fingerprint", "kind"} <= set(content) <= fields:
+        raise UserError(f"{name}: lacks entries of a card or has others; restore the file")
+    return Card(**{**content, "labels": tuple(content.get("labels", ()))})
+
+
+def build_network(card: Card, ctx: Any = None, dropout: float = 0.0) -> Any:
+    """Build the network that a card describes, with random weights."""
+    masked_lm = card.kind == MASKED_LM
+    body = teacher.build_network(card.model, card.vocab_size, ctx, masked_lm, dropout)
+    if masked_lm:
+        return body
+    classifier = bort.BortClassifier(body, card.num_outputs, dropout, card.extra_layer)
+    bort.initialize(classifier, ctx)
+    return classifier
+
+
+def _card_path(path: str) -> str:
+    return f"{path[: -len('.params')] if path.endswith('.params') else path}.json"

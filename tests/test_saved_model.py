@@ -1,0 +1,133 @@
+"""Saved models: what goes in comes out, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import nd
+
+from bort.bort import BortClassifier
+from bort.errors import UserError
+from bort.saved_model import Card, build_network, load_model, read_card, save_model
+from bort.teacher import build_network as build_body
+from bort.tokenization import TokenizerSettings, load_tokenizer
+from tests.pretraining_helpers import SHAPE, finished_run, write_data
+from tests.reference import redraw
+
+IDS = nd.array([[0, 7, 9, 2], [0, 8, 2, 1]])
+LENGTHS = nd.array([4, 3])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(TokenizerSettings())
+
+
+def card_of(tokenizer: Any, **others: Any) -> Card:
+    values = {
+        "model": SHAPE,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "kind": "classification",
+        "task": "CoLA",
+        "labels": ("0", "1"),
+        "num_outputs": 2,
+        "max_len": 64,
+    }
+    return Card(**{**values, **others})
+
+
+@pytest.mark.parametrize("extra_layer", [False, True])
+def test_a_classifier_comes_back_whole(tmp_path, tokenizer, extra_layer):
+    card = card_of(tokenizer, extra_layer=extra_layer, details={"metrics": {"accuracy": 0.5}})
+    network = build_network(card)
+    redraw(network, seed=1)
+    save_model(str(tmp_path / "best.params"), network, card, tokenizer)
+    for path in (tmp_path, tmp_path / "best.params"):
+        loaded = load_model(str(path))
+        assert loaded.card == card
+        assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
+        expected, found = (one(IDS, LENGTHS).asnumpy() for one in (network, loaded.network))
+        np.testing.assert_array_equal(found, expected)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_extra_layer_is_one_more_dense_layer(tokenizer):
+    network = build_network(card_of(tokenizer, extra_layer=True))
+    redraw(network, seed=2)
+    values = {n: p.data().asnumpy() for n, p in network._collect_params_with_prefix().items()}
+    first = network.bort(IDS, LENGTHS)[:, 0].asnumpy().astype(np.float64)
+    first = first @ values["extra.weight"].T + values["extra.bias"]
+    inner = np.tanh(first @ values["classifier.1.weight"].T + values["classifier.1.bias"])
+    expected = inner @ values["classifier.3.weight"].T + values["classifier.3.bias"]
+    np.testing.assert_allclose(network(IDS, LENGTHS).asnumpy(), expected, atol=1e-5)
+
+
+def test_a_roberta_classifier_is_saved_alike(tmp_path, tokenizer, monkeypatch):
+    """A small stand-in for RoBERTa: the network of another class, without our length check."""
+    import gluonnlp as nlp
+
+    from bort import teacher
+
+    def small(name: str, vocab: Any, use_decoder: bool, dropout: float, **_: Any) -> Any:
+        encoder = nlp.model.BERTEncoder(
+            num_layers=1, units=16, hidden_size=32, max_length=32, num_heads=2, dropout=dropout
+        )
+        size = {"vocab_size": len(vocab), "units": 16, "embed_size": 16}
+        return nlp.model.RoBERTaModel(encoder, use_decoder=use_decoder, **size), vocab
+
+    monkeypatch.setattr(teacher.nlp.model, "get_model", small)
+    card = card_of(tokenizer, model="roberta_12_768_12")
+    network = build_network(card)
+    assert type(network.bort) is nlp.model.RoBERTaModel
+    assert isinstance(network, BortClassifier)
+    save_model(str(tmp_path / "best.params"), network, card, tokenizer)
+    loaded = load_model(str(tmp_path))
+    found = loaded.network(IDS, LENGTHS).asnumpy()
+    np.testing.assert_array_equal(found, network(IDS, LENGTHS).asnumpy())
+
+
+@pytest.mark.parametrize("where", ["", "checkpoint_last", "step-0000004"])
+def test_a_pretraining_run_is_a_saved_model(tmp_path, where):
+    write_data(tmp_path / "data")
+    run = finished_run(tmp_path / "data", ckpt_dir=tmp_path / "run", num_steps=4)
+    loaded = load_model(str(tmp_path / "run" / where))
+    assert (loaded.card.kind, loaded.card.model) == ("masked_lm", SHAPE)
+    assert loaded.tokenizer is None  # these shards have none
+    expected = run.student.word_embed[0].weight.data().asnumpy()
+    np.testing.assert_array_equal(loaded.network.word_embed[0].weight.data().asnumpy(), expected)
+
+
+def test_what_is_no_saved_model_is_refused(tmp_path, tokenizer):
+    card = card_of(tokenizer)
+    path = tmp_path / "best.params"
+    with pytest.raises(UserError, match=r"holds no parameters"):
+        load_model(str(tmp_path))
+    save_model(str(path), build_network(card), card, tokenizer)
+    written = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    for content in ([], {**written, "format": 2}, {**written, "more": 1}, {"format": 1}):
+        (tmp_path / "best.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(UserError, match=r"best\.json"):
+            read_card(str(path))
+    (tmp_path / "best.json").unlink()
+    with pytest.raises(UserError, match=r"no best\.json beside it"):
+        load_model(str(path))
+
+
+def test_another_shape_than_the_cards_is_refused(tmp_path, tokenizer):
+    card = card_of(tokenizer)
+    save_model(str(tmp_path / "best.params"), build_network(card), card, tokenizer)
+    other = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    (tmp_path / "best.json").write_text(json.dumps({**other, "model": "bort_1_2_32_64"}))
+    with pytest.raises(UserError, match="shape"):
+        load_model(str(tmp_path))
+
+
+def test_bodies_are_built_with_and_without_decoder():
+    assert "decoder.3.bias" in build_body(SHAPE, 30, mx.cpu())._collect_params_with_prefix()
+    bare = build_body(SHAPE, 30, mx.cpu(), use_decoder=False)._collect_params_with_prefix()
+    assert not [name for name in bare if name.startswith("decoder")]
