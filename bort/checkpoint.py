@@ -162,6 +162,20 @@ def require_none(folder: str) -> None:
         )
 
 
+def steps(folder: str) -> list[int]:
+    """Return the steps of a run's checkpoints, damaged ones included."""
+    return [_step_of(name) for name in _names(folder)]
+
+
+def remove_all(folder: str) -> None:
+    """Delete the checkpoints of a run that has ended, and what leads to them."""
+    for link in (LAST, BEST):
+        if os.path.lexists(os.path.join(folder, link)):
+            os.remove(os.path.join(folder, link))
+    for name in _names(folder):
+        shutil.rmtree(os.path.join(folder, name))
+
+
 def prune(folder: str, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best."""
     best = os.path.join(folder, BEST)

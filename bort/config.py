@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import typing
 from typing import Any, NoReturn, Sequence, TypeVar
 
@@ -112,6 +113,17 @@ def check_limits(settings: Any) -> None:
 def as_dict(*settings: Any) -> dict[str, dict[str, Any]]:
     """Return the settings as {class name: {field: value}}, the content of config.json."""
     return {type(one).__name__: dataclasses.asdict(one) for one in settings}
+
+
+def command_of(program: str, *settings: Any) -> str:
+    """Return the command line that gives these settings: flags at their default are left out."""
+    words = ["python", program]
+    for one in settings:
+        for field in dataclasses.fields(one):
+            value = getattr(one, field.name)
+            if value != field.default:
+                words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
+    return shlex.join(words)
 
 
 def write_json(path: str, content: Any) -> None:

@@ -133,6 +133,10 @@ class Pretraining(Training):
     def _evaluation_due(self) -> bool:
         return self.step % self.settings.run.eval_interval == 0 or self.step == self.last_step
 
+    def _checkpoint_due(self, best: bool) -> bool:
+        due = self.step % self.settings.run.ckpt_interval == 0
+        return due or best or self.step == self.last_step
+
     def _score(self, evaluation: dict[str, float]) -> float:
         return -evaluation["mlm_loss"]
 

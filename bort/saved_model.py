@@ -68,19 +68,20 @@ def save_model(path: str, network: Any, card: Card, tokenizer: Optional[Tokenize
     os.makedirs(folder or ".", exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
-    write_json(_card_path(path), {"format": FORMAT_VERSION, **dataclasses.asdict(card)})
+    write_json(card_path(path), {"format": FORMAT_VERSION, **dataclasses.asdict(card)})
     bort.save_parameters(network, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
-def load_model(path: str, ctx: Any = None) -> SavedModel:
+def load_model(path: str, ctx: Any = None, dropout: float = 0.0) -> SavedModel:
     """Load a saved model: its .params file, its folder, or a pretraining checkpoint or run.
 
+    `dropout` is for whoever trains it further.
     Raises `UserError` when it is absent, damaged, or was saved without a card.
     """
     found = teacher.parameter_file(path)
     card = read_card(found)
-    network = build_network(card, ctx)
+    network = build_network(card, ctx, dropout)
     bort.load_parameters(network, found)
     folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
     return SavedModel(network, card, load_tokenizer_folder(folder))
@@ -91,7 +92,7 @@ def read_card(path: str) -> Card:
 
     Raises `UserError` when there is none, and for a card of another format.
     """
-    name = _card_path(path)
+    name = card_path(path)
     if not os.path.exists(name):
         raise UserError(f"{path}: no {os.path.basename(name)} beside it says what it is")
     content = read_json(name)
@@ -114,5 +115,6 @@ def build_network(card: Card, ctx: Any = None, dropout: float = 0.0) -> Any:
     return classifier
 
 
-def _card_path(path: str) -> str:
+def card_path(path: str) -> str:
+    """Return where the card of a .params file lies."""
     return f"{path[: -len('.params')] if path.endswith('.params') else path}.json"

@@ -149,6 +149,10 @@ class Training(abc.ABC):
         """Return what the best evaluation is chosen by: higher is better."""
 
     @abc.abstractmethod
+    def _checkpoint_due(self, best: bool) -> bool:
+        """Tell whether the step just made is followed by a checkpoint; `best`: it is the best."""
+
+    @abc.abstractmethod
     def _require_same_stream(self, state: dict[str, Any]) -> None:
         """Raise `UserError` when the micro-batches are not those that a checkpoint counts."""
 
@@ -235,7 +239,7 @@ class Training(abc.ABC):
                 if self._evaluation_due():
                     evaluations.append(self._evaluate())
                     best = self._is_best(evaluations[-1])
-                if self._checkpoint_due() or best or stop:
+                if self._checkpoint_due(best) or stop:
                     self._save(best)
         return evaluations
 
@@ -265,10 +269,13 @@ class Training(abc.ABC):
             self._interval.load_state(progress["interval"])
         self._update, self._unsettled = None, []
 
+    def parameters(self) -> list[Any]:
+        """Return the arrays of the network's parameters on each device."""
+        return [a for p in self.network.collect_params().values() for a in p.list_data()]
+
     def arrays(self) -> list[Any]:
         """Return all that an update changes: parameters on each device, optimiser's state."""
-        parameters = self.network.collect_params().values()
-        return [a for p in parameters for a in p.list_data()] + list(self.trainer.state().values())
+        return [*self.parameters(), *self.trainer.state().values()]
 
     def batches(self) -> Generator[MicroBatch, None, None]:
         """Yield the micro-batches that fall to this rank, without end, prepared ahead."""
@@ -420,9 +427,6 @@ class Training(abc.ABC):
         if improved:
             self.best_score, self.best_step = score, self.step
         return improved
-
-    def _checkpoint_due(self) -> bool:
-        return self.step % self.settings.run.ckpt_interval == 0 or self.step == self.last_step
 
     def _save(self, best: bool) -> None:
         self._settle()

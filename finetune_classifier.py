@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+r"""Fine-tune Bort on a task of GLUE or SuperGLUE or on RACE, in one process or under horovodrun.
+
+Examples:
+    python finetune_classifier.py --task_name MRPC --data_dir data/glue \
+        --pretrained_parameters model/bort.params \
+        --dataset_name openwebtext_ccnews_stories_books_cased --epochs 50
+    python finetune_classifier.py --task_name AX --data_dir data/glue --only_inference \
+        --model_parameters runs/finetuning/MNLI
+"""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+from bort.communicator import communicator_of_environment
+from bort.config import parse
+from bort.errors import door
+from bort.finetuning_settings import FINETUNING_CLASSES, FinetuningSettings
+
+
+@door
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the program; returns the content of metrics.json."""
+    from bort.finetuning import finetune
+
+    settings = FinetuningSettings(*parse(__doc__, argv, *FINETUNING_CLASSES))
+    return finetune(settings, communicator_of_environment())
+
+
+if __name__ == "__main__":
+    main()
