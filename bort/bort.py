@@ -21,6 +21,8 @@ from mxnet.gluon import HybridBlock, nn
 from bort.errors import UserError
 
 MAX_LENGTH = 512
+# The matrix that embedding and decoder share has two names, and a file may hold it under either.
+EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
 LAYER_NORM_EPS = 1e-5
 
 
@@ -301,6 +303,8 @@ def load_parameters(model: HybridBlock, path: str, ignore_prefixes: Sequence[str
         raise UserError(f"{path}: cannot be read as a parameter file ({reason})") from None
     if not isinstance(stored, dict):
         raise UserError(f"{path}: holds arrays without names; expected a Gluon parameter file")
+    if PROJECTION in stored:
+        stored.setdefault(EMBEDDING, stored[PROJECTION])
     stored = {n: v for n, v in stored.items() if not n.startswith(tuple(ignore_prefixes))}
     tied = _tied_names(model)
     missing = [names[0] for _, names in tied if not stored.keys() & set(names)]

@@ -182,6 +182,11 @@ class FineTuning(Training):
         end = (position // epoch + 1) * epoch
         return range(position, min(position + self.micro_batches, end))
 
+    def _clear_gradients(self, numbers: range) -> None:
+        super()._clear_gradients(numbers)
+        # Without a decoder no backward pass writes it: the rows of the batches are only added.
+        self.network.bort.word_embed[0].weight.zero_grad()
+
     def _subject(self) -> str:
         card = self.classifier.card
         return f"{card.model} on {card.task}, {len(self.data.train):,} examples"

@@ -81,7 +81,7 @@ def parameter_file(path: str) -> str:
     """
     for candidate in (path, os.path.join(path, checkpoint.LAST)):
         model = os.path.join(candidate, checkpoint.MODEL)
-        if os.path.isfile(model):
+        if os.path.isfile(model) and os.path.isfile(os.path.join(candidate, checkpoint.STATE)):
             return checkpoint.load(candidate).model_path
     if os.path.isfile(path):
         return path

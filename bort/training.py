@@ -287,8 +287,7 @@ class Training(abc.ABC):
         """Make one update from the next micro-batches."""
         self._timer.measured = (self.step + 1) % self.settings.run.log_interval == 0
         numbers = self._numbers(self.position)
-        if self._accumulates or len(numbers) < self._workers:
-            self.trainer.zero_gradients()
+        self._clear_gradients(numbers)
         count = 0
         for _ in self._own(numbers):
             with self._timer("data"):
@@ -332,6 +331,11 @@ class Training(abc.ABC):
             if rank == self.communicator.rank:
                 own.append((number, self.devices[device]))
         return own
+
+    def _clear_gradients(self, numbers: range) -> None:
+        """Forget the last update's gradients where the backward passes to come would not."""
+        if self._accumulates or len(numbers) < self._workers:
+            self.trainer.zero_gradients()
 
     def _places(self) -> Iterator[tuple[int, Any]]:
         position = self.position
