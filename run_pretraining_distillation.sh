@@ -23,25 +23,10 @@ usage() {
     exit 2
 }
 
-# Horovod marks each line with its rank; only rank 0 prints, unless something fails.
-without_rank_0_mark() { sed -u 's/^\[0\]<std\(out\|err\)>: \{0,1\}//'; }
+source scripts/launch.sh
 
-# pretrain <workers> <flags...>: one process, or horovodrun with several.
 pretrain() {
-    local workers=$1 gpus=()
-    shift
-    # The set-up may have chosen the CPU on a machine with a GPU that MXNet cannot use.
-    if [[ $(<.venv/made-for) != *" cpu" ]] && nvidia-smi -L >/dev/null 2>&1; then
-        gpus=(--gpus "$(seq -s, 0 $((workers - 1)))")
-    fi
-    if ((workers == 1)); then
-        .venv/bin/python run_pretraining_distillation.py "$@" "${gpus[@]}"
-    else
-        # shellcheck disable=SC2086  # HOROVODRUN_FLAGS holds several words
-        PATH="$PWD/.venv/bin:$PATH" horovodrun -np "$workers" -H "localhost:$workers" \
-            ${HOROVODRUN_FLAGS:-} python -u run_pretraining_distillation_hvd.py "$@" "${gpus[@]}" 2>&1 |
-            without_rank_0_mark
-    fi
+    launch "$1" run_pretraining_distillation.py run_pretraining_distillation_hvd.py "${@:2}"
 }
 
 run() {

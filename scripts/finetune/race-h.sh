@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# RACE-H: questions for high schools; 62,445 to train on, four inputs each.
+: "${EPOCHS:=20}" "${BATCH_SIZE:=8}" "${MAX_LEN:=512}"
+source "${BASH_SOURCE[0]%/*}/common.sh"
+finetune RACE-H
