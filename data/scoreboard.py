@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -54,20 +54,43 @@ def task_score(task: Task, best: dict[str, dict[str, float]]) -> float:
 def read_scores(folders: Sequence[Path]) -> dict[str, list[float]]:
     """Return {task name: scores} from every metrics.json under the folders.
 
-    Such a file holds {"task": name, "best": {"metrics": {split: {metric: value}}}}. Raises
-    `UserError` where there is none, or one that does not.
+    Raises `UserError` where there is none, or one that no fine-tuning run has written.
     """
     scores: dict[str, list[float]] = defaultdict(list)
+    for _, content in read_runs(folders):
+        for name, score in _scores_of(content).items():
+            scores[name].append(score)
+    return scores
+
+
+def read_runs(folders: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the path and the content of every metrics.json under the folders.
+
+    Raises `UserError` where there is none, or one that no fine-tuning run has written.
+    """
+    runs = []
     for path in sorted({path for folder in folders for path in folder.rglob("metrics.json")}):
         content = read_json(str(path))
         try:
-            task = get_task(content["task"])
-            scores[task.name].append(task_score(task, content["best"]["metrics"]))
+            get_task(content["task"])
+            _scores_of(content)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is not a fine-tuning run's metrics.json ({error})") from None
-    if not scores:
+        runs.append((path, content))
+    if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: no metrics.json there")
-    return scores
+    return runs
+
+
+def _scores_of(content: dict[str, Any]) -> dict[str, float]:
+    """Return the score of a run on its dev sets, and on labelled sets of tasks it predicts, too."""
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, answers in content["answers"].items():
+        other, _, split = name.rpartition("/")
+        counts = bool(other) or split in get_task(content["task"]).dev
+        if counts and "metrics" in answers:
+            found[other or content["task"]][split] = answers["metrics"]
+    return {name: task_score(get_task(name), splits) for name, splits in found.items()}
 
 
 def suite_score(suite: str, scores: dict[str, list[float]]) -> SuiteScore:

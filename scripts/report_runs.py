@@ -1,0 +1,24 @@
+"""Print what fine-tuning runs read, reached and took, and check the leaderboards' files they left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional, Sequence
+
+from bort.config import OneLineParser
+from bort.errors import door
+from data.run_report import RunReport, as_markdown, report
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> list[RunReport]:
+    """Print one line per task of every run, and return them."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders with metrics.json files")
+    lines = report(parser.parse_args(argv).runs)
+    print(as_markdown(lines), end="")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

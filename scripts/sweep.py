@@ -1,0 +1,30 @@
+#!/usr/bin/env python3
+r"""Fine-tune with every set of hyperparameters of a grid, and print their table.
+
+All flags of finetune_classifier.py hold for every run. The same command goes on with a sweep that
+was interrupted.
+
+Example:
+    python scripts/sweep.py --task RTE --grid scripts/agora_spaces/published.yaml --jobs 4 \
+        --pretrained_parameters runs/pretraining
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+from bort.config import parse
+from bort.errors import door
+from bort.finetuning_settings import FINETUNING_CLASSES, FinetuningSettings
+from bort.sweep import Row, SweepSettings, sweep
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> list[Row]:
+    """Run the sweep; returns the table's rows, best first."""
+    settings, *base = parse(str(__doc__), argv, SweepSettings, *FINETUNING_CLASSES)
+    return sweep(settings, FinetuningSettings(*base))
+
+
+if __name__ == "__main__":
+    main()
