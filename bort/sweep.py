@@ -97,7 +97,7 @@ def sweep(settings: SweepSettings, base: FinetuningSettings) -> list[Row]:
     claim(folder, base, trials[0].theta)
     pending = [trial for trial in trials if trial.metrics() is None]
     print(f"{folder}: {len(trials)} runs, {len(trials) - len(pending)} of them ended before")
-    run_all(pending, settings.jobs, folder)
+    run_all(pending, settings.jobs, trials)
     rows = table(trials)
     write_table(folder, rows)
     print(as_markdown(rows), end="")
@@ -145,8 +145,11 @@ def claim(folder: str, base: FinetuningSettings, theta: Theta) -> None:
     write_json(path, shared)
 
 
-def run_all(pending: Sequence[Trial], jobs: int, folder: str) -> None:
-    """Run trials, at most `jobs` at a time; when interrupted, the runs save and end first."""
+def run_all(pending: Sequence[Trial], jobs: int, trials: Sequence[Trial]) -> None:
+    """Run those of the trials that are pending, at most `jobs` at a time.
+
+    When interrupted, the runs save and end first.
+    """
     waiting = list(reversed(pending))
     running: dict[int, tuple[Trial, subprocess.Popen]] = {}
     with _exit_on_sigterm(), _ended(running):
@@ -160,8 +163,11 @@ def run_all(pending: Sequence[Trial], jobs: int, folder: str) -> None:
                 if process.poll() is not None:
                     del running[slot]
                     left = len(waiting) + len(running)
-                    print(f"{os.path.basename(trial.folder)}: {outcome(trial)}, {left} to go")
-                    keep_best_weights(folder)
+                    print(
+                        f"{os.path.basename(trial.folder)}: {outcome(trial)}, {left} to go",
+                        flush=True,
+                    )
+                    keep_best_weights(trials)
 
 
 def start(trial: Trial, slot: int, jobs: int) -> subprocess.Popen:
@@ -218,16 +224,20 @@ def outcome(trial: Trial) -> str:
     return f"failed ({next((line for line in reversed(lines) if line), 'without a word')})"
 
 
-def keep_best_weights(folder: str) -> None:
-    """Delete the weights of all runs but the one with the best score."""
-    with_weights = [path.parent for path in Path(folder).glob("*/*/best.params")]
-    ended = [path for path in with_weights if (path / "metrics.json").exists()]
-    scores = [read_json(str(path / "metrics.json"))["best"]["score"] for path in ended]
-    for path in ended:
-        if path != ended[int(np.argmax(scores))]:
-            shutil.rmtree(path / TOKENIZER_FOLDER, ignore_errors=True)
+def keep_best_weights(trials: Sequence[Trial]) -> None:
+    """Delete the weights of all ended runs but the one with the best score, the first of equals."""
+    ended = [(Path(trial.results), trial.metrics()) for trial in trials]
+    scores = {
+        folder: metrics["best"]["score"]
+        for folder, metrics in ended
+        if metrics is not None and (folder / "best.params").exists()
+    }
+    best = max(scores, key=scores.__getitem__, default=None)
+    for folder in scores:
+        if folder != best:
+            shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
             for name in ("best.json", "best.params"):
-                (path / name).unlink(missing_ok=True)
+                (folder / name).unlink(missing_ok=True)
 
 
 # ---- the table ----------------------------------------------------------------------------------

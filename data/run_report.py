@@ -1,4 +1,4 @@
-"""What fine-tuning runs read, reached and took, and whether the leaderboards would take their files."""
+"""What fine-tuning runs read, reached and took, and whether leaderboards would take their files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def _rows(task: Task, found: dict[str, int]) -> str:
 
 
 def _metrics(found: dict[str, dict[str, float]]) -> str:
-    shown = [", ".join(f"{name} {v:.3f}" for name, v in values.items()) for values in found.values()]
+    shown = [
+        ", ".join(f"{name} {v:.3f}" for name, v in values.items()) for values in found.values()
+    ]
     return "; ".join(one for one in shown if one) or "-"
 
 

@@ -1,4 +1,4 @@
-"""Print what fine-tuning runs read, reached and took, and check the leaderboards' files they left."""
+"""Print what fine-tuning runs read, reached and took, and check the submission files they left."""
 
 from __future__ import annotations
 
