@@ -5,7 +5,7 @@ All flags of finetune_classifier.py hold for every run. The same command goes on
 was interrupted.
 
 Example:
-    python scripts/sweep.py --task RTE --grid scripts/agora_spaces/published.yaml --jobs 4 \
+    python scripts/sweep.py --task_name RTE --grid scripts/agora_spaces/published.yaml --jobs 4 \
         --pretrained_parameters runs/pretraining
 """
 
@@ -22,7 +22,7 @@ from bort.sweep import Row, SweepSettings, sweep
 @door
 def main(argv: Optional[Sequence[str]] = None) -> list[Row]:
     """Run the sweep; returns the table's rows, best first."""
-    settings, *base = parse(str(__doc__), argv, SweepSettings, *FINETUNING_CLASSES)
+    *base, settings = parse(str(__doc__), argv, *FINETUNING_CLASSES, SweepSettings)
     return sweep(settings, FinetuningSettings(*base))
 
 

@@ -27,11 +27,12 @@ README = ROOT / "README.md"
 SAMPLE_TEXT = ROOT / "test_data" / "sample_text.txt"
 TABLE = re.compile(r"(<!-- flags: ([^\n]+) -->\n)(.*?)(<!-- end of flags -->)", re.DOTALL)
 MAP_ENTRY = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
-# What a reader looks for by name; tests and test data may be named by a pattern.
-NAMED_ONE_BY_ONE = re.compile(r"[^/]+|(bort|data)/[^/]+|scripts/.+")
+# What a reader looks for by name; tests, test data and the tasks' scripts may have a pattern.
+NAMED_ONE_BY_ONE = re.compile(r"[^/]+|(bort|data)/[^/]+|scripts/(?!finetune/).+")
 # Two programs of the same flags share a table.
 WITHOUT_TABLE = {
     "run_pretraining_distillation_hvd.py": "run_pretraining_distillation.py",
+    "scripts/sweep.py": "finetune_classifier.py",
     "scripts/benchmark.py": None,  # its parts have one each
 }
 HOSTS = {
@@ -155,10 +156,15 @@ def test_every_program_has_a_table(readme):
                 assert flag in readme
 
 
-def test_settings_of_the_shell_script_are_named(readme):
-    script = (ROOT / "run_pretraining_distillation.sh").read_text(encoding="utf-8")
-    settings = set(re.findall(r"\$\{([A-Z_]+):-", script))
-    assert len(settings) > 10
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [("run_pretraining_distillation.sh", 10), ("scripts/finetune/common.sh", 18),
+     ("scripts/launch.sh", 1)],
+)  # fmt: skip
+def test_settings_of_the_shell_scripts_are_named(readme, script, number):
+    text = (ROOT / script).read_text(encoding="utf-8")
+    settings = set(re.findall(r"\$\{([A-Z_]+):[-+]", text))
+    assert len(settings) >= number
     assert not {name for name in settings if f"`{name}`" not in readme}
 
 
