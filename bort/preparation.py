@@ -325,10 +325,7 @@ def read_blocks(files: list[TextFile], num_outputs: int) -> Iterator[Block]:
 
 
 class InstanceMaker:
-    """Makes instances of blocks; the same block gives the same instances in every process.
-
-    Workers get it pickled, which takes a third of the time of loading the tokenizer again.
-    """
+    """Makes instances of blocks; the same block gives the same instances in every process."""
 
     def __init__(self, settings: InstanceSettings) -> None:
         """Load the tokenizer; raises `UserError` when that fails or its ids do not fit."""
@@ -375,14 +372,16 @@ def _sentences(document: bytes) -> list[str]:
 def workers(maker: InstanceMaker, num_workers: int) -> Iterator[MakeInstances]:
     """Start worker processes, unless one is enough; give what makes instances of blocks, in order.
 
-    They are ready sooner for being started before there is anything to do.
+    Forked workers start at once and share the tokenizer's tables, in the processor's cache too: on
+    200 MB two are 1.85 times as fast as one, spawned ones 1.55 times. They are forked before this
+    process has threads, which no fork survives; MXNet has some, so where it is loaded, as in a
+    larger program, they are spawned.
     """
     if num_workers <= 1:
         yield functools.partial(map, maker)
         return
-    pool = ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), _Worker.start, (maker,)
-    )
+    context = multiprocessing.get_context("spawn" if "mxnet" in sys.modules else "fork")
+    pool = ProcessPoolExecutor(num_workers, context, _Worker.start, (maker,))
     try:
         for _ in range(num_workers):
             pool.submit(os.getpid)

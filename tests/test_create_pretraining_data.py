@@ -207,7 +207,9 @@ def test_the_seed_decides(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_workers_change_nothing(tmp_path, small_blocks, num_workers):
+def test_workers_change_nothing(tmp_path, small_blocks, num_workers, monkeypatch):
+    # Spawned workers; the programs below that are killed have forked ones.
+    monkeypatch.setitem(sys.modules, "mxnet", sys)
     values = {"num_outputs": 3, "dupe_factor": 2}
     create(tmp_path / "one", **values)
     create(tmp_path / "many", num_workers=num_workers, **values)
