@@ -1,6 +1,6 @@
-"""Optimisation: the learning-rate schedule, clipping, and one update of all parameters by BERTAdam.
+"""Optimisation: the learning-rate schedule, clipping, and one update of all parameters.
 
-The update is GluonNLP's BERTAdam. Ours is what stands around it: gradients are sums over masked
+The update is GluonNLP's BERTAdam, or for OSE's theory plain SGD. Ours is what stands around it: gradients are sums over masked
 positions, so averaging, clipping and unscaling are one factor, handed to the fused update kernel
 as an array. Nothing is read back to Python: the device never waits for it.
 """
@@ -80,14 +80,39 @@ class LossScale:
             self.value, self.good_updates = self.value * 2, 0
 
 
+class BoundedSGD(mx.optimizer.Optimizer):
+    """SGD over a compact set: w <- clip(w - rate * (g + wd * w), -bound, bound).
+
+    As in the kernel of BERTAdam, `rescale_grad` is an array, and 0 leaves everything as it is. In
+    float32 only.
+    """
+
+    def __init__(self, bound: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.bound = bound
+
+    def create_state(self, index: int, weight: Any) -> tuple[()]:
+        """Return nothing: there is no momentum."""
+        return ()
+
+    def update(self, index: int, weight: Any, grad: Any, state: tuple[()]) -> None:
+        """Make one update of one parameter."""
+        self._update_count(index)
+        factor = self.rescale_grad.reshape((1,) * weight.ndim)
+        direction = factor * grad + self._get_wd(index) * weight
+        moved = (weight - self._get_lr(index) * direction).clip(-self.bound, self.bound)
+        weight[:] = nd.where(factor.broadcast_like(weight) > 0, moved, weight)
+
+
 class Trainer:
-    """Averages, clips and applies the gradients of a model with BERTAdam.
+    """Averages, clips and applies the gradients of a model with BERTAdam, or with `BoundedSGD`.
 
     The gradients have to be sums over positions; `update` is told over how many. On several
     devices of this process and several processes the sums are added up first, so every replica
     makes the same update. A gradient that is not finite changes nothing: the update kernel leaves
     out what it is told to multiply by zero. With `loss_scale` the gradients are that of the scaled
-    loss, and float16 parameters have float32 master copies.
+    loss, and float16 parameters have float32 master copies. With `weight_bound` the update is SGD's
+    and the weights stay within the bound.
     """
 
     def __init__(
@@ -99,6 +124,7 @@ class Trainer:
         max_norm: float,
         loss_scale: LossScale | None = None,
         compression: str = "none",
+        weight_bound: float | None = None,
     ) -> None:
         self._parameters = [p for p in parameters if p.grad_req != "null"]
         self._communicator = communicator
@@ -107,12 +133,13 @@ class Trainer:
         self._compression = compression
         for parameter in self._parameters:
             parameter.wd_mult = 0.0 if parameter.name.endswith(WITHOUT_DECAY) else 1.0
-        self._optimizer = nlp.optimizer.BERTAdam(
-            epsilon=epsilon,
-            wd=weight_decay,
-            param_dict=dict(enumerate(self._parameters)),
-            multi_precision=True,
-        )
+        options = {"wd": weight_decay, "param_dict": dict(enumerate(self._parameters))}
+        if weight_bound is None:
+            self._optimizer = nlp.optimizer.BERTAdam(
+                epsilon=epsilon, multi_precision=True, **options
+            )
+        else:
+            self._optimizer = BoundedSGD(weight_bound, **options)
         self._updater = mx.optimizer.get_updater(self._optimizer)
         self._groups = groups_of_equal_size([weight.size for weight in self._weights()])
         # One array for all steps: the device's queue then keeps the sums of successive steps apart.
@@ -173,6 +200,8 @@ class Trainer:
         """Return the optimiser's state as {name: NDArray}, to be stored without pickle."""
         named = {}
         for index, state in self._updater.states.items():
+            if not state:  # SGD has none
+                continue
             # With float16 parameters: ((mean, variance), float32 master copy).
             moments, *master = state if isinstance(state[0], tuple) else (state,)
             named[f"mean.{index}"], named[f"variance.{index}"] = moments

@@ -55,6 +55,7 @@ class Pretraining(Training):
             accumulate=settings.data.accumulate,
             last_step=settings.optimizer.num_steps,
             sums=SUMS,
+            weight_bound=settings.optimizer.sgd_bound,
         )
 
     @property

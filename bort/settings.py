@@ -73,7 +73,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """BERTAdam and its schedule."""
+    """BERTAdam, or SGD, and its schedule."""
 
     num_steps: int = option(1000, "updates to make", minimum=1)
     lr: float = option(1e-4, "peak learning rate", minimum=0.0)
@@ -83,6 +83,14 @@ class OptimizerSettings:
     weight_decay: float = option(0.01, "decoupled decay, not on biases and LayerNorm", minimum=0.0)
     epsilon: float = option(1e-6, "added to the root of the second moment", minimum=0.0)
     max_norm: float = option(1.0, "gradients are clipped to this norm", minimum=1e-9)
+    optimizer: str = option(
+        "bertadam",
+        "bertadam, or sgd: no moments, weights clipped to --weight_bound (OSE's theory)",
+        choices=("bertadam", "sgd"),
+    )
+    weight_bound: float = option(
+        1.0, "with sgd, no weight leaves [-weight_bound, weight_bound]", minimum=1e-9
+    )
     dtype: str = option("float32", "type of the network", choices=("float32", "float16"))
     compression: str = option(
         "none",
@@ -97,6 +105,16 @@ class OptimizerSettings:
     def warmup_steps(self) -> int:
         """Return the number of steps of the warm-up."""
         return int(self.num_steps * self.warmup_ratio)
+
+    @property
+    def sgd_bound(self) -> Optional[float]:
+        """Return the bound on the weights under SGD; None under BERTAdam, which needs none."""
+        return self.weight_bound if self.optimizer == "sgd" else None
+
+    def check(self) -> None:
+        """Raise `UserError` when the optimiser cannot do the type."""
+        if self.optimizer == "sgd" and self.dtype != "float32":
+            raise UserError(f"--dtype {self.dtype}: --optimizer sgd works in float32 only")
 
 
 @dataclass(frozen=True)

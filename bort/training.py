@@ -71,6 +71,7 @@ class Training(abc.ABC):
         accumulate: micro-batches per worker and update.
         last_step: updates to make.
         sums: names of the sums that `_forward_backward` adds to the interval.
+        weight_bound: with one, the optimiser is SGD and no weight leaves the bound.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Training(abc.ABC):
         accumulate: int,
         last_step: int,
         sums: Sequence[str],
+        weight_bound: float | None = None,
     ) -> None:
         self.settings = settings
         self.communicator = communicator
@@ -105,6 +107,7 @@ class Training(abc.ABC):
             max_norm=optimizer.max_norm,
             loss_scale=LossScale() if optimizer.dtype == "float16" else None,
             compression=optimizer.compression,
+            weight_bound=weight_bound,
         )
         self._sums = tuple(sums)
         self._interval = Interval(devices[0], len(sums))

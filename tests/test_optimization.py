@@ -385,3 +385,37 @@ def test_the_state_has_two_arrays_for_each_parameter_from_the_start() -> None:
     kinds = ("mean", "variance")
     expected = {f"{kind}.{i}": s for i, s in enumerate(SHAPES.values()) for kind in kinds}
     assert {name: array.shape for name, array in state.items()} == expected
+
+
+# ---- SGD over a compact set --------------------------------------------------------------------
+
+
+def test_sgd_steps_against_the_gradient_and_stays_within_the_bound() -> None:
+    parameters = fresh_parameters()
+    trainer = trainer_of(parameters, max_norm=0.5, weight_bound=0.9)
+    expected = {name: values.astype(np.float64) for name, values in values_of(parameters).items()}
+    for seed, rate in enumerate((0.3, 1.0, 0.7)):
+        gradients = draw_gradients(seed)
+        length = np.linalg.norm(np.concatenate([g.ravel() for g in gradients.values()])) / 3
+        put_gradients(parameters, gradients)
+        norm = trainer.update(trainer.sum_gradients(3), rate)
+        assert norm.asscalar() == pytest.approx(length, rel=1e-5)
+        for name, weight in expected.items():
+            direction = gradients[name] / 3 * min(1, 0.5 / length)
+            direction = direction + DECAY * (name in DECAYED) * weight
+            expected[name] = np.clip(weight - rate * direction, -0.9, 0.9)
+    for name, values in values_of(parameters).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert max(abs(values).max() for values in values_of(parameters).values()) <= np.float32(0.9)
+    assert trainer.state() == {}
+
+
+def test_sgd_leaves_everything_alone_when_a_gradient_is_not_finite() -> None:
+    parameters = fresh_parameters()
+    trainer = trainer_of(parameters, weight_bound=0.1)
+    before = values_of(parameters)
+    gradients = draw_gradients(0)
+    gradients["weight"][0, 0] = np.nan
+    put_gradients(parameters, gradients)
+    trainer.update(trainer.sum_gradients(2), 0.1)
+    assert_identical(values_of(parameters), before)
