@@ -13,7 +13,7 @@ hyper-parameters. Where they are silent the choices are ours:
   are visited.
 - T, and any other member with W = 0 whatever its error, is listed but not trained.
 - An error below `MINIMUM_ERROR` counts as that much; one that is not finite (a diverged run, a
-  broken cap on time or memory) gives W = 0.
+  broken cap on time or memory) gives W = 0, and the table says why.
 - Repeated seeds are averaged before W is taken; ties go to the smaller model, the earlier one.
 - A candidate's random generator is keyed by seed, architecture, hyper-parameters and repeat, so its
   error depends neither on the stride nor on the place where it is trained.
@@ -38,6 +38,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Seque
 import numpy as np
 
 from bort.errors import UserError
+from bort.isolation import die_with_parent
 from bort.stack import usable_cores
 
 Architecture = Any  # a tuple of plain values; a named one, as Shape, keeps its names
@@ -46,7 +47,9 @@ Measure = Callable[[Any], int]
 SurrogateError = Callable[[Any, int, Theta, np.random.Generator], float]
 
 MINIMUM_ERROR = 1e-7
-JOURNAL_FORMAT = 1
+JOURNAL_FORMAT = 2
+# Why a candidate has no finite error; the empty one: it has. Ranks send one another the number.
+FAILURES = ("", "diverged", "time cap", "memory cap")
 # What a hyper-parameter set holds besides the values of the grid, for `surrogate_error` to follow.
 # The guarantee needs SGD over a compact set of weights; BERT is trained by Adam in practice.
 MODES: Mapping[str, Theta] = {
@@ -72,13 +75,24 @@ class Candidate(NamedTuple):
     repeat: int
 
 
-class Measurement(NamedTuple):
-    """What came of a candidate."""
+class Outcome(NamedTuple):
+    """What training a candidate came to."""
 
-    number: int
     error: float
     seconds: float
+    failure: str  # one of FAILURES
+
+
+class Measurement(NamedTuple):
+    """What came of which candidate."""
+
+    number: int
+    outcome: Outcome
     fresh: bool  # measured by this process now: goes into its journal
+
+
+class CapError(Exception):
+    """Raised by a `surrogate_error` whose candidate breaks the cap named, one of FAILURES."""
 
 
 Map = Callable[[Callable[[Candidate], Measurement], Sequence[Candidate]], Iterable[Measurement]]
@@ -96,6 +110,7 @@ class Row:
     gain: float  # the size-and-speed part of W
     errors: tuple[float, ...]  # one for each repeat; empty when the gain is 0
     error: float | None  # their mean
+    failure: str  # why it is not finite, of the first such repeat; one of FAILURES
     w: float
     seconds: float = field(compare=False)
 
@@ -184,7 +199,8 @@ def extract(
         inference_cost: closed form i, the operations that answer one input.
         surrogate_error: (architecture, steps, theta, generator) -> error, of a network trained
             for that many steps with those hyper-parameters. It has to be picklable for
-            `process_map`, and may return infinity for a candidate that cannot be measured.
+            `process_map`; for a candidate that cannot be measured it may return infinity or
+            raise `CapError`.
         maximum_point: T; default the largest member of the space.
         stride: the interval; 1 visits everything.
         max_steps: the limit of training, handed to `surrogate_error`.
@@ -256,8 +272,9 @@ def _collect(
 def _row(
     position: int, member: Member, theta: Theta, top: Member, measured: Sequence[Measurement]
 ) -> Row:
-    errors = tuple(m.error for m in measured)
+    errors = tuple(m.outcome.error for m in measured)
     error = float(np.mean(errors)) if errors else None
+    failures = [m.outcome.failure for m in measured if m.outcome.failure]
     return Row(
         position=position,
         architecture=member.architecture,
@@ -267,8 +284,9 @@ def _row(
         gain=size_and_speed_gain(member, top),
         errors=errors,
         error=error,
+        failure=failures[0] if failures else "",
         w=0.0 if error is None else w_coefficient(member, top, error),
-        seconds=sum(m.seconds for m in measured),
+        seconds=sum(m.outcome.seconds for m in measured),
     )
 
 
@@ -279,7 +297,7 @@ class Trial:
     surrogate_error: SurrogateError
     max_steps: int
     seed: int
-    known: Mapping[str, tuple[float, float]]  # key -> error, seconds
+    known: Mapping[str, Outcome]
 
     def key(self, candidate: Candidate) -> str:
         """Return the text that names the candidate in a journal; its draws do not know `steps`."""
@@ -297,17 +315,23 @@ class Trial:
     def __call__(self, candidate: Candidate) -> Measurement:
         """Measure the candidate; a NaN becomes infinity, so that measurements compare."""
         if self.key(candidate) in self.known:
-            return Measurement(candidate.number, *self.known[self.key(candidate)], fresh=False)
+            return Measurement(candidate.number, self.known[self.key(candidate)], fresh=False)
         digest = hashlib.sha256(self._text(candidate).encode()).digest()
         generator = np.random.default_rng(int.from_bytes(digest, "big"))
         start = time.perf_counter()
-        error = float(
-            self.surrogate_error(candidate.architecture, self.max_steps, candidate.theta, generator)
-        )
-        seconds = time.perf_counter() - start
-        return Measurement(
-            candidate.number, math.inf if math.isnan(error) else error, seconds, True
-        )
+        error, failure = math.inf, "diverged"
+        try:
+            given = float(
+                self.surrogate_error(
+                    candidate.architecture, self.max_steps, candidate.theta, generator
+                )
+            )
+            if math.isfinite(given):
+                error, failure = given, ""
+        except CapError as broken:
+            failure = str(broken)
+        outcome = Outcome(error, time.perf_counter() - start, failure)
+        return Measurement(candidate.number, outcome, fresh=True)
 
 
 def process_map(workers: int) -> Map:
@@ -336,6 +360,7 @@ def process_map(workers: int) -> Map:
 
 def _limit_threads(workers: int) -> None:
     """The parent may have claimed all cores for itself when it imported MXNet."""
+    die_with_parent()
     share = max(1, usable_cores() // workers)
     claimed = int(os.environ.get("OMP_NUM_THREADS", share))
     os.environ["OMP_NUM_THREADS"] = str(min(claimed, share))
@@ -345,23 +370,25 @@ def rank_map(rank: int, size: int, all_reduce_sum: Callable[[np.ndarray], np.nda
     """Return a `map` for rank `rank` of `size`, under Horovod or any other collective.
 
     Rank r measures candidates r, r + size, ...; one sum over all ranks of a float64 array
-    [candidates, 2] then gives everybody everything. Each rank keeps a journal of its own.
+    [candidates, 3] then gives everybody everything. Each rank keeps a journal of its own.
     """
 
     def spread(
         function: Callable[[Candidate], Measurement], candidates: Sequence[Candidate]
     ) -> Iterator[Measurement]:
         """Yield this rank's measurements as they come, then those of the others."""
-        shared = np.zeros((len(candidates), 2))
+        shared = np.zeros((len(candidates), len(Outcome._fields)))
         for candidate in candidates[rank::size]:
             measurement = function(candidate)
-            shared[candidate.number] = measurement.error, measurement.seconds
+            error, seconds, failure = measurement.outcome
+            shared[candidate.number] = error, seconds, FAILURES.index(failure)
             yield measurement
         shared = all_reduce_sum(shared)
         for candidate in candidates:
             if candidate.number % size != rank:
-                error, seconds = shared[candidate.number].tolist()
-                yield Measurement(candidate.number, error, seconds, fresh=False)
+                error, seconds, failure = shared[candidate.number].tolist()
+                outcome = Outcome(error, seconds, FAILURES[int(failure)])
+                yield Measurement(candidate.number, outcome, fresh=False)
 
     return spread
 
@@ -379,7 +406,7 @@ class Journal:
         os.makedirs(folder, exist_ok=True)
         self.description = dict(description)
         self.path = os.path.join(folder, f"journal-{rank}.jsonl")
-        self.known: dict[str, tuple[float, float]] = {}
+        self.known: dict[str, Outcome] = {}
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), "journal-*.jsonl"))):
             self._read(path)
         self._open()
@@ -394,7 +421,10 @@ class Journal:
                     self._check_header(path, content)
                     continue
                 error = math.inf if content["error"] is None else float(content["error"])
-                self.known[content["candidate"]] = error, float(content["seconds"])
+                failure = FAILURES[FAILURES.index(content["failure"])]
+                self.known[content["candidate"]] = Outcome(
+                    error, float(content["seconds"]), failure
+                )
             except (ValueError, KeyError, TypeError) as problem:
                 raise UserError(
                     f"{path}:{number}: is no measurement ({problem}); remove the line"
@@ -420,8 +450,9 @@ class Journal:
 
     def write(self, key: str, measurement: Measurement) -> None:
         """Append one measurement; it is on disk when this returns."""
-        error = measurement.error if math.isfinite(measurement.error) else None
-        self._append({"candidate": key, "error": error, "seconds": measurement.seconds})
+        self.known[key] = outcome = measurement.outcome
+        error = outcome.error if math.isfinite(outcome.error) else None
+        self._append({"candidate": key, **outcome._asdict(), "error": error})
 
     def _append(self, content: Any) -> None:
         with open(self.path, "a", encoding="utf-8") as handle:

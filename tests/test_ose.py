@@ -466,9 +466,9 @@ def test_journals_of_other_searches_and_broken_lines_are_refused(tmp_path):
 
 
 def test_a_journal_cut_within_its_first_line_begins_anew(tmp_path):
-    (tmp_path / "journal-0.jsonl").write_text('{"format": 1, "sea')
+    (tmp_path / "journal-0.jsonl").write_text('{"format": 2, "sea')
     assert Journal(str(tmp_path), {}).known == {}
-    assert _lines(tmp_path / "journal-0.jsonl") == ['{"format": 1, "search": {}}']
+    assert _lines(tmp_path / "journal-0.jsonl") == ['{"format": 2, "search": {}}']
 
 
 # ---------------------------------------------------------------------------------------------
