@@ -26,6 +26,9 @@ class Caps(NamedTuple):
     megabytes: Optional[float] = None  # of memory resident at once, libraries included
 
 
+UNLIMITED = Caps()
+
+
 class OverTimeError(Exception):
     """The function took more seconds than it may."""
 
@@ -34,7 +37,7 @@ class OverMemoryError(Exception):
     """The function took more memory than it may."""
 
 
-def run_isolated(function: Callable[[], Result], threads: int, caps: Caps = Caps()) -> Result:
+def run_isolated(function: Callable[[], Result], threads: int, caps: Caps = UNLIMITED) -> Result:
     """Call a picklable function in a fresh process of `threads` OpenMP threads; return its result.
 
     Raises:

@@ -1,8 +1,8 @@
 """Optimisation: the learning-rate schedule, clipping, and one update of all parameters.
 
-The update is GluonNLP's BERTAdam, or for OSE's theory plain SGD. Ours is what stands around it: gradients are sums over masked
-positions, so averaging, clipping and unscaling are one factor, handed to the fused update kernel
-as an array. Nothing is read back to Python: the device never waits for it.
+The update is GluonNLP's BERTAdam, or for OSE's theory plain SGD. Ours is what stands around it:
+gradients are sums over masked positions, so averaging, clipping and unscaling are one factor,
+handed to the update as an array. Nothing is read back to Python: the device never waits for it.
 """
 
 from __future__ import annotations

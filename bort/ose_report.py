@@ -131,7 +131,7 @@ def _standing(member: Member, top: Member, result: OseResult) -> list[str]:
         lines = [f"  wins over {best.architecture.name} (W = {best.w:.4g}) below error {limit:.4g}"]
     for row in own:
         rank = 1 + sum(rival.w > row.w for rival in rivals)
-        shown = "none" if row.error is None else f"{row.error:.4g}"
+        shown = "none" if row.error is None else row.failure or f"{row.error:.4g}"
         lines.append(f"  error {shown}, W = {row.w:.4g}: rank {rank} of {len(result.table)}")
     return lines
 
@@ -150,6 +150,7 @@ def records(result: OseResult, latencies: Mapping[Shape, float]) -> list[dict[st
             "gain": row.gain,
             "errors": [_finite(error) for error in row.errors],
             "error": _finite(row.error),
+            "failure": row.failure,
             "w": row.w,
             "pareto": bool(best),
             "latency_ms": _finite(1000 * latencies.get(row.architecture, math.nan)),
@@ -213,15 +214,15 @@ def print_best(result: OseResult, latencies: Mapping[Shape, float]) -> None:
         f"T = {result.maximum_point.architecture.name}"
     )
     print(
-        f"{'W':>9} {'error':>9} {'g':>7} {'parameters':>12} {'operations':>16} {'ms':>8}  "
+        f"{'W':>9} {'error':>10} {'g':>7} {'parameters':>12} {'operations':>16} {'ms':>8}  "
         "architecture (* on the Pareto front)"
     )
     for row, best in rows:
-        error = "-" if row.error is None else f"{row.error:.4f}"
+        error = "-" if row.error is None else row.failure or f"{row.error:.4f}"
         latency = _milliseconds(latencies, row.architecture)
         theta = f" {json.dumps(dict(row.theta))}" if row.theta else ""
         print(
-            f"{row.w:>9.4f} {error:>9} {row.gain:>7.4f} {row.size:>12,} {row.cost:>16,} "
+            f"{row.w:>9.4f} {error:>10} {row.gain:>7.4f} {row.size:>12,} {row.cost:>16,} "
             f"{latency:>8}  {row.architecture.name}{' *' if best else ''}{theta}"
         )
 
@@ -252,17 +253,23 @@ def plot_table(result: OseResult, path: str) -> None:
 def compare_strides(found: Sequence[tuple[int, OseResult]], folder: str) -> None:
     """Print and plot W found against the stride and against the cost of the search.
 
-    The cost is the sum of the trained candidates' operations, as a share of stride 1's.
+    The cost is the sum of the trained candidates' operations, as a share of stride 1's; beside it
+    the minutes that their training took, of all workers together.
     """
     results = dict(found)
     best = results[1].best.w
     spent = {stride: _search_cost(result) for stride, result in found}
-    print(f"{'stride':>6} {'trained':>8} {'cost':>7} {'W':>9} {'of best':>8} {'bound':>7}")
+    print(
+        f"{'stride':>6} {'trained':>8} {'cost':>7} {'minutes':>8} {'W':>9} {'of best':>8} "
+        f"{'bound':>7}"
+    )
     for stride, result in found:
-        trained = sum(bool(row.errors) for row in result.table)
+        trained = sum(len(row.errors) for row in result.table)
+        minutes = sum(row.seconds for row in result.table) / 60
         print(
-            f"{stride:>6} {trained:>8} {spent[stride] / spent[1]:>7.1%} {result.best.w:>9.4f} "
-            f"{result.best.w / best:>8.1%} {1 / stride:>7.1%}  {result.best.architecture.name}"
+            f"{stride:>6} {trained:>8} {spent[stride] / spent[1]:>7.1%} {minutes:>8.1f} "
+            f"{result.best.w:>9.4f} {result.best.w / best:>8.1%} {1 / stride:>7.1%}  "
+            f"{result.best.architecture.name}"
         )
     path = os.path.join(folder, "strides.png")
     plot_strides(results, {s: cost / spent[1] for s, cost in spent.items()}, path)

@@ -16,16 +16,19 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import zipfile
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 from mxnet import nd
 from mxnet.gluon import nn
+from tqdm import tqdm
 
 from bort.bort import decode, encode, masked_hidden
+from bort.communicator import Communicator, SingleProcess
 from bort.config import read_json, write_json
 from bort.errors import UserError
 from bort.evaluation import DeviceBatch
@@ -160,6 +163,59 @@ def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:
     os.replace(temporary, os.path.join(folder, PROJECTION_FILE))
     # Last: a folder with a manifest is whole.
     write_json(path, asdict(manifest))
+
+
+def build_cache(
+    folder: str,
+    sets: Sequence[ShardSet],
+    teacher: Any,
+    teacher_model: str,
+    dtype: str = "float16",
+    batch_size: int = 16,
+    communicator: Communicator | None = None,
+) -> list[ShardEntry]:
+    """Store a teacher's outputs for some sets of shards, which the ranks share out.
+
+    Args:
+        folder: of the cache; an interrupted call goes on where it stopped.
+        sets: shards of one tokenizer.
+        teacher: a model with its decoder.
+        teacher_model: its name.
+        dtype: type of the stored rows.
+        batch_size: sequences per forward pass.
+        communicator: the other processes, if any.
+
+    Returns the distinct shards' entries. Raises `UserError` when the folder is another teacher's.
+    """
+    communicator = communicator or SingleProcess()
+    # By content: two ranks must not write the same file.
+    distinct = {
+        entry.sha256: (shard, entry)
+        for one in sets
+        for shard, entry in zip(one.shards, one.manifest.shards)
+    }
+    pairs, tokenizer = list(distinct.values()), sets[0].manifest
+    manifest = CacheManifest(
+        teacher_model=teacher_model,
+        teacher_sha256=parameters_sha256(teacher),
+        tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        hidden=teacher._units,
+        dtype=dtype,
+    )
+    if communicator.rank == 0:
+        prepare_cache(folder, teacher, manifest)
+    communicator.barrier()
+    mine = pairs[communicator.rank :: communicator.size]
+    total = sum(shard.num_sequences for shard, _ in mine)
+    hidden = communicator.rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=total, unit="sequence", disable=hidden) as bar:
+        for shard, entry in mine:
+            cache_shard(
+                folder, shard, entry, teacher, manifest, tokenizer.pad_id, batch_size, bar.update
+            )
+    communicator.barrier()
+    return [entry for _, entry in pairs]
 
 
 def cache_shard(

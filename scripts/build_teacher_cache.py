@@ -9,16 +9,13 @@ Interrupted, the same command goes on where it stopped. Under horovodrun the ran
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from typing import Optional, Sequence
-
-from tqdm import tqdm
 
 from bort.communicator import communicator_of_environment
 from bort.config import option, parse, required
 from bort.errors import UserError, door
-from data.shards import Manifest, Shard, ShardEntry, open_shards
+from data.shards import ShardEntry, ShardSet, open_shards
 
 
 @dataclass(frozen=True)
@@ -38,71 +35,45 @@ class CacheSettings:
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the cache; returns its size in bytes."""
     from bort.teacher import load_teacher
-    from bort.teacher_cache import CacheManifest, cache_shard, parameters_sha256, prepare_cache
+    from bort.teacher_cache import build_cache
     from bort.training import devices_of
 
     (settings,) = parse(str(__doc__), argv, CacheSettings)
     communicator = communicator_of_environment()
-    pairs, tokenizer = _shards(settings.data)
+    sets = _shards(settings.data)
     teacher = load_teacher(
         settings.teacher_model,
         settings.teacher_ckpt_dir,
-        tokenizer.vocab_size,
-        tokenizer.tokenizer_fingerprint,
+        sets[0].manifest.vocab_size,
+        sets[0].manifest.tokenizer_fingerprint,
         devices_of(settings.gpus, 1, communicator)[:1],
     )
-    manifest = CacheManifest(
-        teacher_model=settings.teacher_model,
-        teacher_sha256=parameters_sha256(teacher),
-        tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        hidden=teacher._units,
-        dtype=settings.dtype,
+    entries = build_cache(
+        settings.output_dir,
+        sets,
+        teacher,
+        settings.teacher_model,
+        settings.dtype,
+        settings.batch_size,
+        communicator,
     )
-    if communicator.rank == 0:
-        prepare_cache(settings.output_dir, teacher, manifest)
-    communicator.barrier()
-    mine = pairs[communicator.rank :: communicator.size]
-    total = sum(shard.num_sequences for shard, _ in mine)
-    hidden = communicator.rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=total, unit="sequence", disable=hidden) as bar:
-        for shard, entry in mine:
-            cache_shard(
-                settings.output_dir,
-                shard,
-                entry,
-                teacher,
-                manifest,
-                tokenizer.pad_id,
-                settings.batch_size,
-                bar.update,
-            )
-    communicator.barrier()
-    return _report(settings.output_dir, pairs, communicator.rank)
+    return _report(settings.output_dir, entries, communicator.rank)
 
 
-def _shards(folders: str) -> tuple[list[tuple[Shard, ShardEntry]], Manifest]:
-    """Return the distinct shards of all folders, and the manifest of the first."""
+def _shards(folders: str) -> list[ShardSet]:
     names = folders.split(",")
     sets = [open_shards(folder) for folder in names]
-    first = sets[0].manifest
     for name, one in zip(names, sets):
-        if one.manifest.tokenizer_fingerprint != first.tokenizer_fingerprint:
+        if one.manifest.tokenizer_fingerprint != sets[0].manifest.tokenizer_fingerprint:
             raise UserError(f"--data {name}: made with another tokenizer than {names[0]}")
-    # By content: two ranks must not write the same file.
-    distinct = {
-        entry.sha256: (shard, entry)
-        for one in sets
-        for shard, entry in zip(one.shards, one.manifest.shards)
-    }
-    return list(distinct.values()), first
+    return sets
 
 
-def _report(folder: str, pairs: list[tuple[Shard, ShardEntry]], rank: int) -> int:
+def _report(folder: str, entries: list[ShardEntry], rank: int) -> int:
     from bort.teacher_cache import rows_path
 
-    size = sum(os.path.getsize(rows_path(folder, entry)) for _, entry in pairs)
-    sequences = sum(shard.num_sequences for shard, _ in pairs)
+    size = sum(os.path.getsize(rows_path(folder, entry)) for entry in entries)
+    sequences = sum(entry.sequences for entry in entries)
     if rank == 0:
         print(
             f"{folder}: {size / 1e6:,.1f} MB for {sequences:,} sequences, "

@@ -109,10 +109,10 @@ def test_strides_are_compared(capsys, tmp_path):
     start = next(n for n, line in enumerate(lines) if line.split()[:2] == ["stride", "trained"])
     rows = [line.split() for line in lines[start + 1 : start + 5]]
     assert [row[:2] for row in rows] == [["1", "34"], ["2", "17"], ["4", "9"], ["8", "5"]]
-    assert rows[0][2:6] == ["100.0%", f"{result.best.w:.4f}", "100.0%", "100.0%"]
-    assert [row[5] for row in rows] == ["100.0%", "50.0%", "25.0%", "12.5%"]
+    assert rows[0][2:7] == ["100.0%", "0.0", f"{result.best.w:.4f}", "100.0%", "100.0%"]
+    assert [row[6] for row in rows] == ["100.0%", "50.0%", "25.0%", "12.5%"]
     for row in rows:
-        assert float(row[4][:-1]) >= float(row[5][:-1])
+        assert float(row[5][:-1]) >= float(row[6][:-1])
     assert (tmp_path / "strides.png").read_bytes().startswith(b"\x89PNG")
 
 
