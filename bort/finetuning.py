@@ -12,22 +12,20 @@ While it runs, the newest checkpoint lies there, too.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import time
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 import mxnet as mx
 import numpy as np
 from mxnet import autograd, nd
 
-from bort import checkpoint, saved_model
+from bort import checkpoint
+from bort.answers import answer, answer_lines, baseline
 from bort.bort import EmbeddingRows, load_parameters
 from bort.classification import (
-    MULTIPLE_CHOICE,
     REGRESSION,
     DeviceExamples,
     class_scores,
@@ -35,39 +33,23 @@ from bort.classification import (
     score_set,
     to_device,
 )
+from bort.classifier import Classifier, build_classifier
 from bort.communicator import Communicator
-from bort.config import command_of, read_json, write_json
+from bort.config import read_json, write_json
 from bort.encoding import ClassifierBatch, ClassifierSource, encode_examples
 from bort.errors import UserError
 from bort.finetuning_settings import FinetuningSettings
 from bort.optimization import learning_rate
-from bort.saved_model import Card, card_path, load_model, read_card, save_model
-from bort.teacher import parameter_file
-from bort.tokenization import (
-    TOKENIZER_FOLDER,
-    Tokenizer,
-    TokenizerSettings,
-    load_tokenizer,
-    load_tokenizer_folder,
-)
+from bort.saved_model import save_model
 from bort.training import Training, devices_of
-from data.base import Example, Task, is_labelled
-from data.submission import write_submission
-from data.tasks import get_task, task_names
+from data.base import Example, Task
+from data.tasks import get_task
 
-DEFAULT_MODEL = "bort_4_8_768_1024"
 BEST = "best.params"
 METRICS = "metrics.json"
 # Where the schedule ends and training may go on (the original's fine-tuning).
 LOWEST_RATE = 1e-7
 SUMS = ("loss", "accuracy")
-# By --init: Gluon's initializer of a new head, given its width.
-HEAD_INITIALIZERS: Mapping[str, Callable[[float], Any]] = {
-    "normal": mx.init.Normal,
-    "uniform": mx.init.Uniform,
-    "orthogonal": mx.init.Orthogonal,
-    "xavier": lambda magnitude: mx.init.Xavier(magnitude=magnitude),
-}
 OUT_OF_MEMORY = re.compile("out of memory|memory allocat|bad_alloc|bad alloc", re.IGNORECASE)
 
 
@@ -77,14 +59,6 @@ class TaskData(NamedTuple):
     task: Task
     train: Sequence[Example]
     dev: Mapping[str, Sequence[Example]]
-
-
-class Classifier(NamedTuple):
-    """A network with a head, what it is, and the tokenizer of its vocabulary."""
-
-    network: Any
-    card: Card
-    tokenizer: Tokenizer
 
 
 class FineTuning(Training):
@@ -349,6 +323,8 @@ def infer(
         results = answer(classifier, task, settings, communicator, folder)
     if not results:
         raise UserError(f"{task.name}: neither a dev nor a test set is there; see --data_dir")
+    if communicator.rank == 0:
+        print("\n".join([task.name, *answer_lines(results, {})]))
     return results
 
 
@@ -380,88 +356,6 @@ def refuse_other_run(folder: str) -> None:
             f"{folder}: holds another run; --resume goes on with it, another --output_dir starts "
             "anew"
         )
-
-
-def build_classifier(
-    settings: FinetuningSettings, task: Task, communicator: Communicator
-) -> Classifier:
-    """Build the network on its devices: a fine-tuned one, or a body with a new head.
-
-    Raises `UserError` when weights, shape, vocabulary or task do not go together.
-    """
-    devices = devices_of(settings.run.gpus, settings.run.cpu_contexts, communicator)
-    if settings.classifier.model_parameters:
-        classifier = load_classifier(settings, task, devices)
-    else:
-        classifier = new_classifier(settings, task, devices)
-    classifier.network.cast(settings.optimizer.dtype)
-    classifier.network.bort.encoder.hybridize(static_alloc=True)
-    return classifier
-
-
-def load_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> Classifier:
-    """Load a fine-tuned classifier whose answers are those of a task."""
-    path = str(settings.classifier.model_parameters)
-    network, card, tokenizer = load_model(path, devices, settings.classifier.dropout)
-    if (card.kind, card.labels, card.num_outputs) != (task.kind, task.labels, task.num_outputs):
-        raise UserError(
-            f"--model_parameters {path}: a model of {card.task or card.kind}, whose answers are "
-            f"not those of {task.name}; give one of {task.model_task or task.name}"
-        )
-    if tokenizer is None:
-        raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
-    if not settings.run.only_inference:
-        details = {"command": command_of("finetune_classifier.py", *settings)}
-        card = dataclasses.replace(
-            card, task=task.name, max_len=settings.task.max_len, details=details
-        )
-    return Classifier(network, card, tokenizer)
-
-
-def new_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> Classifier:
-    """Build a body, from pretrained weights if they are given, with a new head."""
-    given = settings.classifier
-    path = parameter_file(given.pretrained_parameters) if given.pretrained_parameters else None
-    origin = read_card(path) if path and os.path.exists(card_path(path)) else None
-    if origin and given.model_name not in (None, origin.model):
-        raise UserError(f"--model_name {given.model_name}: the weights are of {origin.model}")
-    tokenizer = _tokenizer(settings.tokenizer, path, origin)
-    card = Card(
-        model=given.model_name or (origin.model if origin else DEFAULT_MODEL),
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        kind=task.kind,
-        task=task.name,
-        labels=task.labels,
-        num_outputs=task.num_outputs,
-        max_len=settings.task.max_len,
-        extra_layer=given.extra_layer,
-        race_cast=settings.task.race_cast if task.suite == "race" else "",
-        details={"command": command_of("finetune_classifier.py", *settings)},
-    )
-    mx.random.seed(settings.run.seed)
-    network = saved_model.build_network(card, devices, given.dropout)
-    network.classifier.initialize(
-        HEAD_INITIALIZERS[given.init](given.prob), ctx=devices, force_reinit=True
-    )
-    if path:
-        load_parameters(network.bort, path, ignore_prefixes=("decoder.",))
-    return Classifier(network, card, tokenizer)
-
-
-def _tokenizer(flags: TokenizerSettings, path: str | None, origin: Card | None) -> Tokenizer:
-    """Return the tokenizer that the flags name, else the one beside the weights."""
-    named = any(dataclasses.asdict(flags).values())
-    folder = os.path.join(os.path.dirname(path or ""), TOKENIZER_FOLDER)
-    beside = load_tokenizer_folder(folder) if path and not named else None
-    tokenizer = beside or load_tokenizer(flags)
-    if origin and tokenizer.fingerprint != origin.tokenizer_fingerprint:
-        raise UserError(
-            f"{path}: trained with another vocabulary than {tokenizer.name} of "
-            f"{tokenizer.vocab_size:,} tokens; name it with --dataset_name, --vocab_file and "
-            "--bpe_ranks, or --sentencepiece"
-        )
-    return tokenizer
 
 
 @contextmanager
@@ -498,7 +392,9 @@ def conclude(run: FineTuning, rows: dict[str, Any]) -> dict[str, Any]:
         "train_examples": len(data.train),
         "steps": run.step,
         "best": next(one for one in run.history if one["step"] == run.best_step),
-        "baseline": {name: baseline(data, name) for name in data.dev},
+        "baseline": {
+            name: baseline(data.task, data.train, examples) for name, examples in data.dev.items()
+        },
         "answers": answers,
         "history": run.history,
         "seconds": round(seconds, 1),
@@ -512,100 +408,12 @@ def conclude(run: FineTuning, rows: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def answer(
-    classifier: Classifier,
-    task: Task,
-    settings: FinetuningSettings,
-    communicator: Communicator,
-    folder: str,
-) -> dict[str, Any]:
-    """Answer the dev and test sets that are there, and those of the tasks this one predicts.
-
-    Returns, by split, rows and what is known of the answers: metrics and the file they are in.
-    """
-    results: dict[str, Any] = {}
-    dependent = [other for other in map(get_task, task_names()) if other.model_task == task.name]
-    for one in (task, *dependent):
-        place = folder if one is task else os.path.join(settings.run.output_dir, one.name)
-        for split in (*one.dev, *one.test):
-            if one.find(settings.task.data_dir, split) is None:
-                continue
-            examples = one.read(
-                settings.task.data_dir, split, skip_bad_rows=settings.task.skip_bad_rows
-            ).examples
-            scores = scores_of(classifier, examples, settings, communicator)
-            name = split if one is task else f"{one.name}/{split}"
-            results[name] = {"rows": one.count_rows(examples)}
-            if is_labelled(examples):
-                results[name]["metrics"] = one.metrics(examples, scores)
-            if communicator.rank == 0:
-                results[name]["file"] = write_answers(one, split, examples, scores, place)
-    return results
-
-
-def scores_of(
-    classifier: Classifier,
-    examples: Sequence[Example],
-    settings: FinetuningSettings,
-    communicator: Communicator,
-) -> np.ndarray:
-    """Score examples [n, classes or options] with a classifier, split over the ranks."""
-    network, card, tokenizer = classifier
-    encoded = encode_examples(
-        examples, tokenizer, card.max_len, settings.task.cache_dir, communicator
-    )
-    optimizer = settings.optimizer
-    source = ClassifierSource(
-        encoded, optimizer.dev_batch_size, optimizer.num_buckets, tokenizer.pad_id, None
-    )
-    device = devices_of(settings.run.gpus, settings.run.cpu_contexts, communicator)[0]
-    return score_set(network, source, card.kind, device, communicator)
-
-
-def write_answers(
-    task: Task, split: str, examples: Sequence[Example], scores: np.ndarray, folder: str
-) -> str:
-    """Write the leaderboard's file of a test set, else answers with scores; returns its path."""
-    os.makedirs(folder, exist_ok=True)
-    written = None
-    if split in task.test:
-        written = write_submission(task, split, examples, scores, Path(folder))
-    if written is not None:
-        return str(written)
-    path = os.path.join(folder, f"{split}_predictions.jsonl")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as handle:
-        for example, row in zip(examples, scores.tolist()):
-            line = {"uid": example.uid, "label": example.label, "scores": row}
-            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(f"{path}.tmp", path)
-    return path
-
-
-def baseline(data: TaskData, split: str) -> dict[str, float]:
-    """Return the metrics of always giving the most frequent answer of train, or its mean."""
-    labels = np.array([example.label for example in data.train], np.float64)
-    examples = data.dev[split]
-    if data.task.kind == REGRESSION:
-        return data.task.metrics(examples, np.full((len(examples), 1), labels.mean()))
-    width = len(examples[0].inputs) if data.task.kind == MULTIPLE_CHOICE else len(data.task.labels)
-    counts = np.bincount(labels.astype(int), minlength=width)
-    return data.task.metrics(examples, np.tile(counts.astype(float), (len(examples), 1)))
-
-
 def summary(metrics: dict[str, Any]) -> str:
     """Return what a run came to, for the screen."""
     best = metrics["best"]
-    lines = [
+    first = (
         f"{metrics['task']}: best of {len(metrics['history'])} evaluations at epoch "
         f"{best['epoch']:g} (step {best['step']})"
-    ]
-    for split, answers in metrics["answers"].items():
-        values = {**answers.get("metrics", {})}
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        base = metrics["baseline"].get(split)
-        against = "  (most frequent answer: "
-        against += "  ".join(f"{n} {v:.4f}" for n, v in (base or {}).items()) + ")"
-        lines.append(f"  {split:<16} {answers['rows']:>7,} rows  {shown}{against if base else ''}")
-        lines.append(f"  {'':<16} {answers['file']}")
-    lines.append(f"  {metrics['seconds']:,} s, {metrics['examples_per_second']:,} examples/s")
-    return "\n".join(lines)
+    )
+    last = f"  {metrics['seconds']:,} s, {metrics['examples_per_second']:,} examples/s"
+    return "\n".join([first, *answer_lines(metrics["answers"], metrics["baseline"]), last])
