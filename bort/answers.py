@@ -29,7 +29,8 @@ def answer(
 ) -> dict[str, Any]:
     """Answer the dev and test sets that are there, and those of the tasks this one predicts.
 
-    Returns, by split, rows and what is known of the answers: metrics and the file they are in.
+    Returns, by split, rows and what is known of the answers: metrics and the file they are in;
+    and what is wrong with rows that were passed over.
     """
     results: dict[str, Any] = {}
     dependent = [other for other in map(get_task, task_names()) if other.model_task == task.name]
@@ -38,12 +39,12 @@ def answer(
         for split in (*one.dev, *one.test):
             if one.find(settings.task.data_dir, split) is None:
                 continue
-            examples = one.read(
+            examples, skipped = one.read(
                 settings.task.data_dir, split, skip_bad_rows=settings.task.skip_bad_rows
-            ).examples
+            )
             scores = scores_of(classifier, examples, settings, communicator)
             name = split if one is task else f"{one.name}/{split}"
-            results[name] = {"rows": one.count_rows(examples)}
+            results[name] = {"rows": one.count_rows(examples), "skipped": skipped}
             if is_labelled(examples):
                 results[name]["metrics"] = one.metrics(examples, scores)
             if communicator.rank == 0:
@@ -82,8 +83,8 @@ def write_answers(
         return str(written)
     path = os.path.join(folder, f"{split}_predictions.jsonl")
     with open(f"{path}.tmp", "w", encoding="utf-8") as handle:
-        for example, row in zip(examples, scores.tolist()):
-            line = {"uid": example.uid, "label": example.label, "scores": row}
+        for example, found, row in zip(examples, task.predict(scores).tolist(), scores.tolist()):
+            line = {"uid": example.uid, "label": example.label, "prediction": found, "scores": row}
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")
     os.replace(f"{path}.tmp", path)
     return path
@@ -110,8 +111,13 @@ def answer_lines(
             line += f"  {_shown(found['metrics'])}"
         if split in baselines:
             line += f"  (most frequent answer: {_shown(baselines[split])})"
-        lines += [line, f"  {'':<16} {found['file']}"]
+        lines += [line, f"  {'':<16} {found['file']}", *skipped_lines(found["skipped"])]
     return lines
+
+
+def skipped_lines(messages: Sequence[str]) -> list[str]:
+    """Return, for the screen, how many broken rows were passed over, and the first of them."""
+    return [f"  {len(messages)} broken rows skipped: {messages[0]}, ..."] if messages else []
 
 
 def _shown(values: Mapping[str, float]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from mxnet import autograd, nd
 
 from bort import checkpoint
-from bort.answers import answer, answer_lines, baseline
+from bort.answers import answer, answer_lines, baseline, skipped_lines
 from bort.bort import EmbeddingRows, load_parameters
 from bort.classification import (
     REGRESSION,
@@ -416,4 +416,5 @@ def summary(metrics: dict[str, Any]) -> str:
         f"{best['epoch']:g} (step {best['step']})"
     )
     last = f"  {metrics['seconds']:,} s, {metrics['examples_per_second']:,} examples/s"
-    return "\n".join([first, *answer_lines(metrics["answers"], metrics["baseline"]), last])
+    answers = answer_lines(metrics["answers"], metrics["baseline"])
+    return "\n".join([first, *answers, *skipped_lines(metrics["skipped"]), last])

@@ -300,7 +300,7 @@ def test_another_run_is_not_resumed(reviews, tmp_path, flags, says):
 # ---- what is left ------------------------------------------------------------------------------
 
 
-def test_inference_gives_the_answers_of_the_run(reviews, tmp_path, monkeypatch):
+def test_inference_gives_the_answers_of_the_run(reviews, tmp_path, monkeypatch, capsys):
     from bort import finetuning
 
     found = finetuned(reviews, tmp_path / "trained")
@@ -315,13 +315,17 @@ def test_inference_gives_the_answers_of_the_run(reviews, tmp_path, monkeypatch):
         max_len=8,  # the card knows better
     )
     assert not calls
+    printed = capsys.readouterr().out.splitlines()[-4:]
+    assert f"20 rows  accuracy {again['dev']['metrics']['accuracy']:.4f}" in printed[0]
+    assert printed[1].endswith(str(tmp_path / "answered" / "SST-2" / "dev_predictions.jsonl"))
     assert again["dev"]["metrics"] == found["answers"]["dev"]["metrics"]
     for name in ("dev_predictions.jsonl", "SST-2.tsv"):
         trained, answered = (tmp_path / place / "SST-2" / name for place in ("trained", "answered"))
         assert trained.read_text() == answered.read_text()
     lines = (tmp_path / "trained" / "SST-2" / "dev_predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    right = [int(np.argmax(row["scores"]) == row["label"]) for row in rows]
+    assert [row["prediction"] for row in rows] == [int(np.argmax(row["scores"])) for row in rows]
+    right = [row["prediction"] == row["label"] for row in rows]
     assert np.mean(right) == found["best"]["accuracy"]
     assert [row["uid"] for row in rows] == list(range(20))
 
@@ -426,9 +430,14 @@ def test_broken_data_are_named(tmp_path, capsys):
     (folder / "dev.tsv").write_text("sentence\tlabel\n")
     assert "dev.tsv: holds no rows" in complaint(capsys, line)
     (folder / "dev.tsv").write_text(good + "odd label\t2\n")
+    with open(folder / "test.tsv", "ab") as handle:
+        handle.write(b"11\tan \xff odd byte\n")
+    capsys.readouterr()
     found = finetune_classifier.main([*line, "--skip_bad_rows", "--epochs", "1"])
     assert found["rows"]["dev"] == 20
     assert "dev.tsv:22" in found["skipped"][0]
+    assert "test.tsv:12: is not UTF-8" in found["answers"]["test"]["skipped"][0]
+    assert "  1 broken rows skipped: " in capsys.readouterr().out
 
 
 def test_another_runs_folder_is_not_overwritten(reviews, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""run_finetune.sh and the scripts of the tasks, with a stand-in for the set-up and for Python."""
+"""The run scripts and those of the tasks, with stand-ins for the set-up and for Python."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Project:
         self.folder = folder
         shutil.copytree(ROOT / "scripts/finetune", folder / "scripts/finetune")
         shutil.copy(ROOT / "scripts/launch.sh", folder / "scripts")
-        shutil.copy(ROOT / "run_finetune.sh", folder)
+        for script in ("run_finetune.sh", "run_pretraining_distillation.sh"):
+            shutil.copy(ROOT / script, folder)
         self.program("scripts/setup_env.sh", "echo set up")
         for name in ("python", "horovodrun"):
             self.program(f".venv/bin/{name}", f'printf "%s\\n" {name} "$@" >calls')
@@ -42,9 +43,11 @@ class Project:
         path.write_text(f"#!/usr/bin/env bash\n{script}\n")
         path.chmod(0o755)
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        self, *arguments: str, script: str = "run_finetune", **environment: str
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [str(self.folder / "run_finetune.sh"), *arguments],
+            [str(self.folder / f"{script}.sh"), *arguments],
             env={"PATH": os.environ["PATH"], "HOME": str(self.folder), **environment},
             capture_output=True,
             text=True,
@@ -163,6 +166,18 @@ def test_several_workers(project):
     path = f"{project.folder}:{os.environ['PATH']}"
     words = project.call("rte", WORKERS="2", PATH=path)
     assert words[-2:] == ["--gpus", "0,1"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "program"),
+    [("1", "python run_pretraining_distillation.py"),
+     ("2", "horovodrun -np 2 -H localhost:2 python -u run_pretraining_distillation_hvd.py")],
+)  # fmt: skip
+def test_pretraining_starts_its_workers_in_the_same_way(project, workers, program):
+    run = project.run(workers, "train", "test", script="run_pretraining_distillation")
+    assert run.returncode == 0, run.stdout + run.stderr
+    words = (project.folder / "calls").read_text().split()
+    assert " ".join(words).startswith(f"{program} --data train --data_eval test")
 
 
 @pytest.mark.slow
