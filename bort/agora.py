@@ -31,7 +31,8 @@ of the names Socrates, Timaeus and tau checked):
   found; the longest of these (between equals: the one with the worst-scoring set) is the common
   part; every set that contains it goes, with the worst. The round's best stays while others do.
   `worst-only` and `halving` (drop the lower half) are alternatives;
-- one image per mistake; an image equal to a row of dev, test or the current train is drawn again;
+- one image per mistake, none after the last set is gone; an image equal to a row of dev, test or
+  the current train is drawn again;
 - every fit starts from the initial state; a warm start from the best model so far is an option;
 - ties: a later round wins (it saw more data), then the earlier set of the space;
 - the loop also ends when the round's best makes no mistake, or after `max_rounds`;
@@ -575,11 +576,12 @@ def _rounds(
     for step in itertools.islice(itertools.count(), limit and limit * passes):
         fits = fitting.fit_all(step, space, data)
         mistakes = imaging.mistakes(fits[-1].predictions)
-        images = imaging.images(step, mistakes, data)
         pruned: list[int] = []
         if mistakes and (step + 1) % passes == 0:
             order = [fit.place for fit in fits]
             pruned = sets_to_drop(order, fitting.search_space, settings.prune)
+        going_on = len(pruned) < len(space)  # else nothing would ever be fitted on the images
+        images = imaging.images(step, mistakes, data) if going_on else []
         by_place = sorted(fits, key=lambda fit: fit.place)
         yield Round(
             number=step // passes,
@@ -725,10 +727,11 @@ class _Fit:
 
     @property
     def name(self) -> str:
-        return _fit_name(self.step, self.place)
+        return fit_name(self.step, self.place)
 
 
-def _fit_name(step: int, place: int) -> str:
+def fit_name(step: int, place: int) -> str:
+    """Return the name under which a store keeps the fit of a set in a step."""
     return f"fit-{step:04d}-{place:04d}"
 
 
@@ -756,7 +759,7 @@ class _Fitting:
         digest = _digest(data)
         fits, tasks = [], []
         for place in space:
-            record = self.store.recall(_fit_name(step, place))
+            record = self.store.recall(fit_name(step, place))
             if record is None:
                 tasks.append(_Task(step, place, self.search_space[place]))
             else:
@@ -770,7 +773,7 @@ class _Fitting:
     def _recalled(self, step: int, place: int, record: Mapping[str, Any], digest: str) -> _Fit:
         if record["data"] != digest:
             raise OtherRunError(
-                f"the store's {_fit_name(step, place)} saw other data: tau or Timaeus differ from "
+                f"the store's {fit_name(step, place)} saw other data: tau or Timaeus differ from "
                 "those of the run to resume, or do not repeat themselves; use a new folder"
             )
         fit = self._scored(step, place, record["predictions"], record["seconds"])

@@ -34,7 +34,10 @@ class Communicator(Protocol):
         """Return the sum over all ranks of a small NumPy array; waits for the others."""
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's value: plain data of a few kilobytes at most."""
+        """Return rank 0's value: plain data, a few megabytes at most."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the value of every rank, in their order; waits for the others."""
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -60,6 +63,10 @@ class SingleProcess:
     def broadcast_object(self, value: Any) -> Any:
         """Return the value."""
         return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the value, the only one."""
+        return [value]
 
     def barrier(self) -> None:
         """Nobody to wait for."""
@@ -119,6 +126,10 @@ class Horovod:
         """Return rank 0's value."""
         # Named here: Horovod's own name would be that of the type, which differs between ranks.
         return self._hvd.broadcast_object(value, root_rank=0, name="object")
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return the value of every rank."""
+        return self._hvd.allgather_object(value, name="objects")
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

@@ -261,7 +261,8 @@ class TauSettings:
         f"of {', '.join(NAMES)}; one of them is drawn for each text",
     )
     tau_model: Optional[str] = option(
-        None, "pretrained model that infills: a checkpoint or its run; without: --pretrained"
+        None,
+        "pretrained model that infills: a checkpoint or its run; without: --pretrained_parameters",
     )
     tau_samples: int = option(4, "texts that infilling chooses the likeliest from", minimum=1)
     lower: float = option(0.1, "least share of words that changes", minimum=0, maximum=1)

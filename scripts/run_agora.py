@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+r"""Fine-tune on scarce data with Agora: a search space, a rough labeller, and images of mistakes.
+
+    python scripts/run_agora.py --task_name SST-2 --data_dir DATA --timaeus MODEL \
+        --pretrained_parameters RUN --search_space scripts/agora_spaces/small.yaml
+
+The same command goes on with a run that was killed. Under horovodrun the ranks share the fits.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any, Optional, Sequence
+
+from bort.agora_finetuning_settings import AGORA_CLASSES, AgoraTextSettings
+from bort.config import parse
+from bort.errors import door
+
+
+def say(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    """Print a warning as one line."""
+    print(f"warning: {category.__name__}: {message}", file=sys.stderr)
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> dict[str, Any]:
+    """Run Agora as the flags say; returns the content of agora.json."""
+    settings = AgoraTextSettings(*parse(str(__doc__), argv, *AGORA_CLASSES))
+
+    from bort.agora_finetuning import run_agora
+    from bort.communicator import communicator_of_environment
+
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        return run_agora(settings, communicator_of_environment())
+
+
+if __name__ == "__main__":
+    main()
