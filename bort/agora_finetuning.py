@@ -48,6 +48,7 @@ from bort.finetuning_settings import (
     TaskSettings,
 )
 from bort.saved_model import load_model, save_model
+from bort.search_space import read_space, with_values
 from bort.tau import Change, make_tau, masked_model
 from bort.tokenization import TOKENIZER_FOLDER
 from data.base import Example, Task
@@ -55,16 +56,6 @@ from data.tasks import get_task
 
 # What may differ when a run goes on: where it ends, and who does the work.
 FREE = {"AgoraSettings": ("max_rounds",), "AgoraRunSettings": ("workers", "gpus")}
-
-
-def with_theta(settings: FinetuningSettings, theta: Theta) -> FinetuningSettings:
-    """Return the settings with the hyperparameters of a set."""
-    members = {}
-    for name, member in settings._asdict().items():
-        known = {field.name for field in dataclasses.fields(member)}
-        values = {key: value for key, value in theta.items() if key in known}
-        members[name] = dataclasses.replace(member, **values)
-    return FinetuningSettings(**members)
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ class FineTuner:
 
         Returns its scores of dev, which are no numbers when no epoch's were.
         """
-        settings = with_theta(self.settings, theta)
+        settings = FinetuningSettings(*with_values(self.settings, theta))
         if start:
             body = ClassifierSettings(
                 model_parameters=os.path.join(start, BEST), dropout=settings.classifier.dropout
@@ -156,15 +147,13 @@ class _Run:
         self.settings, self.map_fits = settings, map_fits
         task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
         self.folder = os.path.join(settings.run.output_dir, task.name)
-        self.space = agora_text.read_space(
-            settings.run.search_space,
-            settings.optimizer,
-            settings.classifier,
-            FinetuningRunSettings(),
+        fixed = settings.finetuning
+        self.space = read_space(
+            settings.run.search_space, fixed.optimizer, fixed.classifier, FinetuningRunSettings()
         )
         self.data = read_rows(task, settings.task)
         fits = os.path.join(self.folder, "fits")
-        self.tuner = FineTuner(settings.finetuning, task, self.data.dev)
+        self.tuner = FineTuner(fixed, task, self.data.dev)
         dev = [row.inputs for row in self.data.dev]
         self.socrates = agora_text.TextSocrates(self.tuner, task, dev, fits)
 

@@ -9,13 +9,10 @@ is the class. A multiple choice (COPA, RACE) is one example with an input for ea
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import math
 import os
 import shutil
 import tempfile
-import typing
 from dataclasses import dataclass
 from typing import (
     Any,
@@ -34,7 +31,6 @@ import numpy as np
 from bort import agora
 from bort.agora import Examples, Objective, Theta, input_key
 from bort.communicator import Communicator
-from bort.config import check_limits
 from bort.errors import UserError
 from bort.tau import Inputs
 from data.base import Example, Task, is_labelled
@@ -286,73 +282,6 @@ def write_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
         for row in rows:
             handle.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(f"{path}.tmp", path)
-
-
-# ---- the search space ----------------------------------------------------------------------------
-
-
-def read_space(path: str, *defaults: Any) -> list[Theta]:
-    """Read a YAML grid: the name of a hyperparameter and the list of its values, line by line.
-
-    `defaults` are instances of settings dataclasses: their numbers are what a grid may vary, their
-    `option` limits hold, and so do their types (YAML reads 1e-4 as text). Raises `UserError`.
-    """
-    kinds: dict[str, type] = {}
-    for one in defaults:
-        for name, hint in typing.get_type_hints(type(one)).items():
-            kind = next((k for k in (int, float) if k in (hint, *typing.get_args(hint))), None)
-            if kind:
-                kinds[name] = kind
-    content = _read_yaml(path)
-    unknown = [str(name) for name in content if name not in kinds]
-    if unknown:
-        raise UserError(
-            f"--search_space {path}: {', '.join(unknown)}: unknown; there are {', '.join(kinds)}"
-        )
-    values = {
-        name: [_typed(path, name, one, kinds[name]) for one in content[name]] for name in content
-    }
-    sets = agora.grid(values)
-    for theta in sets:
-        _check_theta(path, defaults, theta)
-    return list(sets)
-
-
-def _read_yaml(path: str) -> dict[str, list[Any]]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as handle:
-            content = yaml.safe_load(handle)
-    except OSError as error:
-        raise UserError(f"--search_space {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = str(error).replace("\n", " ")
-        raise UserError(f"--search_space {path}: is not YAML ({reason})") from None
-    if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
-        raise UserError(
-            f"--search_space {path}: must be lines of a name and a list, such as lr: [1e-4, 1e-5]"
-        )
-    return content
-
-
-def _typed(path: str, name: str, value: Any, kind: type) -> Any:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number) or number != kind(number):
-        raise UserError(f"--search_space {path}: {name}: {value!r} is no {kind.__name__}")
-    return kind(number)
-
-
-def _check_theta(path: str, defaults: Sequence[Any], theta: Theta) -> None:
-    for one in defaults:
-        names = {field.name for field in dataclasses.fields(one)}.intersection(theta)
-        try:
-            check_limits(dataclasses.replace(one, **{name: theta[name] for name in names}))
-        except UserError as error:
-            raise UserError(f"--search_space {path}: {error}") from None
 
 
 # ---- fits in parallel ----------------------------------------------------------------------------

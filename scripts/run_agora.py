@@ -2,7 +2,7 @@
 r"""Fine-tune on scarce data with Agora: a search space, a rough labeller, and images of mistakes.
 
     python scripts/run_agora.py --task_name SST-2 --data_dir DATA --timaeus MODEL \
-        --pretrained_parameters RUN --search_space scripts/agora_spaces/small.yaml
+        --pretrained_parameters RUN --search_space scripts/agora_spaces/many_rows.yaml
 
 The same command goes on with a run that was killed. Under horovodrun the ranks share the fits.
 """

@@ -21,6 +21,7 @@ from bort.finetuning_settings import (
     FinetuningOptimizerSettings,
     FinetuningRunSettings,
 )
+from bort.search_space import read_space
 from data.base import Example
 from data.tasks import get_task
 from tests.agora_helpers import RidgeTuner, reviews, rule
@@ -347,63 +348,16 @@ def test_a_line_that_is_no_label_is_named(tmp_path, task, line, message):
 # Search spaces
 
 
-def test_the_published_space():
-    space = agora_text.read_space(str(SPACES / "published.yaml"), *DEFAULTS)
-    assert len({tuple(theta.values()) for theta in space}) == len(space) == 480
-    assert space[0] == {
-        "seed": 0, "lr": 1e-4, "weight_decay": 0.0, "warmup_ratio": 0.35, "batch_size": 8,
-    }  # fmt: skip
-    assert {theta["lr"] for theta in space} == {1e-4, 1e-5, 9e-6}
-    assert {theta["weight_decay"] for theta in space} == {0, 10, 100, 350}
-    assert {theta["warmup_ratio"] for theta in space} == {0.35, 0.4, 0.45, 0.5}
-    assert {theta["batch_size"] for theta in space} == {8, 16}
-    assert {theta["seed"] for theta in space} == {0, 1, 2, 3, 4}
-
-
 def test_the_smaller_spaces_take_their_values_from_it():
-    published = agora_text.read_space(str(SPACES / "published.yaml"), *DEFAULTS)
+    published = read_space(str(SPACES / "published.yaml"), *DEFAULTS)
     sizes = {}
     for path in SPACES.glob("*_rows.yaml"):
-        space = agora_text.read_space(str(path), *DEFAULTS)
+        space = read_space(str(path), *DEFAULTS)
         sizes[path.stem] = len(space)
         for theta in space:
             plain = {name: value for name, value in theta.items() if name != "epochs"}
             assert plain in published
     assert sizes == {"hundreds_of_rows": 24, "thousands_of_rows": 12, "many_rows": 4}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("lr: 1e-4", "must be lines of a name and a list"),
-        ("- 1", "must be lines of a name and a list"),
-        ("a: [", "is not YAML"),
-        ("rate: [1]", "rate: unknown; there are epochs"),
-        ("lr: [fast]", "lr: 'fast' is no float"),
-        ("lr: [true]", "lr: True is no float"),
-        ("lr: [.nan]", "lr: nan is no float"),
-        ("batch_size: [1.5]", "batch_size: 1.5 is no int"),
-        ("dtype: [float16]", "dtype: unknown"),
-        ("batch_size: [8, 0]", "--batch_size 0: must be at least 1"),
-    ],
-)
-def test_mistakes_in_a_space_are_named(tmp_path, text, message):
-    path = tmp_path / "space.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError) as raised:
-        agora_text.read_space(str(path), *DEFAULTS)
-    assert message in str(raised.value)
-    assert str(path) in str(raised.value)
-    with pytest.raises(UserError, match=r"absent\.yaml: cannot be read"):
-        agora_text.read_space(str(tmp_path / "absent.yaml"), *DEFAULTS)
-
-
-def test_an_empty_space_is_refused_by_name(tmp_path):
-    path = tmp_path / "space.yaml"
-    path.write_text("lr: []\n")
-    space = agora_text.read_space(str(path), *DEFAULTS)
-    with pytest.raises(agora.EmptySearchSpaceError):
-        run(tmp_path, search_space=space)
 
 
 # The report
