@@ -27,20 +27,13 @@ from bort.agora import AgoraResult, Round, Theta
 from bort.agora_finetuning_settings import AgoraTextSettings
 from bort.agora_report import Outcome, Report
 from bort.agora_text import FittedText, TextData
+from bort.answers import answer, scores_of
 from bort.bort import load_parameters
+from bort.classifier import Classifier, build_classifier
 from bort.communicator import Communicator, SingleProcess
 from bort.config import as_dict, command_of, read_json, write_json
 from bort.errors import UserError
-from bort.finetuning import (
-    BEST,
-    METRICS,
-    Classifier,
-    FineTuning,
-    TaskData,
-    answer,
-    build_classifier,
-    scores_of,
-)
+from bort.finetuning import BEST, METRICS, FineTuning, TaskData
 from bort.finetuning_settings import (
     ClassifierSettings,
     FinetuningRunSettings,
