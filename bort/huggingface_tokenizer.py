@@ -1,0 +1,254 @@
+"""A saved tokenizer as Hugging Face's tokenizer.json, and what comes back from one.
+
+The file is written by hand, without the package that reads it, so that it gives our ids:
+`<s> A </s>` and `<s> A </s> B </s>`. Hugging Face's own RoBERTa tokenizer puts two `</s>` between
+a pair, on which nothing here was trained; this one is therefore of the generic class, which
+AutoTokenizer takes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from typing import Any, Mapping, Sequence
+
+from bort.config import read_json
+from bort.errors import UserError
+from bort.tokenization import SPECIAL_TOKENS
+
+VOCABULARY, MERGES, SENTENCEPIECE = "vocab.json", "merges.txt", "tokenizer.model"
+JSON = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+SPECIAL = "special_tokens_map.json"
+
+_MARK = "▁"  # SentencePiece's for a space
+_NEVER_BEST = -1e6  # far below the logarithm of any piece's probability
+
+
+def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
+    """Return {name of a JSON file: content} for the tokenizer saved in a folder.
+
+    With `reads_special`, `<mask>` in a text is the special token, else six characters, as here.
+
+    Raises `UserError` when a SentencePiece model does what the format cannot say.
+    """
+    if os.path.exists(os.path.join(folder, SENTENCEPIECE)):
+        parts = _sentencepiece_parts(os.path.join(folder, SENTENCEPIECE))
+    else:
+        parts = _byte_level_parts(*bpe_of(folder))
+    ids = _ids(parts["model"])
+    roles = {f"{role}_token": token for role, token in SPECIAL_TOKENS.items()}
+    roles |= {"cls_token": SPECIAL_TOKENS["bos"], "sep_token": SPECIAL_TOKENS["eos"]}
+    mask = {**_added(SPECIAL_TOKENS["mask"]), "__type": "AddedToken"}
+    return {
+        JSON: {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": sorted(
+                ({"id": ids[token], **_added(token)} for token in SPECIAL_TOKENS.values()),
+                key=lambda one: one["id"],
+            ),
+            "post_processor": _template(ids),
+            **parts,
+        },
+        CONFIG: {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_len,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": not reads_special,
+            **roles,
+            "mask_token": mask,
+        },
+        SPECIAL: {**roles, "mask_token": _added(SPECIAL_TOKENS["mask"])},
+    }
+
+
+def _added(token: str) -> dict[str, Any]:
+    """Return how a special token is found in a text; `<mask>` takes the space before it along."""
+    return {
+        "content": token,
+        "single_word": False,
+        "lstrip": token == SPECIAL_TOKENS["mask"],
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+
+
+def _template(ids: Mapping[str, int]) -> dict[str, Any]:
+    """Return the processor that makes `<s> A </s>` and `<s> A </s> B </s>`."""
+    bos, eos = SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]
+    special = {token: {"SpecialToken": {"id": token, "type_id": 0}} for token in (bos, eos)}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [special[bos], first, special[eos]],
+        "pair": [special[bos], first, special[eos], second, special[eos]],
+        "special_tokens": {
+            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in special
+        },
+    }
+
+
+def _ids(model: Mapping[str, Any]) -> dict[str, int]:
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        return vocabulary
+    return {piece: index for index, (piece, _) in enumerate(vocabulary)}
+
+
+# ---- byte-level BPE ----------------------------------------------------------------------------
+
+
+def _byte_level_parts(vocabulary: Mapping[str, int], merges: Sequence[str]) -> dict[str, Any]:
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    model = _bpe(vocabulary, merges, unk_token=None, byte_fallback=False)
+    return {"normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+
+
+def _bpe(
+    vocabulary: Mapping[str, int], merges: Sequence[str], unk_token: str | None, byte_fallback: bool
+) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unk_token,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": unk_token is not None,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": False,
+        "vocab": dict(vocabulary),
+        "merges": list(merges),
+    }
+
+
+def bpe_of(folder: str) -> tuple[dict[str, int], list[str]]:
+    """Return vocabulary and merges ("a b") of a folder: two files, or all in tokenizer.json.
+
+    Raises `UserError` when the folder has neither, or a tokenizer of another kind.
+    """
+    vocabulary, merges = (os.path.join(folder, name) for name in (VOCABULARY, MERGES))
+    if os.path.exists(vocabulary) and os.path.exists(merges):
+        with open(merges, encoding="utf-8") as handle:
+            lines = handle.read().split("\n")
+        return read_json(vocabulary), [one for one in lines if one and not one.startswith("#")]
+    path = os.path.join(folder, JSON)
+    if not os.path.exists(path):
+        raise UserError(
+            f"{folder}: has no tokenizer: neither {SENTENCEPIECE}, nor {VOCABULARY} and {MERGES}, "
+            f"nor {JSON}"
+        )
+    content = read_json(path)
+    model = content.get("model", {})
+    splitter = content.get("pre_tokenizer") or {}
+    if model.get("type") != "BPE" or splitter.get("type") != "ByteLevel":
+        raise UserError(f"{path}: is not a byte-level BPE, the kind that RoBERTa has")
+    added = {one["content"]: one["id"] for one in content.get("added_tokens", ())}
+    pairs = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    return {**model["vocab"], **added}, pairs
+
+
+# ---- SentencePiece -----------------------------------------------------------------------------
+
+
+def _sentencepiece_parts(path: str) -> dict[str, Any]:
+    """Return normalizer, splitter, decoder and model that do what a SentencePiece model does."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    with open(path, "rb") as handle:
+        proto.ParseFromString(handle.read())
+    _require_plain(path, proto)
+    return {
+        "normalizer": _normalizer(proto.normalizer_spec.precompiled_charsmap),
+        # Only a text's beginning gets a mark: what follows a <mask> has its own space or none.
+        "pre_tokenizer": _metaspace(),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [{"type": "ByteFallback"}, _metaspace()],
+        },
+        "model": _unigram(proto) if proto.trainer_spec.model_type == 1 else _merging(proto),
+    }
+
+
+def _require_plain(path: str, proto: Any) -> None:
+    """Raise `UserError` for what tokenizer.json cannot say of a SentencePiece model."""
+    rules = proto.normalizer_spec
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    across = [piece.piece for piece in proto.pieces if _MARK in piece.piece[1:]]
+    reasons = {
+        "its pieces are words or characters": proto.trainer_spec.model_type not in (1, 2),
+        f"{user_defined[:1]} is user-defined": user_defined,
+        f"{across[:1]} spans several words": across,
+        "it marks spaces at the end of words": proto.trainer_spec.treat_whitespace_as_suffix,
+        "it keeps or drops spaces in another way": not (
+            rules.add_dummy_prefix and rules.remove_extra_whitespaces and rules.escape_whitespaces
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"{path}: Hugging Face has no form of this vocabulary: {reason}")
+
+
+def _normalizer(charsmap: bytes) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Strip", "strip_left": False, "strip_right": True},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    ]
+    if charsmap:
+        encoded = base64.b64encode(charsmap).decode()
+        steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": encoded})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _metaspace() -> dict[str, Any]:
+    return {
+        "type": "Metaspace",
+        "replacement": _MARK,
+        "prepend_scheme": "first",
+        "split": True,
+    }
+
+
+def _has_bytes(proto: Any) -> bool:
+    return any(piece.type == piece.BYTE for piece in proto.pieces)
+
+
+def _unigram(proto: Any) -> dict[str, Any]:
+    # Hugging Face finds special tokens and bytes in the text if their score is any good.
+    scores = [
+        piece.score if piece.type == piece.NORMAL else _NEVER_BEST for piece in proto.pieces
+    ]
+    return {
+        "type": "Unigram",
+        "unk_id": proto.trainer_spec.unk_id,
+        "vocab": [[piece.piece, score] for piece, score in zip(proto.pieces, scores)],
+        "byte_fallback": _has_bytes(proto),
+    }
+
+
+def _merging(proto: Any) -> dict[str, Any]:
+    """Return the merges that SentencePiece does without listing them.
+
+    It joins the two neighbours whose union has the best score; so every division of a piece into
+    two is a merge, in the order of the unions.
+    """
+    normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
+    known = {piece.piece for piece in normal}
+    merges = [
+        f"{piece.piece[:cut]} {piece.piece[cut:]}"
+        for piece in sorted(normal, key=lambda one: -one.score)
+        for cut in range(1, len(piece.piece))
+        if piece.piece[:cut] in known and piece.piece[cut:] in known
+    ]
+    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    return _bpe(vocabulary, merges, SPECIAL_TOKENS["unk"], _has_bytes(proto))
