@@ -187,7 +187,9 @@ def _check_surplus(arrays: Arrays, expected: set[str], architecture: Architectur
 
 def _has_no_effect(name: str, architecture: Architecture) -> bool:
     """Return whether the architecture computes its logits without this array."""
-    buffers = {f"{architecture.family}.embeddings.{kind}" for kind in ("position_ids", "token_type_ids")}
+    buffers = {
+        f"{architecture.family}.embeddings.{kind}" for kind in ("position_ids", "token_type_ids")
+    }
     unpooled = architecture.head == "MaskedLM" or architecture == ("roberta", HEADS[1])
     return name in buffers or (unpooled and name.startswith(f"{architecture.family}.pooler."))
 
@@ -253,7 +255,7 @@ def shape_in(config: Mapping[str, Any]) -> tuple[Architecture, Shape]:
             f"{LAYER_NORM_EPS}"
         )
     entries = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size")
-    sizes = [config.get(entry) for entry in entries]
+    sizes: list[Any] = [config.get(entry) for entry in entries]
     for entry, size in zip(entries, sizes):
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{entry} is {size!r}: expected a positive number")

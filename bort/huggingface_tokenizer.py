@@ -9,18 +9,22 @@ AutoTokenizer takes.
 from __future__ import annotations
 
 import base64
-import json
 import os
 from typing import Any, Mapping, Sequence
 
 from bort.config import read_json
 from bort.errors import UserError
-from bort.tokenization import SPECIAL_TOKENS
+from bort.tokenization import (
+    SPECIAL_TOKENS,
+    ByteLevelBPE,
+    Tokenizer,
+    load_tokenizer_folder,
+    read_merges,
+    read_vocabulary,
+    spelling_of,
+)
 
-VOCABULARY, MERGES, SENTENCEPIECE = "vocab.json", "merges.txt", "tokenizer.model"
 JSON = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
-SPECIAL = "special_tokens_map.json"
 
 _MARK = "▁"  # SentencePiece's for a space
 _NEVER_BEST = -1e6  # far below the logarithm of any piece's probability
@@ -33,10 +37,8 @@ def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
 
     Raises `UserError` when a SentencePiece model does what the format cannot say.
     """
-    if os.path.exists(os.path.join(folder, SENTENCEPIECE)):
-        parts = _sentencepiece_parts(os.path.join(folder, SENTENCEPIECE))
-    else:
-        parts = _byte_level_parts(*bpe_of(folder))
+    model = os.path.join(folder, "tokenizer.model")
+    parts = _sentencepiece_parts(model) if os.path.exists(model) else _byte_level_parts(folder)
     ids = _ids(parts["model"])
     roles = {f"{role}_token": token for role, token in SPECIAL_TOKENS.items()}
     roles |= {"cls_token": SPECIAL_TOKENS["bos"], "sep_token": SPECIAL_TOKENS["eos"]}
@@ -53,7 +55,7 @@ def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
             "post_processor": _template(ids),
             **parts,
         },
-        CONFIG: {
+        "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_len,
             "model_input_names": ["input_ids", "attention_mask"],
@@ -62,7 +64,7 @@ def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
             **roles,
             "mask_token": mask,
         },
-        SPECIAL: {**roles, "mask_token": _added(SPECIAL_TOKENS["mask"])},
+        "special_tokens_map.json": {**roles, "mask_token": _added(SPECIAL_TOKENS["mask"])},
     }
 
 
@@ -103,19 +105,21 @@ def _ids(model: Mapping[str, Any]) -> dict[str, int]:
 # ---- byte-level BPE ----------------------------------------------------------------------------
 
 
-def _byte_level_parts(vocabulary: Mapping[str, int], merges: Sequence[str]) -> dict[str, Any]:
+def _byte_level_parts(folder: str) -> dict[str, Any]:
+    spelling = read_vocabulary(os.path.join(folder, "vocab.json"))
+    merges = read_merges(os.path.join(folder, "merges.txt"))
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,
         "use_regex": True,
     }
-    model = _bpe(vocabulary, merges, unk_token=None, byte_fallback=False)
+    model = _bpe(spelling, merges, unk_token=None, byte_fallback=False)
     return {"normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
 
 
 def _bpe(
-    vocabulary: Mapping[str, int], merges: Sequence[str], unk_token: str | None, byte_fallback: bool
+    spelling: Sequence[str], merges: Sequence[str], unk_token: str | None, byte_fallback: bool
 ) -> dict[str, Any]:
     return {
         "type": "BPE",
@@ -126,35 +130,35 @@ def _bpe(
         "fuse_unk": unk_token is not None,
         "byte_fallback": byte_fallback,
         "ignore_merges": False,
-        "vocab": dict(vocabulary),
+        "vocab": {token: index for index, token in enumerate(spelling)},
         "merges": list(merges),
     }
 
 
-def bpe_of(folder: str) -> tuple[dict[str, int], list[str]]:
-    """Return vocabulary and merges ("a b") of a folder: two files, or all in tokenizer.json.
+def tokenizer_of(folder: str) -> Tokenizer:
+    """Return the tokenizer of a folder: that of its own files, or a tokenizer.json alone.
 
     Raises `UserError` when the folder has neither, or a tokenizer of another kind.
     """
-    vocabulary, merges = (os.path.join(folder, name) for name in (VOCABULARY, MERGES))
-    if os.path.exists(vocabulary) and os.path.exists(merges):
-        with open(merges, encoding="utf-8") as handle:
-            lines = handle.read().split("\n")
-        return read_json(vocabulary), [one for one in lines if one and not one.startswith("#")]
     path = os.path.join(folder, JSON)
+    found = load_tokenizer_folder(folder)
+    if found is not None:
+        return found
     if not os.path.exists(path):
-        raise UserError(
-            f"{folder}: has no tokenizer: neither {SENTENCEPIECE}, nor {VOCABULARY} and {MERGES}, "
-            f"nor {JSON}"
-        )
+        raise UserError(f"no tokenizer: neither tokenizer.model, nor vocab.json, nor {JSON}")
     content = read_json(path)
-    model = content.get("model", {})
-    splitter = content.get("pre_tokenizer") or {}
+    model, splitter = content.get("model", {}), content.get("pre_tokenizer") or {}
     if model.get("type") != "BPE" or splitter.get("type") != "ByteLevel":
-        raise UserError(f"{path}: is not a byte-level BPE, the kind that RoBERTa has")
-    added = {one["content"]: one["id"] for one in content.get("added_tokens", ())}
-    pairs = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
-    return {**model["vocab"], **added}, pairs
+        raise UserError(
+            f"{JSON} is not a byte-level BPE, the kind that RoBERTa has; a SentencePiece "
+            "vocabulary needs its tokenizer.model beside it"
+        )
+    ids = {**model["vocab"], **{one["content"]: one["id"] for one in content["added_tokens"]}}
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    try:
+        return ByteLevelBPE(spelling_of(ids, JSON), merges)
+    except ValueError as error:
+        raise UserError(f"{JSON}: {error}") from None
 
 
 # ---- SentencePiece -----------------------------------------------------------------------------
@@ -164,7 +168,7 @@ def _sentencepiece_parts(path: str) -> dict[str, Any]:
     """Return normalizer, splitter, decoder and model that do what a SentencePiece model does."""
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
     with open(path, "rb") as handle:
         proto.ParseFromString(handle.read())
     _require_plain(path, proto)
@@ -225,9 +229,7 @@ def _has_bytes(proto: Any) -> bool:
 
 def _unigram(proto: Any) -> dict[str, Any]:
     # Hugging Face finds special tokens and bytes in the text if their score is any good.
-    scores = [
-        piece.score if piece.type == piece.NORMAL else _NEVER_BEST for piece in proto.pieces
-    ]
+    scores = [piece.score if piece.type == piece.NORMAL else _NEVER_BEST for piece in proto.pieces]
     return {
         "type": "Unigram",
         "unk_id": proto.trainer_spec.unk_id,
@@ -250,5 +252,6 @@ def _merging(proto: Any) -> dict[str, Any]:
         for cut in range(1, len(piece.piece))
         if piece.piece[:cut] in known and piece.piece[cut:] in known
     ]
-    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    return _bpe(vocabulary, merges, SPECIAL_TOKENS["unk"], _has_bytes(proto))
+    return _bpe(
+        [piece.piece for piece in proto.pieces], merges, SPECIAL_TOKENS["unk"], _has_bytes(proto)
+    )

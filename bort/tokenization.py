@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Iterable, Optional, Protocol, Sequence
+from typing import Any, Iterable, Optional, Protocol, Sequence
 
 import numpy as np
 
@@ -356,17 +356,26 @@ def _tokens_made(merges: Sequence[str]) -> list[str]:
 
 def _load_bpe(vocab_file: str, bpe_ranks: str) -> ByteLevelBPE:
     try:
-        return ByteLevelBPE(_read_vocabulary(vocab_file), _read_merges(bpe_ranks))
+        return ByteLevelBPE(read_vocabulary(vocab_file), read_merges(bpe_ranks))
     except ValueError as error:
         raise UserError(
             f"{vocab_file} with {bpe_ranks}: {error}; give both files of one RoBERTa vocabulary"
         ) from None
 
 
-def _read_vocabulary(path: str) -> list[str]:
+def read_vocabulary(path: str) -> list[str]:
     """Return the tokens in the order of their ids, from GluonNLP's or Hugging Face's JSON."""
     content = read_json(path)
-    ids = content.get("token_to_idx", content) if isinstance(content, dict) else None
+    return spelling_of(
+        content.get("token_to_idx", content) if isinstance(content, dict) else None, path
+    )
+
+
+def spelling_of(ids: Any, path: str) -> list[str]:
+    """Return the tokens of {token: id} in the order of their ids; `path` is where they stood.
+
+    Raises `UserError` unless the ids are 0, 1, 2, ...
+    """
     if (
         not isinstance(ids, dict)
         or any(type(index) is not int for index in ids.values())
@@ -379,7 +388,8 @@ def _read_vocabulary(path: str) -> list[str]:
     return sorted(ids, key=ids.__getitem__)
 
 
-def _read_merges(path: str) -> list[str]:
+def read_merges(path: str) -> list[str]:
+    """Return the merges ("a b") by rank; raises `UserError` for a file that cannot be read."""
     try:
         with open(path, encoding="utf-8") as handle:
             lines = handle.read().split("\n")

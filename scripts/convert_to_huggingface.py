@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Write a saved model as a folder that transformers loads.
+
+    python scripts/convert_to_huggingface.py MODEL --output FOLDER [--family bert]
+
+MODEL is a .params file with its card, its folder, or a pretraining checkpoint or run. Where torch
+and transformers are installed, the folder is loaded and its logits and tokens compared with ours.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+from bort.config import build, option, parser_for, required
+from bort.errors import door
+
+
+@dataclass(frozen=True)
+class ToHuggingFaceSettings:
+    """What is written."""
+
+    output: str = required("the folder to make")
+    family: str = option(
+        "roberta", "classes that load it: Roberta... or Bert...", choices=("roberta", "bert")
+    )
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
+    """Convert a model; returns the greatest difference of logits, None where none was measured."""
+    from bort import huggingface_check
+    from bort.huggingface_folder import new_folder, write
+    from bort.saved_model import load_model
+
+    parser = parser_for(str(__doc__), ToHuggingFaceSettings)
+    parser.add_argument("model", metavar="MODEL", help="a saved model, a checkpoint or a run")
+    parsed = vars(parser.parse_args(argv))
+    settings = build(ToHuggingFaceSettings, parsed)
+    saved = load_model(parsed["model"])
+    with new_folder(settings.output) as folder:
+        architecture = write(folder, saved, settings.family)
+        size = sum(one.stat().st_size for one in os.scandir(folder)) / 1e6
+        comparison = huggingface_check.compare(saved, folder)
+    print(f"{settings.output}: {architecture.name} of {saved.card.model}, {size:,.1f} MB")
+    return huggingface_check.report(comparison)
+
+
+if __name__ == "__main__":
+    main()
