@@ -249,7 +249,7 @@ def shape_in(config: Mapping[str, Any]) -> tuple[Architecture, Shape]:
     for entry, value in wanted.items():
         if config.get(entry) != value:
             raise UserError(f"{entry} is {config.get(entry)!r}: Bort and RoBERTa have {value!r}")
-    if not math.isclose(config.get("layer_norm_eps", 0.0), LAYER_NORM_EPS):
+    if not math.isclose(config.get("layer_norm_eps") or 0.0, LAYER_NORM_EPS):
         raise UserError(
             f"layer_norm_eps is {config.get('layer_norm_eps')}: the networks here have "
             f"{LAYER_NORM_EPS}"

@@ -27,7 +27,9 @@ from bort.tokenization import (
 JSON = "tokenizer.json"
 
 _MARK = "▁"  # SentencePiece's for a space
-_NEVER_BEST = -1e6  # far below the logarithm of any piece's probability
+# The beginning of what spells a special token or a byte. Hugging Face's unigram would find it in a
+# text; it does not look across a cut, made behind the first character.
+_SPELT = r"<(?=(?:s|/s|pad|unk|mask|0x[0-9A-F]{2})>)"
 
 
 def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
@@ -174,8 +176,7 @@ def _sentencepiece_parts(path: str) -> dict[str, Any]:
     _require_plain(path, proto)
     return {
         "normalizer": _normalizer(proto.normalizer_spec.precompiled_charsmap),
-        # Only a text's beginning gets a mark: what follows a <mask> has its own space or none.
-        "pre_tokenizer": _metaspace(),
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_metaspace(), _cut()]},
         "decoder": {
             "type": "Sequence",
             "decoders": [{"type": "ByteFallback"}, _metaspace()],
@@ -191,9 +192,9 @@ def _require_plain(path: str, proto: Any) -> None:
     across = [piece.piece for piece in proto.pieces if _MARK in piece.piece[1:]]
     reasons = {
         "its pieces are words or characters": proto.trainer_spec.model_type not in (1, 2),
+        "it marks spaces at the end of words": proto.trainer_spec.treat_whitespace_as_suffix,
         f"{user_defined[:1]} is user-defined": user_defined,
         f"{across[:1]} spans several words": across,
-        "it marks spaces at the end of words": proto.trainer_spec.treat_whitespace_as_suffix,
         "it keeps or drops spaces in another way": not (
             rules.add_dummy_prefix and rules.remove_extra_whitespaces and rules.escape_whitespaces
         ),
@@ -214,7 +215,13 @@ def _normalizer(charsmap: bytes) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": steps}
 
 
+def _cut() -> dict[str, Any]:
+    pattern = {"Regex": _SPELT}
+    return {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
+
+
 def _metaspace() -> dict[str, Any]:
+    # Only a text's beginning gets a mark: what follows a <mask> has its own space or none.
     return {
         "type": "Metaspace",
         "replacement": _MARK,
@@ -228,12 +235,10 @@ def _has_bytes(proto: Any) -> bool:
 
 
 def _unigram(proto: Any) -> dict[str, Any]:
-    # Hugging Face finds special tokens and bytes in the text if their score is any good.
-    scores = [piece.score if piece.type == piece.NORMAL else _NEVER_BEST for piece in proto.pieces]
     return {
         "type": "Unigram",
         "unk_id": proto.trainer_spec.unk_id,
-        "vocab": [[piece.piece, score] for piece, score in zip(proto.pieces, scores)],
+        "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
         "byte_fallback": _has_bytes(proto),
     }
 
