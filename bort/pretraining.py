@@ -11,7 +11,7 @@ from mxnet import autograd, nd
 
 from bort.bort import EmbeddingRows, get_bort_model, load_parameters
 from bort.communicator import Communicator
-from bort.config import as_dict
+from bort.config import as_dict, command_of
 from bort.distillation import correct_predictions, distillation_loss, squared_distance
 from bort.errors import UserError
 from bort.evaluation import DeviceBatch, LiveTeacher, Teacher, evaluate, masked_logits, to_device
@@ -156,10 +156,17 @@ class Pretraining(Training):
             tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
             kind="masked_lm",
             max_len=self.student.encoder._max_length,
-            details={"step": self.step},
+            details=self._details(),
         )
         tokenizer = os.path.join(self.settings.data.data, TOKENIZER_FOLDER)
         save_model(path, self.student, card, load_tokenizer_folder(tokenizer))
+
+    def _details(self) -> dict[str, Any]:
+        command = command_of("run_pretraining_distillation.py", *self.settings)
+        details = {"step": self.step, "data": self.settings.data.data, "command": command}
+        if self.best_step is not None:
+            details["metrics"] = {"lowest held-out mlm_loss": -self.best_score}
+        return details
 
     def _require_same_stream(self, state: dict[str, Any]) -> None:
         require_same_stream(self.settings, self.manifest, state)

@@ -1,7 +1,8 @@
-"""Exported weights: the released layout, read by GluonNLP's own classes and by ours."""
+"""The original's format: what we write GluonNLP's own classes load, and we load what they write."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 import gluonnlp as nlp
 import numpy as np
 import pytest
-from mxnet import nd
+from mxnet import gluon, nd
 
 from bort import checkpoint
-from bort.bort import get_bort_model, load_parameters, save_parameters
+from bort.bort import get_bort_model, load_parameters
+from bort.saved_model import Card, build_network, load_model, save_model
 from scripts.export_params import main
 from tests import reference
 
 SHAPE = "bort_4_2_24_32"  # the released model's number of layers
 VOCAB_SIZE = 50
+CARD = Card(model=SHAPE, vocab_size=VOCAB_SIZE, tokenizer_fingerprint="f", kind="masked_lm")
 EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
 
 
@@ -35,13 +38,12 @@ def run(trained, tmp_path) -> Path:
     """Return the folder of a run with a checkpoint of the model."""
     folder = tmp_path / "run"
     folder.mkdir()
-    state = {"model": SHAPE, "vocab_size": VOCAB_SIZE, "tokenizer_fingerprint": "f"}
-    write = partial(save_parameters, trained)
-    checkpoint.save(str(folder), 12, write, {"mean.0": np.zeros(2)}, state)
+    write = partial(save_model, network=trained, card=CARD, tokenizer=None)
+    checkpoint.save(str(folder), 12, write, {"mean.0": np.zeros(2)}, {})
     return folder
 
 
-def gluonnlps_own() -> Any:
+def gluonnlps_own(use_decoder: bool = True) -> Any:
     """Return GluonNLP's model of that shape, without a line of ours."""
     encoder = nlp.model.BERTEncoder(
         num_layers=4,
@@ -59,7 +61,7 @@ def gluonnlps_own() -> Any:
         units=32,
         embed_size=32,
         use_pooler=False,
-        use_decoder=True,
+        use_decoder=use_decoder,
         use_classifier=False,
         use_token_type_embed=False,
     )
@@ -77,7 +79,7 @@ def test_the_file_has_the_released_layout(trained, run, tmp_path, capsys, given)
         assert stored[name].dtype == np.float32
         np.testing.assert_array_equal(stored[name].asnumpy(), values, err_msg=name)
     said = capsys.readouterr().out
-    assert said.startswith(f"{output}: 74 arrays of {SHAPE}, step 12, float32, ")
+    assert said.startswith(f"{output}: 74 arrays of {SHAPE}, masked_lm, float32, ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bort.params", "run"]
 
 
@@ -107,6 +109,90 @@ def test_our_loader_reads_it(trained, run, tmp_path):
         np.testing.assert_array_equal(values, expected[name].astype(np.float16), err_msg=name)
 
 
+def test_what_gluonnlps_own_classes_write_we_load(tmp_path):
+    stock = gluonnlps_own()
+    stock.initialize()
+    ids, length, places = nd.array([[0, 7, 9, 30, 2]]), nd.array([5]), nd.array([[1, 3]])
+    stock(ids, None, length, places)  # shapes of parameters are known after a forward pass
+    reference.redraw(stock, seed=8)
+    path = str(tmp_path / "stock.params")
+    stock.save_parameters(path)
+    ours, _ = get_bort_model(SHAPE, vocab=range(VOCAB_SIZE))
+    load_parameters(ours, path)
+    expected = stock(ids, None, length, places)
+    for mine, theirs in zip(ours(ids, length, places), expected):
+        np.testing.assert_array_equal(mine.asnumpy(), theirs.asnumpy())
+
+
+# ---- classifiers --------------------------------------------------------------------------------
+
+
+class OriginalClassifier(gluon.HybridBlock):
+    """The original's classifier, of GluonNLP's and Gluon's blocks alone."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        with self.name_scope():
+            self.bort = gluonnlps_own(use_decoder=False)
+            self.classifier = gluon.nn.HybridSequential()
+            self.classifier.add(
+                gluon.nn.Dropout(0.1),
+                gluon.nn.Dense(32, activation="tanh"),
+                gluon.nn.Dropout(0.1),
+                gluon.nn.Dense(classes),
+            )
+
+    def forward(self, ids: Any, length: Any) -> Any:
+        return self.classifier(self.bort(ids, None, length)[:, 0])
+
+
+IDS, LENGTHS = nd.array([[0, 7, 9, 30, 2], [0, 8, 2, 1, 1]]), nd.array([5, 3])
+
+
+@pytest.fixture
+def classifier(tmp_path) -> Any:
+    """Return a classifier of ours whose values are all drawn, saved in a folder."""
+    card = dataclasses.replace(CARD, kind="classification", num_outputs=3)
+    network = build_network(card)
+    reference.redraw(network, seed=6)
+    save_model(str(tmp_path / "run" / "best.params"), network, card, None)
+    return network
+
+
+def test_the_originals_classifier_loads_ours(classifier, tmp_path):
+    output = str(tmp_path / "exported.params")
+    names = main([str(tmp_path / "run"), "--output", output])
+    assert {one.split(".")[0] for one in names} == {"bort", "classifier"}
+    original = OriginalClassifier(3)
+    original.load_parameters(output)
+    found, expected = (one(IDS, LENGTHS).asnumpy() for one in (original, classifier))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_gluonnlps_roberta_classifier_loads_ours_under_its_own_name(classifier, tmp_path):
+    output = str(tmp_path / "exported.params")
+    main([str(tmp_path / "run"), "--output", output])
+    renamed = {one.replace("bort.", "roberta."): v for one, v in nd.load(output).items()}
+    nd.save(output, renamed)
+    body, _ = get_bort_model(SHAPE, vocab=range(VOCAB_SIZE), use_decoder=False)
+    stock = nlp.model.RoBERTaClassifier(body, num_classes=3, dropout=0.1)
+    stock.load_parameters(output)
+    found, expected = (one(IDS, LENGTHS).asnumpy() for one in (stock, classifier))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_we_load_what_the_originals_classifier_writes(classifier, tmp_path):
+    original = OriginalClassifier(3)
+    original.initialize()
+    original(IDS, LENGTHS)
+    reference.redraw(original, seed=7)
+    original.save_parameters(str(tmp_path / "run" / "best.params"))  # our card stays beside it
+    ours = load_model(str(tmp_path / "run")).network
+    found, expected = (one(IDS, LENGTHS).asnumpy() for one in (ours, original))
+    np.testing.assert_array_equal(found, expected)
+    assert (found != classifier(IDS, LENGTHS).asnumpy()).all()
+
+
 def complaint(capsys, *line: object) -> str:
     """Return the one line that the program leaves on stderr."""
     with pytest.raises(SystemExit) as stopped:
@@ -122,7 +208,7 @@ def test_what_is_no_good_checkpoint_is_one_line(run, tmp_path, capsys):
     assert "absent: holds no parameters" in absent
     bare = tmp_path / "bare.params"
     shutil.copy(run / "step-0000012" / "model.params", bare)
-    assert "bare.params: is no checkpoint" in complaint(capsys, bare, "--output", output)
+    assert "no bare.json beside it says" in complaint(capsys, bare, "--output", output)
     with open(run / "step-0000012" / "model.params", "ab") as handle:
         handle.write(b"x")
     assert "altered or truncated" in complaint(capsys, run, "--output", output)
