@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple, Optional
 
 from bort.config import option, required
 from bort.errors import UserError
+from bort.settings import UpdateSettings
 from bort.tokenization import TokenizerSettings
 from data.race import CASTS
 
@@ -57,7 +58,7 @@ class ClassifierSettings:
 
 
 @dataclass(frozen=True)
-class FinetuningOptimizerSettings:
+class FinetuningOptimizerSettings(UpdateSettings):
     """BERTAdam, its schedule, and when training ends."""
 
     epochs: int = option(10, "passes over the training set", minimum=1)
@@ -75,18 +76,6 @@ class FinetuningOptimizerSettings:
     lr: float = option(5e-5, "peak learning rate", minimum=0.0)
     warmup_ratio: float = option(
         0.1, "part of the schedule in which the rate rises", minimum=0.0, maximum=1.0
-    )
-    weight_decay: float = option(0.01, "decoupled decay, not on biases and LayerNorm", minimum=0.0)
-    epsilon: float = option(1e-6, "added to the root of the second moment", minimum=0.0)
-    max_norm: float = option(1.0, "gradients are clipped to this norm", minimum=1e-9)
-    dtype: str = option("float32", "type of the network", choices=("float32", "float16"))
-    compression: str = option(
-        "none",
-        "type of the gradients between ranks: none (float32) or fp16",
-        choices=("none", "fp16"),
-    )
-    on_nonfinite: str = option(
-        "stop", "when the gradient is not finite: stop, or skip the step", choices=("stop", "skip")
     )
 
 

@@ -72,25 +72,12 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
-    """BERTAdam, or SGD, and its schedule."""
+class UpdateSettings:
+    """How gradients become an update, in pretraining and in fine-tuning."""
 
-    num_steps: int = option(1000, "updates to make", minimum=1)
-    lr: float = option(1e-4, "peak learning rate", minimum=0.0)
-    warmup_ratio: float = option(
-        0.01, "part of the steps in which the rate rises", minimum=0.0, maximum=1.0
-    )
     weight_decay: float = option(0.01, "decoupled decay, not on biases and LayerNorm", minimum=0.0)
     epsilon: float = option(1e-6, "added to the root of the second moment", minimum=0.0)
     max_norm: float = option(1.0, "gradients are clipped to this norm", minimum=1e-9)
-    optimizer: str = option(
-        "bertadam",
-        "bertadam, or sgd: no moments, weights clipped to --weight_bound (OSE's theory)",
-        choices=("bertadam", "sgd"),
-    )
-    weight_bound: float = option(
-        1.0, "with sgd, no weight leaves [-weight_bound, weight_bound]", minimum=1e-9
-    )
     dtype: str = option("float32", "type of the network", choices=("float32", "float16"))
     compression: str = option(
         "none",
@@ -99,6 +86,25 @@ class OptimizerSettings:
     )
     on_nonfinite: str = option(
         "stop", "when the gradient is not finite: stop, or skip the step", choices=("stop", "skip")
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerSettings(UpdateSettings):
+    """BERTAdam, or SGD, and its schedule."""
+
+    num_steps: int = option(1000, "updates to make", minimum=1)
+    lr: float = option(1e-4, "peak learning rate", minimum=0.0)
+    warmup_ratio: float = option(
+        0.01, "part of the steps in which the rate rises", minimum=0.0, maximum=1.0
+    )
+    optimizer: str = option(
+        "bertadam",
+        "bertadam, or sgd: no moments, weights clipped to --weight_bound (OSE's theory)",
+        choices=("bertadam", "sgd"),
+    )
+    weight_bound: float = option(
+        1.0, "with sgd, no weight leaves [-weight_bound, weight_bound]", minimum=1e-9
     )
 
     @property
