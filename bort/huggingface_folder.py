@@ -58,10 +58,7 @@ tags:
 
     {command}
 
-## Details
-
-{details}
-## Use
+{details}## Use
 
 ```python
 from transformers import AutoTokenizer, {architecture}
@@ -168,18 +165,19 @@ def body_shape(model: str) -> Shape:
 def model_card(card: Card, architecture: Architecture) -> str:
     """Return README.md: what the model is, and its data, metrics and command."""
     uses = {"MaskedLM": "fill-mask", "MultipleChoice": "multiple-choice"}
-    details = dict(card.details)
-    command = details.pop("command", "not recorded")
+    details, unknown = dict(card.details), "not recorded"
+    command = details.pop("command", unknown)
+    official = f"the official data of {card.task}, as the command says" if card.task else unknown
     task = f"{card.task} ({card.kind})" if card.task else "masked language modelling"
     return _MODEL_CARD.format(
         use=uses.get(architecture.head, "text-classification"),
         title=f"{card.model}, {card.task}" if card.task else card.model,
         task=f"{task}, labels {', '.join(card.labels)}" if card.labels else task,
-        data=_told(details.pop("data", "not recorded")),
+        data=_told(details.pop("data", official)),
         max_len=card.max_len,
         metrics=_table(details.pop("metrics", {})),
         command=command if isinstance(command, str) else shlex.join(map(str, command)),
-        details=_table(details),
+        details=f"## Details\n\n{_table(details)}\n" if details else "",
         architecture=architecture.name,
     )
 

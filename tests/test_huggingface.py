@@ -471,6 +471,17 @@ def test_the_byte_level_folder_has_the_usual_files(tmp_path, bpe):
     assert config["problem_type"] == "single_label_classification"
 
 
+def test_the_model_card_says_what_is_not_known():
+    card = Card(model=MODEL, vocab_size=9, tokenizer_fingerprint="f", kind="masked_lm")
+    text = huggingface_folder.model_card(card, Architecture("bert", "MaskedLM"))
+    assert "- Task: masked language modelling\n- Data: not recorded\n" in text
+    assert "## Metrics\n\nnot recorded\n\n## Command\n\n    not recorded\n\n## Use\n" in text
+    card = dataclasses.replace(card, kind="regression", task="STS-B", details={"step": 7})
+    text = huggingface_folder.model_card(card, Architecture("bert", "SequenceClassification"))
+    assert "- Data: the official data of STS-B, as the command says\n" in text
+    assert "## Details\n\n| what | value |\n| --- | --- |\n| step | 7 |\n\n## Use\n" in text
+
+
 def complaint(capsys, main: Any, *line: object) -> str:
     """Return the one line that a program leaves on stderr."""
     with pytest.raises(SystemExit) as stopped:
@@ -570,9 +581,6 @@ def test_a_difference_is_an_error_and_leaves_nothing(
     tmp_path, sample, transformers, monkeypatch, capsys
 ):
     saved(tmp_path / "model", "masked_lm", sample)
-    rows = Architecture.unused_positions
-    monkeypatch.setattr(Architecture, "unused_positions", property(lambda _: 1))
-    monkeypatch.setattr(huggingface, "MAX_LENGTH", 512)
     original = huggingface.to_huggingface
 
     def shifted(*arguments: Any) -> dict[str, np.ndarray]:
@@ -581,7 +589,6 @@ def test_a_difference_is_an_error_and_leaves_nothing(
         arrays[table] = np.roll(arrays[table], 1, axis=0)
         return arrays
 
-    monkeypatch.setattr(Architecture, "unused_positions", rows)
     monkeypatch.setattr(huggingface, "to_huggingface", shifted)
     output = tmp_path / "there"
     said = complaint(capsys, convert, tmp_path / "model", "--output", output)
@@ -672,7 +679,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path, folder, transformers, capsys
 
 @EVERY
 def test_what_transformers_saves_again_comes_back_to_the_bit(
-    tmp_path, bpe, kind, family, transformers, monkeypatch
+    tmp_path, bpe, kind, family, transformers
 ):
     """Its own save_pretrained leaves out defaults and writes its own tokenizer files."""
     network = saved(tmp_path / "model", kind, bpe)

@@ -98,6 +98,10 @@ def test_a_pretraining_run_is_a_saved_model(tmp_path, where):
     loaded = load_model(str(tmp_path / "run" / where))
     assert (loaded.card.kind, loaded.card.model) == ("masked_lm", SHAPE)
     assert loaded.tokenizer is None  # these shards have none
+    assert loaded.card.details["data"] == str(tmp_path / "data" / "train")
+    command = loaded.card.details["command"]
+    assert command.startswith(f"python run_pretraining_distillation.py --data {tmp_path}")
+    assert "--num_steps 4" in command
     expected = run.student.word_embed[0].weight.data().asnumpy()
     np.testing.assert_array_equal(loaded.network.word_embed[0].weight.data().asnumpy(), expected)
 
