@@ -6,8 +6,9 @@ T, which acts as teacher: the sum of T's entropy and the divergence of the candi
 follows is ours:
 
 - T is a network of the maximum point's shape, trained before the search by masked language
-  modelling, unless its weights are given. The temperature is 1, and a candidate is trained by the
-  divergence alone, the loss that is measured. T's outputs are stored once for all candidates.
+  modelling, with BERTAdam in both modes, unless its weights are given. The temperature is 1, and a
+  candidate is trained by the divergence alone, the loss that is measured. T's outputs are stored
+  once for all candidates.
 - With `--loss mlm` the error is the masked-LM loss, by which the candidates are then trained.
 - The rate rises in the first tenth of the steps and falls to zero.
 - T and each candidate are trained in processes of their own with `--threads` OpenMP threads, on

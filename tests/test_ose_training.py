@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import mxnet as mx
@@ -27,7 +32,7 @@ from bort.ose_training import (
 )
 from bort.pretraining import open_data
 from scripts import run_ose
-from tests.pretraining_helpers import VOCAB_SIZE, horovodrun, write_data, write_shards
+from tests.pretraining_helpers import ROOT, VOCAB_SIZE, horovodrun, write_data, write_shards
 
 SMALL, MIDDLE, TOP = (Shape(1, 2, 8, 8), Shape(1, 2, 16, 16), Shape(2, 2, 16, 16))
 
@@ -349,6 +354,30 @@ def test_caps_and_workers_in_real_processes(data, tmp_path):
         run_ose.main(flags_of(data, tmp_path / "3", **late))
     lines = (tmp_path / "3" / "journal-0.jsonl").read_text().splitlines()[1:]
     assert {json.loads(line)["failure"] for line in lines} == {"time cap"}
+
+
+@pytest.mark.slow
+def test_a_killed_search_continues(data, tmp_path, monkeypatch):
+    folder = tmp_path / "killed"
+    journal = folder / "journal-0.jsonl"
+    command = [sys.executable, "scripts/run_ose.py", *flags_of(data, folder, repeats=2)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        while not journal.exists() or len(journal.read_text().splitlines()) < 3:
+            time.sleep(0.01)
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    before = journal.read_text()
+    calls = []
+    isolated = ose_training.run_isolated
+    monkeypatch.setattr(
+        ose_training, "run_isolated", lambda f, *rest: calls.append(f.args) or isolated(f, *rest)
+    )
+    continued = run_ose.main(flags_of(data, folder, repeats=2))
+    assert len(candidates_in(calls)) == 2  # of four
+    assert journal.read_text().startswith(before)
+    assert not list(folder.glob(".candidate-*"))
+    assert continued == run_ose.main(flags_of(data, tmp_path / "undisturbed", repeats=2))
 
 
 @pytest.mark.distributed
