@@ -16,6 +16,7 @@ from bort.errors import UserError
 
 Result = TypeVar("Result")
 LOOK_EVERY = 0.1  # seconds
+GRACE = 10.0  # seconds in which a process that has answered may tidy up
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
@@ -54,7 +55,9 @@ def run_isolated(function: Callable[[], Result], threads: int, caps: Caps = UNLI
     sender.close()
     try:
         _wait(receiver, process.pid, caps)
-        return _received(receiver, process, caps)
+        value = _received(receiver, process, caps)
+        process.join(GRACE)
+        return value
     finally:
         process.kill()
         process.join()
