@@ -14,8 +14,6 @@ so that a layer of n tokens costs as much as one of a few. The sums are the same
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from contextlib import suppress
 from typing import Any, Mapping, NamedTuple, Sequence, Union
@@ -26,12 +24,11 @@ from bort.errors import UserError
 
 # Opset 17 is the first with LayerNormalization; ONNX Runtime 1.12 and everything newer reads both.
 OPSET, IR_VERSION = 17, 8
-PRECISIONS = ("float32", "int8")
 # Added to the attention scores of padding: exp of it is 0, and no sum of it overflows.
 _PADDING = np.float32(-1e9)
 TOLERANCE = 1e-4
 
-Value = Union[str, np.ndarray]
+Value = Union[str, np.ndarray, np.generic]
 
 
 class Network(NamedTuple):
@@ -100,7 +97,7 @@ class _Graph:
         self.nodes.append(helper.make_node(operator, names, outputs, name=name, **attributes))
         return outputs
 
-    def _constant(self, array: np.ndarray) -> str:
+    def _constant(self, array: np.ndarray | np.generic) -> str:
         from onnx import numpy_helper
 
         name = f"constant_{len(self.constants)}"
@@ -295,6 +292,7 @@ def build(network: Any, precision: str = "float32", notes: Mapping[str, str] | N
     writer = _Writer(described, precision)
     classifier = bool(described.head)
     inputs = {"input_ids": ["batch", "length"], "valid_length": ["batch"]}
+    shape: list[Union[str, int]]
     if classifier:
         found, name, shape = writer.classifier(), "scores", ["batch", len(described.head[-1][1])]
     else:
@@ -313,5 +311,64 @@ def build(network: Any, precision: str = "float32", notes: Mapping[str, str] | N
     model = helper.make_model(
         graph, opset_imports=operators, ir_version=IR_VERSION, producer_name="bort"
     )
-    helper.set_model_props(model, {"precision": precision, **(notes or {})})
+    positions = len(described.parameters["encoder.position_weight"])
+    known = {"precision": precision, "positions": str(positions)}
+    helper.set_model_props(model, {**known, **(notes or {})})
     return model
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def write(model: Any, path: str) -> None:
+    """Check a graph as the onnx package does and write it, whole or not at all.
+
+    Raises `UserError` when the file cannot be written.
+    """
+    import onnx
+
+    temporary = f"{path}.tmp"
+    try:
+        content = model.SerializeToString()
+        onnx.checker.check_model(content, full_check=True)
+        with open(temporary, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def difference(network: Any, session: Any, seed: int = 0) -> tuple[float, float]:
+    """Compare a graph in ONNX Runtime with its network in MXNet, on random batches with padding.
+
+    Returns the largest difference and the largest value of the outputs.
+    """
+    from mxnet import nd
+
+    from bort.bort import decode, encode, masked_hidden
+
+    generator = np.random.default_rng(seed)
+    body = getattr(network, "bort", network)
+    vocabulary, longest = body.word_embed[0].weight.shape[0], body.encoder._max_length
+    differences, largest = [], 0.0
+    for batch, length in ((1, longest), (5, min(40, longest)), (2, 1)):
+        ids = generator.integers(0, vocabulary, (batch, length))
+        lengths = generator.integers(1, length + 1, batch)
+        feed = {"input_ids": ids, "valid_length": lengths}
+        arrays = [nd.array(one, dtype="float32") for one in (ids, lengths)]
+        if body is network:
+            # The last position of each sequence that is not padding.
+            feed["positions"] = np.arange(batch) * length + lengths - 1
+            sequence = encode(network, *arrays)
+            hidden = masked_hidden(network, sequence, nd.array(feed["positions"]))
+            expected = decode(network, hidden).asnumpy()
+        else:
+            expected = network(*arrays).asnumpy()
+        (found,) = session.run(None, feed)
+        differences.append(float(np.abs(found - expected).max()))
+        largest = max(largest, float(np.abs(expected).max()))
+    return max(differences), largest
