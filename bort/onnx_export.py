@@ -104,6 +104,40 @@ class _Graph:
         self.constants.append(numpy_helper.from_array(np.asarray(array), name))
         return name
 
+    def model(
+        self,
+        inputs: Mapping[str, Sequence[str]],
+        outputs: Mapping[str, tuple[str, Sequence[Any]]],
+        notes: Mapping[str, str],
+    ) -> Any:
+        """Return the graph as an onnx.ModelProto.
+
+        inputs: {name: shape}, all int64; outputs: {name: (value, shape)}, all float32.
+        """
+        from onnx import TensorProto, helper
+
+        taken = [
+            helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+            for name, shape in inputs.items()
+        ]
+        given = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, (_, shape) in outputs.items()
+        ]
+        named = [
+            helper.make_node("Identity", [value], [name], name=name)
+            for name, (value, _) in outputs.items()
+        ]
+        graph = helper.make_graph([*self.nodes, *named], "bort", taken, given, self.constants)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="bort",
+        )
+        helper.set_model_props(model, dict(notes))
+        return model
+
 
 def _ints(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
@@ -286,35 +320,21 @@ def build(network: Any, precision: str = "float32", notes: Mapping[str, str] | N
 
     `precision` int8 stores matrices in int8 and multiplies in it; `notes` go into the file.
     """
-    from onnx import TensorProto, helper
-
     described = describe(network)
     writer = _Writer(described, precision)
-    classifier = bool(described.head)
-    inputs = {"input_ids": ["batch", "length"], "valid_length": ["batch"]}
-    shape: list[Union[str, int]]
-    if classifier:
-        found, name, shape = writer.classifier(), "scores", ["batch", len(described.head[-1][1])]
+    inputs: dict[str, Sequence[str]] = {
+        "input_ids": ["batch", "length"],
+        "valid_length": ["batch"],
+    }
+    if described.head:
+        outputs = {"scores": (writer.classifier(), ["batch", len(described.head[-1][1])])}
     else:
         inputs["positions"] = ["masks"]
         vocabulary = len(described.parameters["word_embed.0.weight"])
-        found, name, shape = writer.masked_lm(), "logits", ["masks", vocabulary]
-    writer.graph.nodes.append(helper.make_node("Identity", [found], [name], name=name))
-    graph = helper.make_graph(
-        writer.graph.nodes,
-        "bort",
-        [helper.make_tensor_value_info(one, TensorProto.INT64, inputs[one]) for one in inputs],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)],
-        writer.graph.constants,
-    )
-    operators = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(
-        graph, opset_imports=operators, ir_version=IR_VERSION, producer_name="bort"
-    )
+        outputs = {"logits": (writer.masked_lm(), ["masks", vocabulary])}
     positions = len(described.parameters["encoder.position_weight"])
     known = {"precision": precision, "positions": str(positions)}
-    helper.set_model_props(model, {**known, **(notes or {})})
-    return model
+    return writer.graph.model(inputs, outputs, {**known, **(notes or {})})
 
 
 # ---- the file ------------------------------------------------------------------------------------

@@ -89,19 +89,22 @@ def _silence() -> Iterator[None]:
             os.close(kept)
 
 
-def _write_calibrated(network: Any, prefix: str, ids: np.ndarray, valid_length: np.ndarray) -> None:
-    """Write the int8 form of a classifier as MXNet exports it."""
+def int8_in_mxnet(network: Any, ids: np.ndarray, valid_length: np.ndarray) -> Any:
+    """Return the int8 form of a BortClassifier, calibrated on a batch; it can be exported."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Only a block without a signature of its own can be quantised.
+        exported = os.path.join(folder, "network")
+        _run(network).export(exported)
+        return _run(calibrated(symbol_block(exported), ids, valid_length))
+
+
+def _run(network: Any) -> Any:
+    """Hybridise a classifier and run it once, which makes the graph that can be exported."""
     import mxnet as mx
 
-    def export(block: Any, path: str) -> None:
-        block.hybridize(static_alloc=True)
-        block(mx.nd.zeros((1, 2)), mx.nd.ones(1))  # its graph is made at the first call
-        block.export(path)
-
-    with tempfile.TemporaryDirectory() as folder:
-        exported = os.path.join(folder, "network")
-        export(network, exported)
-        export(calibrated(symbol_block(exported), ids, valid_length), prefix)
+    network.hybridize(static_alloc=True)
+    network(mx.nd.zeros((1, 2)), mx.nd.ones(1))
+    return network
 
 
 def score_examples(runtime: Runtime, source: ClassifierSource, kind: str) -> np.ndarray:
@@ -161,7 +164,7 @@ class Quantization:
         ids, lengths = padded_batch(self._encoded(split)[0], calibration_inputs, pad_id)
         notes = notes_of(self.path, self.card)
         write(onnx_export.build(self.network, "int8", notes), files.onnx)
-        _write_calibrated(self.network, files.mxnet, ids, lengths)
+        int8_in_mxnet(self.network, ids, lengths).export(files.mxnet)
         checks = self.compare(files, batch_size)
         record = {
             "parameters_sha256": notes["parameters_sha256"],

@@ -1,0 +1,448 @@
+"""Latency of one classifier in every runtime, beside BERT and DistilBERT, in one run.
+
+    python scripts/benchmark.py inference [--batch_sizes 1] [--lengths 128] [--plot latency.png]
+
+Ways take turns, so that a change in the machine's pace meets all; the table has medians, in
+milliseconds for a batch. MXNet's number of threads is fixed when it is imported: each number of
+threads has a process of its own, and so has stock GluonNLP on the threads its user gets. Weights
+are random: the time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+from bort.config import option, parse
+from bort.errors import UserError
+from bort.runtime import RUNTIMES
+
+# Layers, heads, width inside the feed-forward layers, hidden size; vocabulary.
+SHAPES = {
+    "Bort": ((4, 8, 768, 1024), 50265),
+    "DistilBERT": ((6, 12, 3072, 768), 30522),
+    "BERT-base": ((12, 12, 3072, 768), 30522),
+    "BERT-large": ((24, 16, 4096, 1024), 30522),
+}
+GLUONNLP, PYTORCH = "GluonNLP", "PyTorch"
+DEFAULT = "default"  # MXNet's own choice of threads, half of the logical CPUs
+PEAK_SIZE = 2048
+TURN_SECONDS, MOST_PASSES = 0.2, 5
+
+
+class Way(NamedTuple):
+    """A network in a runtime of ours, in GluonNLP or in PyTorch."""
+
+    network: str
+    engine: str
+
+    @property
+    def int8(self) -> bool:
+        """True when its products are of 8-bit numbers."""
+        return self.engine.endswith("int8")
+
+
+class Cell(NamedTuple):
+    """One size of input."""
+
+    batch: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.length}"
+
+
+WAYS = (
+    *(Way("Bort", name) for name in RUNTIMES),
+    *(Way("DistilBERT", name) for name in ("onnx", "onnx-int8", PYTORCH)),
+    Way("BERT-base", GLUONNLP),
+    Way("BERT-base", PYTORCH),
+    Way("BERT-large", GLUONNLP),
+)
+GOAL_CELL = Cell(1, 128)
+# Times as fast as BERT-base and BERT-large.
+GOALS = {"lossless": (7.9, 20), "reduced": (15, 50)}
+
+
+@dataclass(frozen=True)
+class InferenceBenchmarkSettings:
+    """What is measured, and how often."""
+
+    batch_sizes: str = option("1,8,32", "sequences per batch, commas between")
+    lengths: str = option("64,128,512", "tokens per sequence, commas between")
+    threads: str = option("1,2", "numbers of threads, commas between")
+    networks: str = option(",".join(SHAPES), "networks to measure, commas between")
+    rounds: int = option(3, "turns that each way takes", minimum=1)
+    longest: float = option(
+        5.0, "leave out what would take more than so many seconds for a batch", minimum=0.0
+    )
+    plot: Optional[str] = option(None, "draw latency against size to this picture")
+    answer: bool = option(False, "used by the program itself: time what standard input asks for")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> dict[tuple[Way, str, Cell], float]:
+    """Measure, print, return {(way, threads, cell): median seconds}."""
+    (settings,) = parse(str(__doc__), argv, InferenceBenchmarkSettings)
+    if settings.answer:
+        _answer()
+        return {}
+    threads = settings.threads.split(",")
+    cells = [Cell(*map(int, one)) for one in itertools.product(*_lists(settings))]
+    rows = _rows(settings.networks.split(","), threads)
+    with contextlib.ExitStack() as stack:
+        workers = {one: stack.enter_context(_worker(one)) for one in (*threads, DEFAULT)}
+        peaks = {one: workers[one]({"way": None}) for one in workers}
+        _print_peaks(peaks)
+        medians = {}
+        for cell in cells:
+            medians |= _measure_cell(cell, rows, workers, peaks, settings)
+        sizes = {way: workers[one]({"way": way}) for way, one in rows}
+    _print_table(medians, rows, cells, peaks, sizes)
+    _print_goals(medians, threads)
+    if settings.plot:
+        draw(medians, sizes, settings.plot)
+    return medians
+
+
+def _lists(settings: InferenceBenchmarkSettings) -> tuple[list[str], list[str]]:
+    return settings.batch_sizes.split(","), settings.lengths.split(",")
+
+
+def _rows(networks: list[str], threads: list[str]) -> list[tuple[Way, str]]:
+    """Return what is measured: ways with numbers of threads, stock ones also on the default."""
+    unknown = set(networks) - SHAPES.keys()
+    if unknown:
+        raise UserError(f"--networks: {', '.join(sorted(unknown))} unknown; {', '.join(SHAPES)}")
+    pytorch = all(map(importlib.util.find_spec, ("torch", "transformers")))
+    ways = [way for way in WAYS if way.network in networks and (pytorch or way.engine != PYTORCH)]
+    rows = [(way, one) for way in ways for one in threads]
+    return rows + [(way, DEFAULT) for way in ways if way.engine == GLUONNLP]
+
+
+def operations(way: Way, cell: Cell) -> float:
+    """Return the multiplications and additions of matrix products in the encoder for a batch.
+
+    Our graphs' last layer counts as nothing: it is computed for the first token alone.
+    """
+    (layers, _, inner, hidden), _ = SHAPES[way.network]
+    layers -= way.engine in ("onnx", "onnx-int8")
+    one_layer = cell.length * (4 * hidden**2 + 2 * hidden * inner) + 2 * cell.length**2 * hidden
+    return 2.0 * cell.batch * layers * one_layer
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def _measure_cell(
+    cell: Cell,
+    rows: list[tuple[Way, str]],
+    workers: dict[str, Callable[[dict], Any]],
+    peaks: dict[str, dict[str, float]],
+    settings: InferenceBenchmarkSettings,
+) -> dict[tuple[Way, str, Cell], float]:
+    measured = [
+        (way, threads)
+        for way, threads in rows
+        if operations(way, cell) / (peaks[threads]["float32"] * 1e9) <= settings.longest
+    ]
+    seconds: dict[tuple[Way, str], list[float]] = {row: [] for row in measured}
+    for row in measured * settings.rounds:
+        way, threads = row
+        request = {"way": way, "batch": cell.batch, "length": cell.length}
+        seconds[row] += workers[threads](request)
+    print(f"{cell} measured", file=sys.stderr, flush=True)
+    return {(*row, cell): statistics.median(times) for row, times in seconds.items()}
+
+
+@contextlib.contextmanager
+def _worker(threads: str) -> Iterator[Callable[[dict], Any]]:
+    """Start a process on a number of threads; yield a function that asks it something."""
+    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmark.py")
+    count = max(1, (os.cpu_count() or 2) // 2) if threads == DEFAULT else int(threads)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", script, "inference", "--answer"],
+        env={**os.environ, "OMP_NUM_THREADS": str(count)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(request: dict) -> Any:
+        print(json.dumps(request), file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    try:
+        yield ask
+    finally:
+        process.communicate()
+
+
+def _answer() -> None:
+    """Answer the requests on standard input, each with a line on standard output."""
+    made: dict[Way, tuple[Callable[[Cell], None], float]] = {}
+    seen: set[tuple[Way, Cell]] = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["way"] is None:
+            answer: Any = _peaks()
+        else:
+            way = Way(*request["way"])
+            if way not in made:
+                made[way] = _make(way)
+            run, megabytes = made[way]
+            cell = Cell(request.get("batch", 0), request.get("length", 0))
+            if cell.batch and (way, cell) not in seen:
+                run(cell)  # MXNet plans its memory anew for every size of input
+                seen.add((way, cell))
+            answer = _turn(run, cell) if cell.batch else megabytes
+        print(json.dumps(answer), flush=True)
+
+
+def _turn(run: Callable[[Cell], None], cell: Cell) -> list[float]:
+    """Time some passes; of fast ones the first only wakes caches and threads up."""
+    first = _seconds(run, cell)
+    passes = min(MOST_PASSES, int(TURN_SECONDS / first))
+    return [_seconds(run, cell) for _ in range(passes)] or [first]
+
+
+def _seconds(run: Callable[[Cell], None], cell: Cell) -> float:
+    start = time.perf_counter()
+    run(cell)
+    return time.perf_counter() - start
+
+
+def _peaks() -> dict[str, float]:
+    """Return 10^9 operations a second of a large product in float32 (MXNet's) and in int8.
+
+    The int8 one is ONNX Runtime's, of one MatMulInteger.
+    """
+    import mxnet as mx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from bort.runtime import onnx_session
+
+    ones = mx.nd.ones((PEAK_SIZE, PEAK_SIZE))
+    bytes_ = np.ones((PEAK_SIZE, PEAK_SIZE), np.int8)
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["values", "matrix"], ["sums"])],
+        "product",
+        [info("values", TensorProto.UINT8, bytes_.shape)],
+        [info("sums", TensorProto.INT32, bytes_.shape)],
+        [numpy_helper.from_array(bytes_, "matrix")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = onnx_session(model.SerializeToString())
+    feed = {"values": bytes_.astype(np.uint8)}
+    products = {
+        "float32": lambda _: mx.nd.dot(ones, ones).wait_to_read(),
+        "int8": lambda _: session.run(None, feed),
+    }
+    return {
+        precision: 2 * PEAK_SIZE**3 / 1e9 / min(_seconds(run, GOAL_CELL) for _ in range(6))
+        for precision, run in products.items()
+    }
+
+
+# ---- the ways ------------------------------------------------------------------------------------
+
+
+def _make(way: Way) -> tuple[Callable[[Cell], None], float]:
+    """Return a function that scores a batch, and the megabytes of the weights."""
+    if way.engine == PYTORCH:
+        return _pytorch(way)
+    if way.engine == GLUONNLP:
+        return _gluonnlp(way)
+    return _ours(way)
+
+
+def _batch(way: Way, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    ids = generator.integers(5, SHAPES[way.network][1], (cell.batch, cell.length))
+    return ids, np.full(cell.batch, cell.length)
+
+
+def _ours(way: Way) -> tuple[Callable[[Cell], None], float]:
+    import mxnet as mx
+
+    from bort.bort import BortClassifier, Shape, get_bort_model, initialize
+    from bort.quantization import int8_in_mxnet
+    from bort.runtime import MXNetRuntime, runtime_of
+
+    (layers, heads, inner, hidden), vocabulary = SHAPES[way.network]
+    name = Shape(layers, heads, inner, hidden).name
+    body, _ = get_bort_model(name, vocab=range(vocabulary), use_decoder=False, dropout=0.0)
+    network = BortClassifier(body, dropout=0.0)
+    initialize(network, None)
+    # MXNet's int8 cannot take a layer whose biases are all 0.
+    for bias in network.collect_params(".*bias").values():
+        bias.set_data(mx.nd.random.normal(0, 0.02, bias.shape))
+    if way.engine == "mxnet-int8":
+        runtime: Any = MXNetRuntime(int8_in_mxnet(network, *_batch(way, Cell(16, 128))), 512)
+    else:
+        runtime = runtime_of(network, way.engine)
+    size = sum(p.data().size for p in network.collect_params().values()) / 1e6
+    bytes_each = 1 if way.int8 else 4
+    return lambda cell: runtime.scores(*_batch(way, cell)), size * bytes_each
+
+
+def _gluonnlp(way: Way) -> tuple[Callable[[Cell], None], float]:
+    """Return BERT with GluonNLP's own classifier on it, hybridised."""
+    import gluonnlp as nlp
+    import mxnet as mx
+
+    (layers, heads, _, hidden), vocabulary = SHAPES[way.network]
+    body, _ = nlp.model.get_model(
+        f"bert_{layers}_{hidden}_{heads}",
+        dataset_name=None,
+        vocab=range(vocabulary),
+        pretrained=False,
+        use_decoder=False,
+        use_classifier=False,
+    )
+    network = nlp.model.BERTClassifier(body, num_classes=2)
+    network.initialize(mx.init.Normal(0.02))
+    network.hybridize(static_alloc=True)
+
+    def run(cell: Cell) -> None:
+        ids, lengths = (mx.nd.array(one) for one in _batch(way, cell))
+        network(ids, mx.nd.zeros_like(ids), lengths).asnumpy()
+
+    run(Cell(1, 2))
+    size = sum(p.data().size for p in network.collect_params().values()) / 1e6
+    return run, 4 * size
+
+
+def _pytorch(way: Way) -> tuple[Callable[[Cell], None], float]:
+    """Return Hugging Face's BERT or DistilBERT, with its classifier."""
+    import torch
+    import transformers
+
+    (layers, heads, inner, hidden), vocabulary = SHAPES[way.network]
+    if way.network == "DistilBERT":
+        config: Any = transformers.DistilBertConfig(
+            vocab_size=vocabulary, n_layers=layers, n_heads=heads, hidden_dim=inner, dim=hidden
+        )
+        network: Any = transformers.DistilBertForSequenceClassification(config)
+    else:
+        config = transformers.BertConfig(
+            vocab_size=vocabulary,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=inner,
+            hidden_size=hidden,
+        )
+        network = transformers.BertForSequenceClassification(config)
+    network.eval()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+    def run(cell: Cell) -> None:
+        ids, _ = _batch(way, cell)
+        with torch.inference_mode():
+            network(torch.from_numpy(ids), attention_mask=torch.ones(cell)).logits.numpy()
+
+    return run, 4 * sum(p.numel() for p in network.parameters()) / 1e6
+
+
+# ---- what is shown -------------------------------------------------------------------------------
+
+
+def _print_peaks(peaks: dict[str, dict[str, float]]) -> None:
+    for threads, found in peaks.items():
+        shown = ", ".join(f"{value:,.0f} in {precision}" for precision, value in found.items())
+        print(
+            f"threads {threads}: products of {PEAK_SIZE} x {PEAK_SIZE} matrices, "
+            f"10^9 operations/s: {shown}"
+        )
+
+
+def _print_table(
+    medians: dict[tuple[Way, str, Cell], float],
+    rows: list[tuple[Way, str]],
+    cells: list[Cell],
+    peaks: dict[str, dict[str, float]],
+    sizes: dict[Way, float],
+) -> None:
+    print("\nmilliseconds for a batch, as sequences x tokens; in brackets the share of the floor")
+    heading = "".join(f"{cell!s:>16}" for cell in cells)
+    print(f"{'network':<12}{'runtime':<16}{'threads':>8}{'MB':>8}{heading}")
+    for way, threads in rows:
+        line = f"{way.network:<12}{way.engine:<16}{threads:>8}{sizes[way]:8,.0f}"
+        for cell in cells:
+            found = medians.get((way, threads, cell))
+            if found is None:
+                line += f"{'-':>16}"
+                continue
+            peak = peaks[threads]["int8" if way.int8 else "float32"]
+            floor = operations(way, cell) / (peak * 1e9)
+            line += f"{1e3 * found:9,.1f} ({100 * floor / found:3.0f}%)"
+        print(line)
+
+
+def _print_goals(medians: dict[tuple[Way, str, Cell], float], threads: list[str]) -> None:
+    """Say how many times as fast as stock BERT each runtime is at the size of the goals."""
+    most = max(threads, key=int)
+    stock = [Way(name, GLUONNLP) for name in ("BERT-base", "BERT-large")]
+    columns = [(way, one) for one in (DEFAULT, most) for way in stock]
+    if any((*column, GOAL_CELL) not in medians for column in columns):
+        return
+    print(f"\ntimes as fast as GluonNLP's, {GOAL_CELL}, {most} threads")
+    titles = "".join(
+        f"{way.network + (', default' if one == DEFAULT else ', same'):>21}" for way, one in columns
+    )
+    print(f"{'network':<12}{'runtime':<16}{titles}")
+    for way in WAYS:
+        own = medians.get((way, most, GOAL_CELL))
+        if own is None or way.engine == GLUONNLP:
+            continue
+        goals = GOALS["reduced" if way.int8 or "16" in way.engine else "lossless"]
+        line = f"{way.network:<12}{way.engine:<16}"
+        for (other, one), goal in zip(columns, goals * 2):
+            times = medians[other, one, GOAL_CELL] / own
+            mark = f" (goal {goal:g})" if way.network == "Bort" else ""
+            line += f"{times:8.1f}{mark:<13}"
+        print(line.rstrip())
+
+
+def draw(medians: dict[tuple[Way, str, Cell], float], sizes: dict[Way, float], path: str) -> None:
+    """Draw latency against size at the smallest cell measured; the most threads each way had."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells = {cell for _, _, cell in medians}
+    cell = GOAL_CELL if GOAL_CELL in cells else min(cells)
+    latest = {way: found for (way, threads, one), found in medians.items() if one == cell}
+    latest |= {
+        way: found
+        for (way, threads, one), found in sorted(medians.items(), key=lambda item: item[0][1])
+        if one == cell and threads != DEFAULT
+    }
+    figure = Figure(figsize=(7.5, 5.5))
+    figure.set_layout_engine("constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, network in enumerate(SHAPES):
+        points = {way: found for way, found in latest.items() if way.network == network}
+        places = [sizes[way] for way in points], [1e3 * found for found in points.values()]
+        axes.scatter(*places, color=f"C{number}", label=network)
+        for way, x, y in zip(points, *places):
+            axes.annotate(way.engine, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="weights, MB", ylabel="latency, ms")
+    axes.set_title(f"{cell.batch} x {cell.length} tokens", fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path}: cannot be written ({error})") from None
