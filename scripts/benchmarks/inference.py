@@ -416,24 +416,22 @@ def _print_goals(medians: dict[tuple[Way, str, Cell], float], threads: list[str]
 
 
 def draw(medians: dict[tuple[Way, str, Cell], float], sizes: dict[Way, float], path: str) -> None:
-    """Draw latency against size at the smallest cell measured; the most threads each way had."""
+    """Draw the best latency of each way against its size, for the goals' size of input."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     cells = {cell for _, _, cell in medians}
     cell = GOAL_CELL if GOAL_CELL in cells else min(cells)
-    latest = {way: found for (way, threads, one), found in medians.items() if one == cell}
-    latest |= {
-        way: found
-        for (way, threads, one), found in sorted(medians.items(), key=lambda item: item[0][1])
-        if one == cell and threads != DEFAULT
-    }
+    best: dict[Way, float] = {}
+    for (way, _, one), found in medians.items():
+        if one == cell:
+            best[way] = min(found, best.get(way, found))
     figure = Figure(figsize=(7.5, 5.5))
     figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, network in enumerate(SHAPES):
-        points = {way: found for way, found in latest.items() if way.network == network}
+        points = {way: found for way, found in best.items() if way.network == network}
         places = [sizes[way] for way in points], [1e3 * found for found in points.values()]
         axes.scatter(*places, color=f"C{number}", label=network)
         for way, x, y in zip(points, *places):

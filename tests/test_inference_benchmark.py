@@ -1,0 +1,77 @@
+"""The benchmark of inference: what it counts, chooses and shows; no speed is tested."""
+
+from __future__ import annotations
+
+import pytest
+
+from bort.errors import UserError
+from scripts.benchmarks import inference
+from scripts.benchmarks.inference import DEFAULT, GLUONNLP, PYTORCH, Cell, Way
+
+BASE, LARGE = Way("BERT-base", GLUONNLP), Way("BERT-large", GLUONNLP)
+
+
+@pytest.mark.parametrize(
+    ("way", "macs"),
+    [
+        # The closed form D [S (4 H^2 + 2 H I) + 2 S^2 H] for S = 128, in 10^9.
+        (LARGE, 39.5),
+        (BASE, 11.2),
+        (Way("Bort", "mxnet"), 3.09),
+        (Way("Bort", "onnx"), 3.09 * 3 / 4),
+    ],
+)
+def test_operations_are_those_of_the_closed_form(way, macs):
+    assert inference.operations(way, Cell(1, 128)) / 2e9 == pytest.approx(macs, rel=5e-3)
+    eight = inference.operations(way, Cell(8, 128))
+    assert eight == 8 * inference.operations(way, Cell(1, 128))
+
+
+def test_stock_networks_also_run_on_the_default_threads(monkeypatch):
+    monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: None)
+    rows = inference._rows(["Bort", "BERT-base"], ["1", "2"])
+    assert (BASE, DEFAULT) in rows
+    assert [way for way, threads in rows if threads == DEFAULT] == [BASE]
+    assert {way.network for way, _ in rows} == {"Bort", "BERT-base"}
+    assert len(rows) == 5 * 2 + 3
+    monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: object())
+    assert (Way("BERT-base", PYTORCH), "1") in inference._rows(["BERT-base"], ["1"])
+    with pytest.raises(UserError, match="--networks: GPT unknown; Bort, "):
+        inference._rows(["GPT"], ["1"])
+
+
+MEDIANS = {
+    (Way("Bort", "onnx"), "2", Cell(1, 128)): 0.010,
+    (Way("Bort", "onnx-int8"), "2", Cell(1, 128)): 0.005,
+    (BASE, "2", Cell(1, 128)): 0.080,
+    (BASE, DEFAULT, Cell(1, 128)): 0.160,
+    (LARGE, "2", Cell(1, 128)): 0.300,
+    (LARGE, DEFAULT, Cell(1, 128)): 0.600,
+}
+
+
+def test_goals_are_measured_against_both_columns(capsys):
+    inference._print_goals(MEDIANS, ["1", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "BERT-base, default" in lines[2]
+    shown = "Bort onnx 16.0 (goal 7.9) 60.0 (goal 20) 8.0 (goal 7.9) 30.0 (goal 20)"
+    assert " ".join(lines[3].split()) == shown
+    assert lines[4].split()[:5] == ["Bort", "onnx-int8", "32.0", "(goal", "15)"]
+
+
+def test_the_table_shows_the_share_of_the_floor(capsys):
+    rows = [(way, threads) for way, threads, _ in MEDIANS]
+    peaks = {one: {"float32": 924.0, "int8": 1848.0} for one in ("2", DEFAULT)}
+    sizes = {way: 100.0 for way, _ in rows}
+    inference._print_table(MEDIANS, rows, [Cell(1, 128), Cell(8, 512)], peaks, sizes)
+    line = capsys.readouterr().out.splitlines()[3]
+    # 4.63 x 10^9 operations at 924 x 10^9 a second are 5 ms of the 10.
+    assert line.split() == ["Bort", "onnx", "2", "100", "10.0", "(", "50%)", "-"]
+
+
+def test_the_plot_is_written_or_one_line_says_why_not(tmp_path):
+    sizes = {way: 100.0 + number for number, (way, _, _) in enumerate(MEDIANS)}
+    inference.draw(MEDIANS, sizes, str(tmp_path / "latency.png"))
+    assert (tmp_path / "latency.png").stat().st_size > 5000
+    with pytest.raises(UserError, match="cannot be written"):
+        inference.draw(MEDIANS, sizes, str(tmp_path / "absent" / "latency.png"))
