@@ -82,14 +82,15 @@ def new_folder(path: str) -> Iterator[str]:
     path = os.path.normpath(path)
     if os.path.lexists(path):
         raise UserError(f"--output {path}: is there already; name a new folder")
-    temporary = f"{path}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    above, name = os.path.split(path)
+    temporary = os.path.join(above, f".{name}.{os.getpid()}.tmp")
     try:
         os.makedirs(temporary)
         yield temporary
         os.rename(temporary, path)
     except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+        reason = error.strerror or str(error).strip().splitlines()[0]
+        raise UserError(f"--output {path}: cannot be written ({reason})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -210,6 +211,8 @@ def read(folder: str) -> SavedModel:
     """
     path = os.path.join(folder, CONFIG)
     config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is not the configuration of a model")
     try:
         architecture, shape = huggingface.shape_in(config)
         tokenizer = huggingface_tokenizer.tokenizer_of(folder)
@@ -242,7 +245,7 @@ def _card(
     config: Mapping[str, Any], architecture: Architecture, shape: Shape, tokenizer: Tokenizer
 ) -> Card:
     """Return the card of a folder, from what it says of itself and what was ours in it."""
-    ours = config.get(OURS, {})
+    ours = config[OURS] if isinstance(config.get(OURS), dict) else {}
     size, pad_id = tokenizer.vocab_size, tokenizer.pad_id
     if (config.get("vocab_size"), config["pad_token_id"]) != (size, pad_id):
         raise UserError(
@@ -252,8 +255,7 @@ def _card(
     by_head = {"MaskedLM": (MASKED_LM, 0), "MultipleChoice": ("multiple_choice", 1)}
     labels = tuple(ours.get("labels", ()))
     if architecture.head == "SequenceClassification":
-        named = {int(number): label for number, label in config.get("id2label", {}).items()}
-        labels = tuple(named[number] for number in sorted(named)) or ("LABEL_0", "LABEL_1")
+        labels = _labels(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}))
     kind, outputs = by_head.get(architecture.head, ("classification", len(labels)))
     if kind == "classification" and (len(labels) == 1 or ours.get("kind") == "candidates"):
         kind = "regression" if len(labels) == 1 else "candidates"
@@ -274,6 +276,14 @@ def _card(
     )
 
 
+def _labels(named: Any) -> tuple[str, ...]:
+    """Return the labels of {"0": label, "1": label, ...}, config.json's id2label, in order."""
+    wanted = [str(number) for number in range(len(named) if isinstance(named, dict) else 0)]
+    if not wanted or named.keys() != set(wanted):
+        raise UserError(f"{CONFIG}: id2label does not number its labels from 0 on")
+    return tuple(str(named[number]) for number in wanted)
+
+
 def _tensors(folder: str) -> dict[str, np.ndarray]:
     """Read the weights of a folder; raises `UserError` for what cannot be read without pickle."""
     from safetensors import SafetensorError
@@ -287,7 +297,7 @@ def _tensors(folder: str) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{WEIGHTS} cannot be read ({error})") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{WEIGHTS}: NumPy has no type {error}; save it as float32") from None
+        raise UserError(f"{WEIGHTS}: NumPy cannot read it ({error}); save it as float32") from None
 
 
 def _torch_tensors(folder: str) -> dict[str, np.ndarray]:

@@ -148,19 +148,26 @@ def tokenizer_of(folder: str) -> Tokenizer:
         return found
     if not os.path.exists(path):
         raise UserError(f"no tokenizer: neither tokenizer.model, nor vocab.json, nor {JSON}")
-    content = read_json(path)
-    model, splitter = content.get("model", {}), content.get("pre_tokenizer") or {}
-    if model.get("type") != "BPE" or splitter.get("type") != "ByteLevel":
+    try:
+        return ByteLevelBPE(*_byte_level_content(read_json(path)))
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{JSON} is not the file of a tokenizer") from None
+    except ValueError as error:
+        raise UserError(f"{JSON}: {error}") from None
+
+
+def _byte_level_content(content: Any) -> tuple[list[str], list[str]]:
+    """Return the tokens by id and the merges of a tokenizer.json."""
+    model, splitter = content["model"], content["pre_tokenizer"] or {}
+    kinds = model["type"], splitter.get("type"), splitter.get("add_prefix_space")
+    if kinds != ("BPE", "ByteLevel", False):
         raise UserError(
             f"{JSON} is not a byte-level BPE, the kind that RoBERTa has; a SentencePiece "
             "vocabulary needs its tokenizer.model beside it"
         )
     ids = {**model["vocab"], **{one["content"]: one["id"] for one in content["added_tokens"]}}
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
-    try:
-        return ByteLevelBPE(spelling_of(ids, JSON), merges)
-    except ValueError as error:
-        raise UserError(f"{JSON}: {error}") from None
+    return spelling_of(ids, JSON), merges
 
 
 # ---- SentencePiece -----------------------------------------------------------------------------

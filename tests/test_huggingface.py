@@ -356,6 +356,10 @@ def test_a_sentencepiece_vocabulary_comes_back_from_its_own_file(tmp_path, sampl
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"needs its tokenizer\.model beside it"):
         tokenizer_of(str(tmp_path))
+    for content in ([], {}, {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(UserError, match=r"^tokenizer\.json is not "):
+            tokenizer_of(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no tokenizer: neither"):
         tokenizer_of(str(tmp_path))
@@ -535,6 +539,7 @@ def test_what_cannot_come_back_is_one_line(tmp_path, folder, capsys):
     assert "config.json has 7 tokens and pads with 1, its tokenizer has 1000" in said(vocab_size=7)
     assert "classifier.3.weight has shape (3, 32)" in said(id2label={"0": "a", "1": "b"})
     assert "hidden size 32 is not divisible by 5 heads" in said(num_attention_heads=5)
+    assert "id2label does not number its labels" in said(id2label={"1": "a", "x": "b"})
     (folder / "model.safetensors").write_bytes(b"nonsense")
     assert "model.safetensors cannot be read (" in said()
     (folder / "model.safetensors").unlink()
@@ -543,6 +548,17 @@ def test_what_cannot_come_back_is_one_line(tmp_path, folder, capsys):
     refused = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
     assert "config.json: cannot be read" in refused
     assert not (tmp_path / "back").exists()
+
+
+def test_a_type_that_numpy_has_not_is_one_line(tmp_path, folder, monkeypatch, capsys):
+    """bfloat16, where no package has brought it to NumPy."""
+
+    def load_file(path: str) -> None:
+        raise TypeError("data type 'bfloat16' not understood")
+
+    monkeypatch.setattr(safetensors_numpy, "load_file", load_file)
+    said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
+    assert "NumPy cannot read it (data type 'bfloat16' not understood); save it as float32" in said
 
 
 def test_a_folder_of_others_is_named_by_its_shape(tmp_path, folder):
@@ -657,15 +673,12 @@ def test_a_roberta_of_transformers_comes_back(tmp_path, bpe, transformers, weigh
     if weights == "pytorch_model.bin":
         (tmp_path / "theirs" / "model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / "theirs" / weights)
-    if weights == "model.safetensors":
-        difference = bring_back([str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")])
-        assert difference is not None
-        assert difference < 1e-5
-    else:
-        network = huggingface_folder.read(str(tmp_path / "theirs")).network
-        found = arrays_of(network)["word_embed.0.weight"]
-        expected = model.roberta.embeddings.word_embeddings.weight.detach().numpy()
-        np.testing.assert_array_equal(found, expected)
+    difference = bring_back([str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")])
+    assert difference is not None
+    assert difference < 1e-5
+    found = arrays_of(load_model(str(tmp_path / "ours")).network)["word_embed.0.weight"]
+    expected = model.roberta.embeddings.word_embeddings.weight.detach().numpy()
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_pickle_that_runs_code_is_refused(tmp_path, folder, transformers, capsys):
