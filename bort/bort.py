@@ -144,6 +144,7 @@ def get_bort_model(
     root: str = "model",
     dropout: float = 0.1,
     max_length: int = MAX_LENGTH,
+    draw: bool = True,
 ) -> tuple[BortModel, Any]:
     """Build a Bort of any shape; returns it with its vocabulary, as GluonNLP's get_model does.
 
@@ -157,6 +158,7 @@ def get_bort_model(
         root: the folder of the released checkpoint.
         dropout: rate in embedding, attention and layers while training.
         max_length: number of positions.
+        draw: draw random weights; zeros are made sooner, for whoever loads others at once.
 
     Raises:
         UserError: unknown name, no vocabulary, or a checkpoint that is absent or does not fit.
@@ -181,7 +183,7 @@ def get_bort_model(
         use_decoder=use_decoder,
     )
     ctx = ctx or mx.cpu()
-    initialize(model, ctx)
+    initialize(model, ctx, draw and not pretrained)
     if pretrained:
         path = os.path.join(root, "bort.params")
         if not os.path.exists(path):
@@ -203,13 +205,15 @@ def vocabulary_size(vocab: Any) -> int:
     return vocab.vocab_size if hasattr(vocab, "vocab_size") else len(vocab)
 
 
-def initialize(model: HybridBlock, ctx: Any) -> None:
+def initialize(model: HybridBlock, ctx: Any, draw: bool = True) -> None:
     """Draw weights from Normal(0, 0.02) and give every parameter its shape by one forward pass.
 
     GluonNLP's Dense layers learn their input size from the first forward; before it, parameters
-    can be neither saved nor broadcast. The draw follows `mx.random.seed`.
+    can be neither saved nor broadcast. The draw follows `mx.random.seed`; without `draw` all
+    weights are zero.
     """
-    model.initialize(init=mx.init.Normal(0.02), ctx=ctx, force_reinit=True)
+    weights = mx.init.Normal(0.02) if draw else mx.init.Zero()
+    model.initialize(init=weights, ctx=ctx, force_reinit=True)
     for device in ctx if isinstance(ctx, (list, tuple)) else [ctx]:
         ids = mx.nd.zeros((1, 1), ctx=device)
         lengths = mx.nd.ones((1,), ctx=device)

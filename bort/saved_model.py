@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Tuple
+
+import mxnet as mx
 
 from bort import bort, teacher
 from bort.config import read_json, write_json
@@ -81,10 +84,12 @@ def load_model(path: str, ctx: Any = None, dropout: float = 0.0) -> SavedModel:
     """
     found = teacher.parameter_file(path)
     card = read_card(found)
-    network = build_network(card, ctx, dropout)
-    bort.load_parameters(network, found)
     folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
-    return SavedModel(network, card, load_tokenizer_folder(folder))
+    with ThreadPoolExecutor(1) as pool:  # while the parameters are read from the disk
+        tokenizer = pool.submit(load_tokenizer_folder, folder)
+        network = build_network(card, ctx, dropout, draw=False)
+        bort.load_parameters(network, found)
+        return SavedModel(network, card, tokenizer.result())
 
 
 def read_card(path: str) -> Card:
@@ -104,14 +109,18 @@ def read_card(path: str) -> Card:
     return Card(**{**content, "labels": tuple(content.get("labels", ()))})
 
 
-def build_network(card: Card, ctx: Any = None, dropout: float = 0.0) -> Any:
-    """Build the network that a card describes, with random weights."""
+def build_network(card: Card, ctx: Any = None, dropout: float = 0.0, draw: bool = True) -> Any:
+    """Build the network that a card describes, with random weights or, without `draw`, zeros."""
     masked_lm = card.kind == MASKED_LM
-    body = teacher.build_network(card.model, card.vocab_size, ctx, masked_lm, dropout)
+    body = teacher.build_network(card.model, card.vocab_size, ctx, masked_lm, dropout, draw)
     if masked_lm:
         return body
     classifier = bort.BortClassifier(body, card.num_outputs, dropout, card.extra_layer)
-    bort.initialize(classifier, ctx)
+    if draw:
+        bort.initialize(classifier, ctx)
+    else:  # the body is initialised
+        for block in filter(None, (classifier.classifier, classifier.extra)):
+            block.initialize(mx.init.Zero(), ctx=ctx)
     return classifier
 
 

@@ -23,8 +23,11 @@ def build_network(
     ctx: Any,
     use_decoder: bool = True,
     dropout: float = 0.0,
+    draw: bool = True,
 ) -> nlp.model.BERTModel:
     """Build a network with random weights: one of GluonNLP's RoBERTa models or a shape of ours.
+
+    Without `draw` the weights are zero, for whoever loads others at once.
 
     Raises `UserError` for any other name.
     """
@@ -33,14 +36,14 @@ def build_network(
         network, _ = nlp.model.get_model(
             model_name, vocab=vocab, pretrained=False, use_decoder=use_decoder, dropout=dropout
         )
-        initialize(network, ctx or mx.cpu())
+        initialize(network, ctx or mx.cpu(), draw)
         return network
     try:
         shape_of(model_name)
     except UserError as error:
         raise UserError(f"{error}, or one of {', '.join(ROBERTA)}") from None
     return get_bort_model(
-        model_name, vocab=vocab, ctx=ctx, use_decoder=use_decoder, dropout=dropout
+        model_name, vocab=vocab, ctx=ctx, use_decoder=use_decoder, dropout=dropout, draw=draw
     )[0]
 
 

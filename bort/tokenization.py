@@ -40,6 +40,9 @@ _SAVED_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
 # GPT-2's division of text into words. The group holds all that needs no look-ahead: tiktoken's
 # regular expressions search it as one automaton, which makes encoding a third faster.
 _GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"
+# Appended to a SentencePiece model, whose protocol buffer merges what is repeated: field 3
+# (normalizer_spec), 2 bytes, in which field 3 (add_dummy_prefix) is 0.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # They overflow their stack at a million blanks in a row; such a run is encoded in parts.
 _ENDLESS_BLANKS = re.compile(r"\s{65536}(?=\s)")
 
@@ -70,6 +73,9 @@ class Tokenizer(Protocol):
 
     def encode_sentences(self, sentences: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each sentence of one document, as it stands in running text."""
+
+    def encode_continued(self, text: str) -> np.ndarray:
+        """Return the ids of a text that other tokens precede: only its own spaces begin words."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids; special tokens leave nothing in it."""
@@ -241,6 +247,10 @@ class ByteLevelBPE(_Vocabulary):
         starts, ends = [0, *cuts], [*cuts, len(ids)]
         return [ids[starts[i] : ends[i]] for i in range(len(sentences))]
 
+    def encode_continued(self, text: str) -> np.ndarray:
+        """Return what `encode` does: its first word has no mark of a beginning either."""
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text; bytes that are no UTF-8 become U+FFFD, special tokens nothing."""
         return b"".join(self._bytes[index] for index in ids).decode("utf-8", errors="replace")
@@ -280,6 +290,7 @@ class SentencePiece(_Vocabulary):
         from sentencepiece import SentencePieceProcessor
 
         self._model = model
+        self._continuing: Optional[SentencePieceProcessor] = None
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
         ids = range(self._processor.vocab_size())
@@ -306,6 +317,15 @@ class SentencePiece(_Vocabulary):
     def encode_sentences(self, sentences: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each sentence: SentencePiece marks the spaces itself."""
         return self.encode_batch(sentences)
+
+    def encode_continued(self, text: str) -> np.ndarray:
+        """Return the ids without the mark of a word's beginning, unless the text has a space."""
+        if text[:1].isspace():
+            return self.encode(text)
+        if self._continuing is None:
+            self._continuing = type(self._processor)()
+            self._continuing.LoadFromSerializedProto(self._model + _NO_DUMMY_PREFIX)
+        return np.array(self._continuing.encode(_utf8(text)), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text, with ⁇ for `<unk>`; other special tokens leave nothing in it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -85,6 +85,8 @@ class Task:
         first one stops training early.
     counts_from_zero: the leaderboard's indices are 0, 1, 2, ... (not of MultiRC and ReCoRD).
     model_task: the task whose model predicts this one (its own name if empty).
+    text_columns: columns or keys of an input's texts in the official rows, where they stand there
+        as the network reads them; empty where a cast makes the texts.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Task:
     headline: tuple[str, ...] = ("accuracy",)
     counts_from_zero: bool = True
     model_task: str = ""
+    text_columns: tuple[str, ...] = ()
 
     @property
     def train(self) -> Optional[str]:
@@ -181,6 +184,14 @@ class Task:
         return found
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+        raise NotImplementedError
+
+    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+        """Return the examples of one row of an official file, {column or key: value}.
+
+        Labels need not be there. `number` stands for an index that the row does not have.
+        Raises `BadRowError` for what is no row of this task.
+        """
         raise NotImplementedError
 
     def predict(self, scores: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Protocol, TypeVar
 
 from bort.errors import UserError
 
@@ -47,7 +47,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     try:
         with open(path, "rb") as handle:
             for number, raw in enumerate(handle, 1):
-                line = Line(f"{path}:{number}", number, _content(raw, first=number == 1))
+                line = Line(f"{path}:{number}", number, line_content(raw, first=number == 1))
                 if not line.content:
                     blank.append(line)
                     continue
@@ -58,7 +58,8 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _content(raw: bytes, first: bool) -> bytes:
+def line_content(raw: bytes, first: bool) -> bytes:
+    """Return a line without its end, the first one of a file without a byte order mark."""
     marked = first and raw.startswith(codecs.BOM_UTF8)
     return raw[len(codecs.BOM_UTF8) if marked else 0 :].rstrip(b"\r\n")
 
@@ -82,7 +83,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return row
 
 
-def member(row: dict[str, Any], key: str, kind: type[Item]) -> Item:
+def member(row: Mapping[str, Any], key: str, kind: type[Item]) -> Item:
     """Return `row[key]`; raises `BadRowError` when it is missing or not of the given type."""
     if key not in row:
         raise BadRowError(f"has no {key!r}")

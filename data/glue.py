@@ -6,14 +6,14 @@ Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform" (2019).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
 from bort import metrics
 from bort.errors import UserError
 from data.base import REWRITE, Example, File, Split, Task, Uid, three_files
-from data.files import BadRowError, Line, collect, decode, read_lines
+from data.files import BadRowError, Line, collect, decode, member, read_lines
 
 # One order for every task of natural language inference, so that a model of one serves another.
 INFERENCE = ("entailment", "neutral", "contradiction")
@@ -69,6 +69,11 @@ class GlueTask(Task):
             inputs=(texts,),
             label=None if label is None else self._parse_label(label),
         )
+
+    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+        """Return the example of one row."""
+        texts = tuple(member(row, column, str).strip() for column in self.text_columns)
+        return [Example(number, (texts,))]
 
     def _parse_label(self, text: str) -> float:
         if text not in self.labels:

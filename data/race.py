@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -80,6 +80,11 @@ class Race(Task):
                 for line, content in _objects(path.read_bytes()):
                     yield Article(f"{path}:{line}", f"{level}/{path.name}:{line}", content)
 
+    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+        """Return an example for each question of one article."""
+        questions = _questions_of(row, "", str(number))
+        return [example for question in questions for example in self._example(question)]
+
     def _example(self, question: Question) -> list[Example]:
         if len(question.options) != len(self.labels):
             raise BadRowError(f"has {len(question.options)} options instead of {len(self.labels)}")
@@ -132,7 +137,10 @@ def _objects(content: bytes) -> list[tuple[int, bytes]]:
 
 
 def _questions(article: Article) -> list[Question]:
-    row = parse_object(article.content)
+    return _questions_of(parse_object(article.content), article.where, article.uid)
+
+
+def _questions_of(row: Mapping[str, Any], where: str, uid: str) -> list[Question]:
     text = " ".join(member(row, "article", str).split())
     asked, options = member(row, "questions", list), member(row, "options", list)
     answers = member({"answers": [None] * len(asked), **row}, "answers", list)
@@ -142,8 +150,8 @@ def _questions(article: Article) -> list[Question]:
         )
     return [
         Question(
-            where=f"{article.where}: question {number}",
-            uid=f"{article.uid}:{number}",
+            where=f"{where}: question {number}",
+            uid=f"{uid}:{number}",
             article=text,
             text=str(one).strip(),
             options=_texts(choices),

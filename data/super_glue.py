@@ -10,7 +10,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Sequence, Union
+from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
@@ -23,14 +23,13 @@ from data.glue import BINARY, ENTAILMENT
 class SuperGlueTask(Task):
     """A task in JSON lines.
 
-    text_keys: the members that make up the input, for tasks whose cast is just that.
     values, answers: the labels as data files and as the leaderboard spell them, in the order of
         `labels`; the labels themselves if empty.
     """
 
     suite = "superglue"
     suite_folders = ("superglue", "super_glue", "SuperGLUE")
-    text_keys: tuple[str, ...] = ("premise", "hypothesis")
+    text_columns: tuple[str, ...] = ("premise", "hypothesis")
     label_key = "label"
     values: tuple[Union[int, bool], ...] = ()
     answers: tuple[int, ...] = ()
@@ -46,11 +45,16 @@ class SuperGlueTask(Task):
 
         return Split(*collect(read_lines(path), cast, skip_bad_rows))
 
+    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+        """Return the examples of one row: MultiRC and ReCoRD may have several."""
+        unlabelled = {key: value for key, value in row.items() if key != self.label_key}
+        return self._examples(unlabelled, _index(unlabelled, number))
+
     def _examples(self, row: dict[str, Any], index: int) -> list[Example]:
         return [Example(index, self._inputs(row), self._label(row))]
 
     def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
-        return (tuple(member(row, key, str).strip() for key in self.text_keys),)
+        return (tuple(member(row, key, str).strip() for key in self.text_columns),)
 
     def _label(self, row: dict[str, Any]) -> Optional[int]:
         value = row.get(self.label_key)
@@ -110,7 +114,7 @@ class BoolQ(SuperGlueTask):
     labels = ("false", "true")
     folders = ("BoolQ", "superglue_boolq")
     files = three_files(".jsonl", 9427, 3270, 3245, "val")
-    text_keys = ("passage", "question")
+    text_columns = ("passage", "question")
     values = (False, True)
 
 
@@ -136,6 +140,7 @@ class COPA(SuperGlueTask):
     labels = BINARY
     folders = ("COPA", "superglue_copa")
     files = three_files(".jsonl", 400, 100, 500, "val")
+    text_columns = ()
     values = answers = (0, 1)
 
     def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -168,6 +173,7 @@ class WiC(SuperGlueTask):
     labels = ("false", "true")
     folders = ("WiC", "superglue_wic")
     files = three_files(".jsonl", 5428, 638, 1400, "val")
+    text_columns = ()
     values = (False, True)
 
     def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -189,6 +195,7 @@ class WSC(SuperGlueTask):
     labels = ("False", "True")
     folders = ("WSC", "superglue_wsc")
     files = three_files(".jsonl", 554, 104, 146, "val")
+    text_columns = ()
     values = (False, True)
 
     def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -204,7 +211,7 @@ class AXb(SuperGlueTask):
     labels = ENTAILMENT
     folders = ("AX-b", "superglue_ax_b")
     files = (File("test", "AX-b.jsonl", 1104),)
-    text_keys = ("sentence1", "sentence2")
+    text_columns = ("sentence1", "sentence2")
     measures = (metrics.matthews,)
     headline = ("matthews",)
     model_task = "SuperGLUERTE"
@@ -242,6 +249,7 @@ class MultiRC(SuperGlueTask):
     labels = BINARY
     folders = ("MultiRC", "superglue_multirc")
     files = three_files(".jsonl", 27243, 4848, 9693, "val")
+    text_columns = ()
     headline = ("f1a", "exact_match")
     counts_from_zero = False
     values = answers = (0, 1)
@@ -342,6 +350,7 @@ class ReCoRD(SuperGlueTask):
     labels = BINARY
     folders = ("ReCoRD", "superglue_record")
     files = three_files(".jsonl", 100730, 10000, 10000, "val")
+    text_columns = ()
     label_key = "answers"
     headline = ("f1", "exact_match")
     counts_from_zero = False
@@ -353,14 +362,18 @@ class ReCoRD(SuperGlueTask):
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
         def cast(line: Line) -> list[Example]:
             """Return the examples of one passage."""
-            queries = _queries(parse_object(line.content))
+            row = parse_object(line.content)
+            queries = _queries(row)
             if split not in self.test and not all(query.answers for query in queries):
                 raise BadRowError("has a query without answers")
             if split == self.train:
                 return [e for query in queries for e in _balanced(query, seed)]
-            return [e for query in queries for e in _candidates(query, query.entities)]
+            return self._examples(row, line.number)
 
         return Split(*collect(read_lines(path), cast, skip_bad_rows))
+
+    def _examples(self, row: dict[str, Any], index: int) -> list[Example]:
+        return [e for query in _queries(row) for e in _candidates(query, query.entities)]
 
     def _chosen(self, examples: Sequence[Example], scores: np.ndarray) -> dict[int, Example]:
         """Return the best candidate of each query; the first one of equals."""
