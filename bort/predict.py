@@ -37,7 +37,6 @@ from data.tasks import get_task
 
 MASK = "<mask>"
 PLACEHOLDER = "@placeholder"
-RUNTIMES = ("mxnet", "mxnet-int8", "onnx", "onnx-int8")
 WORDS = 5  # for each mask
 BATCH = 32
 # Inputs that are read, sorted by length and scored before any of them is answered.
@@ -98,6 +97,7 @@ def predict(
     inputs: texts, sequences of texts (of a pair; of a choice the common text and the options; of
         ReCoRD passage, query with "@placeholder" and the candidates) or rows of the task's
         official files as dictionaries.
+    runtime: one of `bort.runtime.RUNTIMES`.
     Raises `UserError` for a path that holds no classifier, a wrong task, and a wrong input.
     """
     if isinstance(model, str):
@@ -187,7 +187,7 @@ class Question(NamedTuple):
 class Classifier:
     """A loaded classifier.
 
-    card: what it is (bort.saved_model.Card). runtime: scores token ids (bort.runtime.Runtime).
+    card: what it is (bort.saved_model.Card). runtime: a bort.runtime.Runtime.
     task: the task of its card, or one that is predicted with it; None for a model of no task.
     """
 
@@ -249,8 +249,7 @@ class Classifier:
         least = self.fields
         if len(texts) < least or (len(texts) > least and kind != "candidates"):
             raise BadRowError(
-                f"has {len(texts)} text{'s'[: len(texts) != 1]}, where {least} belong"
-                f"{'s'[: least == 1]}, with a tab between them"
+                f"holds {len(texts)} instead of {least} (texts have a tab between them)"
             )
         if not all(texts):
             raise BadRowError(f"has an empty text (number {texts.index('') + 1})")
@@ -298,22 +297,6 @@ class Classifier:
         return Answer(question.names[best], values[best], dict(zip(question.names, values)))
 
 
-class Network:
-    """The runtime that MXNet is by itself."""
-
-    def __init__(self, network: Any) -> None:
-        """Take a BortClassifier."""
-        network.hybridize()
-        self._network = network
-
-    def scores(self, ids: np.ndarray, valid_length: np.ndarray) -> np.ndarray:
-        """Return the scores [n, outputs] of token ids [n, length]."""
-        from mxnet import nd
-
-        arrays = (nd.array(one, dtype="float32") for one in (ids, valid_length))
-        return self._network(*arrays).asnumpy()
-
-
 def _query(uid: Any) -> int:
     return uid[0]
 
@@ -345,6 +328,7 @@ def load_classifier(
     Raises `UserError` when there is none, and for another task than the model's.
     """
     from bort import saved_model, teacher
+    from bort.runtime import load_runtime, runtime_of
 
     found = teacher.parameter_file(path)
     card = saved_model.read_card(found)
@@ -354,21 +338,23 @@ def load_classifier(
             "finetune_classifier.py, or give --fill_mask"
         )
     asked = _task(path, card, task)
-    if runtime == "mxnet":
+    if runtime == "mxnet":  # loads the tokenizer beside the parameters, at the same time
         network, card, tokenizer = saved_model.load_model(found)
-        return Classifier(card, _present(tokenizer, path), Network(network), asked, batch_size)
-    from bort.runtime import load_runtime
-
-    folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
-    tokenizer = _present(load_tokenizer_folder(folder), path)
-    return Classifier(card, tokenizer, load_runtime(found, runtime), asked, batch_size)
+        loaded = runtime_of(network, runtime)
+    else:
+        tokenizer = load_tokenizer_folder(os.path.join(os.path.dirname(found), TOKENIZER_FOLDER))
+        loaded = load_runtime(found, runtime)
+    return Classifier(card, _present(tokenizer, path), loaded, asked, batch_size)
 
 
 def _task(path: str, card: Any, name: Optional[str]) -> Optional[Task]:
     """Return the task to read rows of; raises `UserError` when the model is not of it."""
     if not (name or card.task):
         return None
-    task = get_task(name or card.task, race_cast=card.race_cast or "choices")
+    try:
+        task = get_task(name or card.task, race_cast=card.race_cast or "choices")
+    except UserError as error:
+        raise UserError(str(error).replace("--task_name", "--task")) from None
     if card.task not in (task.name, task.model_task):
         raise UserError(f"--task {task.name}: {path} is a model of {card.task or 'no task'}")
     return task
@@ -435,8 +421,10 @@ class MaskFiller:
         words = []
         for index in best.tolist():
             token = self.tokenizer.tokens([index])[0]
-            text = self.tokenizer.decode([index]).strip() or token
-            words.append(Word(text, token, float(probabilities[index])))
+            text = self.tokenizer.decode([index]).strip()
+            # A token of blanks or of a part of a character is shown as it is spelt.
+            readable = text and "\ufffd" not in text
+            words.append(Word(text if readable else token, token, float(probabilities[index])))
         return tuple(words)
 
 

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Optional, Sequence
 from bort.config import option, parse, required
 from bort.errors import UserError, door
 from bort.prediction_files import INPUT_FORMATS, OUTPUT_FORMATS
+from bort.runtime import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,17 @@ class PredictSettings:
         "tsv", "of the answers: label and probability, or JSON lines", choices=OUTPUT_FORMATS
     )
     fill_mask: bool = option(False, "five words for each <mask>, from a pretrained model")
+    runtime: str = option(
+        "mxnet", "int8 ones are made by scripts/quantize.py first", choices=RUNTIMES
+    )
     batch_size: int = option(32, "inputs in one forward pass", minimum=1)
 
     def check(self) -> None:
         """Raise `UserError` for flags that do not go together."""
         if self.fill_mask and self.task:
             raise UserError("--fill_mask: a pretrained model is of no task; leave --task out")
+        if self.fill_mask and self.runtime != "mxnet":
+            raise UserError(f"--runtime {self.runtime}: --fill_mask runs in mxnet alone")
 
 
 @door
@@ -71,7 +77,9 @@ def load(settings: PredictSettings) -> Any:
 
     if settings.fill_mask:
         return load_mask_filler(settings.model_parameters, settings.batch_size)
-    return load_classifier(settings.model_parameters, settings.task, batch_size=settings.batch_size)
+    return load_classifier(
+        settings.model_parameters, settings.task, settings.runtime, settings.batch_size
+    )
 
 
 def answer_lines(settings: PredictSettings, predictor: Any, lines: Any, output: BinaryIO) -> int:
