@@ -203,12 +203,18 @@ def json_line(number: int, found: Found) -> str:
     """Return an answer as a JSON object with the number of the line that it answers."""
     content: dict[str, Any] = {"line": number}
     if not isinstance(found, Answer):
-        words = [{"word": w.text, "token": w.token, "probability": w.probability} for w in found]
-        content.update(words=words)
+        content["words"] = [
+            {"word": word.text, "token": word.token, "probability": _digits(word.probability)}
+            for word in found
+        ]
     elif found.label is None:
-        content.update(score=found.value)
+        content["score"] = _digits(found.value)
     else:
-        content.update(
-            label=found.label, probability=found.value, probabilities=dict(found.probabilities)
-        )
+        content["label"], content["probability"] = found.label, _digits(found.value)
+        content["probabilities"] = {n: _digits(p) for n, p in found.probabilities.items()}
     return json.dumps(content, ensure_ascii=False)
+
+
+def _digits(value: float) -> float:
+    """Round to six digits: float32 has no more."""
+    return float(f"{value:.6g}")
