@@ -106,6 +106,19 @@ def test_a_pretraining_run_is_a_saved_model(tmp_path, where):
     np.testing.assert_array_equal(loaded.network.word_embed[0].weight.data().asnumpy(), expected)
 
 
+def test_loading_draws_no_random_numbers(tmp_path, tokenizer):
+    card = card_of(tokenizer, extra_layer=True)
+    save_model(str(tmp_path / "best.params"), build_network(card), card, tokenizer)
+    mx.random.seed(3)
+    expected = nd.random.uniform(shape=4).asnumpy()
+    mx.random.seed(3)
+    load_model(str(tmp_path))
+    np.testing.assert_array_equal(nd.random.uniform(shape=4).asnumpy(), expected)
+    empty = build_network(card, draw=False)
+    ours = (name for name in empty.collect_params() if not name.endswith("gamma"))
+    assert not any(empty.collect_params()[name].data().asnumpy().any() for name in ours)
+
+
 def test_what_is_no_saved_model_is_refused(tmp_path, tokenizer):
     card = card_of(tokenizer)
     path = tmp_path / "best.params"

@@ -223,6 +223,18 @@ def test_decode_leaves_special_tokens_out(tokenizer):
     assert tokenizer.decode(np.array(ids)) == "a flame"
 
 
+def test_only_spaces_begin_words_of_a_text_that_goes_on(tokenizer, sample):
+    """What follows a token has no mark of a beginning, as in running text."""
+    for text in ("ing of the boat", ".", "", " and", " "):
+        ids = tokenizer.encode_continued(text)
+        if text.strip():
+            assert tokenizer.word_starts[ids[0]] == text.startswith(" ")
+            whole = np.concatenate([tokenizer.encode("boat"), ids])
+            assert tokenizer.decode(whole) == f"boat{text}"
+    assert sample.tokens(sample.encode_continued(".")) == ["."]
+    assert sample.tokens(sample.encode(".")) == ["▁", "."]
+
+
 def test_lone_surrogates_count_as_the_replacement_character(tokenizer):
     assert np.array_equal(tokenizer.encode("a\ud800b"), tokenizer.encode("a\ufffdb"))
     joined = tokenizer.encode_sentences(["a\ud83d", "b"])
