@@ -18,6 +18,7 @@ import numpy as np
 from mxnet import nd
 from mxnet.gluon import HybridBlock, nn
 
+from bort.encoder import Cut, backward, encode_embedding, runs_on_cpu
 from bort.errors import UserError
 
 MAX_LENGTH = 512
@@ -218,26 +219,34 @@ def initialize(model: HybridBlock, ctx: Any, draw: bool = True) -> None:
         ids = mx.nd.zeros((1, 1), ctx=device)
         lengths = mx.nd.ones((1,), ctx=device)
         if isinstance(model, nlp.model.BERTModel):
-            encode(model, ids, lengths)
+            # GluonNLP's own way: ours asks for parameters that have their shapes.
+            sequence = model._encode_sequence(ids, [], lengths)[0]
             if model._use_decoder:
                 positions = mx.nd.zeros((1,), ctx=device)
-                decode(model, masked_hidden(model, encode(model, ids, lengths), positions))
+                decode(model, masked_hidden(model, sequence, positions))
         else:
             model(ids, lengths)
 
 
 def encode(model: nlp.model.BERTModel, ids: Any, valid_length: Any) -> Any:
-    """Encode token ids [batch, length] to [batch, length, hidden]; Bort and RoBERTa alike."""
+    """Encode token ids [batch, length] to [batch, length, hidden]; Bort and RoBERTa alike.
+
+    `valid_length` [batch] is of the model's type.
+    """
     check_length(model, ids)
+    if runs_on_cpu(ids):
+        return encode_embedding(model.encoder, model.word_embed(ids), valid_length)
     return model._encode_sequence(ids, [], valid_length)[0]
 
 
 class EmbeddingRows:
-    """The rows of a model's word embedding that one batch uses, as a leaf of the graph.
+    """A model's encoder for one batch, differentiated by hand where autograd is slow on a CPU.
 
-    The gradient of the whole matrix with respect to a batch's tokens is all zeros but for these
-    rows. Left to autograd it is a second matrix of the vocabulary's size, filled, added to that of
-    the tied decoder and thrown away at every step: with 50,265 tokens, three times 206 MB.
+    The gradient of the word embedding with respect to a batch's tokens is all zeros but for the
+    rows of these tokens. Left to autograd it is a second matrix of the vocabulary's size, filled,
+    added to that of the tied decoder and thrown away at every step: with 50,265 tokens, three times
+    206 MB. Here the rows are a leaf of the graph. The other places are LayerNorms: see
+    bort.encoder.
     """
 
     def __init__(self, model: nlp.model.BERTModel, ids: Any) -> None:
@@ -249,16 +258,21 @@ class EmbeddingRows:
         self.places = nd.array(places.reshape(ids.shape), ctx=ids.context, dtype="int32")
         self.table = self._parameter.data(ids.context).take(self._rows)
         self.table.attach_grad()
+        self.cuts: list[Cut] = []
 
-    def add_gradient(self) -> None:
-        """Add the gradient of the rows, after a backward pass, to that of the matrix."""
+    def backward(self, loss: Any) -> None:
+        """Differentiate a loss [1] that was recorded from `encode_rows` on."""
+        backward(loss, self.cuts)
         gradient = self._parameter.grad(self._context)
         gradient[self._rows] = gradient.take(self._rows) + self.table.grad
 
 
 def encode_rows(model: nlp.model.BERTModel, rows: EmbeddingRows, valid_length: Any) -> Any:
-    """Do what `encode` does, with the word embeddings of `rows`: [batch, length, hidden]."""
-    embedding = rows.table.take(rows.places).transpose((1, 0, 2))
+    """Do what `encode` does, to be differentiated by `rows.backward`: [batch, length, hidden]."""
+    embedding = rows.table.take(rows.places)
+    if runs_on_cpu(embedding):
+        return encode_embedding(model.encoder, embedding, valid_length, rows.cuts)
+    embedding = embedding.transpose((1, 0, 2))
     return model.encoder(embedding, valid_length=valid_length)[0].transpose((1, 0, 2))
 
 

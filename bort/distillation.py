@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mxnet import nd
+from mxnet import autograd, nd
 
 
 class LossParts(NamedTuple):
@@ -31,10 +31,28 @@ def distillation_kl(student_logits: Any, teacher_logits: Any, temperature: float
 
     Summed over the vocabulary: logits [n, vocabulary]. The factor T^2 keeps the size of the
     gradient independent of the temperature (Hinton et al., Distilling the Knowledge, section 2).
+    The gradient of the student's logits is known, T * (student - teacher), and is not left to
+    autograd, which would go over the vocabulary four more times; the teacher gets none.
     """
-    teacher = nd.log_softmax(teacher_logits, axis=-1, temperature=temperature)
-    student = nd.log_softmax(student_logits, axis=-1, temperature=temperature)
-    return temperature**2 * nd.sum(nd.exp(teacher) * (teacher - student), axis=-1)
+    recording = autograd.is_recording()
+    with autograd.pause():
+        # Divided beforehand: MXNet's own softmax with a temperature is a slow one.
+        student, teacher = (one / temperature for one in (student_logits, teacher_logits))
+        probabilities = nd.softmax(teacher, axis=-1)
+        terms = nd.log_softmax(teacher, axis=-1) - nd.log_softmax(student, axis=-1)
+        divergence = temperature**2 * _row_products(terms, probabilities)
+        if not recording:
+            return divergence
+        gradient = temperature * (nd.softmax(student, axis=-1) - probabilities)
+    # Linear in the logits with that slope; what it adds to the value is 0.
+    tangent = _row_products(student_logits, gradient)
+    return divergence + (tangent - tangent.detach())
+
+
+def _row_products(first: Any, second: Any) -> Any:
+    """Return the sums of products [n] of two [n, m]: MXNet's sum along an axis is slow."""
+    products = nd.batch_dot(first.expand_dims(1), second.expand_dims(2))
+    return products.reshape((-1,))
 
 
 def distillation_loss(

@@ -187,8 +187,7 @@ class FineTuning(Training):
                 scores = class_scores(self.network, batch, kind, rows)
                 loss = classification_loss(scores, batch.labels, kind).sum()
                 scaled = self._scaled(loss)
-            scaled.backward()
-            rows.add_gradient()
+            rows.backward(scaled)
             right = (scores.argmax(axis=-1) == batch.labels).sum()
             self._interval.add(nd.concat(loss, right, dim=0), len(batch.labels), tokens)
 

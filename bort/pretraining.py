@@ -103,8 +103,7 @@ class Pretraining(Training):
                     settings.distillation_temperature,
                 )
                 scaled = self._scaled(parts.total)
-            scaled.backward()
-            rows.add_gradient()
+            rows.backward(scaled)
             correct = correct_predictions(logits, batch.labels)
             square = nd.zeros_like(correct)
             if settings.log_teacher_mse and teacher_logits is not None:

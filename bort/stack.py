@@ -27,7 +27,7 @@ _NUMPY_ALIASES = {
     "str": str,
 }
 # From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 # Libraries that only wrap others or need packages outside the set MXNet links to.
 _NOT_NEEDED = ("libOpenCL", "libnvblas", "libcufftw", "libcusolverMg")
 
@@ -85,10 +85,12 @@ def keep_freed_memory() -> None:
     """Let glibc keep what MXNet frees on a CPU, instead of returning it to the system.
 
     MXNet frees every large buffer and takes it anew at the next step; the kernel then fills it with
-    zeros first, which cost a training step of Bort a tenth of its time.
+    zeros first, which cost a training step of Bort a tenth of its time. The arenas of single
+    threads return large buffers whatever the two thresholds say, hence one arena for all.
     """
     with suppress(OSError, AttributeError):  # another C library has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 

@@ -1,0 +1,157 @@
+"""The encoder of GluonNLP's BERTModel once more, for CPUs: the same parameters, the same values.
+
+On a CPU, MXNet 1.9.1 takes ten times as long for the gradient of LayerNorm as the arithmetic needs,
+and long for the softmax that knows lengths and for the attention over interleaved heads that
+GluonNLP 0.10.0 is built of. Here LayerNorm has a gradient of matrix products, and attention is made
+of operators that oneDNN computes. RESULTS.md has the times.
+
+Not by `autograd.Function`: in MXNet 1.9.1 it loses gradients that are to be added to others, and
+hangs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Sequence
+
+import gluonnlp as nlp
+from mxnet import autograd, nd
+
+# Added to the scores of padding: its exponential is 0.
+HIDDEN = -1e30
+
+
+def runs_on_cpu(array: Any) -> bool:
+    """Tell whether these functions are for an array: not for symbols and for those of a GPU."""
+    return isinstance(array, nd.NDArray) and array.context.device_type != "gpu"
+
+
+def encode_embedding(
+    encoder: nlp.model.BERTEncoder,
+    embedding: Any,
+    valid_length: Any,
+    cuts: list[Cut] | None = None,
+) -> Any:
+    """Encode word embeddings [batch, length, units]; returns the same shape.
+
+    `valid_length` [batch] is of the embeddings' type; positions at and beyond it come out zero.
+    With `cuts` the recorded graph is cut at every LayerNorm; `backward` differentiates it.
+    """
+    batch, length, units = embedding.shape
+    positions = encoder.position_weight.data(embedding.context)[:length]
+    # An outer product repeats them: MXNet's broadcast sums its gradient slowly.
+    ones = nd.ones((batch, 1), ctx=embedding.context, dtype=embedding.dtype)
+    repeated = nd.dot(ones, positions.reshape((1, -1)))
+    rows = (embedding.reshape((-1,)) + repeated.reshape((-1,))).reshape((-1, units))
+    rows = layer_norm(encoder.layer_norm, nd.Dropout(rows, p=encoder._dropout), cuts)
+    mask = hide_padding(valid_length, length)
+    for cell in encoder.transformer_cells:
+        attended = dense(cell.proj, self_attention(cell.attention_cell, rows, mask))
+        attended = nd.Dropout(attended, p=cell._dropout)
+        rows = layer_norm(cell.layer_norm, attended + rows, cuts)
+        inner = nd.LeakyReLU(dense(cell.ffn.ffn_1, rows), act_type="gelu")
+        outer = nd.Dropout(dense(cell.ffn.ffn_2, inner), p=cell.ffn._dropout)
+        rows = layer_norm(cell.ffn.layer_norm, outer + rows, cuts)
+    sequence = rows.reshape((batch, length, units))
+    return nd.SequenceMask(sequence, valid_length, use_sequence_length=True, axis=1)
+
+
+def hide_padding(valid_length: Any, length: int) -> Any:
+    """Return what is added to attention scores, [batch, length]: 0, for padding -1e30."""
+    places = nd.arange(length, ctx=valid_length.context, dtype=valid_length.dtype)
+    return HIDDEN * nd.broadcast_greater_equal(
+        places.reshape((1, -1)), valid_length.reshape((-1, 1))
+    )
+
+
+def self_attention(cell: Any, rows: Any, mask: Any) -> Any:
+    """Attend within each sequence: rows [batch * length, units], mask [batch, length].
+
+    `cell` is GluonNLP's DotProductSelfAttentionCell; returns [batch * length, units] before the
+    output projection.
+    """
+    batch, length = mask.shape
+    heads = cell._num_heads
+    width = cell.units // heads
+
+    def project(name: str, scale: float = 1.0) -> Any:
+        weight, bias = (
+            getattr(cell, f"{name}_{kind}").data(rows.context) for kind in ("weight", "bias")
+        )
+        values = nd.FullyConnected(rows, weight, bias, num_hidden=cell.units) * scale
+        return (
+            values.reshape((batch, length, heads, width))
+            .transpose((0, 2, 1, 3))
+            .reshape((-3, 0, 0))
+        )
+
+    scores = nd.batch_dot(project("query", width**-0.5), project("key"), transpose_b=True)
+    scores = nd.broadcast_add(scores, mask.repeat(heads, axis=0).expand_dims(1))
+    weights = nd.Dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
+    values = nd.batch_dot(weights, project("value")).reshape((batch, heads, length, width))
+    return values.transpose((0, 2, 1, 3)).reshape((batch * length, cell.units))
+
+
+def dense(layer: Any, rows: Any) -> Any:
+    """Apply a Gluon Dense layer, without its activation, to rows [n, in]; returns [n, out]."""
+    weight, bias = (one.data(rows.context) for one in (layer.weight, layer.bias))
+    return nd.FullyConnected(rows, weight, bias, num_hidden=layer._units)
+
+
+class Cut(NamedTuple):
+    """A LayerNorm at which the graph is cut: its gradient is not left to autograd."""
+
+    layer: Any
+    rows: Any  # [n, units], the end of the graph before the cut
+    normalised: Any  # [n, units], a leaf of the graph behind it
+    mean: Any
+    deviation: Any
+
+
+def layer_norm(layer: Any, rows: Any, cuts: list[Cut] | None = None) -> Any:
+    """Apply a Gluon LayerNorm to rows [n, units]; with `cuts`, cut the graph that is recorded."""
+    gamma, beta = (one.data(rows.context) for one in (layer.gamma, layer.beta))
+    if cuts is None or not autograd.is_recording():
+        return nd.LayerNorm(rows, gamma, beta, axis=-1, eps=layer._epsilon)
+    with autograd.pause():
+        normalised, mean, deviation = nd.LayerNorm(
+            rows, gamma, beta, axis=-1, eps=layer._epsilon, output_mean_var=True
+        )
+    normalised.attach_grad()
+    cuts.append(Cut(layer, rows, normalised, mean, deviation))
+    return normalised
+
+
+def backward(loss: Any, cuts: Sequence[Cut]) -> None:
+    """Differentiate a loss whose graph was cut, from the last cut to the first."""
+    loss.backward()
+    for cut in reversed(cuts):
+        cut.rows.backward(_through_layer_norm(cut))
+
+
+def _through_layer_norm(cut: Cut) -> Any:
+    """Return the gradient of a cut's rows [n, units]; adds those of gamma and beta to theirs.
+
+    With x the normalised rows, s the deviation and g = gradient * gamma it is
+    (g - mean(g) - x * mean(g * x)) / s (Ba et al., Layer Normalization).
+    Sums are products with ones: MXNet's own sums along an axis are slow.
+    """
+    gradient, gamma = cut.normalised.grad, cut.layer.gamma.data(cut.rows.context)
+    count, units = cut.rows.shape
+    inverse = 1 / cut.deviation.reshape((-1, 1))
+    x = nd.broadcast_mul(nd.broadcast_sub(cut.rows, cut.mean.reshape((-1, 1))), inverse)
+    product = gradient * x
+    ones = nd.ones((1, count), ctx=gradient.context, dtype=gradient.dtype)
+    _add_gradient(cut.layer.gamma, nd.dot(ones, product).reshape((-1,)))
+    _add_gradient(cut.layer.beta, nd.dot(ones, gradient).reshape((-1,)))
+    shares = gamma.reshape((-1, 1)) / units
+    mean_g, mean_gx = nd.dot(gradient, shares), nd.dot(product, shares)
+    g = nd.broadcast_mul(gradient, gamma.reshape((1, -1)))
+    inner = nd.broadcast_sub(g, mean_g) - nd.broadcast_mul(x, mean_gx)
+    return nd.broadcast_mul(inner, inverse)
+
+
+def _add_gradient(parameter: Any, gradient: Any) -> None:
+    if parameter.grad_req == "write":
+        parameter.grad(gradient.context)[:] = gradient
+    elif parameter.grad_req == "add":
+        parameter.grad(gradient.context)[:] += gradient
