@@ -58,8 +58,8 @@ def test_losses_at_a_fixed_seed(data, tmp_path):
     run = make_run(data, ckpt_dir=tmp_path, data_eval=data / "test", seed=7, **teacher_flags(data))
     evaluations = run.run()
     losses = [line["loss"] for line in metrics(tmp_path) if line["phase"] == "train"]
-    assert losses == pytest.approx([0.76928, 0.68946, 0.71827, 0.63422], rel=1e-3)
-    assert [line["kl"] for line in evaluations] == pytest.approx([0.75288, 0.48273], rel=1e-3)
+    assert losses == pytest.approx([0.75256, 0.78114, 0.66820, 0.61454], rel=1e-3)
+    assert [line["kl"] for line in evaluations] == pytest.approx([0.75291, 0.44696], rel=1e-3)
 
 
 def numpy_evaluation(run, shards) -> dict[str, float]:
@@ -273,7 +273,13 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(data, tmp_path)
 
 
 def test_a_resumed_run_remembers_its_best(data, tmp_path):
-    flags = {"data_eval": data / "test", "eval_interval": 2, "keep_checkpoints": 1, "lr": 0.5}
+    flags = {
+        "data_eval": data / "test",
+        "eval_interval": 2,
+        "keep_checkpoints": 1,
+        "lr": 0.5,
+        "seed": 1,
+    }
     finished_run(data, ckpt_dir=tmp_path / "undisturbed", **flags)
     run_killed_at(data, tmp_path / "resumed", 11, **flags)
     finished_run(data, ckpt_dir=tmp_path / "resumed", resume=True, **flags)
