@@ -113,7 +113,7 @@ def closing_table(metrics_path: str) -> str:
     if training:
         speed = statistics.median(record["tokens_per_second"] for record in training)
         rows.append(f"{'tokens/s (median)':<20}{'':>12}{speed:>12,.0f}")
-        # The last line has none when it ends a shorter interval.
+        # A run that an earlier version began may have lines without.
         shares = dict.fromkeys(n for record in training for n in record if n.endswith("_share"))
         for name in shares:
             share = statistics.median(record[name] for record in training if name in record)

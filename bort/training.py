@@ -236,7 +236,7 @@ class Training(abc.ABC):
                     commit()
                 self.train_step(batches)
                 stop = self._stop_agreed()
-                if self.step % run.log_interval == 0 or self.step == self.last_step:
+                if self._log_due(self.step):
                     self._log()
                 best = False
                 if self._evaluation_due():
@@ -288,7 +288,7 @@ class Training(abc.ABC):
 
     def train_step(self, batches: Iterator[MicroBatch]) -> None:
         """Make one update from the next micro-batches."""
-        self._timer.measured = (self.step + 1) % self.settings.run.log_interval == 0
+        self._timer.measured = self._log_due(self.step + 1)
         numbers = self._numbers(self.position)
         self._clear_gradients(numbers)
         count = 0
@@ -349,6 +349,10 @@ class Training(abc.ABC):
 
     def _finished(self) -> bool:
         return self.step >= self.last_step
+
+    def _log_due(self, step: int) -> bool:
+        """Tell whether a metric line follows a step, which is then measured phase by phase."""
+        return step % self.settings.run.log_interval == 0 or step == self.last_step
 
     def _stop_agreed(self) -> bool:
         """Tell whether any rank was asked to stop: all have to leave after the same step."""

@@ -249,6 +249,18 @@ def test_the_run_leaves_its_settings_metrics_and_checkpoints(data, tmp_path):
     assert [step for phase, step in lines if phase == "eval"] == [0, 6, 12, 18, 20]
 
 
+def test_every_metric_line_says_where_the_time_went(data, tmp_path):
+    finished_run(data, ckpt_dir=tmp_path, num_steps=12, log_interval=5, **teacher_flags(data))
+    written = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in map(json.loads, written) if line["phase"] == "train"]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    phases = ("data", "teacher", "student", "communication", "update")
+    for line in lines:
+        shares = [line[f"{phase}_share"] for phase in phases]
+        assert sum(shares) == pytest.approx(1)
+        assert min(shares) >= 0
+
+
 def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(data, tmp_path):
     from bort import checkpoint
 
