@@ -9,6 +9,7 @@ Interrupted, the same command goes on where it stopped. Under horovodrun the ran
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bort.training import devices_of
 
     (settings,) = parse(str(__doc__), argv, CacheSettings)
+    start = time.perf_counter()
     communicator = communicator_of_environment()
     sets = _shards(settings.data)
     teacher = load_teacher(
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings.batch_size,
         communicator,
     )
-    return _report(settings.output_dir, entries, communicator.rank)
+    return _report(settings.output_dir, entries, communicator.rank, time.perf_counter() - start)
 
 
 def _shards(folders: str) -> list[ShardSet]:
@@ -69,7 +71,7 @@ def _shards(folders: str) -> list[ShardSet]:
     return sets
 
 
-def _report(folder: str, entries: list[ShardEntry], rank: int) -> int:
+def _report(folder: str, entries: list[ShardEntry], rank: int, seconds: float) -> int:
     from bort.teacher_cache import rows_path
 
     size = sum(os.path.getsize(rows_path(folder, entry)) for entry in entries)
@@ -77,7 +79,7 @@ def _report(folder: str, entries: list[ShardEntry], rank: int) -> int:
     if rank == 0:
         print(
             f"{folder}: {size / 1e6:,.1f} MB for {sequences:,} sequences, "
-            f"{size / sequences / 1e3:,.1f} MB per 1,000"
+            f"{size / sequences / 1e3:,.1f} MB per 1,000; {seconds:,.1f} s"
         )
     return size
 

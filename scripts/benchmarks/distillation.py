@@ -50,11 +50,31 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
         if settings.stock_only:
             _answer_with_stock_steps(settings)
             return {}
-        with contextlib.ExitStack() as stack:
-            ways = _ways(settings, folder, stack)
-            seconds = _measure(ways, settings.repeats)
+        shards = os.path.join(folder, "shards")
+        write_random_shards(shards, settings)
+        medians: dict[str, float] = {}
+        # One teacher after the other: memory does not hold all of them several times.
+        for teacher in settings.teachers.split(","):
+            medians.update(_compare(teacher, shards, folder, settings))
+    return medians
+
+
+def _compare(
+    teacher: str, shards: str, folder: str, settings: DistillationBenchmarkSettings
+) -> dict[str, float]:
+    """Measure all ways with and without one teacher, and print their table."""
+    with contextlib.ExitStack() as stack:
+        ways, building = _ways(teacher, shards, folder, settings, stack)
+        seconds = _measure(ways, settings.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     _print_table(medians, seconds, settings)
+    live, cached = (medians[f"ours, {teacher} {kind}"] for kind in ("live", "cached"))
+    epoch = (live - cached) * SEQUENCES / settings.batch_size
+    print(
+        f"{teacher}'s cache: {building / SEQUENCES:.2f} s to build and "
+        f"{(live - cached) / settings.batch_size:.2f} s saved in an epoch, for each sequence: "
+        f"pays after {building / epoch:.1f} epochs\n"
+    )
     return medians
 
 
@@ -68,34 +88,30 @@ def _measure(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, li
 
 
 def _ways(
-    settings: DistillationBenchmarkSettings, folder: str, stack: contextlib.ExitStack
-) -> dict[str, Callable[[], float]]:
-    shards = os.path.join(folder, "shards")
-    write_random_shards(shards, settings)
-    ways = {
-        "original, no teacher": timed(StockStep(settings, None)),
-        "original, no teacher, default threads": stack.enter_context(
-            _on_default_threads("none", settings)
-        ),
-        "ours, no teacher": timed(_our_step(settings, shards, folder, [])),
+    teacher: str,
+    shards: str,
+    folder: str,
+    settings: DistillationBenchmarkSettings,
+    stack: contextlib.ExitStack,
+) -> tuple[dict[str, Callable[[], float]], float]:
+    """Return all ways to make a step, and the seconds it took to build the teacher's cache."""
+    weights = os.path.join(folder, f"{teacher}.params")
+    cache = os.path.join(folder, f"cache-{teacher}")
+    flags = ["--teacher_model", teacher, "--teacher_ckpt_dir", weights]
+    _write_teacher(teacher, weights, settings)
+    building = _build_cache(shards, cache, teacher, weights)
+    steps = {
+        "original, no teacher": StockStep(settings, None),
+        "ours, no teacher": _our_step(settings, shards, folder, []),
+        f"original, {teacher}": StockStep(settings, teacher),
+        f"ours, {teacher} live": _our_step(settings, shards, folder, flags),
+        f"ours, {teacher} cached": _our_step(settings, shards, folder, ["--teacher_cache", cache]),
     }
-    for teacher in settings.teachers.split(","):
-        weights = os.path.join(folder, f"{teacher}.params")
-        flags = ["--teacher_model", teacher, "--teacher_ckpt_dir", weights]
-        cache = os.path.join(folder, f"cache-{teacher}")
-        _write_teacher(teacher, weights, settings)
-        _build_cache(shards, cache, flags)
-        ways |= {
-            f"original, {teacher}": timed(StockStep(settings, teacher)),
-            f"original, {teacher}, default threads": stack.enter_context(
-                _on_default_threads(teacher, settings)
-            ),
-            f"ours, {teacher} live": timed(_our_step(settings, shards, folder, flags)),
-            f"ours, {teacher} cached": timed(
-                _our_step(settings, shards, folder, ["--teacher_cache", cache])
-            ),
-        }
-    return ways
+    ways = {name: timed(step) for name, step in steps.items()}
+    for name, stock in (("no teacher", "none"), (teacher, teacher)):
+        apart = stack.enter_context(_on_default_threads(stock, settings))
+        ways[f"original, {name}, default threads"] = apart
+    return ways, building
 
 
 def timed(step: Callable[[], None]) -> Callable[[], float]:
@@ -157,10 +173,23 @@ def _write_teacher(teacher: str, path: str, settings: DistillationBenchmarkSetti
     save_parameters(build_network(teacher, settings.vocab_size, mx.cpu()), path)
 
 
-def _build_cache(shards: str, cache: str, flags: list[str]) -> None:
-    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "build_teacher_cache.py")
-    argv = [sys.executable, script, "--data", shards, "--output_dir", cache, *flags]
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+def _build_cache(shards: str, cache: str, teacher: str, weights: str) -> float:
+    """Build a teacher's cache; returns the seconds it took, the loading of the teacher aside."""
+    import mxnet as mx
+
+    from bort.communicator import SingleProcess
+    from bort.teacher import load_teacher
+    from bort.teacher_cache import build_cache
+    from data.shards import open_shards
+
+    opened = open_shards(shards)
+    manifest = opened.manifest
+    network = load_teacher(
+        teacher, weights, manifest.vocab_size, manifest.tokenizer_fingerprint, [mx.cpu()]
+    )
+    start = time.perf_counter()
+    build_cache(cache, [opened], network, teacher, "float16", 16, SingleProcess())
+    return time.perf_counter() - start
 
 
 class StockStep:
@@ -201,7 +230,8 @@ class StockStep:
             loss = self.cross_entropy(logits, true.expand_dims(-1)).sum() / true.shape[1]
             figures = [loss]
             if self.teacher is not None:
-                teacher_logits = self.teacher(ids, lengths, positions)[1]
+                with autograd.pause():
+                    teacher_logits = self.teacher(ids, lengths, positions)[1]
                 student_soft = nd.softmax(logits, temperature=TEMPERATURE)
                 teacher_soft = nd.softmax(teacher_logits, temperature=TEMPERATURE)
                 divergence = self.divergence(student_soft, teacher_soft).sum() * TEMPERATURE**2
