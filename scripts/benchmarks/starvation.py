@@ -131,6 +131,8 @@ def _family(ancestor: int) -> set[Process]:
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="utf-8") as file:
             # The second field is the program's name in parentheses, with anything in it.
             fields = file.read().rpartition(")")[2].split()
+            if fields[0] == "Z":  # ended, not yet asked for its status
+                continue
             parents[int(name)] = int(fields[1])
             processes[int(name)] = Process(int(name), int(fields[19]))
     numbers = {ancestor}
