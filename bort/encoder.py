@@ -41,16 +41,16 @@ def encode_embedding(
     # An outer product repeats them: MXNet's broadcast sums its gradient slowly.
     ones = nd.ones((batch, 1), ctx=embedding.context, dtype=embedding.dtype)
     repeated = nd.dot(ones, positions.reshape((1, -1)))
-    rows = (embedding.reshape((-1,)) + repeated.reshape((-1,))).reshape((-1, units))
+    rows = nd.elemwise_add(embedding.reshape((-1,)), repeated.reshape((-1,))).reshape((-1, units))
     rows = layer_norm(encoder.layer_norm, nd.Dropout(rows, p=encoder._dropout), cuts)
     mask = hide_padding(valid_length, length)
     for cell in encoder.transformer_cells:
         attended = dense(cell.proj, self_attention(cell.attention_cell, rows, mask))
         attended = nd.Dropout(attended, p=cell._dropout)
-        rows = layer_norm(cell.layer_norm, attended + rows, cuts)
+        rows = layer_norm(cell.layer_norm, nd.elemwise_add(attended, rows), cuts)
         inner = nd.LeakyReLU(dense(cell.ffn.ffn_1, rows), act_type="gelu")
         outer = nd.Dropout(dense(cell.ffn.ffn_2, inner), p=cell.ffn._dropout)
-        rows = layer_norm(cell.ffn.layer_norm, outer + rows, cuts)
+        rows = layer_norm(cell.ffn.layer_norm, nd.elemwise_add(outer, rows), cuts)
     sequence = rows.reshape((batch, length, units))
     return nd.SequenceMask(sequence, valid_length, use_sequence_length=True, axis=1)
 
@@ -73,18 +73,15 @@ def self_attention(cell: Any, rows: Any, mask: Any) -> Any:
     heads = cell._num_heads
     width = cell.units // heads
 
-    def project(name: str, scale: float = 1.0) -> Any:
+    def project(name: str) -> Any:
         weight, bias = (
             getattr(cell, f"{name}_{kind}").data(rows.context) for kind in ("weight", "bias")
         )
-        values = nd.FullyConnected(rows, weight, bias, num_hidden=cell.units) * scale
-        return (
-            values.reshape((batch, length, heads, width))
-            .transpose((0, 2, 1, 3))
-            .reshape((-3, 0, 0))
-        )
+        values = nd.FullyConnected(rows, weight, bias, num_hidden=cell.units)
+        values = values.reshape((batch, length, heads, width))
+        return values.transpose((0, 2, 1, 3)).reshape((-3, 0, 0))
 
-    scores = nd.batch_dot(project("query", width**-0.5), project("key"), transpose_b=True)
+    scores = nd.batch_dot(project("query") * width**-0.5, project("key"), transpose_b=True)
     scores = nd.broadcast_add(scores, mask.repeat(heads, axis=0).expand_dims(1))
     weights = nd.Dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
     values = nd.batch_dot(weights, project("value")).reshape((batch, heads, length, width))
@@ -139,14 +136,14 @@ def _through_layer_norm(cut: Cut) -> Any:
     count, units = cut.rows.shape
     inverse = 1 / cut.deviation.reshape((-1, 1))
     x = nd.broadcast_mul(nd.broadcast_sub(cut.rows, cut.mean.reshape((-1, 1))), inverse)
-    product = gradient * x
+    product = nd.elemwise_mul(gradient, x)
     ones = nd.ones((1, count), ctx=gradient.context, dtype=gradient.dtype)
     _add_gradient(cut.layer.gamma, nd.dot(ones, product).reshape((-1,)))
     _add_gradient(cut.layer.beta, nd.dot(ones, gradient).reshape((-1,)))
     shares = gamma.reshape((-1, 1)) / units
     mean_g, mean_gx = nd.dot(gradient, shares), nd.dot(product, shares)
     g = nd.broadcast_mul(gradient, gamma.reshape((1, -1)))
-    inner = nd.broadcast_sub(g, mean_g) - nd.broadcast_mul(x, mean_gx)
+    inner = nd.elemwise_sub(nd.broadcast_sub(g, mean_g), nd.broadcast_mul(x, mean_gx))
     return nd.broadcast_mul(inner, inverse)
 
 
