@@ -3,8 +3,9 @@
     python scripts/benchmark.py distillation [--teachers roberta_12_768_12] [--repeats 9]
 
 Every way trains the 4-layer Bort on the same batches; ways take turns, so that a change in the
-machine's pace meets all; the table has medians. The original's recipe is run on the same threads
-and, in a process of its own that also takes turns, on the threads MXNet takes by default.
+machine's pace meets all; the table has medians. The original's recipe is run in processes of its
+own that also take turns, on as many threads as ours and on those MXNet takes by default, and with
+the C library's own handling of freed memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 
 import numpy as np
 
+from bort import stack
 from bort.config import option, parse
+from bort.stack import usable_cores
 
 MLM_WEIGHT, TEACHER_WEIGHT, TEMPERATURE = 0.1, 0.5, 2.0
 MASKED = 0.15
@@ -63,8 +66,8 @@ def _compare(
     teacher: str, shards: str, folder: str, settings: DistillationBenchmarkSettings
 ) -> dict[str, float]:
     """Measure all ways with and without one teacher, and print their table."""
-    with contextlib.ExitStack() as stack:
-        ways, building = _ways(teacher, shards, folder, settings, stack)
+    with contextlib.ExitStack() as opened:
+        ways, building = _ways(teacher, shards, folder, settings, opened)
         seconds = _measure(ways, settings.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     _print_table(medians, seconds, settings)
@@ -92,7 +95,7 @@ def _ways(
     shards: str,
     folder: str,
     settings: DistillationBenchmarkSettings,
-    stack: contextlib.ExitStack,
+    opened: contextlib.ExitStack,
 ) -> tuple[dict[str, Callable[[], float]], float]:
     """Return all ways to make a step, and the seconds it took to build the teacher's cache."""
     weights = os.path.join(folder, f"{teacher}.params")
@@ -101,16 +104,16 @@ def _ways(
     _write_teacher(teacher, weights, settings)
     building = _build_cache(shards, cache, teacher, weights)
     steps = {
-        "original, no teacher": StockStep(settings, None),
         "ours, no teacher": _our_step(settings, shards, folder, []),
-        f"original, {teacher}": StockStep(settings, teacher),
         f"ours, {teacher} live": _our_step(settings, shards, folder, flags),
         f"ours, {teacher} cached": _our_step(settings, shards, folder, ["--teacher_cache", cache]),
     }
     ways = {name: timed(step) for name, step in steps.items()}
+    default = max(1, (os.cpu_count() or 2) // 2)  # MXNet's own choice
     for name, stock in (("no teacher", "none"), (teacher, teacher)):
-        apart = stack.enter_context(_on_default_threads(stock, settings))
-        ways[f"original, {name}, default threads"] = apart
+        for label, threads in (("", usable_cores()), (", default threads", default)):
+            apart = opened.enter_context(_stock_apart(stock, threads, settings))
+            ways[f"original, {name}{label}"] = apart
     return ways, building
 
 
@@ -211,6 +214,7 @@ class StockStep:
         self.teacher = None
         if teacher:
             self.teacher = build_network(teacher, settings.vocab_size, mx.cpu())
+            self.teacher.collect_params().setattr("grad_req", "null")
             self.teacher.hybridize(static_alloc=True)
         optimizer = nlp.optimizer.BERTAdam(learning_rate=1e-4, wd=0.01)
         self.trainer = mx.gluon.Trainer(self.student.collect_params(), optimizer)
@@ -261,23 +265,22 @@ def random_batch(settings: DistillationBenchmarkSettings) -> tuple[Any, ...]:
     return tuple(nd.array(array) for array in (ids, lengths, positions, labels))
 
 
-# ---- the original's recipe on the threads that MXNet takes by default ----------------------------
+# ---- the original's recipe in a process of its own ----------------------------------------------
 
 
 @contextlib.contextmanager
-def _on_default_threads(
-    teacher: str, settings: DistillationBenchmarkSettings
+def _stock_apart(
+    teacher: str, threads: int, settings: DistillationBenchmarkSettings
 ) -> Iterator[Callable[[], float]]:
-    """Start a process on MXNet's number of threads; yield a function that times a step of it.
+    """Start a process on so many threads; yield a function that times a step of it.
 
     It rests between its steps: it takes one when it reads a line and answers with the seconds.
     """
     script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmark.py")
     flags = [f"--{f}={getattr(settings, f)}" for f in ("batch_size", "length", "vocab_size")]
-    # MXNet's own choice, which bort.stack would otherwise replace: half of the logical CPUs.
     process = subprocess.Popen(
         [sys.executable, script, "distillation", "--stock_only", teacher, *flags],
-        env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -295,6 +298,8 @@ def _on_default_threads(
 
 
 def _answer_with_stock_steps(settings: DistillationBenchmarkSettings) -> None:
+    # Before MXNet is imported: the original does without this.
+    stack.keep_freed_memory = lambda: None
     step = timed(
         StockStep(settings, None if settings.stock_only == "none" else settings.stock_only)
     )
