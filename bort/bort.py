@@ -228,14 +228,18 @@ def initialize(model: HybridBlock, ctx: Any, draw: bool = True) -> None:
             model(ids, lengths)
 
 
-def encode(model: nlp.model.BERTModel, ids: Any, valid_length: Any) -> Any:
+def encode(
+    model: nlp.model.BERTModel, ids: Any, valid_length: Any, first_only: bool = False
+) -> Any:
     """Encode token ids [batch, length] to [batch, length, hidden]; Bort and RoBERTa alike.
 
-    `valid_length` [batch] is of the model's type.
+    `valid_length` [batch] is of the model's type. With `first_only` nothing but the first token's
+    vector, [:, :1], is asked for.
     """
     check_length(model, ids)
     if runs_on_cpu(ids):
-        return encode_embedding(model.encoder, model.word_embed(ids), valid_length)
+        embedding = model.word_embed(ids)
+        return encode_embedding(model.encoder, embedding, valid_length, None, first_only)
     return model._encode_sequence(ids, [], valid_length)[0]
 
 
@@ -267,11 +271,13 @@ class EmbeddingRows:
         gradient[self._rows] = gradient.take(self._rows) + self.table.grad
 
 
-def encode_rows(model: nlp.model.BERTModel, rows: EmbeddingRows, valid_length: Any) -> Any:
+def encode_rows(
+    model: nlp.model.BERTModel, rows: EmbeddingRows, valid_length: Any, first_only: bool = False
+) -> Any:
     """Do what `encode` does, to be differentiated by `rows.backward`: [batch, length, hidden]."""
     embedding = rows.table.take(rows.places)
     if runs_on_cpu(embedding):
-        return encode_embedding(model.encoder, embedding, valid_length, rows.cuts)
+        return encode_embedding(model.encoder, embedding, valid_length, rows.cuts, first_only)
     embedding = embedding.transpose((1, 0, 2))
     return model.encoder(embedding, valid_length=valid_length)[0].transpose((1, 0, 2))
 

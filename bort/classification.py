@@ -38,9 +38,9 @@ def class_scores(
     body = network.bort
     valid_length = batch.valid_length.astype(body.word_embed[0].weight.dtype, copy=False)
     if rows is None:
-        sequence = encode(body, batch.input_ids, valid_length)
+        sequence = encode(body, batch.input_ids, valid_length, first_only=True)
     else:
-        sequence = encode_rows(body, rows, valid_length)
+        sequence = encode_rows(body, rows, valid_length, first_only=True)
     scores = network.head(sequence).astype("float32", copy=False)
     return scores.reshape((len(batch.labels), -1)) if kind == MULTIPLE_CHOICE else scores
 

@@ -30,11 +30,13 @@ def encode_embedding(
     embedding: Any,
     valid_length: Any,
     cuts: list[Cut] | None = None,
+    first_only: bool = False,
 ) -> Any:
     """Encode word embeddings [batch, length, units]; returns the same shape.
 
     `valid_length` [batch] is of the embeddings' type; positions at and beyond it come out zero.
-    With `cuts` the recorded graph is cut at every LayerNorm; `backward` differentiates it.
+    With `cuts` the recorded graph is cut at every LayerNorm; `backward` differentiates it. With
+    `first_only` the last layer is computed for the first token alone: [batch, 1, units].
     """
     batch, length, units = embedding.shape
     positions = encoder.position_weight.data(embedding.context)[:length]
@@ -44,15 +46,25 @@ def encode_embedding(
     rows = nd.elemwise_add(embedding.reshape((-1,)), repeated.reshape((-1,))).reshape((-1, units))
     rows = layer_norm(encoder.layer_norm, nd.Dropout(rows, p=encoder._dropout), cuts)
     mask = hide_padding(valid_length, length)
-    for cell in encoder.transformer_cells:
-        attended = dense(cell.proj, self_attention(cell.attention_cell, rows, mask))
-        attended = nd.Dropout(attended, p=cell._dropout)
-        rows = layer_norm(cell.layer_norm, nd.elemwise_add(attended, rows), cuts)
-        inner = nd.LeakyReLU(dense(cell.ffn.ffn_1, rows), act_type="gelu")
-        outer = nd.Dropout(dense(cell.ffn.ffn_2, inner), p=cell.ffn._dropout)
-        rows = layer_norm(cell.ffn.layer_norm, nd.elemwise_add(outer, rows), cuts)
+    *cells, last = encoder.transformer_cells
+    for cell in cells:
+        rows = after_attention(cell, self_attention(cell.attention_cell, rows, mask), rows, cuts)
+    if first_only:
+        attended = first_attention(last.attention_cell, rows, mask)
+        rows = rows.reshape((batch, -1)).slice_axis(axis=1, begin=0, end=units)
+        return after_attention(last, attended, rows, cuts).expand_dims(1)
+    rows = after_attention(last, self_attention(last.attention_cell, rows, mask), rows, cuts)
     sequence = rows.reshape((batch, length, units))
     return nd.SequenceMask(sequence, valid_length, use_sequence_length=True, axis=1)
+
+
+def after_attention(cell: Any, attended: Any, rows: Any, cuts: list[Cut] | None) -> Any:
+    """Do the rest of a layer: `attended` and the rows that went in, [n, units], to [n, units]."""
+    attended = nd.Dropout(dense(cell.proj, attended), p=cell._dropout)
+    rows = layer_norm(cell.layer_norm, nd.elemwise_add(attended, rows), cuts)
+    inner = nd.LeakyReLU(dense(cell.ffn.ffn_1, rows), act_type="gelu")
+    outer = nd.Dropout(dense(cell.ffn.ffn_2, inner), p=cell.ffn._dropout)
+    return layer_norm(cell.ffn.layer_norm, nd.elemwise_add(outer, rows), cuts)
 
 
 def hide_padding(valid_length: Any, length: int) -> Any:
@@ -86,6 +98,40 @@ def self_attention(cell: Any, rows: Any, mask: Any) -> Any:
     weights = nd.Dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
     values = nd.batch_dot(weights, project("value")).reshape((batch, heads, length, width))
     return values.transpose((0, 2, 1, 3)).reshape((batch * length, cell.units))
+
+
+def first_attention(cell: Any, rows: Any, mask: Any) -> Any:
+    """Attend from the first token of each sequence only; returns [batch, units].
+
+    With q its query, x the sequence and p its attention, no key and no value need be made:
+    q (x K + k)' = (q K') x' + q k', and p (x V + v) = (p x) V + v * sum(p).
+    """
+    batch, length = mask.shape
+    heads, units = cell._num_heads, cell.units
+    width = units // heads
+
+    def of_heads(name: str) -> tuple[Any, Any]:
+        weight, bias = (
+            getattr(cell, f"{name}_{kind}").data(rows.context) for kind in ("weight", "bias")
+        )
+        return weight.reshape((heads, width, units)), bias.reshape((heads, 1, width))
+
+    (query, query_bias), (key, key_bias), (value, value_bias) = map(
+        of_heads, ("query", "key", "value")
+    )
+    sequence = rows.reshape((batch, length, units))
+    first = rows.reshape((batch, -1)).slice_axis(axis=1, begin=0, end=units)
+    queries = nd.batch_dot(first.expand_dims(0).tile((heads, 1, 1)), query, transpose_b=True)
+    queries = nd.broadcast_add(queries, query_bias) * width**-0.5  # [heads, batch, width]
+    turned = nd.batch_dot(queries, key).transpose((1, 0, 2))  # [batch, heads, units]
+    constant = nd.batch_dot(queries, key_bias, transpose_b=True).transpose((1, 0, 2))
+    scores = nd.batch_dot(turned, sequence, transpose_b=True)  # [batch, heads, length]
+    scores = nd.broadcast_add(nd.broadcast_add(scores, constant), mask.expand_dims(1))
+    weights = nd.Dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
+    mixed = nd.batch_dot(weights, sequence).transpose((1, 0, 2))  # [heads, batch, units]
+    shares = weights.sum(axis=-1, keepdims=True).transpose((1, 0, 2))
+    values = nd.batch_dot(mixed, value, transpose_b=True) + nd.batch_dot(shares, value_bias)
+    return values.transpose((1, 0, 2)).reshape((batch, units))
 
 
 def dense(layer: Any, rows: Any) -> Any:

@@ -108,6 +108,30 @@ def test_a_cut_graph_has_the_gradients_of_the_whole_in_float64(model: BortModel)
         np.testing.assert_allclose(found[1][name], values, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+def test_the_first_token_alone_has_the_values_and_gradients_of_all(model: BortModel) -> None:
+    model.cast("float64")
+    ids, lengths = (nd.array(a, dtype="float64") for a in (IDS, LENGTHS))
+    weights = nd.array(WEIGHTS[:, :1], dtype="float64")
+    values, gradients = [], []
+    for first_only in (False, True):
+        model.collect_params().zero_grad()
+        rows = EmbeddingRows(model, ids)
+        with autograd.record():
+            sequence = encode_rows(model, rows, lengths, first_only)
+            total = (sequence.slice_axis(axis=1, begin=0, end=1) * weights).sum()
+        rows.backward(total)
+        values.append(sequence.asnumpy()[:, :1])
+        gradients.append(gradients_of(model))
+    assert sequence.shape == (3, 1, 32)
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-9)
+    for name, expected in gradients[0].items():
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(
+            gradients[1][name], expected, rtol=1e-7, atol=1e-9 * scale + 1e-12, err_msg=name
+        )
+    assert np.abs(gradients[0]["encoder.layer_norm.beta"]).max() > 0
+
+
 def test_padding_is_hidden_from_its_length_on() -> None:
     mask = hide_padding(nd.array([3, 1, 0]), 3).asnumpy()
     np.testing.assert_array_equal(mask == 0, [[1, 1, 1], [1, 0, 0], [0, 0, 0]])
