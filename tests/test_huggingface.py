@@ -216,6 +216,12 @@ def test_roberta_has_two_positions_that_no_token_takes(there):
     assert table[2:].all()
 
 
+def test_the_decoders_bias_stands_under_both_its_names(there):
+    """transformers 4.47 reads the second, and without it an untrained bias."""
+    np.testing.assert_array_equal(there["lm_head.decoder.bias"], there["lm_head.bias"])
+    assert there["lm_head.bias"].all()
+
+
 def test_a_token_type_is_added_to_every_position(there):
     plain = back(there)["encoder.position_weight"]
     row = np.arange(32, dtype=np.float32)
