@@ -180,16 +180,33 @@ def test_pretraining_starts_its_workers_in_the_same_way(project, workers, progra
     assert " ".join(words).startswith(f"{program} --data train --data_eval test")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("test", "name"), [("TEST1", "MRPC"), ("TEST2", "CB")])
-def test_embedded_runs(project, test, name):
+def embedded_run(project: Project, test: str, name: str, **environment: str) -> str:
+    """Run TEST1 or TEST2 with the programs themselves, check what is left, return what it said."""
     for one in ("bort", "data", "test_data", "finetune_classifier.py"):
         (project.folder / one).symlink_to(ROOT / one)
     project.program(".venv/bin/python", f'exec {sys.executable} "$@"')
-    run = project.run(test)
+    run = project.run(test, **environment)
     assert run.returncode == 0, run.stdout + run.stderr
     folder = project.folder / "runs" / test / name
-    assert len(read_json(str(folder / "metrics.json"))["history"]) == 5
+    metrics = read_json(str(folder / "metrics.json"))
+    assert len(metrics["history"]) == 5
+    assert metrics["seconds"] < 60
     task = get_task(name)
     rows = task.read(ROOT / "test_data", "test").examples
     assert check_submission(folder / str(task.submission_file("test")), task, "test", rows) > 0
+    return run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("test", "name"), [("TEST1", "MRPC"), ("TEST2", "CB")])
+def test_embedded_runs(project, test, name):
+    assert " 1 rank(s) " in embedded_run(project, test, name)
+
+
+@pytest.mark.distributed
+def test_embedded_run_on_two_workers(project):
+    horovodrun = Path(sys.executable).parent / "horovodrun"
+    if not horovodrun.exists():
+        pytest.skip("this Python has no horovodrun; scripts/setup_env.sh makes one that has")
+    project.program(".venv/bin/horovodrun", f'exec {horovodrun} "$@"')
+    assert " 2 rank(s) " in embedded_run(project, "TEST1", "MRPC", WORKERS="2")
