@@ -306,7 +306,9 @@ def trained_errors(
         os.makedirs(folder, exist_ok=True)
         remove_candidates(folder)  # of a search that was killed
         if training.loss == "teacher":
-            teacher = prepare_teacher(training, frame.top.architecture, settings.seed, folder)
+            top = frame.top.architecture
+            teacher = prepare_teacher(training, top, settings.seed, folder)
+            print(f"T = {top.name}: entropy {teacher.entropy:.4f} nats, the least error there is")
     teacher = communicator.broadcast_object(teacher)
     options = {
         "max_steps": training.steps,
