@@ -22,7 +22,7 @@ import numpy as np
 
 from bort.errors import UserError
 
-# Opset 17 is the first with LayerNormalization; ONNX Runtime 1.12 and everything newer reads both.
+# Opset 17 is the first with LayerNormalization. Newer runtimes read both.
 OPSET, IR_VERSION = 17, 8
 # Added to the attention scores of padding: exp of it is 0, and no sum of it overflows.
 _PADDING = np.float32(-1e9)
