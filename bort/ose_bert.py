@@ -23,6 +23,7 @@ from typing import Any, Callable, Mapping, Sequence
 import numpy as np
 
 from bort.bort import MAX_LENGTH, Shape, encode, get_bort_model, shape_of
+from bort.config import read_yaml
 from bort.errors import UserError
 from bort.ose import LayerCost, Layers, Theta
 
@@ -151,7 +152,7 @@ def load_space(name: str) -> list[Shape]:
         return SPACES[name]()
     if not name.endswith((".yaml", ".yml")):
         raise UserError(f"--space {name}: must be {', '.join(SPACES)}, or a .yaml file")
-    content = _read_yaml(name)
+    content = read_yaml(name)
     if isinstance(content, dict) and set(content) == {"architectures"}:
         space = [shape_of(str(one)) for one in _listed(name, content, "architectures", str)]
     elif isinstance(content, dict) and set(content) == set(Shape._fields):
@@ -163,18 +164,6 @@ def load_space(name: str) -> list[Shape]:
     if not space:
         raise UserError(f"{name}: no combination has heads that divide the hidden size")
     return space
-
-
-def _read_yaml(path: str) -> Any:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as handle:
-            return yaml.safe_load(handle)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
 
 
 def _listed(path: str, content: dict[str, Any], key: str, kind: type) -> list[Any]:

@@ -8,7 +8,7 @@ import math
 import typing
 from typing import Any, Mapping, Sequence
 
-from bort.config import check_limits
+from bort.config import check_limits, read_yaml
 from bort.errors import UserError
 
 Theta = Mapping[str, Any]
@@ -22,7 +22,7 @@ def read_space(path: str, *defaults: Any) -> list[Theta]:
     combination, the last name's values changing fastest. Raises `UserError`.
     """
     kinds = {name: kind for one in defaults for name, kind in _numbers_of(type(one)).items()}
-    content = _read_yaml(path)
+    content = _read_grid(path)
     unknown = [str(name) for name in content if name not in kinds]
     if unknown:
         raise UserError(f"{path}: {', '.join(unknown)}: unknown; there are {', '.join(kinds)}")
@@ -44,17 +44,8 @@ def _numbers_of(settings_class: type) -> dict[str, type]:
             if kinds & {int, float}}  # fmt: skip
 
 
-def _read_yaml(path: str) -> dict[str, list[Any]]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as handle:
-            content = yaml.safe_load(handle)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: is not YAML ({reason})") from None
+def _read_grid(path: str) -> dict[str, list[Any]]:
+    content = read_yaml(path)
     lists = isinstance(content, dict) and all(isinstance(v, list) and v for v in content.values())
     if not lists:
         raise UserError(f"{path}: must be lines of a name and a list, such as lr: [1e-4, 1e-5]")
