@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Sequence
 
 import gluonnlp as nlp
+import numpy as np
 from mxnet import autograd, nd
 
 # Added to the scores of padding: its exponential is 0.
@@ -82,22 +83,46 @@ def self_attention(cell: Any, rows: Any, mask: Any) -> Any:
     output projection.
     """
     batch, length = mask.shape
-    heads = cell._num_heads
-    width = cell.units // heads
+    heads, units = cell._num_heads, cell.units
+    weights, biases = (
+        [getattr(cell, f"{name}_{kind}").data(rows.context) for name in ("query", "key", "value")]
+        for kind in ("weight", "bias")
+    )
+    hidden = mask.repeat(heads, axis=0).expand_dims(1)
+    if rows.dtype != np.float32:
+        return _attention_of_any_type(cell, rows, weights, biases, hidden)
+    # MXNet's own attention wants the three projections head by head, and sequences side by side.
+    weight = nd.concat(*[w.reshape((heads, -1, units)) for w in weights], dim=1)
+    bias = nd.concat(*[b.reshape((heads, -1)) for b in biases], dim=1)
+    turned = rows.reshape((batch, length, units)).transpose((1, 0, 2)).reshape((-1, units))
+    projected = nd.FullyConnected(
+        turned, weight.reshape((-1, units)), bias.reshape((-1,)), num_hidden=3 * units
+    ).reshape((length, batch, 3 * units))
+    scores = nd.contrib.interleaved_matmul_selfatt_qk(projected, heads=heads)
+    # Spread beforehand: MXNet's broadcast sums a gradient that nobody asked for.
+    scores = nd.elemwise_add(scores, hidden.broadcast_to(scores.shape))
+    shares = nd.Dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
+    attended = nd.contrib.interleaved_matmul_selfatt_valatt(projected, shares, heads=heads)
+    return attended.transpose((1, 0, 2)).reshape((-1, units))
 
-    def project(name: str) -> Any:
-        weight, bias = (
-            getattr(cell, f"{name}_{kind}").data(rows.context) for kind in ("weight", "bias")
-        )
-        values = nd.FullyConnected(rows, weight, bias, num_hidden=cell.units)
-        values = values.reshape((batch, length, heads, width))
-        return values.transpose((0, 2, 1, 3)).reshape((-3, 0, 0))
 
-    scores = nd.batch_dot(project("query") * width**-0.5, project("key"), transpose_b=True)
-    scores = nd.broadcast_add(scores, mask.repeat(heads, axis=0).expand_dims(1))
-    weights = nd.Dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
-    values = nd.batch_dot(weights, project("value")).reshape((batch, heads, length, width))
-    return values.transpose((0, 2, 1, 3)).reshape((batch * length, cell.units))
+def _attention_of_any_type(
+    cell: Any, rows: Any, weights: Sequence[Any], biases: Sequence[Any], hidden: Any
+) -> Any:
+    """Do what `self_attention` does: MXNet's own attention on CPUs is float32 only."""
+    heads, units, length = cell._num_heads, cell.units, hidden.shape[2]
+    batch = hidden.shape[0] // heads
+    query, key, value = (
+        nd.FullyConnected(rows, weight, bias, num_hidden=units)
+        .reshape((batch, length, heads, -1))
+        .transpose((0, 2, 1, 3))
+        .reshape((-3, 0, 0))
+        for weight, bias in zip(weights, biases)
+    )
+    scores = nd.batch_dot(query * (units // heads) ** -0.5, key, transpose_b=True)
+    shares = nd.Dropout(nd.softmax(nd.broadcast_add(scores, hidden), axis=-1), p=cell._dropout)
+    values = nd.batch_dot(shares, value).reshape((batch, heads, length, -1))
+    return values.transpose((0, 2, 1, 3)).reshape((-1, units))
 
 
 def first_attention(cell: Any, rows: Any, mask: Any) -> Any:
