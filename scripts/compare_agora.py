@@ -39,11 +39,14 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Column]:
     for name, text in (
         ("plain", "runs of finetune_classifier.py"),
         ("agora", "runs of run_agora.py"),
-        ("random", "the same with --images_from random"),
+        ("random", "the same with --images_from random; may be left out"),
     ):
-        parser.add_argument(f"--{name}", nargs="+", required=True, metavar="RUN", help=text)
+        needed = name != "random"
+        parser.add_argument(
+            f"--{name}", nargs="+", required=needed, default=[], metavar="RUN", help=text
+        )
     parsed = parser.parse_args(argv)
-    if not len(parsed.plain) == len(parsed.agora) == len(parsed.random):
+    if not len(parsed.plain) == len(parsed.agora) == len(parsed.random or parsed.agora):
         raise UserError("--plain, --agora and --random: give as many runs of each, one a draw")
     columns = columns_of(get_task(parsed.task), parsed.plain, parsed.agora, parsed.random)
     print(table(parsed.task, columns))
@@ -74,6 +77,8 @@ def columns_of(
         ("Agora", agora, agora_runs),
         ("random images", random, random_runs),
     ):
+        if not runs:
+            continue
         found = [run["best"]["test"] for run in runs]
         seconds = [sum(one["seconds"] for one in run["rounds"]) for run in runs]
         columns.append(Column(name, _scores(task, folders, found), float(np.mean(seconds))))

@@ -40,6 +40,9 @@ def test_means_spreads_and_draws_won(tmp_path, capsys):
     assert seconds == {
         "plain": 2.5, "best of grid": 10.0, "Agora": 14.5, "random images": 14.5, "Timaeus": None,
     }  # fmt: skip
+    given = write_runs(tmp_path / "again")
+    without = compare_agora.main(["SST-2", *given[: given.index("--random")]])
+    assert [column.name for column in without] == ["plain", "best of grid", "Agora", "Timaeus"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == (
         "| SST-2 | 0.550 ± 0.071 | 0.625 ± 0.106 | 0.625 ± 0.035 | 0.450 ± 0.071 | 0.800 ± 0.000 "
