@@ -80,7 +80,8 @@ def check_layout(folder, task, content):
     saved = load_model(str(folder))
     assert (saved.card.task, saved.card.details["theta"]) == (task.name, content["best"]["theta"])
     assert json.loads(json.dumps(content)) == json.loads((folder / "agora.json").read_text())
-    assert sum(one["images"]["made"] for one in content["rounds"]) > 0
+    first = content["rounds"][0]
+    assert (first["images"]["made"] > 0) == bool(first["mistakes"])  # none where all is right
     names = {"agora.png", "images.tsv", "config.json", "journal.jsonl", "models", "tokenizer"}
     assert names <= set(os.listdir(folder))
     assert "fits" not in os.listdir(folder)
