@@ -75,3 +75,12 @@ def test_the_plot_is_written_or_one_line_says_why_not(tmp_path):
     assert (tmp_path / "latency.png").stat().st_size > 5000
     with pytest.raises(UserError, match="cannot be written"):
         inference.draw(MEDIANS, sizes, str(tmp_path / "absent" / "latency.png"))
+
+
+def test_a_process_that_ends_before_it_answers_is_one_line(monkeypatch, tmp_path):
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexit 0\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(inference.sys, "executable", str(silent))
+    with pytest.raises(UserError, match="for want of memory"), inference._worker("1") as ask:
+        ask({"way": None})

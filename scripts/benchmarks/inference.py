@@ -183,8 +183,15 @@ def _worker(threads: str) -> Iterator[Callable[[dict], Any]]:
     )
 
     def ask(request: dict) -> Any:
-        print(json.dumps(request), file=process.stdin, flush=True)
-        return json.loads(process.stdout.readline())
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there will be no answer
+            print(json.dumps(request), file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+        if not answer:
+            raise UserError(
+                f"the process that measures with {count} thread(s) has ended, most likely for want "
+                "of memory: measure less at once, see --networks, --batch_sizes and --lengths"
+            )
+        return json.loads(answer)
 
     try:
         yield ask
