@@ -31,7 +31,7 @@ class Reporter:
 
         self._path = os.path.join(folder, "metrics.jsonl")
         _cut_after(self._path, from_step or -1)
-        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
         self._board = SummaryWriter(
             os.path.join(folder, "tensorboard"), purge_step=from_step + 1, flush_secs=10
         )
