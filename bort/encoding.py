@@ -79,10 +79,9 @@ class ClassifierSource:
     def __call__(self, position: int) -> ClassifierBatch:
         """Return micro-batch `position`."""
         encoded, rows = self.encoded, self.order.rows(position)
-        width = self.order.width(int(encoded.lengths[rows].max()))
         inputs = (rows[:, None] * encoded.width + np.arange(encoded.width)).reshape(-1)
         lengths = np.diff(encoded.offsets)[inputs]
-        ids = np.full((len(inputs), width), self._pad_id, np.int32)
+        ids = np.full((len(inputs), lengths.max()), self._pad_id, np.int32)
         for place, one in enumerate(inputs):
             ids[place, : lengths[place]] = encoded.ids[encoded.offsets[one] :][: lengths[place]]
         return ClassifierBatch(ids, lengths.astype(np.int32), encoded.labels[rows], rows)

@@ -72,7 +72,7 @@ class FinetuningOptimizerSettings(UpdateSettings):
     batch_size: int = option(8, "examples per micro-batch and worker", minimum=1)
     dev_batch_size: int = option(32, "examples per batch of evaluation and prediction", minimum=1)
     accumulate: int = option(1, "micro-batches per worker and update", minimum=1)
-    num_buckets: int = option(10, "examples are padded to one of so many lengths", minimum=1)
+    num_buckets: int = option(10, "ranges of length; a batch is made within one", minimum=1)
     lr: float = option(5e-5, "peak learning rate", minimum=0.0)
     warmup_ratio: float = option(
         0.1, "part of the schedule in which the rate rises", minimum=0.0, maximum=1.0

@@ -81,7 +81,7 @@ class TrainingSettings:
         "the pretraining program's optimiser settings (without: lr=1e-3, in theory mode lr=0.5)",
     )
     batch_size: int = option(16, "sequences per update", minimum=1)
-    num_buckets: int = option(2, "sequences are padded to one of so many lengths", minimum=1)
+    num_buckets: int = option(2, "ranges of length; a batch is made within one", minimum=1)
     dropout: float = option(0.1, "dropout rate while training", minimum=0.0, maximum=0.99)
     teacher_ckpt_dir: Optional[str] = option(
         None, "T's weights: a parameter file, a checkpoint, or a run's folder; else T is trained"

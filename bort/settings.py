@@ -18,7 +18,7 @@ class DataSettings:
     batch_size: int = option(8, "sequences per micro-batch and worker", minimum=1)
     batch_size_eval: int = option(8, "sequences per batch of the evaluation", minimum=1)
     accumulate: int = option(1, "micro-batches per worker and update", minimum=1)
-    num_buckets: int = option(10, "sequences are padded to one of so many lengths", minimum=1)
+    num_buckets: int = option(10, "ranges of length; a batch is made within one", minimum=1)
     use_avg_len: bool = option(False, "batch sizes count tokens instead of sequences")
 
 

@@ -294,10 +294,9 @@ def _teacher_rows(
     shard: Shard, start: int, teacher: Any, pad_id: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     device = next(iter(teacher.collect_params().values())).list_ctx()[0]
-    lengths = shard.lengths
     for first in range(start, shard.num_sequences, batch_size):
         numbers = np.arange(first, min(first + batch_size, shard.num_sequences))
-        batch = collate(shard, numbers, int(lengths[numbers].max()), pad_id)
+        batch = collate(shard, numbers, pad_id)
         sequence = encode(
             teacher,
             nd.array(batch.input_ids, ctx=device),

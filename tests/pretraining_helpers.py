@@ -155,7 +155,9 @@ def assert_same_training(
         # Softmax does not see the biases of keys: they follow nothing but rounding.
         if not name.endswith("proj_key.bias"):
             distance = np.linalg.norm(mine - other_weights[name])
-            assert distance <= 1e-5 * np.linalg.norm(mine), name
+            # What started at 0 is small yet, and BERTAdam makes a whole step of a gradient that is
+            # nearly rounding.
+            assert distance <= 1e-5 * np.linalg.norm(mine) + 1e-6, name
 
 
 def horovodrun(ranks: int, *command: str) -> str:

@@ -145,7 +145,7 @@ def test_batches_use_every_example_once(tokenizer, width, seed):
     batches = [source(number) for number in range(source.batches_per_epoch)]
     assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(23))
     for batch in batches:
-        assert batch.input_ids.shape[0] == len(batch.rows) * width
+        assert batch.input_ids.shape == (len(batch.rows) * width, batch.valid_length.max())
         np.testing.assert_array_equal(batch.labels, batch.rows % 2)
         for place, ids in enumerate(batch.input_ids):
             number = batch.rows[place // width] * width + place % width

@@ -58,8 +58,8 @@ def test_losses_at_a_fixed_seed(data, tmp_path):
     run = make_run(data, ckpt_dir=tmp_path, data_eval=data / "test", seed=7, **teacher_flags(data))
     evaluations = run.run()
     losses = [line["loss"] for line in metrics(tmp_path) if line["phase"] == "train"]
-    assert losses == pytest.approx([0.75256, 0.78114, 0.66820, 0.61454], rel=1e-3)
-    assert [line["kl"] for line in evaluations] == pytest.approx([0.75291, 0.44696], rel=1e-3)
+    assert losses == pytest.approx([0.74948, 0.66296, 0.65058, 0.59106], rel=1e-3)
+    assert [line["kl"] for line in evaluations] == pytest.approx([0.75291, 0.45000], rel=1e-3)
 
 
 def numpy_evaluation(run, shards) -> dict[str, float]:
