@@ -1,18 +1,18 @@
 """Optimisation: the learning-rate schedule, clipping, and one update of all parameters.
 
-The update is GluonNLP's BERTAdam, or for OSE's theory plain SGD. Ours is what stands around it:
-gradients are sums over masked positions, so averaging, clipping and unscaling are one factor,
-handed to the update as an array. Nothing is read back to Python: the device never waits for it.
+The update is BERTAdam, or for OSE's theory plain SGD. Gradients are sums over masked positions, so
+averaging, clipping and unscaling are one factor, handed to the update as an array. Nothing is read
+back from a GPU: it never waits for Python.
 """
 
 from __future__ import annotations
 
 from typing import Any, Sequence
 
-import gluonnlp as nlp
 import mxnet as mx
 from mxnet import nd
 
+from bort.bert_adam import BERTAdam
 from bort.communicator import Communicator
 
 # Neither biases nor the gains and offsets of LayerNorm are shrunk (BERT, appendix A.2).
@@ -44,18 +44,6 @@ def sum_of_squares(arrays: Sequence[Any]) -> Any:
     flat = [array.reshape(-1).astype("float32", copy=False) for array in arrays]
     pieces = [one[start : start + PIECE] for one in flat for start in range(0, one.size, PIECE)]
     return nd.concat(*[nd.dot(piece, piece) for piece in pieces], dim=0).sum()
-
-
-def groups_of_equal_size(sizes: Sequence[int]) -> list[list[int]]:
-    """Return the places of equal sizes together.
-
-    The fused kernel takes several arrays at once and asks for each element of the longest whether
-    the others go that far: in mixed company an update of Bort took a third longer.
-    """
-    places: dict[int, list[int]] = {}
-    for place, size in enumerate(sizes):
-        places.setdefault(size, []).append(place)
-    return list(places.values())
 
 
 class LossScale:
@@ -95,8 +83,14 @@ class BoundedSGD(mx.optimizer.Optimizer):
         """Return nothing: there is no momentum."""
         return ()
 
-    def update(self, index: int, weight: Any, grad: Any, state: tuple[()]) -> None:
-        """Make one update of one parameter."""
+    def update_multi_precision(
+        self, index: Sequence[int], weight: Sequence[Any], grad: Sequence[Any], state: Sequence[Any]
+    ) -> None:
+        """Make one update of several parameters."""
+        for number, values, gradient in zip(index, weight, grad):
+            self._update_one(number, values, gradient)
+
+    def _update_one(self, index: int, weight: Any, grad: Any) -> None:
         self._update_count(index)
         factor = self.rescale_grad.reshape((1,) * weight.ndim)
         direction = factor * grad + self._get_wd(index) * weight
@@ -135,20 +129,16 @@ class Trainer:
             parameter.wd_mult = 0.0 if parameter.name.endswith(WITHOUT_DECAY) else 1.0
         options = {"wd": weight_decay, "param_dict": dict(enumerate(self._parameters))}
         if weight_bound is None:
-            self._optimizer = nlp.optimizer.BERTAdam(
-                epsilon=epsilon, multi_precision=True, **options
-            )
+            self._optimizer = BERTAdam(epsilon=epsilon, multi_precision=True, **options)
         else:
             self._optimizer = BoundedSGD(weight_bound, **options)
-        self._updater = mx.optimizer.get_updater(self._optimizer)
-        self._groups = groups_of_equal_size([weight.size for weight in self._weights()])
         # One array for all steps: the device's queue then keeps the sums of successive steps apart.
         self._positions = nd.zeros(1, ctx=self._weights()[0].context)
         # Made now, not at the first update, so that a checkpoint can be loaded into it.
-        for index, weight in enumerate(self._weights()):
-            state = self._optimizer.create_state_multi_precision(index, weight)
-            self._updater.states[index] = state
-            self._updater.states_synced[index] = True
+        self._states = [
+            self._optimizer.create_state_multi_precision(index, weight)
+            for index, weight in enumerate(self._weights())
+        ]
         self.rate = 0.0
 
     def sum_gradients(self, positions: int) -> Any:
@@ -176,9 +166,8 @@ class Trainer:
             nd.contrib.isfinite(norm), factor, nd.zeros_like(factor)
         )
         self._optimizer.set_learning_rate(rate)
-        weights = self._weights()
-        for group in self._groups:
-            self._updater(group, [gradients[i] for i in group], [weights[i] for i in group])
+        indices = list(range(len(self._states)))
+        self._optimizer.update_multi_precision(indices, self._weights(), gradients, self._states)
         for parameter in self._parameters:
             first, *others = parameter.list_data()
             for other in others:
@@ -199,7 +188,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return the optimiser's state as {name: NDArray}, to be stored without pickle."""
         named = {}
-        for index, state in self._updater.states.items():
+        for index, state in enumerate(self._states):
             if not state:  # SGD has none
                 continue
             # With float16 parameters: ((mean, variance), float32 master copy).

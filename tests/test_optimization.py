@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mxnet import autograd, gluon, nd
 
+from bort import bert_adam
 from bort.bort import BortModel, decode, encode, get_bort_model, masked_hidden
 from bort.communicator import Communicator, SingleProcess
 from bort.distillation import masked_lm_loss
@@ -149,6 +150,46 @@ def first_mean(max_norm: float, scale: float, positions: int) -> np.ndarray:
     trainer.update(trainer.sum_gradients(positions), 0.1)
     state = trainer.state()
     return 10 * np.concatenate([state[f"mean.{i}"].asnumpy().ravel() for i in range(len(SHAPES))])
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_an_update_in_pieces_is_that_of_mxnets_kernel(monkeypatch, threads: str) -> None:
+    parameters, others = fresh_parameters(), fresh_parameters()
+    trainer, other = trainer_of(parameters), trainer_of(others)
+    monkeypatch.setattr(bert_adam, "PIECE", 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    for seed in range(4):
+        step(trainer, parameters, seed)
+    monkeypatch.setattr(bert_adam, "runs_on_cpu", lambda array: False)
+    for seed in range(4):
+        step(other, others, seed)
+    # The kernel's 1 - 0.999 is of float32, five digits of it right.
+    for name, values in values_of(others).items():
+        np.testing.assert_allclose(values_of(parameters)[name], values, atol=1e-5)
+    for name, state in other.state().items():
+        np.testing.assert_allclose(trainer.state()[name].asnumpy(), state.asnumpy(), rtol=1e-4)
+
+
+def test_an_update_reaches_weights_that_inference_has_laid_out_anew() -> None:
+    """A hybridized layer may keep its weight in a layout of oneDNN's own between two calls."""
+    layer = gluon.nn.Dense(64, in_units=512, prefix="model0_")
+    layer.initialize()
+    layer.hybridize(static_alloc=True)
+    rows = nd.ones((32, 512))
+    for _ in range(3):
+        before = layer(rows).asnumpy()
+    expected = layer.weight.data().asnumpy()
+    trainer = trainer_of(dict(layer.collect_params()))
+    for parameter in layer.collect_params().values():
+        parameter.grad()[:] = 1.0
+    trainer.update(trainer.sum_gradients(1), 0.01)
+    found = layer.weight.data().asnumpy()
+    # One step from no moments: the same for all values, but for the decay.
+    moved = found - expected * (1 - 0.01 * DECAY)
+    np.testing.assert_allclose(moved, moved[0, 0], rtol=1e-3)
+    after = layer(rows).asnumpy()
+    np.testing.assert_allclose(after, rows.asnumpy() @ found.T + layer.bias.data().asnumpy(), 1e-4)
+    assert np.abs(after - before).max() > 1e-3
 
 
 def test_gradients_above_the_norm_are_shortened_to_it_and_others_left_alone() -> None:
