@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from bort.errors import UserError
@@ -62,11 +64,12 @@ def test_goals_are_measured_against_both_columns(capsys):
 def test_the_table_shows_the_share_of_the_floor(capsys):
     rows = [(way, threads) for way, threads, _ in MEDIANS]
     peaks = {one: {"float32": 924.0, "int8": 1848.0} for one in ("2", DEFAULT)}
-    sizes = {way: 100.0 for way, _ in rows}
+    sizes = {way: 100.0 for way, _ in rows if way != LARGE}
     inference._print_table(MEDIANS, rows, [Cell(1, 128), Cell(8, 512)], peaks, sizes)
-    line = capsys.readouterr().out.splitlines()[3]
+    lines = capsys.readouterr().out.splitlines()
     # 4.63 x 10^9 operations at 924 x 10^9 a second are 5 ms of the 10.
-    assert line.split() == ["Bort", "onnx", "2", "100", "10.0", "(", "50%)", "-"]
+    assert lines[3].split() == ["Bort", "onnx", "2", "100", "10.0", "(", "50%)", "-"]
+    assert lines[-1].split()[:4] == ["BERT-large", "GluonNLP", DEFAULT, "-"]
 
 
 def test_the_plot_is_written_or_one_line_says_why_not(tmp_path):
@@ -77,10 +80,35 @@ def test_the_plot_is_written_or_one_line_says_why_not(tmp_path):
         inference.draw(MEDIANS, sizes, str(tmp_path / "absent" / "latency.png"))
 
 
+def test_equal_numbers_of_threads_are_measured_once_in_one_process(monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def worker(count):
+        made = set()
+
+        def ask(request):
+            asked.append((count, request["way"]))
+            if request["way"] in made:
+                return [0.2, 0.1, 0.3]
+            made.add(request["way"])
+            return 438.0
+
+        yield ask
+
+    monkeypatch.setattr(inference, "_worker", worker)
+    monkeypatch.setattr(inference.os, "cpu_count", lambda: 2)
+    rows = [(BASE, "1"), (BASE, "2"), (BASE, DEFAULT)]
+    found = inference._measure_cell(Cell(1, 128), rows, rounds=2)
+    assert found == dict.fromkeys(rows, inference.Measured(0.2, 438.0))
+    # To make it, and two turns.
+    assert sorted(asked) == [(1, BASE)] * 3 + [(2, BASE)] * 3
+
+
 def test_a_process_that_ends_before_it_answers_is_one_line(monkeypatch, tmp_path):
     silent = tmp_path / "python"
     silent.write_text("#!/bin/sh\nexit 0\n")
     silent.chmod(0o755)
     monkeypatch.setattr(inference.sys, "executable", str(silent))
-    with pytest.raises(UserError, match="for want of memory"), inference._worker("1") as ask:
-        ask({"way": None})
+    with pytest.raises(UserError, match="for want of memory"), inference._worker(1) as ask:
+        ask({})

@@ -4,8 +4,8 @@
 
 Ways take turns, so that a change in the machine's pace meets all; the table has medians, in
 milliseconds for a batch. MXNet's number of threads is fixed when it is imported: each number of
-threads has a process of its own, and so has stock GluonNLP on the threads its user gets. Weights
-mean nothing: the time does not depend on them.
+threads has a process of its own. They start anew for each size of input, because what the runtimes
+keep for every size fills the memory. Weights mean nothing: the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
@@ -40,6 +41,8 @@ GLUONNLP, PYTORCH = "GluonNLP", "PyTorch"
 DEFAULT = "default"  # MXNet's own choice of threads, half of the logical CPUs
 PEAK_SIZE = 2048
 TURN_SECONDS, MOST_PASSES = 0.2, 5
+
+Ask = Callable[[dict], Any]
 
 
 class Way(NamedTuple):
@@ -86,7 +89,7 @@ class InferenceBenchmarkSettings:
     networks: str = option(",".join(SHAPES), "networks to measure, commas between")
     rounds: int = option(3, "turns that each way takes", minimum=1)
     longest: float = option(
-        5.0, "leave out what would take more than so many seconds for a batch", minimum=0.0
+        3.2, "leave out what would take more than so many seconds for a batch", minimum=0.0
     )
     plot: Optional[str] = option(None, "draw latency against size to this picture")
     answer: bool = option(False, "used by the program itself: time what standard input asks for")
@@ -99,16 +102,17 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[tuple[Way, str, Cell], fl
         _answer()
         return {}
     threads = settings.threads.split(",")
-    cells = [Cell(*map(int, one)) for one in itertools.product(*_lists(settings))]
     rows = _rows(settings.networks.split(","), threads)
-    with contextlib.ExitStack() as stack:
-        workers = {one: stack.enter_context(_worker(one)) for one in (*threads, DEFAULT)}
-        peaks = {one: workers[one]({"way": None}) for one in workers}
-        _print_peaks(peaks)
-        medians = {}
-        for cell in cells:
-            medians |= _measure_cell(cell, rows, workers, peaks, settings)
-        sizes = {way: workers[one]({"way": way}) for way, one in rows}
+    cells = [Cell(*map(int, one)) for one in itertools.product(*_lists(settings))]
+    peaks = _peaks_of([*threads, DEFAULT])
+    _print_peaks(peaks)
+    medians: dict[tuple[Way, str, Cell], float] = {}
+    sizes: dict[Way, float] = {}
+    for cell in cells:
+        short = [row for row in rows if _floor(*row, cell, peaks) <= settings.longest]
+        found = _measure_cell(cell, short, settings.rounds)
+        medians |= {(*row, cell): one.seconds for row, one in found.items()}
+        sizes |= {way: one.megabytes for (way, _), one in found.items()}
     _print_table(medians, rows, cells, peaks, sizes)
     _print_goals(medians, threads)
     if settings.plot:
@@ -142,38 +146,70 @@ def operations(way: Way, cell: Cell) -> float:
     return 2.0 * cell.batch * layers * one_layer
 
 
+def _floor(way: Way, threads: str, cell: Cell, peaks: dict[str, dict[str, float]]) -> float:
+    """Return the seconds that the products of a batch take at the rate of a large product."""
+    return operations(way, cell) / (peaks[threads]["int8" if way.int8 else "float32"] * 1e9)
+
+
 # ---- measuring -----------------------------------------------------------------------------------
 
 
+class Measured(NamedTuple):
+    """The median time of a batch, and the size of the weights."""
+
+    seconds: float
+    megabytes: float
+
+
 def _measure_cell(
-    cell: Cell,
-    rows: list[tuple[Way, str]],
-    workers: dict[str, Callable[[dict], Any]],
-    peaks: dict[str, dict[str, float]],
-    settings: InferenceBenchmarkSettings,
-) -> dict[tuple[Way, str, Cell], float]:
-    measured = [
-        (way, threads)
-        for way, threads in rows
-        if operations(way, cell) / (peaks[threads]["float32"] * 1e9) <= settings.longest
-    ]
-    seconds: dict[tuple[Way, str], list[float]] = {row: [] for row in measured}
-    for row in measured * settings.rounds:
-        way, threads = row
-        request = {"way": way, "batch": cell.batch, "length": cell.length}
-        seconds[row] += workers[threads](request)
-        print(
-            f"{cell} {' '.join(way)}, threads {threads}: {1e3 * seconds[row][-1]:.1f} ms",
-            file=sys.stderr,
-        )
-    return {(*row, cell): statistics.median(times) for row, times in seconds.items()}
+    cell: Cell, rows: list[tuple[Way, str]], rounds: int
+) -> dict[tuple[Way, str], Measured]:
+    """Let rows take turns; those that differ in nothing but the name of their threads are one."""
+    ways = {row: (row[0], _count(row[1])) for row in rows}
+    seconds: dict[tuple[Way, int], list[float]] = {one: [] for one in ways.values()}
+    with _workers({count for _, count in seconds}) as workers:
+        megabytes = _make_all(cell, list(seconds), workers)
+        for way, count in [*seconds] * rounds:
+            seconds[way, count] += workers[count]({"way": way, "cell": cell})
+            shown = f"{1e3 * seconds[way, count][-1]:.1f} ms"
+            print(f"{cell} {' '.join(way)}, threads {count}: {shown}", file=sys.stderr)
+    return {
+        row: Measured(statistics.median(seconds[one]), megabytes[one[0]])
+        for row, one in ways.items()
+    }
+
+
+def _make_all(cell: Cell, rows: list[tuple[Way, int]], workers: dict[int, Ask]) -> dict[Way, float]:
+    """Let each process make its networks, all processes at once; return their megabytes."""
+
+    def make(count: int) -> dict[Way, float]:
+        ways = [way for way, one in rows if one == count]
+        return {way: workers[count]({"way": way, "cell": cell}) for way in ways}
+
+    with ThreadPoolExecutor() as pool:
+        return {way: size for made in pool.map(make, workers) for way, size in made.items()}
+
+
+def _peaks_of(threads: list[str]) -> dict[str, dict[str, float]]:
+    with _workers(set(map(_count, threads))) as workers:
+        found = {count: ask({}) for count, ask in workers.items()}
+    return {one: found[_count(one)] for one in threads}
+
+
+def _count(threads: str) -> int:
+    return max(1, (os.cpu_count() or 2) // 2) if threads == DEFAULT else int(threads)
 
 
 @contextlib.contextmanager
-def _worker(threads: str) -> Iterator[Callable[[dict], Any]]:
+def _workers(counts: set[int]) -> Iterator[dict[int, Ask]]:
+    with contextlib.ExitStack() as stack:
+        yield {count: stack.enter_context(_worker(count)) for count in sorted(counts)}
+
+
+@contextlib.contextmanager
+def _worker(count: int) -> Iterator[Ask]:
     """Start a process on a number of threads; yield a function that asks it something."""
     script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmark.py")
-    count = max(1, (os.cpu_count() or 2) // 2) if threads == DEFAULT else int(threads)
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", script, "inference", "--answer"],
         env={**os.environ, "OMP_NUM_THREADS": str(count)},
@@ -189,7 +225,7 @@ def _worker(threads: str) -> Iterator[Callable[[dict], Any]]:
         if not answer:
             raise UserError(
                 f"the process that measures with {count} thread(s) has ended, most likely for want "
-                "of memory: measure less at once, see --networks, --batch_sizes and --lengths"
+                "of memory: measure less at once, see --networks and --batch_sizes"
             )
         return json.loads(answer)
 
@@ -200,23 +236,23 @@ def _worker(threads: str) -> Iterator[Callable[[dict], Any]]:
 
 
 def _answer() -> None:
-    """Answer the requests on standard input, each with a line on standard output."""
-    made: dict[Way, tuple[Callable[[Cell], None], float]] = {}
-    seen: set[tuple[Way, Cell]] = set()
+    """Answer the requests on standard input, each with a line on standard output.
+
+    A way and a cell: first the megabytes of the network that is made for it, then seconds. Nothing:
+    the rates of large products.
+    """
+    made: dict[Way, Callable[[Cell], None]] = {}
     for line in sys.stdin:
         request = json.loads(line)
-        if request["way"] is None:
+        if not request:
             answer: Any = _peaks()
         else:
-            way = Way(*request["way"])
-            if way not in made:
-                made[way] = _make(way)
-            run, megabytes = made[way]
-            cell = Cell(request.get("batch", 0), request.get("length", 0))
-            if cell.batch and (way, cell) not in seen:
-                run(cell)  # MXNet plans its memory anew for every size of input
-                seen.add((way, cell))
-            answer = _turn(run, cell) if cell.batch else megabytes
+            way, cell = Way(*request["way"]), Cell(*request["cell"])
+            if way in made:
+                answer = _turn(made[way], cell)
+            else:
+                made[way], answer = _make(way)
+                made[way](cell)  # MXNet plans its memory at the first pass
         print(json.dumps(answer), flush=True)
 
 
@@ -307,12 +343,17 @@ def _classifier(name: str) -> Any:
 
     (layers, heads, inner, hidden), vocabulary = SHAPES[name]
     shape = Shape(layers, heads, inner, hidden).name
-    body, _ = get_bort_model(shape, vocab=range(vocabulary), use_decoder=False, dropout=0.0)
+    body, _ = get_bort_model(
+        shape, vocab=range(vocabulary), use_decoder=False, dropout=0.0, draw=False
+    )
     network = BortClassifier(body, dropout=0.0)
-    initialize(network, None)
-    # MXNet's int8 cannot take a layer whose biases are all 0.
-    for bias in network.collect_params(".*bias").values():
-        bias.set_data(mx.nd.random.normal(0, 0.02, bias.shape))
+    initialize(network, None, draw=False)
+    network.collect_params().setattr("grad_req", "null")
+    # NumPy draws them sooner than MXNet, whose int8 cannot take a layer that is all 0.
+    generator = np.random.default_rng(0)
+    for parameter in network.collect_params().values():
+        values = generator.standard_normal(parameter.shape, np.float32)
+        parameter.set_data(mx.nd.array(0.02 * values))
     return network
 
 
@@ -331,6 +372,7 @@ def _gluonnlp(way: Way) -> tuple[Callable[[Cell], None], float]:
         use_classifier=False,
     )
     network = nlp.model.BERTClassifier(body, num_classes=2)
+    network.collect_params().setattr("grad_req", "null")
     network.initialize(mx.init.Constant(0.01))  # to draw 340 M values takes long
     network.hybridize(static_alloc=True)
 
@@ -397,15 +439,15 @@ def _print_table(
     heading = "".join(f"{cell!s:>16}" for cell in cells)
     print(f"{'network':<12}{'runtime':<16}{'threads':>8}{'MB':>8}{heading}")
     for way, threads in rows:
-        line = f"{way.network:<12}{way.engine:<16}{threads:>8}{sizes[way]:8,.0f}"
+        size = f"{sizes[way]:,.0f}" if way in sizes else "-"
+        line = f"{way.network:<12}{way.engine:<16}{threads:>8}{size:>8}"
         for cell in cells:
             found = medians.get((way, threads, cell))
             if found is None:
                 line += f"{'-':>16}"
                 continue
-            peak = peaks[threads]["int8" if way.int8 else "float32"]
-            floor = operations(way, cell) / (peak * 1e9)
-            line += f"{1e3 * found:9,.1f} ({100 * floor / found:3.0f}%)"
+            share = _floor(way, threads, cell, peaks) / found
+            line += f"{1e3 * found:9,.1f} ({100 * share:3.0f}%)"
         print(line)
 
 
