@@ -1,16 +1,9 @@
-"""The model: predefined shapes, BortModel, BortClassifier, and reading and writing its parameters.
-
-A name reads `bort_<layers>_<heads>_<intermediate>_<hidden>`: `bort_4_8_768_1024` has hidden size
-(units) 1024 and intermediate size 768, the width inside the feed-forward layers, which GluonNLP
-calls hidden_size. Users of the original confuse the two.
-"""
+"""The model: BortModel, BortClassifier, and reading and writing their parameters."""
 
 from __future__ import annotations
 
 import os
-import re
-from types import MappingProxyType
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Any, Sequence
 
 import gluonnlp as nlp
 import mxnet as mx
@@ -20,56 +13,10 @@ from mxnet.gluon import HybridBlock, nn
 
 from bort.encoder import Cut, backward, encode_embedding, runs_on_cpu
 from bort.errors import UserError
+from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, shape_of
 
-MAX_LENGTH = 512
 # The matrix that embedding and decoder share has two names, and a file may hold it under either.
 EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
-LAYER_NORM_EPS = 1e-5
-
-
-class Shape(NamedTuple):
-    """The architectural parameters of one member of the BERT family, in the order of its name."""
-
-    layers: int
-    heads: int
-    intermediate: int
-    hidden: int
-
-    @property
-    def name(self) -> str:
-        """Return the name that `shape_of` reads back."""
-        return f"bort_{self.layers}_{self.heads}_{self.intermediate}_{self.hidden}"
-
-
-PREDEFINED_SHAPES: Mapping[str, Shape] = MappingProxyType(
-    {
-        "bort_4_8_768_1024": Shape(layers=4, heads=8, intermediate=768, hidden=1024),
-        "bort_2_16_512_1024": Shape(layers=2, heads=16, intermediate=512, hidden=1024),
-    }
-)
-
-
-def shape_of(model_name: str) -> Shape:
-    """Return the shape a model name stands for: a predefined one, or the four numbers it spells.
-
-    Raises `UserError` for a name of another form and for heads that do not divide the hidden size.
-    """
-    if model_name in PREDEFINED_SHAPES:
-        return PREDEFINED_SHAPES[model_name]
-    # No leading zeros: a shape has one name, and no number is 0.
-    spelled = re.fullmatch("bort" + 4 * "_([1-9][0-9]*)", model_name)
-    if not spelled:
-        raise UserError(
-            f"model name {model_name!r}: expected bort_<layers>_<heads>_<intermediate>_<hidden>, "
-            "such as bort_4_8_768_1024"
-        )
-    shape = Shape(*map(int, spelled.groups()))
-    if shape.hidden % shape.heads:
-        raise UserError(
-            f"model name {model_name!r}: hidden size {shape.hidden} is not divisible by "
-            f"{shape.heads} heads"
-        )
-    return shape
 
 
 class BortModel(nlp.model.RoBERTaModel):

@@ -14,8 +14,8 @@ from bort.communicator import Communicator
 from bort.config import command_of
 from bort.errors import UserError
 from bort.finetuning_settings import FinetuningSettings
+from bort.parameters import parameter_file
 from bort.saved_model import Card, card_path, load_model, read_card
-from bort.teacher import parameter_file
 from bort.tokenization import (
     TOKENIZER_FOLDER,
     Tokenizer,

@@ -17,17 +17,14 @@ from typing import Any, Mapping, NamedTuple
 
 import numpy as np
 
-from bort.bort import LAYER_NORM_EPS, MAX_LENGTH, Shape
 from bort.errors import UserError
+from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, ROBERTA, Shape
 
 Arrays = Mapping[str, np.ndarray]
 
 FAMILIES = {"roberta": "Roberta", "bert": "Bert"}
 HEADS = ("MaskedLM", "SequenceClassification", "MultipleChoice")
-TEACHERS = {
-    Shape(layers=12, heads=12, intermediate=3072, hidden=768): "roberta_12_768_12",
-    Shape(layers=24, heads=16, intermediate=4096, hidden=1024): "roberta_24_1024_16",
-}
+TEACHERS = {shape: name for name, shape in ROBERTA.items()}
 
 # Ours on the left, theirs on the right; {} is the number of the layer.
 _EMBEDDINGS = {

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 from mxnet import nd
 
-from bort.bort import MAX_LENGTH, decode, encode, masked_hidden
+from bort.bort import decode, encode, masked_hidden
 from bort.config import read_json
 from bort.errors import UserError
 from bort.huggingface import Architecture, architecture_of
 from bort.saved_model import SavedModel
+from bort.shapes import MAX_LENGTH
 from bort.tokenization import Tokenizer
 
 LIMIT = 1e-4

@@ -21,12 +21,11 @@ from typing import Any, Iterator, Mapping
 import numpy as np
 
 from bort import huggingface, huggingface_tokenizer
-from bort.bort import MAX_LENGTH, Shape, shape_of
 from bort.config import read_json, write_json
 from bort.errors import UserError
 from bort.huggingface import Architecture
 from bort.saved_model import MASKED_LM, Card, SavedModel, build_network
-from bort.teacher import ROBERTA
+from bort.shapes import MAX_LENGTH, Shape, body_shape
 from bort.tokenization import Tokenizer
 
 WEIGHTS, OLD_WEIGHTS, CONFIG, README = (
@@ -155,12 +154,6 @@ def _config(card: Card, tokenizer: Tokenizer, architecture: Architecture) -> dic
             "problem_type": problem,
         }
     return {**config, OURS: {entry: getattr(card, entry) for entry in _CONSTANT_CARD}}
-
-
-def body_shape(model: str) -> Shape:
-    """Return the shape of a model's name, GluonNLP's RoBERTa models included."""
-    shapes = {name: shape for shape, name in huggingface.TEACHERS.items()}
-    return shapes[model] if model in ROBERTA else shape_of(model)
 
 
 def model_card(card: Card, architecture: Architecture) -> str:

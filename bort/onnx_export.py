@@ -21,6 +21,8 @@ from typing import Any, Mapping, NamedTuple, Sequence, Union
 import numpy as np
 
 from bort.errors import UserError
+from bort.parameters import read_arrays
+from bort.shapes import LAYER_NORM_EPS, array_shapes, body_shape
 
 # Opset 17 is the first with LayerNormalization. Newer runtimes read both.
 OPSET, IR_VERSION = 17, 8
@@ -63,6 +65,39 @@ def describe(network: Any) -> Network:
     )
 
 
+def describe_file(path: str, card: Any) -> Network:
+    """Read the classifier of a parameter file and its card (bort.saved_model.Card), without MXNet.
+
+    Raises `UserError` when the file cannot be read and when it is not of the card's network.
+    """
+    shape = body_shape(card.model)
+    body = array_shapes(shape, card.vocab_size)
+    square, outputs = (shape.hidden, shape.hidden), (card.num_outputs, shape.hidden)
+    head = {"extra": square} if card.extra_layer else {}
+    head |= {"classifier.1": square, "classifier.3": outputs}
+    expected = {f"bort.{name}": size for name, size in body.items()}
+    for name, size in head.items():
+        expected |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    arrays = read_arrays(path)
+    sizes = {name: array.shape for name, array in arrays.items()}
+    wrong = sorted({name for name, _ in expected.items() ^ sizes.items()})
+    if wrong:
+        raise UserError(
+            f"{path}: does not hold the parameters of {card.model}: see {', '.join(wrong[:4])}"
+        )
+    values = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
+    return Network(
+        {name: values[f"bort.{name}"] for name in body},
+        shape.layers,
+        shape.heads,
+        LAYER_NORM_EPS,
+        [
+            (values[f"{name}.weight"], values[f"{name}.bias"], name == "classifier.1")
+            for name in head
+        ],
+    )
+
+
 def _head(classifier: Any) -> list[tuple[np.ndarray, np.ndarray, bool]]:
     extra = getattr(classifier, "extra", None)
     layers = [*([] if extra is None else [extra]), *classifier.classifier]
@@ -77,11 +112,21 @@ def _head(classifier: Any) -> list[tuple[np.ndarray, np.ndarray, bool]]:
 
 
 class _Graph:
-    """Nodes and constants of a graph that is being written; a value is its name."""
+    """A graph that is being written, in its model at once: every copy of 300 MB takes its time.
+
+    A value is its name.
+    """
 
     def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
+        from onnx import helper
+
+        self._model = helper.make_model(
+            helper.make_graph([], "bort", [], []),
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="bort",
+        )
+        self._graph = self._model.graph
 
     def __call__(self, operator: str, *inputs: Value, **attributes: Any) -> str:
         """Add a node with one output; inputs that are arrays become constants."""
@@ -91,18 +136,21 @@ class _Graph:
         """Add a node with `count` outputs."""
         from onnx import helper
 
-        name = f"{operator}_{len(self.nodes)}"
+        name = f"{operator}_{len(self._graph.node)}"
         names = [one if isinstance(one, str) else self._constant(one) for one in inputs]
         outputs = [name] if count == 1 else [f"{name}_{place}" for place in range(count)]
-        self.nodes.append(helper.make_node(operator, names, outputs, name=name, **attributes))
+        self._graph.node.append(helper.make_node(operator, names, outputs, name=name, **attributes))
         return outputs
 
     def _constant(self, array: np.ndarray | np.generic) -> str:
-        from onnx import numpy_helper
+        from onnx import helper
 
-        name = f"constant_{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.asarray(array), name))
-        return name
+        tensor = self._graph.initializer.add()
+        tensor.name = f"constant_{len(self._graph.initializer)}"
+        tensor.dims.extend(array.shape)
+        tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+        tensor.raw_data = array.tobytes()
+        return tensor.name
 
     def model(
         self,
@@ -110,33 +158,21 @@ class _Graph:
         outputs: Mapping[str, tuple[str, Sequence[Any]]],
         notes: Mapping[str, str],
     ) -> Any:
-        """Return the graph as an onnx.ModelProto.
+        """Return the finished graph as an onnx.ModelProto.
 
         inputs: {name: shape}, all int64; outputs: {name: (value, shape)}, all float32.
         """
         from onnx import TensorProto, helper
 
-        taken = [
-            helper.make_tensor_value_info(name, TensorProto.INT64, shape)
-            for name, shape in inputs.items()
-        ]
-        given = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            for name, (_, shape) in outputs.items()
-        ]
-        named = [
-            helper.make_node("Identity", [value], [name], name=name)
-            for name, (value, _) in outputs.items()
-        ]
-        graph = helper.make_graph([*self.nodes, *named], "bort", taken, given, self.constants)
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="bort",
-        )
-        helper.set_model_props(model, dict(notes))
-        return model
+        for name, shape in inputs.items():
+            info = helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+            self._graph.input.append(info)
+        for name, (value, shape) in outputs.items():
+            self._graph.node.append(helper.make_node("Identity", [value], [name], name=name))
+            info = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            self._graph.output.append(info)
+        helper.set_model_props(self._model, dict(notes))
+        return self._model
 
 
 def _ints(*values: int) -> np.ndarray:
@@ -312,7 +348,7 @@ def _quantize(matrix: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build(network: Any, precision: str = "float32", notes: Mapping[str, str] | None = None) -> Any:
-    """Return the onnx.ModelProto of a BortClassifier or of a BERTModel with decoder.
+    """Return the onnx.ModelProto of a network: MXNet's, as for `describe`, or a described one.
 
     Inputs: `input_ids` int64 [batch, length], padded at the end, and `valid_length` int64 [batch];
     a masked-LM network also takes `positions` int64 [masks], which count through the flattened
@@ -320,7 +356,7 @@ def build(network: Any, precision: str = "float32", notes: Mapping[str, str] | N
 
     `precision` int8 stores matrices in int8 and multiplies in it; `notes` go into the file.
     """
-    described = describe(network)
+    described = network if isinstance(network, Network) else describe(network)
     writer = _Writer(described, precision)
     inputs: dict[str, Sequence[str]] = {
         "input_ids": ["batch", "length"],

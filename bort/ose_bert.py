@@ -22,10 +22,11 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
-from bort.bort import MAX_LENGTH, Shape, encode, get_bort_model, shape_of
+from bort.bort import encode, get_bort_model
 from bort.config import read_yaml
 from bort.errors import UserError
 from bort.ose import LayerCost, Layers, Theta
+from bort.shapes import MAX_LENGTH, Shape, shape_of
 
 Space = Callable[[], "list[Shape]"]
 

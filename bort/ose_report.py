@@ -10,7 +10,6 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from bort.bort import Shape
 from bort.config import write_json
 from bort.ose import (
     Member,
@@ -24,6 +23,7 @@ from bort.ose import (
     w_coefficient,
 )
 from bort.ose_bert import BertFamily
+from bort.shapes import Shape
 
 FORMAT_VERSION = 1
 SHOWN = 20  # rows of the table on the screen; the file has all

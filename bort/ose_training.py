@@ -29,7 +29,6 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.bort import Shape
 from bort.communicator import SingleProcess
 from bort.config import as_dict, check_limits, option, read_json
 from bort.errors import UserError
@@ -44,6 +43,7 @@ from bort.settings import (
     StudentSettings,
     TeacherSettings,
 )
+from bort.shapes import Shape
 from data.shards import Manifest, open_shards
 
 # The peak rates where none is given: SGD's gradients are clipped to norm 1, so its steps are small.

@@ -30,6 +30,7 @@ import numpy as np
 
 from bort.encoding import encode_inputs
 from bort.errors import UserError
+from bort.parameters import parameter_file
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
 from data.base import Task
 from data.files import BadRowError, member
@@ -327,10 +328,10 @@ def load_classifier(
     `task` names, if need be, another task that this model predicts (MNLI's predicts AX).
     Raises `UserError` when there is none, and for another task than the model's.
     """
-    from bort import saved_model, teacher
+    from bort import saved_model
     from bort.runtime import load_runtime, runtime_of
 
-    found = teacher.parameter_file(path)
+    found = parameter_file(path)
     card = saved_model.read_card(found)
     if card.kind == saved_model.MASKED_LM:
         raise UserError(
@@ -446,9 +447,9 @@ def load_mask_filler(path: str, batch_size: int = BATCH) -> MaskFiller:
 
     Raises `UserError` when there is none.
     """
-    from bort import saved_model, teacher
+    from bort import saved_model
 
-    found = teacher.parameter_file(path)
+    found = parameter_file(path)
     card = saved_model.read_card(found)
     if card.kind != saved_model.MASKED_LM:
         raise UserError(

@@ -16,9 +16,10 @@ from bort.distillation import correct_predictions, distillation_loss, squared_di
 from bort.errors import UserError
 from bort.evaluation import DeviceBatch, LiveTeacher, Teacher, evaluate, masked_logits, to_device
 from bort.optimization import learning_rate
+from bort.parameters import parameter_file
 from bort.saved_model import Card, save_model
 from bort.settings import PretrainingSettings
-from bort.teacher import load_teacher, parameter_file
+from bort.teacher import load_teacher
 from bort.teacher_cache import CachedTeacher, open_rows
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.training import Training, devices_of

@@ -20,6 +20,7 @@ from bort.config import write_json
 from bort.encoding import ClassifierSource, EncodedSet, encode_examples
 from bort.errors import UserError
 from bort.onnx_export import write
+from bort.parameters import parameter_file
 from bort.runtime import (
     DATA_NAMES,
     RUNTIMES,
@@ -33,7 +34,6 @@ from bort.runtime import (
     symbol_block,
 )
 from bort.saved_model import load_model
-from bort.teacher import parameter_file
 from data.base import Example
 from data.tasks import get_task
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from bort.config import read_json
 from bort.errors import UserError
+from bort.parameters import parameter_file
 from bort.stack import usable_cores
 from data.shards import sha256_of
 
@@ -180,16 +181,15 @@ def load_runtime(path: str, name: str, threads: int | None = None) -> Runtime:
         raise UserError(f"runtime {name!r}: unknown; there are {', '.join(RUNTIMES)}")
     if path.endswith(".onnx"):
         return _of_onnx_file(path, name, threads)
-    from bort import saved_model, teacher
+    from bort import saved_model
 
-    found = teacher.parameter_file(path)
-    check_classifier(found, saved_model.read_card(found))
+    found = parameter_file(path)
+    card = saved_model.read_card(found)
+    check_classifier(found, card)
     if name.endswith("int8"):
         return _int8(found, name, threads)
-    if name == "onnx" and os.path.exists(onnx_file(found)):
-        exported = OnnxRuntime(onnx_file(found), threads)
-        if exported.notes.get("parameters_sha256") == sha256_of(found):
-            return exported
+    if name == "onnx":
+        return _float32(found, card, threads)
     return runtime_of(saved_model.load_model(found).network, name, threads)
 
 
@@ -209,6 +209,18 @@ def _of_onnx_file(path: str, name: str, threads: int | None) -> OnnxRuntime:
     if found.notes["precision"] != precision:
         raise UserError(f"{path}: is in {found.notes['precision']}, not in {precision}")
     return found
+
+
+def _float32(parameters: str, card: Any, threads: int | None) -> OnnxRuntime:
+    """Take the exported file while it is of these parameters, else make the graph anew."""
+    if os.path.exists(onnx_file(parameters)):
+        exported = OnnxRuntime(onnx_file(parameters), threads)
+        if exported.notes.get("parameters_sha256") == sha256_of(parameters):
+            return exported
+    from bort.onnx_export import build, describe_file
+
+    graph = build(describe_file(parameters, card))
+    return OnnxRuntime(graph.SerializeToString(), threads)
 
 
 def _int8(parameters: str, name: str, threads: int | None) -> Runtime:

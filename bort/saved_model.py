@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Tuple
 
-import mxnet as mx
-
-from bort import bort, teacher
 from bort.config import read_json, write_json
 from bort.errors import UserError
+from bort.parameters import parameter_file
+from bort.shapes import MAX_LENGTH
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
 
 FORMAT_VERSION = 1
@@ -48,7 +47,7 @@ class Card:
     task: str = ""
     labels: Tuple[str, ...] = ()
     num_outputs: int = 0
-    max_len: int = bort.MAX_LENGTH
+    max_len: int = MAX_LENGTH
     extra_layer: bool = False
     race_cast: str = ""
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -67,6 +66,8 @@ def save_model(path: str, network: Any, card: Card, tokenizer: Optional[Tokenize
 
     The parameters come last and in one rename: a file that is there has its card beside it.
     """
+    from bort import bort
+
     folder = os.path.dirname(path)
     os.makedirs(folder or ".", exist_ok=True)
     if tokenizer is not None:
@@ -82,7 +83,9 @@ def load_model(path: str, ctx: Any = None, dropout: float = 0.0) -> SavedModel:
     `dropout` is for whoever trains it further.
     Raises `UserError` when it is absent, damaged, or was saved without a card.
     """
-    found = teacher.parameter_file(path)
+    from bort import bort
+
+    found = parameter_file(path)
     card = read_card(found)
     folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
     with ThreadPoolExecutor(1) as pool:  # while the parameters are read from the disk
@@ -111,6 +114,10 @@ def read_card(path: str) -> Card:
 
 def build_network(card: Card, ctx: Any = None, dropout: float = 0.0, draw: bool = True) -> Any:
     """Build the network that a card describes, with random weights or, without `draw`, zeros."""
+    import mxnet as mx
+
+    from bort import bort, teacher
+
     masked_lm = card.kind == MASKED_LM
     body = teacher.build_network(card.model, card.vocab_size, ctx, masked_lm, dropout, draw)
     if masked_lm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from typing import Any, Sequence
 
@@ -10,11 +9,11 @@ import gluonnlp as nlp
 import mxnet as mx
 
 from bort import checkpoint
-from bort.bort import get_bort_model, initialize, load_parameters, shape_of
+from bort.bort import get_bort_model, initialize, load_parameters
 from bort.config import read_json
 from bort.errors import UserError
-
-ROBERTA = ("roberta_12_768_12", "roberta_24_1024_16")
+from bort.parameters import parameter_file
+from bort.shapes import ROBERTA, shape_of
 
 
 def build_network(
@@ -75,23 +74,3 @@ def load_teacher(
     network.collect_params().setattr("grad_req", "null")
     network.encoder.hybridize(static_alloc=True)
     return network
-
-
-def parameter_file(path: str) -> str:
-    """Find the parameter file that a path given for a teacher or a student means.
-
-    Raises `UserError` when nothing is there or several files are.
-    """
-    for candidate in (path, os.path.join(path, checkpoint.LAST)):
-        model = os.path.join(candidate, checkpoint.MODEL)
-        if os.path.isfile(model) and os.path.isfile(os.path.join(candidate, checkpoint.STATE)):
-            return checkpoint.load(candidate).model_path
-    if os.path.isfile(path):
-        return path
-    found = sorted(glob.glob(os.path.join(glob.escape(path), "*.params")))
-    if not found:
-        raise UserError(f"{path}: holds no parameters (*.params)")
-    if len(found) > 1:
-        names = ", ".join(os.path.basename(one) for one in found)
-        raise UserError(f"{path}: holds several parameter files ({names}); name one of them")
-    return found[0]

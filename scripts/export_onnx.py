@@ -32,12 +32,13 @@ class OnnxSettings:
 @door
 def main(argv: Optional[Sequence[str]] = None) -> float:
     """Export a model; returns the largest difference between ONNX Runtime and MXNet."""
-    from bort import onnx_export, runtime, saved_model, teacher
+    from bort import onnx_export, runtime, saved_model
+    from bort.parameters import parameter_file
 
     parser = parser_for(str(__doc__), OnnxSettings)
     parser.add_argument("model", metavar="MODEL", help="a .params file, its folder, or a run")
     parsed = vars(parser.parse_args(argv))
-    source = teacher.parameter_file(parsed["model"])
+    source = parameter_file(parsed["model"])
     path = build(OnnxSettings, parsed).output or runtime.onnx_file(source)
     saved = saved_model.load_model(source)
     notes = runtime.notes_of(source, saved.card)

@@ -18,7 +18,6 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Seque
 
 import numpy as np
 
-from bort.bort import MAX_LENGTH, Shape, shape_of
 from bort.communicator import Communicator, SingleProcess, communicator_of_environment
 from bort.config import as_dict, option, parse
 from bort.errors import UserError, door
@@ -60,6 +59,7 @@ from bort.ose_training import (
     prepare_teacher,
     remove_candidates,
 )
+from bort.shapes import MAX_LENGTH, Shape, shape_of
 from bort.stack import usable_cores
 from data.shards import Manifest, open_shards
 

@@ -12,10 +12,8 @@ import pytest
 from mxnet import nd
 
 from bort.bort import (
-    PREDEFINED_SHAPES,
     BortClassifier,
     BortModel,
-    Shape,
     decode,
     encode,
     get_bort_model,
@@ -24,9 +22,9 @@ from bort.bort import (
     masked_hidden,
     parameter_count,
     save_parameters,
-    shape_of,
 )
 from bort.errors import UserError
+from bort.shapes import PREDEFINED_SHAPES, Shape, shape_of
 from tests import reference
 from tests.reference import parameters_of, redraw
 

@@ -18,12 +18,13 @@ import pytest
 from mxnet import nd
 
 from bort import huggingface, huggingface_check, huggingface_folder
-from bort.bort import Shape, decode, encode, masked_hidden
+from bort.bort import decode, encode, masked_hidden
 from bort.encoding import encode_inputs
 from bort.errors import UserError
 from bort.huggingface import Architecture, architecture_of, from_huggingface, to_huggingface
 from bort.huggingface_tokenizer import describe, tokenizer_of
 from bort.saved_model import Card, build_network, load_model, save_model
+from bort.shapes import Shape
 from bort.teacher import load_teacher
 from bort.tokenization import ByteLevelBPE, TokenizerSettings, load_tokenizer
 from scripts.convert_from_huggingface import main as bring_back

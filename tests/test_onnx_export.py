@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import onnxruntime
 import pytest
 from mxnet import nd
 
-from bort import onnx_export, saved_model
+from bort import bort, onnx_export, saved_model
 from bort.bort import BortClassifier, get_bort_model, initialize
+from bort.errors import UserError
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.shards import sha256_of
 from scripts.export_onnx import main
@@ -63,6 +65,28 @@ def expected_scores(network: Any, ids: np.ndarray, lengths: np.ndarray) -> np.nd
         inner = np.tanh(reference.dense(first, head, "classifier.1"))
         rows.append(reference.dense(inner, head, "classifier.3"))
     return np.array(rows)
+
+
+@pytest.mark.parametrize("extra_layer", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_file_is_described_as_its_network_is(extra_layer, dtype, tmp_path):
+    network, path = classifier(extra_layer), str(tmp_path / "best.params")
+    network.cast(dtype)
+    bort.save_parameters(network, path)
+    card = saved_model.Card(
+        SHAPE, VOCAB_SIZE, "", "classification", num_outputs=3, extra_layer=extra_layer
+    )
+    found, expected = onnx_export.describe_file(path, card), onnx_export.describe(network)
+    assert found[1:4] == expected[1:4]
+    np.testing.assert_equal(found.parameters, dict(expected.parameters))
+    assert len(found.head) == 2 + extra_layer
+    for one, other in zip(found.head, expected.head):
+        np.testing.assert_equal(one[0], other[0].astype(np.float32))
+        np.testing.assert_equal(one[1], other[1].astype(np.float32))
+        assert one[2] == other[2]
+    wider = dataclasses.replace(card, num_outputs=2, model="bort_3_4_24_16")
+    with pytest.raises(UserError, match=r"not hold the parameters of bort_3_4_24_16: see"):
+        onnx_export.describe_file(path, wider)
 
 
 @pytest.mark.parametrize("extra_layer", [False, True])

@@ -8,7 +8,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
-from bort.bort import Shape, encode, get_bort_model, parameter_count, shape_of
+from bort.bort import encode, get_bort_model, parameter_count
 from bort.errors import UserError
 from bort.ose import (
     check_abnc,
@@ -28,6 +28,7 @@ from bort.ose_bert import (
     measure_latency,
     synthetic_error,
 )
+from bort.shapes import Shape, shape_of
 
 BORT = shape_of("bort_4_8_768_1024")
 SMALLEST = shape_of("bort_2_4_256_512")

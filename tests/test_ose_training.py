@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bort import ose_training
-from bort.bort import Shape, get_bort_model, load_parameters, shape_of
+from bort.bort import get_bort_model, load_parameters
 from bort.config import build
 from bort.errors import UserError
 from bort.evaluation import masked_logits, to_device
@@ -31,6 +31,7 @@ from bort.ose_training import (
     train,
 )
 from bort.pretraining import open_data
+from bort.shapes import Shape, shape_of
 from scripts import run_ose
 from tests.pretraining_helpers import ROOT, VOCAB_SIZE, horovodrun, write_data, write_shards
 

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from bort.bort import shape_of
 from bort.ose_bert import bert_small_space
+from bort.shapes import shape_of
 from scripts import run_ose
 
 SMALL = ["--space", "bert-small", "--vocab_size", "8000", "--sequence_length", "128"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +110,17 @@ def test_an_exported_file_is_taken_while_it_fits(quantized, tmp_path, batch, mon
     )
     with pytest.raises(UserError, match="of other parameters than"):
         load_runtime(str(parameters), "onnx-int8")
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx-int8"])
+def test_onnx_runs_without_mxnet(quantized, name):
+    program = f"""
+        import sys
+        from bort.predict import predict
+        (answer,) = predict({str(quantized)!r}, ["a fine film"], runtime={name!r})
+        assert answer.label in "01" and "mxnet" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, cwd=ROOT)
 
 
 def test_threads_follow_the_environment(monkeypatch):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,78 +8,17 @@ import numpy as np
 import pytest
 from mxnet import autograd, nd
 
-from bort import checkpoint
 from bort.bort import BortModel, decode, encode, masked_hidden, save_parameters
 from bort.errors import UserError
-from bort.teacher import build_network, load_teacher, parameter_file
+from bort.teacher import build_network, load_teacher
 from tests.reference import parameters_of, redraw
+from tests.test_parameters import save_checkpoint
 
 TINY = "bort_2_4_24_32"
 
 
-def save_checkpoint(folder: Path, model: Any, step: int = 1, fingerprint: str = "f1") -> Path:
-    """Write a checkpoint as the pretraining program does."""
-    folder.mkdir(exist_ok=True)
-    write = partial(save_parameters, model)
-    state = {"tokenizer_fingerprint": fingerprint}
-    return Path(checkpoint.save(str(folder), step, write, {"mean.0": np.zeros(2)}, state))
-
-
 def load(path: Path, vocab_size: int = 50, fingerprint: str = "f1", name: str = TINY) -> Any:
     return load_teacher(name, str(path), vocab_size, fingerprint, [mx.cpu()])
-
-
-# ---- which file --------------------------------------------------------------------------------
-
-
-def test_a_file_is_itself(tmp_path: Path) -> None:
-    path = tmp_path / "roberta.params"
-    path.touch()
-    assert parameter_file(str(path)) == str(path)
-
-
-def test_a_folder_stands_for_its_only_parameter_file(tmp_path: Path) -> None:
-    folder = tmp_path / "with [brackets]"
-    folder.mkdir()
-    (folder / "vocab.json").touch()
-    (folder / "roberta.params").touch()
-    assert parameter_file(str(folder)) == str(folder / "roberta.params")
-
-
-def test_several_parameter_files_are_listed_not_guessed(tmp_path: Path) -> None:
-    for name in ("b.params", "a.params"):
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"several parameter files \(a\.params, b\.params\)"):
-        parameter_file(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["", "absent"])
-def test_no_parameter_file_is_a_user_error(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    with pytest.raises(UserError) as caught:
-        parameter_file(str(path))
-    assert str(caught.value) == f"{path}: holds no parameters (*.params)"
-
-
-def test_a_checkpoint_stands_for_its_model(tiny_model: BortModel, tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, tiny_model)
-    assert parameter_file(str(path)) == str(path / "model.params")
-
-
-def test_a_run_stands_for_its_newest_checkpoint(tiny_model: BortModel, tmp_path: Path) -> None:
-    for step in (1, 12):
-        newest = save_checkpoint(tmp_path, tiny_model, step)
-    assert Path(parameter_file(str(tmp_path))).resolve() == (newest / "model.params").resolve()
-
-
-def test_a_damaged_checkpoint_is_refused(tiny_model: BortModel, tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, tiny_model)
-    content = bytearray((path / "model.params").read_bytes())
-    content[-1] ^= 1
-    (path / "model.params").write_bytes(content)
-    for given in (path, tmp_path):
-        with pytest.raises(UserError, match=r"model\.params: its SHA-256 is not that"):
-            parameter_file(str(given))
 
 
 # ---- loading -----------------------------------------------------------------------------------

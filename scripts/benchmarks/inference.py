@@ -339,7 +339,8 @@ def _classifier(name: str) -> Any:
     """Build one of our networks; its ways ask for it one after another."""
     import mxnet as mx
 
-    from bort.bort import BortClassifier, Shape, get_bort_model, initialize
+    from bort.bort import BortClassifier, get_bort_model, initialize
+    from bort.shapes import Shape
 
     (layers, heads, inner, hidden), vocabulary = SHAPES[name]
     shape = Shape(layers, heads, inner, hidden).name

@@ -1,0 +1,98 @@
+"""The shapes of our networks: their names, and the shapes of their parameters.
+
+A name reads `bort_<layers>_<heads>_<intermediate>_<hidden>`: `bort_4_8_768_1024` has hidden size
+(units) 1024 and intermediate size 768, the width inside the feed-forward layers, which GluonNLP
+calls hidden_size. Users of the original confuse the two.
+"""
+
+from __future__ import annotations
+
+import re
+from types import MappingProxyType
+from typing import Mapping, NamedTuple
+
+from bort.errors import UserError
+
+MAX_LENGTH = 512
+LAYER_NORM_EPS = 1e-5
+
+
+class Shape(NamedTuple):
+    """The architectural parameters of one member of the BERT family, in the order of its name."""
+
+    layers: int
+    heads: int
+    intermediate: int
+    hidden: int
+
+    @property
+    def name(self) -> str:
+        """Return the name that `shape_of` reads back."""
+        return f"bort_{self.layers}_{self.heads}_{self.intermediate}_{self.hidden}"
+
+
+PREDEFINED_SHAPES: Mapping[str, Shape] = MappingProxyType(
+    {
+        "bort_4_8_768_1024": Shape(layers=4, heads=8, intermediate=768, hidden=1024),
+        "bort_2_16_512_1024": Shape(layers=2, heads=16, intermediate=512, hidden=1024),
+    }
+)
+
+
+# GluonNLP's RoBERTa models, which can be teachers.
+ROBERTA: Mapping[str, Shape] = MappingProxyType(
+    {
+        "roberta_12_768_12": Shape(layers=12, heads=12, intermediate=3072, hidden=768),
+        "roberta_24_1024_16": Shape(layers=24, heads=16, intermediate=4096, hidden=1024),
+    }
+)
+
+
+def shape_of(model_name: str) -> Shape:
+    """Return the shape a model name stands for: a predefined one, or the four numbers it spells.
+
+    Raises `UserError` for a name of another form and for heads that do not divide the hidden size.
+    """
+    if model_name in PREDEFINED_SHAPES:
+        return PREDEFINED_SHAPES[model_name]
+    # No leading zeros: a shape has one name, and no number is 0.
+    spelled = re.fullmatch("bort" + 4 * "_([1-9][0-9]*)", model_name)
+    if not spelled:
+        raise UserError(
+            f"model name {model_name!r}: expected bort_<layers>_<heads>_<intermediate>_<hidden>, "
+            "such as bort_4_8_768_1024"
+        )
+    shape = Shape(*map(int, spelled.groups()))
+    if shape.hidden % shape.heads:
+        raise UserError(
+            f"model name {model_name!r}: hidden size {shape.hidden} is not divisible by "
+            f"{shape.heads} heads"
+        )
+    return shape
+
+
+def body_shape(model_name: str) -> Shape:
+    """Return the shape of a model's name, GluonNLP's RoBERTa models included.
+
+    Raises `UserError` for any other name.
+    """
+    return ROBERTA[model_name] if model_name in ROBERTA else shape_of(model_name)
+
+
+def array_shapes(shape: Shape, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the arrays of a body without decoder in a parameter file."""
+    hidden, inner = shape.hidden, shape.intermediate
+    found: dict[str, tuple[int, ...]] = {
+        "word_embed.0.weight": (vocab_size, hidden),
+        "encoder.position_weight": (MAX_LENGTH, hidden),
+    }
+    norms = ["encoder.layer_norm"]
+    for number in range(shape.layers):
+        cell = f"encoder.transformer_cells.{number}"
+        norms += [f"{cell}.layer_norm", f"{cell}.ffn.layer_norm"]
+        projections = [f"attention_cell.proj_{name}" for name in ("query", "key", "value")]
+        layers = dict.fromkeys((*projections, "proj"), (hidden, hidden))
+        layers |= {"ffn.ffn_1": (inner, hidden), "ffn.ffn_2": (hidden, inner)}
+        for name, matrix in layers.items():
+            found |= {f"{cell}.{name}.weight": matrix, f"{cell}.{name}.bias": matrix[:1]}
+    return found | {f"{norm}.{part}": (hidden,) for norm in norms for part in ("gamma", "beta")}

@@ -1,0 +1,112 @@
+"""Parameter files: which one a path means, and what is in it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mxnet import nd
+
+from bort import checkpoint
+from bort.bort import BortModel, save_parameters
+from bort.errors import UserError
+from bort.parameters import parameter_file, read_arrays
+
+
+def save_checkpoint(folder: Path, model: Any, step: int = 1, fingerprint: str = "f1") -> Path:
+    """Write a checkpoint as the pretraining program does."""
+    folder.mkdir(exist_ok=True)
+    write = partial(save_parameters, model)
+    state = {"tokenizer_fingerprint": fingerprint}
+    return Path(checkpoint.save(str(folder), step, write, {"mean.0": np.zeros(2)}, state))
+
+
+# ---- which file --------------------------------------------------------------------------------
+
+
+def test_a_file_is_itself(tmp_path: Path) -> None:
+    path = tmp_path / "roberta.params"
+    path.touch()
+    assert parameter_file(str(path)) == str(path)
+
+
+def test_a_folder_stands_for_its_only_parameter_file(tmp_path: Path) -> None:
+    folder = tmp_path / "with [brackets]"
+    folder.mkdir()
+    (folder / "vocab.json").touch()
+    (folder / "roberta.params").touch()
+    assert parameter_file(str(folder)) == str(folder / "roberta.params")
+
+
+def test_several_parameter_files_are_listed_not_guessed(tmp_path: Path) -> None:
+    for name in ("b.params", "a.params"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"several parameter files \(a\.params, b\.params\)"):
+        parameter_file(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["", "absent"])
+def test_no_parameter_file_is_a_user_error(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with pytest.raises(UserError) as caught:
+        parameter_file(str(path))
+    assert str(caught.value) == f"{path}: holds no parameters (*.params)"
+
+
+def test_a_checkpoint_stands_for_its_model(tiny_model: BortModel, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, tiny_model)
+    assert parameter_file(str(path)) == str(path / "model.params")
+
+
+def test_a_run_stands_for_its_newest_checkpoint(tiny_model: BortModel, tmp_path: Path) -> None:
+    for step in (1, 12):
+        newest = save_checkpoint(tmp_path, tiny_model, step)
+    assert Path(parameter_file(str(tmp_path))).resolve() == (newest / "model.params").resolve()
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_model: BortModel, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, tiny_model)
+    content = bytearray((path / "model.params").read_bytes())
+    content[-1] ^= 1
+    (path / "model.params").write_bytes(content)
+    for given in (path, tmp_path):
+        with pytest.raises(UserError, match=r"model\.params: its SHA-256 is not that"):
+            parameter_file(str(given))
+
+
+# ---- its arrays --------------------------------------------------------------------------------
+
+
+def test_the_arrays_are_those_that_mxnet_wrote(tmp_path: Path) -> None:
+    types = ["float32", "float16", "float64", "int8", "uint8", "int32", "int64"]
+    values = np.arange(-12, 12).reshape(2, 3, 4)
+    written = {f"bort.\u00e9.{one}": nd.array(values, dtype=one) for one in types}
+    written["long"] = nd.arange(1000)
+    nd.save(str(tmp_path / "all.params"), written)
+    found = read_arrays(str(tmp_path / "all.params"))
+    assert list(found) == list(written)
+    for name, array in written.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array.asnumpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("size", [0, 5, 24, 40, 100, -1])
+def test_a_damaged_file_is_a_user_error(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "best.params"
+    nd.save(str(path), {"a": nd.arange(10), "b": nd.arange(20)})
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"best\.params: cannot be read as a parameter file \("):
+        read_arrays(str(path))
+
+
+def test_another_format_is_a_user_error(tmp_path: Path) -> None:
+    path = tmp_path / "best.params"
+    path.write_bytes(b"<html>" * 100)
+    with pytest.raises(UserError, match=r"a parameter file \(another format\)"):
+        read_arrays(str(path))
+    nd.save(str(path), {"sparse": nd.arange(9).reshape((3, 3)).tostype("csr")})
+    with pytest.raises(UserError, match="an array of another format"):
+        read_arrays(str(path))
