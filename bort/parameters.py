@@ -28,6 +28,8 @@ def parameter_file(path: str) -> str:
     if os.path.isfile(path):
         return path
     found = sorted(glob.glob(os.path.join(glob.escape(path), "*.params")))
+    if not os.path.exists(path):
+        raise UserError(f"{path}: not found")
     if not found:
         raise UserError(f"{path}: holds no parameters (*.params)")
     if len(found) > 1:

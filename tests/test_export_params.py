@@ -205,7 +205,7 @@ def complaint(capsys, *line: object) -> str:
 def test_what_is_no_good_checkpoint_is_one_line(run, tmp_path, capsys):
     output = tmp_path / "bort.params"
     absent = complaint(capsys, tmp_path / "absent", "--output", output)
-    assert "absent: holds no parameters" in absent
+    assert "absent: not found" in absent
     bare = tmp_path / "bare.params"
     shutil.copy(run / "step-0000012" / "model.params", bare)
     assert "no bare.json beside it says" in complaint(capsys, bare, "--output", output)

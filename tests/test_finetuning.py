@@ -405,7 +405,7 @@ def complaint(capsys: Any, line: list[str]) -> str:
         ({"data_dir": "absent"}, "no train set"),
         ({"only_inference": True}, "--only_inference needs --model_parameters"),
         ({"model_parameters": "a", "pretrained_parameters": "b"}, "a body of its own"),
-        ({"pretrained_parameters": "absent"}, "absent: holds no parameters"),
+        ({"pretrained_parameters": "absent"}, "absent: not found"),
         ({"model_name": "bort_1_3_32_32"}, "bort_1_3_32_32"),
         ({"max_len": 513}, "--max_len 513: must be at most 512"),
         ({"epochs": 0}, "--epochs 0"),

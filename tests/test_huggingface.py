@@ -513,7 +513,7 @@ def test_what_cannot_go_there_is_one_line(tmp_path, sample, capsys):
     said = complaint(capsys, convert, tmp_path / "bare", "--output", output)
     assert "the model has no tokenizer/ beside it" in said
     said = complaint(capsys, convert, tmp_path / "absent", "--output", output)
-    assert "absent: holds no parameters" in said
+    assert "absent: not found" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "extra"]
     said = complaint(capsys, convert, tmp_path / "bare", "--output", tmp_path / "bare")
     assert "is there already; name a new folder" in said

@@ -249,7 +249,7 @@ def complaint(capsys: Any, *line: object) -> str:
 
 
 def test_mistakes_are_one_line_and_leave_nothing(saved, tmp_path, capsys):
-    assert "absent: holds no parameters" in complaint(capsys, tmp_path / "absent")
+    assert "absent: not found" in complaint(capsys, tmp_path / "absent")
     output = tmp_path / "absent" / "best.onnx"
     assert f"{output}: cannot be written (" in complaint(capsys, saved, "--output", output)
     (tmp_path / "folder").mkdir()

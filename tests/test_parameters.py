@@ -48,12 +48,14 @@ def test_several_parameter_files_are_listed_not_guessed(tmp_path: Path) -> None:
         parameter_file(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["", "absent"])
-def test_no_parameter_file_is_a_user_error(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"), [("", "holds no parameters (*.params)"), ("absent", "not found")]
+)
+def test_no_parameter_file_is_a_user_error(name: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / name
     with pytest.raises(UserError) as caught:
         parameter_file(str(path))
-    assert str(caught.value) == f"{path}: holds no parameters (*.params)"
+    assert str(caught.value) == f"{path}: {said}"
 
 
 def test_a_checkpoint_stands_for_its_model(tiny_model: BortModel, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_every_kind_of_task(places, tmp_path, name):
         (["--timaeus_labels", "x"], "give one labeller: --timaeus or --timaeus_labels"),
         (["--regression_edges", "2,1"], "--regression_edges 2,1: must increase"),
         (["--regression_edges", "2;1"], "--regression_edges 2;1: must be numbers"),
-        (["--tau_model", "absent"], "absent: holds no parameters"),
+        (["--tau_model", "absent"], "absent: not found"),
         (["--task_name", "AX"], "--task_name AX: has no training set; run MNLI"),
         (["--task_name", "CB"], "whose answers are not those of CB"),
         (["--lower", "0.5"], "--lower 0.5: must not be above --upper 0.2"),

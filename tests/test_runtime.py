@@ -142,7 +142,7 @@ def test_what_cannot_be_run_is_one_line(quantized, tmp_path):
     parameters = save_classifier(tmp_path)
     assert "no int8 model yet; make it with scripts/quantize.py" in refusal(tmp_path, "onnx-int8")
     assert "runtime 'tensorrt': unknown" in refusal(tmp_path, "tensorrt")
-    assert "absent: holds no parameters" in refusal(tmp_path / "absent", "onnx")
+    assert "absent: not found" in refusal(tmp_path / "absent", "onnx")
     assert "absent.onnx: not found; scripts/export_onnx.py" in refusal("absent.onnx", "onnx")
     int8 = quantized / "int8" / "best.onnx"
     assert "an ONNX file runs in onnx alone" in refusal(int8, "mxnet")
