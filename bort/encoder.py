@@ -45,7 +45,7 @@ def encode_embedding(
     ones = nd.ones((batch, 1), ctx=embedding.context, dtype=embedding.dtype)
     repeated = nd.dot(ones, positions.reshape((1, -1)))
     rows = nd.elemwise_add(embedding.reshape((-1,)), repeated.reshape((-1,))).reshape((-1, units))
-    rows = layer_norm(encoder.layer_norm, nd.Dropout(rows, p=encoder._dropout), cuts)
+    rows = layer_norm(encoder.layer_norm, dropout(rows, p=encoder._dropout), cuts)
     mask = hide_padding(valid_length, length)
     *cells, last = encoder.transformer_cells
     for cell in cells:
@@ -61,10 +61,10 @@ def encode_embedding(
 
 def after_attention(cell: Any, attended: Any, rows: Any, cuts: list[Cut] | None) -> Any:
     """Do the rest of a layer: `attended` and the rows that went in, [n, units], to [n, units]."""
-    attended = nd.Dropout(dense(cell.proj, attended), p=cell._dropout)
+    attended = dropout(dense(cell.proj, attended), p=cell._dropout)
     rows = layer_norm(cell.layer_norm, nd.elemwise_add(attended, rows), cuts)
     inner = nd.LeakyReLU(dense(cell.ffn.ffn_1, rows), act_type="gelu")
-    outer = nd.Dropout(dense(cell.ffn.ffn_2, inner), p=cell.ffn._dropout)
+    outer = dropout(dense(cell.ffn.ffn_2, inner), p=cell.ffn._dropout)
     return layer_norm(cell.ffn.layer_norm, nd.elemwise_add(outer, rows), cuts)
 
 
@@ -101,7 +101,7 @@ def self_attention(cell: Any, rows: Any, mask: Any) -> Any:
     scores = nd.contrib.interleaved_matmul_selfatt_qk(projected, heads=heads)
     # Spread beforehand: MXNet's broadcast sums a gradient that nobody asked for.
     scores = nd.elemwise_add(scores, hidden.broadcast_to(scores.shape))
-    shares = nd.Dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
+    shares = dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
     attended = nd.contrib.interleaved_matmul_selfatt_valatt(projected, shares, heads=heads)
     return attended.transpose((1, 0, 2)).reshape((-1, units))
 
@@ -120,7 +120,7 @@ def _attention_of_any_type(
         for weight, bias in zip(weights, biases)
     )
     scores = nd.batch_dot(query * (units // heads) ** -0.5, key, transpose_b=True)
-    shares = nd.Dropout(nd.softmax(nd.broadcast_add(scores, hidden), axis=-1), p=cell._dropout)
+    shares = dropout(nd.softmax(nd.broadcast_add(scores, hidden), axis=-1), p=cell._dropout)
     values = nd.batch_dot(shares, value).reshape((batch, heads, length, -1))
     return values.transpose((0, 2, 1, 3)).reshape((-1, units))
 
@@ -152,11 +152,16 @@ def first_attention(cell: Any, rows: Any, mask: Any) -> Any:
     constant = nd.batch_dot(queries, key_bias, transpose_b=True).transpose((1, 0, 2))
     scores = nd.batch_dot(turned, sequence, transpose_b=True)  # [batch, heads, length]
     scores = nd.broadcast_add(nd.broadcast_add(scores, constant), mask.expand_dims(1))
-    weights = nd.Dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
+    weights = dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
     mixed = nd.batch_dot(weights, sequence).transpose((1, 0, 2))  # [heads, batch, units]
     shares = weights.sum(axis=-1, keepdims=True).transpose((1, 0, 2))
     values = nd.batch_dot(mixed, value, transpose_b=True) + nd.batch_dot(shares, value_bias)
     return values.transpose((1, 0, 2)).reshape((batch, units))
+
+
+def dropout(values: Any, p: float) -> Any:
+    """Drop values while a model is trained; MXNet's operator copies them even where it does not."""
+    return nd.Dropout(values, p=p) if autograd.is_training() and p else values
 
 
 def dense(layer: Any, rows: Any) -> Any:
