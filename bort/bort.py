@@ -11,7 +11,7 @@ import numpy as np
 from mxnet import nd
 from mxnet.gluon import HybridBlock, nn
 
-from bort.encoder import Cut, backward, encode_embedding, runs_on_cpu
+from bort.encoder import Cut, Selection, backward, encode_embedding, runs_on_cpu
 from bort.errors import UserError
 from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, shape_of
 
@@ -176,18 +176,28 @@ def initialize(model: HybridBlock, ctx: Any, draw: bool = True) -> None:
 
 
 def encode(
-    model: nlp.model.BERTModel, ids: Any, valid_length: Any, first_only: bool = False
+    model: nlp.model.BERTModel,
+    ids: Any,
+    valid_length: Any,
+    first_only: bool = False,
+    only: Selection | None = None,
 ) -> Any:
     """Encode token ids [batch, length] to [batch, length, hidden]; Bort and RoBERTa alike.
 
     `valid_length` [batch] is of the model's type. With `first_only` nothing but the first token's
-    vector, [:, :1], is asked for.
+    vector, [:, :1], is asked for; with `only` a selection of n positions, [n, hidden].
     """
     check_length(model, ids)
     if runs_on_cpu(ids):
         embedding = model.word_embed(ids)
-        return encode_embedding(model.encoder, embedding, valid_length, None, first_only)
-    return model._encode_sequence(ids, [], valid_length)[0]
+        return encode_embedding(model.encoder, embedding, valid_length, None, first_only, only)
+    return _selected(model._encode_sequence(ids, [], valid_length)[0], only)
+
+
+def _selected(sequence: Any, only: Selection | None) -> Any:
+    if only is None:
+        return sequence
+    return sequence.reshape((-3, 0)).take(only.table.take(only.places))
 
 
 class EmbeddingRows:
@@ -211,22 +221,29 @@ class EmbeddingRows:
         self.table.attach_grad()
         self.cuts: list[Cut] = []
 
-    def backward(self, loss: Any) -> None:
-        """Differentiate a loss [1] that was recorded from `encode_rows` on."""
-        backward(loss, self.cuts)
-        gradient = self._parameter.grad(self._context)
-        gradient[self._rows] = gradient.take(self._rows) + self.table.grad
+    def backward(self, head: Any, gradient: Any | None = None) -> None:
+        """Differentiate what was recorded from `encode_rows` on: a loss [1], or an array of which
+        the loss has this `gradient`.
+        """
+        backward(head, self.cuts, gradient)
+        whole = self._parameter.grad(self._context)
+        whole[self._rows] = whole.take(self._rows) + self.table.grad
 
 
 def encode_rows(
-    model: nlp.model.BERTModel, rows: EmbeddingRows, valid_length: Any, first_only: bool = False
+    model: nlp.model.BERTModel,
+    rows: EmbeddingRows,
+    valid_length: Any,
+    first_only: bool = False,
+    only: Selection | None = None,
 ) -> Any:
-    """Do what `encode` does, to be differentiated by `rows.backward`: [batch, length, hidden]."""
+    """Do what `encode` does, to be differentiated by `rows.backward`."""
     embedding = rows.table.take(rows.places)
     if runs_on_cpu(embedding):
-        return encode_embedding(model.encoder, embedding, valid_length, rows.cuts, first_only)
+        return encode_embedding(model.encoder, embedding, valid_length, rows.cuts, first_only, only)
     embedding = embedding.transpose((1, 0, 2))
-    return model.encoder(embedding, valid_length=valid_length)[0].transpose((1, 0, 2))
+    sequence = model.encoder(embedding, valid_length=valid_length)[0].transpose((1, 0, 2))
+    return _selected(sequence, only)
 
 
 def masked_hidden(model: nlp.model.BERTModel, sequence: Any, positions: Any) -> Any:
@@ -235,7 +252,11 @@ def masked_hidden(model: nlp.model.BERTModel, sequence: Any, positions: Any) -> 
     `positions` [n] index the flattened [batch * length] grid of `sequence`: unlike GluonNLP's
     [batch, masks] table it has no padding, so nothing is projected in vain.
     """
-    rows = sequence.reshape((-3, 0)).take(positions)
+    return decoder_hidden(model, sequence.reshape((-3, 0)).take(positions))
+
+
+def decoder_hidden(model: nlp.model.BERTModel, rows: Any) -> Any:
+    """Return the decoder's hidden states [n, hidden] of encoded positions [n, hidden]."""
     dense, gelu, layer_norm, _ = model.decoder
     return layer_norm(gelu(dense(rows)))
 

@@ -2,23 +2,25 @@
 
 All work on masked positions only. They return sums, not means: micro-batches hold different
 numbers of masked positions, so the mean over a global batch is formed once, from the sums of all
-its micro-batches. Gluon's KLDivLoss is not used: its reduction changed between versions of MXNet
-and it takes a second softmax of what is already one.
+its micro-batches. The gradient is known in closed form and not left to autograd, which would go
+over the vocabulary several times more. Gluon's KLDivLoss is not used: its reduction changed between
+versions of MXNet and it takes a second softmax of what is already one.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mxnet import autograd, nd
+from mxnet import nd
 
 
 class LossParts(NamedTuple):
-    """Sums over the n masked positions of a micro-batch, as NDArrays of shape [1]."""
+    """Sums over the n masked positions of a micro-batch, as NDArrays of shape [1]; a gradient."""
 
-    total: Any  # mlm_weight * mlm + teacher_ce_weight * kl: what is differentiated
+    total: Any  # mlm_weight * mlm + teacher_ce_weight * kl
     mlm: Any  # cross-entropy with the true tokens, nats
     kl: Any  # temperature^2 * KL(teacher || student) at the temperature, nats; 0 without teacher
+    gradient: Any  # of the total, with respect to the student's logits [n, vocabulary]
 
 
 def masked_lm_loss(logits: Any, labels: Any) -> Any:
@@ -31,28 +33,22 @@ def distillation_kl(student_logits: Any, teacher_logits: Any, temperature: float
 
     Summed over the vocabulary: logits [n, vocabulary]. The factor T^2 keeps the size of the
     gradient independent of the temperature (Hinton et al., Distilling the Knowledge, section 2).
-    The gradient of the student's logits is known, T * (student - teacher), and is not left to
-    autograd, which would go over the vocabulary four more times; the teacher gets none.
     """
-    recording = autograd.is_recording()
-    with autograd.pause():
-        # Divided beforehand: MXNet's own softmax with a temperature is a slow one.
-        student, teacher = (one / temperature for one in (student_logits, teacher_logits))
-        probabilities = nd.softmax(teacher, axis=-1)
-        terms = nd.log_softmax(teacher, axis=-1) - nd.log_softmax(student, axis=-1)
-        divergence = temperature**2 * _row_products(terms, probabilities)
-        if not recording:
-            return divergence
-        gradient = temperature * (nd.softmax(student, axis=-1) - probabilities)
-    # Linear in the logits with that slope; what it adds to the value is 0.
-    tangent = _row_products(student_logits, gradient)
-    return divergence + (tangent - tangent.detach())
+    student, teacher = _softened(student_logits, teacher_logits, temperature)
+    return temperature**2 * _divergence(student, teacher, nd.softmax(teacher, axis=-1))
 
 
-def _row_products(first: Any, second: Any) -> Any:
-    """Return the sums of products [n] of two [n, m]: MXNet's sum along an axis is slow."""
-    ones = nd.ones((first.shape[1], 1), ctx=first.context, dtype=first.dtype)
-    return nd.dot(nd.elemwise_mul(first, second), ones).reshape((-1,))
+def _softened(student_logits: Any, teacher_logits: Any, temperature: float) -> tuple[Any, Any]:
+    # Divided beforehand: MXNet's own softmax with a temperature is a slow one.
+    return student_logits * (1 / temperature), teacher_logits * (1 / temperature)
+
+
+def _divergence(student: Any, teacher: Any, probabilities: Any) -> Any:
+    """Return KL(teacher || student) [n] of logits [n, m], given the teacher's probabilities."""
+    terms = nd.elemwise_sub(nd.log_softmax(teacher, axis=-1), nd.log_softmax(student, axis=-1))
+    # A product with ones: MXNet's sum along an axis is slow.
+    ones = nd.ones((terms.shape[1], 1), ctx=terms.context, dtype=terms.dtype)
+    return nd.dot(nd.elemwise_mul(terms, probabilities), ones).reshape((-1,))
 
 
 def distillation_loss(
@@ -74,10 +70,16 @@ def distillation_loss(
         temperature: softens both distributions in the divergence.
     """
     mlm = masked_lm_loss(student_logits, labels).sum()
+    truth = nd.one_hot(labels, student_logits.shape[1], dtype=student_logits.dtype)
+    gradient = mlm_weight * nd.elemwise_sub(nd.softmax(student_logits, axis=-1), truth)
     if teacher_logits is None:
-        return LossParts(mlm_weight * mlm, mlm, nd.zeros_like(mlm))
-    kl = distillation_kl(student_logits, teacher_logits, temperature).sum()
-    return LossParts(mlm_weight * mlm + teacher_ce_weight * kl, mlm, kl)
+        return LossParts(mlm_weight * mlm, mlm, nd.zeros_like(mlm), gradient)
+    student, teacher = _softened(student_logits, teacher_logits, temperature)
+    probabilities = nd.softmax(teacher, axis=-1)
+    kl = temperature**2 * _divergence(student, teacher, probabilities).sum()
+    difference = nd.elemwise_sub(nd.softmax(student, axis=-1), probabilities)
+    gradient = nd.elemwise_add(gradient, (teacher_ce_weight * temperature) * difference)
+    return LossParts(mlm_weight * mlm + teacher_ce_weight * kl, mlm, kl, gradient)
 
 
 def correct_predictions(logits: Any, labels: Any) -> Any:

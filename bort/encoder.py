@@ -21,6 +21,28 @@ from mxnet import autograd, nd
 HIDDEN = -1e30
 
 
+class Selection(NamedTuple):
+    """The positions of a batch whose encodings alone are wanted, as NDArrays (see `select`).
+
+    As many are computed of each sequence: what is too much is its first token.
+    """
+
+    table: Any  # [batch * most] int32, into the flattened [batch * length] grid
+    places: Any  # [n] int32, into the table
+
+
+def select(positions: np.ndarray, batch: int, length: int, device: Any) -> Selection:
+    """Select positions [n] of the flattened grid, those of one sequence after another's."""
+    sequences = positions // length
+    counts = np.bincount(sequences, minlength=batch)
+    ordinals = np.arange(len(positions)) - (np.cumsum(counts) - counts)[sequences]
+    most = max(1, int(counts.max()))
+    table = np.repeat(length * np.arange(batch)[:, None], most, axis=1)
+    table[sequences, ordinals] = positions
+    table, places = table.reshape(-1), sequences * most + ordinals
+    return Selection(*(nd.array(each, ctx=device, dtype="int32") for each in (table, places)))
+
+
 def runs_on_cpu(array: Any) -> bool:
     """Tell whether these functions are for an array: not for symbols and for those of a GPU."""
     return isinstance(array, nd.NDArray) and array.context.device_type != "gpu"
@@ -32,12 +54,14 @@ def encode_embedding(
     valid_length: Any,
     cuts: list[Cut] | None = None,
     first_only: bool = False,
+    only: Selection | None = None,
 ) -> Any:
     """Encode word embeddings [batch, length, units]; returns the same shape.
 
     `valid_length` [batch] is of the embeddings' type; positions at and beyond it come out zero.
     With `cuts` the recorded graph is cut at every LayerNorm; `backward` differentiates it. With
-    `first_only` the last layer is computed for the first token alone: [batch, 1, units].
+    `first_only` the last layer is computed for the first token alone: [batch, 1, units]; with
+    `only` for a selection of n positions: [n, units].
     """
     batch, length, units = embedding.shape
     positions = encoder.position_weight.data(embedding.context)[:length]
@@ -54,6 +78,10 @@ def encode_embedding(
         attended = first_attention(last.attention_cell, rows, mask)
         rows = rows.reshape((batch, -1)).slice_axis(axis=1, begin=0, end=units)
         return after_attention(last, attended, rows, cuts).expand_dims(1)
+    if only is not None:
+        chosen = rows.take(only.table)
+        attended = self_attention(last.attention_cell, rows, mask, chosen)
+        return after_attention(last, attended, chosen, cuts).take(only.places)
     rows = after_attention(last, self_attention(last.attention_cell, rows, mask), rows, cuts)
     sequence = rows.reshape((batch, length, units))
     return nd.SequenceMask(sequence, valid_length, use_sequence_length=True, axis=1)
@@ -76,28 +104,24 @@ def hide_padding(valid_length: Any, length: int) -> Any:
     )
 
 
-def self_attention(cell: Any, rows: Any, mask: Any) -> Any:
+def self_attention(cell: Any, rows: Any, mask: Any, chosen: Any | None = None) -> Any:
     """Attend within each sequence: rows [batch * length, units], mask [batch, length].
 
     `cell` is GluonNLP's DotProductSelfAttentionCell; returns [batch * length, units] before the
-    output projection.
+    output projection. With `chosen`, [batch * most] of the rows, only these attend to all.
     """
     batch, length = mask.shape
     heads, units = cell._num_heads, cell.units
-    weights, biases = (
-        [getattr(cell, f"{name}_{kind}").data(rows.context) for name in ("query", "key", "value")]
-        for kind in ("weight", "bias")
-    )
+    weights, biases = _projections(cell, rows.context)
     hidden = mask.repeat(heads, axis=0).expand_dims(1)
-    if rows.dtype != np.float32:
-        return _attention_of_any_type(cell, rows, weights, biases, hidden)
+    if chosen is not None or rows.dtype != np.float32:
+        queries = rows if chosen is None else chosen
+        return _attention_of_batches(cell, (queries, rows, rows), weights, biases, hidden)
     # MXNet's own attention wants the three projections head by head, and sequences side by side.
-    weight = nd.concat(*[w.reshape((heads, -1, units)) for w in weights], dim=1)
-    bias = nd.concat(*[b.reshape((heads, -1)) for b in biases], dim=1)
+    weight, bias = getattr(cell, "joined", {}).get(rows.context) or _joined(heads, weights, biases)
     turned = rows.reshape((batch, length, units)).transpose((1, 0, 2)).reshape((-1, units))
-    projected = nd.FullyConnected(
-        turned, weight.reshape((-1, units)), bias.reshape((-1,)), num_hidden=3 * units
-    ).reshape((length, batch, 3 * units))
+    projected = nd.FullyConnected(turned, weight, bias, num_hidden=3 * units)
+    projected = projected.reshape((length, batch, 3 * units))
     scores = nd.contrib.interleaved_matmul_selfatt_qk(projected, heads=heads)
     # Spread beforehand: MXNet's broadcast sums a gradient that nobody asked for.
     scores = nd.elemwise_add(scores, hidden.broadcast_to(scores.shape))
@@ -106,22 +130,49 @@ def self_attention(cell: Any, rows: Any, mask: Any) -> Any:
     return attended.transpose((1, 0, 2)).reshape((-1, units))
 
 
-def _attention_of_any_type(
-    cell: Any, rows: Any, weights: Sequence[Any], biases: Sequence[Any], hidden: Any
+def _projections(cell: Any, device: Any) -> tuple[list[Any], list[Any]]:
+    """Return the weights [units, units] and biases [units] of queries, keys and values."""
+    weights, biases = (
+        [getattr(cell, f"{name}_{kind}").data(device) for name in ("query", "key", "value")]
+        for kind in ("weight", "bias")
+    )
+    return weights, biases
+
+
+def _joined(heads: int, weights: Sequence[Any], biases: Sequence[Any]) -> tuple[Any, Any]:
+    """Lay three projections out head by head: [3 * units, units] and [3 * units]."""
+    units = weights[0].shape[1]
+    weight = nd.concat(*[w.reshape((heads, -1, units)) for w in weights], dim=1)
+    bias = nd.concat(*[b.reshape((heads, -1)) for b in biases], dim=1)
+    return weight.reshape((-1, units)), bias.reshape((-1,))
+
+
+def join_projections(encoder: nlp.model.BERTEncoder) -> None:
+    """Lay out the projections once, of an encoder whose weights will stay as they are."""
+    for cell in (layer.attention_cell for layer in encoder.transformer_cells):
+        devices = cell.query_weight.list_ctx()
+        cell.joined = {one: _joined(cell._num_heads, *_projections(cell, one)) for one in devices}
+
+
+def _attention_of_batches(
+    cell: Any, inputs: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], hidden: Any
 ) -> Any:
-    """Do what `self_attention` does: MXNet's own attention on CPUs is float32 only."""
-    heads, units, length = cell._num_heads, cell.units, hidden.shape[2]
+    """Do what `self_attention` does with products of batches, of any type and number of queries.
+
+    `inputs` are the rows that queries, keys and values are made of.
+    """
+    heads, units = cell._num_heads, cell.units
     batch = hidden.shape[0] // heads
     query, key, value = (
         nd.FullyConnected(rows, weight, bias, num_hidden=units)
-        .reshape((batch, length, heads, -1))
+        .reshape((batch, -1, heads, units // heads))
         .transpose((0, 2, 1, 3))
         .reshape((-3, 0, 0))
-        for weight, bias in zip(weights, biases)
+        for rows, weight, bias in zip(inputs, weights, biases)
     )
     scores = nd.batch_dot(query * (units // heads) ** -0.5, key, transpose_b=True)
-    shares = dropout(nd.softmax(nd.broadcast_add(scores, hidden), axis=-1), p=cell._dropout)
-    values = nd.batch_dot(shares, value).reshape((batch, heads, length, -1))
+    shares = dropout(nd.softmax(nd.broadcast_add(scores, hidden), axis=-1), cell._dropout)
+    values = nd.batch_dot(shares, value).reshape((batch, heads, -1, units // heads))
     return values.transpose((0, 2, 1, 3)).reshape((-1, units))
 
 
@@ -194,9 +245,12 @@ def layer_norm(layer: Any, rows: Any, cuts: list[Cut] | None = None) -> Any:
     return normalised
 
 
-def backward(loss: Any, cuts: Sequence[Cut]) -> None:
-    """Differentiate a loss whose graph was cut, from the last cut to the first."""
-    loss.backward()
+def backward(head: Any, cuts: Sequence[Cut], gradient: Any | None = None) -> None:
+    """Differentiate a loss [1], or an array with its gradient, whose graph was cut.
+
+    From the last cut to the first.
+    """
+    head.backward(gradient)
     for cut in reversed(cuts):
         cut.rows.backward(_through_layer_norm(cut))
 

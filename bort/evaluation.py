@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, Optional, Protocol
 import numpy as np
 from mxnet import nd
 
-from bort.bort import EmbeddingRows, decode, encode, encode_rows, masked_hidden
+from bort.bort import EmbeddingRows, decode, decoder_hidden, encode, encode_rows
 from bort.communicator import Communicator
 from bort.distillation import correct_predictions, distillation_kl, masked_lm_loss
+from bort.encoder import Selection, join_projections, select
 from data.batches import Batch, BatchSource
 
 
@@ -18,22 +19,22 @@ class DeviceBatch(NamedTuple):
 
     input_ids: Any
     valid_length: Any
-    masked_positions: Any
+    masked: Selection
     labels: Any
     teacher_hidden: Optional[Any]
 
 
 def to_device(batch: Batch, device: Any) -> DeviceBatch:
-    """Copy a micro-batch to a device, as float32: MXNet's operators take ids as such."""
+    """Copy a micro-batch to a device, its ids as float32: MXNet's operators take them as such."""
     hidden = batch.teacher_hidden
     if hidden is not None:
         # A cache may hold float16: half the bytes travel, the device widens them.
         hidden = nd.array(hidden, ctx=device, dtype=hidden.dtype).astype("float32", copy=False)
-    arrays = (batch.input_ids, batch.valid_length, batch.masked_positions, batch.labels)
-    ids, lengths, positions, labels = (
-        nd.array(array, ctx=device, dtype="float32") for array in arrays
-    )
-    return DeviceBatch(ids, lengths, positions, labels, hidden)
+    arrays = (batch.input_ids, batch.valid_length, batch.labels)
+    ids, lengths, labels = (nd.array(array, ctx=device, dtype="float32") for array in arrays)
+    sequences, length = batch.input_ids.shape
+    masked = select(batch.masked_positions, sequences, length, device)
+    return DeviceBatch(ids, lengths, masked, labels, hidden)
 
 
 def masked_logits(model: Any, batch: DeviceBatch, rows: EmbeddingRows | None = None) -> Any:
@@ -41,13 +42,20 @@ def masked_logits(model: Any, batch: DeviceBatch, rows: EmbeddingRows | None = N
 
     With `rows` the word embeddings come from there, for a backward pass that ends in them.
     """
+    return decode(model, masked_states(model, batch, rows)).astype("float32", copy=False)
+
+
+def masked_states(model: Any, batch: DeviceBatch, rows: EmbeddingRows | None = None) -> Any:
+    """Return what the projection onto the vocabulary is given at the masked positions.
+
+    [n, hidden] of the model's type.
+    """
     valid_length = batch.valid_length.astype(model.word_embed[0].weight.dtype, copy=False)
     if rows is None:
-        sequence = encode(model, batch.input_ids, valid_length)
+        encoded = encode(model, batch.input_ids, valid_length, only=batch.masked)
     else:
-        sequence = encode_rows(model, rows, valid_length)
-    logits = decode(model, masked_hidden(model, sequence, batch.masked_positions))
-    return logits.astype("float32", copy=False)
+        encoded = encode_rows(model, rows, valid_length, only=batch.masked)
+    return decoder_hidden(model, encoded)
 
 
 class Teacher(Protocol):
@@ -62,6 +70,7 @@ class LiveTeacher:
 
     def __init__(self, network: Any) -> None:
         self.network = network
+        join_projections(network.encoder)
 
     def logits(self, batch: DeviceBatch) -> Any:
         """Return the logits [n, vocabulary] of the network."""

@@ -95,21 +95,20 @@ class Pretraining(Training):
             rows = EmbeddingRows(self.student, batch.input_ids)
             with autograd.record():
                 logits = masked_logits(self.student, batch, rows)
-                parts = distillation_loss(
-                    logits,
-                    batch.labels,
-                    teacher_logits,
-                    settings.mlm_weight,
-                    settings.teacher_ce_weight,
-                    settings.distillation_temperature,
-                )
-                scaled = self._scaled(parts.total)
-            rows.backward(scaled)
+            *sums, gradient = distillation_loss(
+                logits,
+                batch.labels,
+                teacher_logits,
+                settings.mlm_weight,
+                settings.teacher_ce_weight,
+                settings.distillation_temperature,
+            )
+            rows.backward(logits, self._scaled(gradient))
             correct = correct_predictions(logits, batch.labels)
             square = nd.zeros_like(correct)
             if settings.log_teacher_mse and teacher_logits is not None:
                 square = squared_distance(logits, teacher_logits).sum()
-            self._interval.add(nd.concat(*parts, correct, square, dim=0), len(batch.labels), tokens)
+            self._interval.add(nd.concat(*sums, correct, square, dim=0), len(batch.labels), tokens)
 
     def _figures(self, means: dict[str, float]) -> dict[str, float]:
         shown = dict(means)

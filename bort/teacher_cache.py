@@ -27,11 +27,11 @@ from mxnet import nd
 from mxnet.gluon import nn
 from tqdm import tqdm
 
-from bort.bort import decode, encode, masked_hidden
+from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess
 from bort.config import read_json, write_json
 from bort.errors import UserError
-from bort.evaluation import DeviceBatch
+from bort.evaluation import DeviceBatch, masked_states, to_device
 from data.batches import collate
 from data.shards import Shard, ShardEntry, ShardSet
 
@@ -296,14 +296,8 @@ def _teacher_rows(
     device = next(iter(teacher.collect_params().values())).list_ctx()[0]
     for first in range(start, shard.num_sequences, batch_size):
         numbers = np.arange(first, min(first + batch_size, shard.num_sequences))
-        batch = collate(shard, numbers, pad_id)
-        sequence = encode(
-            teacher,
-            nd.array(batch.input_ids, ctx=device),
-            nd.array(batch.valid_length, ctx=device),
-        )
-        positions = nd.array(batch.masked_positions, ctx=device)
-        yield masked_hidden(teacher, sequence, positions).asnumpy(), len(numbers)
+        batch = to_device(collate(shard, numbers, pad_id), device)
+        yield masked_states(teacher, batch).asnumpy(), len(numbers)
 
 
 def parameters_sha256(model: Any) -> str:

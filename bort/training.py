@@ -373,7 +373,7 @@ class Training(abc.ABC):
         mx.random.seed(int(key) & MASK_31_BITS, ctx=device)
 
     def _scaled(self, loss: Any) -> Any:
-        """Return the loss that is differentiated: times the loss scale, if there is one."""
+        """Return the loss that is differentiated, or its gradient, times the loss scale if any."""
         scale = self.trainer.loss_scale.value if self.trainer.loss_scale else 1.0
         return loss if scale == 1.0 else loss * scale
 

@@ -9,7 +9,16 @@ from mxnet import autograd, nd
 from mxnet.gluon import nn
 
 from bort.bort import BortModel, EmbeddingRows, encode, encode_rows, get_bort_model
-from bort.encoder import HIDDEN, Cut, backward, encode_embedding, hide_padding, layer_norm
+from bort.encoder import (
+    HIDDEN,
+    Cut,
+    backward,
+    encode_embedding,
+    hide_padding,
+    join_projections,
+    layer_norm,
+    select,
+)
 
 IDS = np.random.default_rng(4).integers(0, 50, (3, 12))
 LENGTHS = np.array([12, 1, 7])
@@ -130,6 +139,51 @@ def test_the_first_token_alone_has_the_values_and_gradients_of_all(model: BortMo
             gradients[1][name], expected, rtol=1e-7, atol=1e-9 * scale + 1e-12, err_msg=name
         )
     assert np.abs(gradients[0]["encoder.layer_norm.beta"]).max() > 0
+
+
+def test_a_selection_has_the_values_and_gradients_of_all(model: BortModel) -> None:
+    """Ragged: three positions of the first sequence, none of the second, one of the third."""
+    model.cast("float64")
+    ids, lengths = (nd.array(a, dtype="float64") for a in (IDS, LENGTHS))
+    positions = np.array([0, 5, 11, 24 + 6])
+    weights = nd.array(WEIGHTS.reshape(-1, 32)[positions], dtype="float64")
+    only = select(positions, 3, 12, mx.cpu())
+    assert only.table.size == 3 * 3
+    values, gradients = [], []
+    for selection in (None, only):
+        model.collect_params().zero_grad()
+        rows = EmbeddingRows(model, ids)
+        with autograd.record():
+            encoded = encode_rows(model, rows, lengths, only=selection)
+            if selection is None:
+                encoded = encoded.reshape((-3, 0)).take(nd.array(positions))
+            total = (encoded * weights).sum()
+        rows.backward(total)
+        values.append(encoded.asnumpy())
+        gradients.append(gradients_of(model))
+    assert encoded.shape == (4, 32)
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-9)
+    np.testing.assert_allclose(encode(model, ids, lengths, only=only).asnumpy(), values[0], 1e-9)
+    for name, expected in gradients[0].items():
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(
+            gradients[1][name], expected, rtol=1e-7, atol=1e-9 * scale + 1e-12, err_msg=name
+        )
+
+
+def test_projections_joined_once_are_those_joined_each_time(model: BortModel) -> None:
+    ids, lengths = nd.array(IDS), nd.array(LENGTHS)
+    expected = encode(model, ids, lengths).asnumpy()
+    join_projections(model.encoder)
+    for name in ("query_weight", "key_bias"):  # no longer asked for
+        getattr(model.encoder.transformer_cells[0].attention_cell, name).data()[:] = 0
+    np.testing.assert_array_equal(encode(model, ids, lengths).asnumpy(), expected)
+
+
+def test_without_a_position_a_selection_is_empty_but_valid(model: BortModel) -> None:
+    only = select(np.array([], np.int64), 3, 12, mx.cpu())
+    assert only.table.asnumpy().tolist() == [0, 12, 24]
+    assert only.places.size == 0
 
 
 def test_padding_is_hidden_from_its_length_on() -> None:

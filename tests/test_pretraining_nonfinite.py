@@ -44,7 +44,7 @@ def flags(folder: Path, **others: Any) -> dict[str, Any]:
 
 
 def poison(monkeypatch, numbers: Iterable[int], value: float = float("nan")) -> None:
-    """Multiply the loss of the micro-batches `numbers` by `value`."""
+    """Multiply the gradient of the micro-batches `numbers` by `value`."""
     from bort import pretraining
 
     current = []
@@ -57,7 +57,7 @@ def poison(monkeypatch, numbers: Iterable[int], value: float = float("nan")) -> 
 
     def poisoned(*given):
         parts = loss(*given)
-        return parts._replace(total=parts.total * value) if current[0] in bad else parts
+        return parts._replace(gradient=parts.gradient * value) if current[0] in bad else parts
 
     bad = set(numbers)
     monkeypatch.setattr(pretraining.Pretraining, "_forward_backward", noting)
@@ -136,7 +136,7 @@ POISONED_DOOR = """
         calls.append(given)
         parts = loss(*given)
         bad = len(calls) == 3 and os.environ.get("HOROVOD_RANK", "1") == "1"
-        return parts._replace(total=parts.total * float("nan")) if bad else parts
+        return parts._replace(gradient=parts.gradient * float("nan")) if bad else parts
 
     pretraining.distillation_loss = poisoned
     main(sys.argv[1:])
