@@ -71,14 +71,16 @@ def distillation_loss(
     """
     mlm = masked_lm_loss(student_logits, labels).sum()
     truth = nd.one_hot(labels, student_logits.shape[1], dtype=student_logits.dtype)
-    gradient = mlm_weight * nd.elemwise_sub(nd.softmax(student_logits, axis=-1), truth)
+    gradient = nd.elemwise_sub(nd.softmax(student_logits, axis=-1), truth)
+    gradient *= mlm_weight
     if teacher_logits is None:
         return LossParts(mlm_weight * mlm, mlm, nd.zeros_like(mlm), gradient)
     student, teacher = _softened(student_logits, teacher_logits, temperature)
     probabilities = nd.softmax(teacher, axis=-1)
     kl = temperature**2 * _divergence(student, teacher, probabilities).sum()
     difference = nd.elemwise_sub(nd.softmax(student, axis=-1), probabilities)
-    gradient = nd.elemwise_add(gradient, (teacher_ce_weight * temperature) * difference)
+    difference *= teacher_ce_weight * temperature
+    gradient += difference
     return LossParts(mlm_weight * mlm + teacher_ce_weight * kl, mlm, kl, gradient)
 
 

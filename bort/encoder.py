@@ -19,6 +19,9 @@ from mxnet import autograd, nd
 
 # Added to the scores of padding: its exponential is 0.
 HIDDEN = -1e30
+# Where rows are a multiple of so many values long, 4 KiB, oneDNN's product takes a sixth longer
+# than OpenBLAS's, whose gradient is the slower one.
+ALIASED = 1024
 
 
 class Selection(NamedTuple):
@@ -120,8 +123,7 @@ def self_attention(cell: Any, rows: Any, mask: Any, chosen: Any | None = None) -
     # MXNet's own attention wants the three projections head by head, and sequences side by side.
     weight, bias = getattr(cell, "joined", {}).get(rows.context) or _joined(heads, weights, biases)
     turned = rows.reshape((batch, length, units)).transpose((1, 0, 2)).reshape((-1, units))
-    projected = nd.FullyConnected(turned, weight, bias, num_hidden=3 * units)
-    projected = projected.reshape((length, batch, 3 * units))
+    projected = affine(turned, weight, bias).reshape((length, batch, 3 * units))
     scores = nd.contrib.interleaved_matmul_selfatt_qk(projected, heads=heads)
     # Spread beforehand: MXNet's broadcast sums a gradient that nobody asked for.
     scores = nd.elemwise_add(scores, hidden.broadcast_to(scores.shape))
@@ -217,8 +219,14 @@ def dropout(values: Any, p: float) -> Any:
 
 def dense(layer: Any, rows: Any) -> Any:
     """Apply a Gluon Dense layer, without its activation, to rows [n, in]; returns [n, out]."""
-    weight, bias = (one.data(rows.context) for one in (layer.weight, layer.bias))
-    return nd.FullyConnected(rows, weight, bias, num_hidden=layer._units)
+    return affine(rows, *(one.data(rows.context) for one in (layer.weight, layer.bias)))
+
+
+def affine(rows: Any, weight: Any, bias: Any) -> Any:
+    """Multiply rows [n, in] by weight [out, in] and add bias [out]; returns [n, out]."""
+    if autograd.is_recording() or weight.shape[1] % ALIASED:
+        return nd.FullyConnected(rows, weight, bias, num_hidden=len(bias))
+    return nd.broadcast_add(nd.dot(rows, weight, transpose_b=True), bias.reshape((1, -1)))
 
 
 class Cut(NamedTuple):
