@@ -93,6 +93,7 @@ def get_bort_model(
     dropout: float = 0.1,
     max_length: int = MAX_LENGTH,
     draw: bool = True,
+    gradients: bool = True,
 ) -> tuple[BortModel, Any]:
     """Build a Bort of any shape; returns it with its vocabulary, as GluonNLP's get_model does.
 
@@ -107,6 +108,7 @@ def get_bort_model(
         dropout: rate in embedding, attention and layers while training.
         max_length: number of positions.
         draw: draw random weights; zeros are made sooner, for whoever loads others at once.
+        gradients: make room for gradients, which only training needs.
 
     Raises:
         UserError: unknown name, no vocabulary, or a checkpoint that is absent or does not fit.
@@ -131,7 +133,7 @@ def get_bort_model(
         use_decoder=use_decoder,
     )
     ctx = ctx or mx.cpu()
-    initialize(model, ctx, draw and not pretrained)
+    initialize(model, ctx, draw and not pretrained, gradients)
     if pretrained:
         path = os.path.join(root, "bort.params")
         if not os.path.exists(path):
@@ -153,13 +155,15 @@ def vocabulary_size(vocab: Any) -> int:
     return vocab.vocab_size if hasattr(vocab, "vocab_size") else len(vocab)
 
 
-def initialize(model: HybridBlock, ctx: Any, draw: bool = True) -> None:
+def initialize(model: HybridBlock, ctx: Any, draw: bool = True, gradients: bool = True) -> None:
     """Draw weights from Normal(0, 0.02) and give every parameter its shape by one forward pass.
 
     GluonNLP's Dense layers learn their input size from the first forward; before it, parameters
     can be neither saved nor broadcast. The draw follows `mx.random.seed`; without `draw` all
-    weights are zero.
+    weights are zero. Without `gradients` there are none, which halves the memory.
     """
+    if not gradients:
+        model.collect_params().setattr("grad_req", "null")
     weights = mx.init.Normal(0.02) if draw else mx.init.Zero()
     model.initialize(init=weights, ctx=ctx, force_reinit=True)
     for device in ctx if isinstance(ctx, (list, tuple)) else [ctx]:
@@ -332,7 +336,7 @@ def _stored_value(path: str, stored: dict[str, Any], parameter: Any, names: list
     first, *others = values
     if any((first != other).max().asscalar() for other in others):
         raise UserError(f"{path}: {' and '.join(names)} are tied but differ in the file")
-    return first.astype(parameter.dtype)
+    return first.astype(parameter.dtype, copy=False)
 
 
 def _listing(names: Any, most: int = 8) -> str:

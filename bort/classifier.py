@@ -65,7 +65,8 @@ def build_classifier(
 def load_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> Classifier:
     """Load a fine-tuned classifier whose answers are those of a task."""
     path = str(settings.classifier.model_parameters)
-    network, card, tokenizer = load_model(path, devices, settings.classifier.dropout)
+    trained = not settings.run.only_inference
+    network, card, tokenizer = load_model(path, devices, settings.classifier.dropout, trained)
     if (card.kind, card.labels, card.num_outputs) != (task.kind, task.labels, task.num_outputs):
         raise UserError(
             f"--model_parameters {path}: a model of {card.task or card.kind}, whose answers are "
@@ -73,7 +74,7 @@ def load_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> C
         )
     if tokenizer is None:
         raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
-    if not settings.run.only_inference:
+    if trained:
         details = {"command": command_of(PROGRAM, *settings)}
         card = dataclasses.replace(
             card, task=task.name, max_len=settings.task.max_len, details=details

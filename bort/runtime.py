@@ -250,7 +250,10 @@ def symbol_block(prefix: str) -> Any:
     from mxnet.gluon import SymbolBlock
 
     files = f"{prefix}-symbol.json", f"{prefix}-0000.params"
-    return SymbolBlock.imports(files[0], list(DATA_NAMES), files[1])
+    block = SymbolBlock.imports(files[0], list(DATA_NAMES))
+    block.collect_params().setattr("grad_req", "null")
+    block.collect_params().load(files[1], cast_dtype=True, dtype_source="saved")
+    return block
 
 
 def notes_of(path: str, card: Any) -> dict[str, str]:

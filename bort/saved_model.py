@@ -77,10 +77,12 @@ def save_model(path: str, network: Any, card: Card, tokenizer: Optional[Tokenize
     os.replace(f"{path}.tmp", path)
 
 
-def load_model(path: str, ctx: Any = None, dropout: float = 0.0) -> SavedModel:
+def load_model(
+    path: str, ctx: Any = None, dropout: float = 0.0, gradients: bool = False
+) -> SavedModel:
     """Load a saved model: its .params file, its folder, or a pretraining checkpoint or run.
 
-    `dropout` is for whoever trains it further.
+    `dropout` and `gradients` are for whoever trains it further.
     Raises `UserError` when it is absent, damaged, or was saved without a card.
     """
     from bort import bort
@@ -90,7 +92,7 @@ def load_model(path: str, ctx: Any = None, dropout: float = 0.0) -> SavedModel:
     folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
     with ThreadPoolExecutor(1) as pool:  # while the parameters are read from the disk
         tokenizer = pool.submit(load_tokenizer_folder, folder)
-        network = build_network(card, ctx, dropout, draw=False)
+        network = build_network(card, ctx, dropout, draw=False, gradients=gradients)
         bort.load_parameters(network, found)
         return SavedModel(network, card, tokenizer.result())
 
@@ -112,20 +114,33 @@ def read_card(path: str) -> Card:
     return Card(**{**content, "labels": tuple(content.get("labels", ()))})
 
 
-def build_network(card: Card, ctx: Any = None, dropout: float = 0.0, draw: bool = True) -> Any:
-    """Build the network that a card describes, with random weights or, without `draw`, zeros."""
+def build_network(
+    card: Card,
+    ctx: Any = None,
+    dropout: float = 0.0,
+    draw: bool = True,
+    gradients: bool = True,
+) -> Any:
+    """Build the network that a card describes, with random weights or, without `draw`, zeros.
+
+    Without `gradients` it cannot be trained.
+    """
     import mxnet as mx
 
     from bort import bort, teacher
 
     masked_lm = card.kind == MASKED_LM
-    body = teacher.build_network(card.model, card.vocab_size, ctx, masked_lm, dropout, draw)
+    body = teacher.build_network(
+        card.model, card.vocab_size, ctx, masked_lm, dropout, draw, gradients
+    )
     if masked_lm:
         return body
     classifier = bort.BortClassifier(body, card.num_outputs, dropout, card.extra_layer)
     if draw:
-        bort.initialize(classifier, ctx)
+        bort.initialize(classifier, ctx, gradients=gradients)
     else:  # the body is initialised
+        if not gradients:
+            classifier.collect_params().setattr("grad_req", "null")
         for block in filter(None, (classifier.classifier, classifier.extra)):
             block.initialize(mx.init.Zero(), ctx=ctx)
     return classifier

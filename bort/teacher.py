@@ -23,10 +23,12 @@ def build_network(
     use_decoder: bool = True,
     dropout: float = 0.0,
     draw: bool = True,
+    gradients: bool = True,
 ) -> nlp.model.BERTModel:
     """Build a network with random weights: one of GluonNLP's RoBERTa models or a shape of ours.
 
-    Without `draw` the weights are zero, for whoever loads others at once.
+    Without `draw` the weights are zero, for whoever loads others at once; without `gradients` it
+    cannot be trained.
 
     Raises `UserError` for any other name.
     """
@@ -35,14 +37,20 @@ def build_network(
         network, _ = nlp.model.get_model(
             model_name, vocab=vocab, pretrained=False, use_decoder=use_decoder, dropout=dropout
         )
-        initialize(network, ctx or mx.cpu(), draw)
+        initialize(network, ctx or mx.cpu(), draw, gradients)
         return network
     try:
         shape_of(model_name)
     except UserError as error:
         raise UserError(f"{error}, or one of {', '.join(ROBERTA)}") from None
     return get_bort_model(
-        model_name, vocab=vocab, ctx=ctx, use_decoder=use_decoder, dropout=dropout, draw=draw
+        model_name,
+        vocab=vocab,
+        ctx=ctx,
+        use_decoder=use_decoder,
+        dropout=dropout,
+        draw=draw,
+        gradients=gradients,
     )[0]
 
 
@@ -67,10 +75,9 @@ def load_teacher(
             "student need the same vocabulary"
         )
     try:
-        network = build_network(model_name, vocab_size, ctx)
+        network = build_network(model_name, vocab_size, ctx, gradients=False)
     except UserError as error:
         raise UserError(f"--teacher_model: {error}") from None
     load_parameters(network, path)
-    network.collect_params().setattr("grad_req", "null")
     network.encoder.hybridize(static_alloc=True)
     return network

@@ -56,6 +56,15 @@ def test_a_classifier_comes_back_whole(tmp_path, tokenizer, extra_layer):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("kind", ["classification", "masked_lm"])
+def test_gradients_are_for_those_who_train(tmp_path, tokenizer, kind):
+    card = card_of(tokenizer, kind=kind)
+    save_model(str(tmp_path / "best.params"), build_network(card), card, tokenizer)
+    for gradients, kept in ((False, "null"), (True, "write")):
+        network = load_model(str(tmp_path), gradients=gradients).network
+        assert {p.grad_req for p in network.collect_params().values()} == {kept}
+
+
 def test_the_extra_layer_is_one_more_dense_layer(tokenizer):
     network = build_network(card_of(tokenizer, extra_layer=True))
     redraw(network, seed=2)
