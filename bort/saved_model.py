@@ -68,13 +68,18 @@ def save_model(path: str, network: Any, card: Card, tokenizer: Optional[Tokenize
     """
     from bort import bort
 
+    save_card(path, card, tokenizer)
+    bort.save_parameters(network, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def save_card(path: str, card: Card, tokenizer: Optional[Tokenizer]) -> None:
+    """Write what belongs beside a .params file: its card and its tokenizer."""
     folder = os.path.dirname(path)
     os.makedirs(folder or ".", exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
     write_json(card_path(path), {"format": FORMAT_VERSION, **dataclasses.asdict(card)})
-    bort.save_parameters(network, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
 
 
 def load_model(

@@ -4,7 +4,7 @@
 #   ./scripts/download_model.sh
 #
 # With the AWS command line where it runs, else from the bucket's https address. A file that is
-# there already is left alone.
+# there already is left alone. Where .venv is set up, card and tokenizer are laid beside it.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -35,8 +35,17 @@ fetch() {
     return 1
 }
 
-if is_parameter_file "$TARGET"; then
+finish() {
     echo "$TARGET is in place"
+    if [[ ! -x .venv/bin/python ]]; then
+        echo "to predict with it, call this again after ./scripts/setup_env.sh: it lacks its card"
+    elif [[ ! -f ${TARGET%.params}.json ]]; then
+        .venv/bin/python scripts/describe_released.py
+    fi
+}
+
+if is_parameter_file "$TARGET"; then
+    finish
     exit
 fi
 mkdir -p model
@@ -50,4 +59,4 @@ if ! fetch "$partial"; then
 fi
 chmod 644 "$partial"
 mv "$partial" "$TARGET"
-echo "$TARGET is in place"
+finish

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from mxnet import nd
 
-from bort.bort import BortClassifier
+from bort.bort import BortClassifier, get_bort_model
 from bort.errors import UserError
 from bort.saved_model import Card, build_network, load_model, read_card, save_model
 from bort.teacher import build_network as build_body
 from bort.tokenization import TokenizerSettings, load_tokenizer
+from scripts import describe_released
 from tests.pretraining_helpers import SHAPE, finished_run, write_data
 from tests.reference import redraw
 
@@ -157,3 +158,15 @@ def test_bodies_are_built_with_and_without_decoder():
     assert "decoder.3.bias" in build_body(SHAPE, 30, mx.cpu())._collect_params_with_prefix()
     bare = build_body(SHAPE, 30, mx.cpu(), use_decoder=False)._collect_params_with_prefix()
     assert not [name for name in bare if name.startswith("decoder")]
+
+
+def test_the_released_model_gets_a_card(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(describe_released, "load_tokenizer", lambda settings: tokenizer)
+    monkeypatch.setattr(describe_released, "MODEL", str(tmp_path / "model" / "bort.params"))
+    monkeypatch.setattr(describe_released, "SHAPE", SHAPE)
+    card = describe_released.main([])
+    network, _ = get_bort_model(SHAPE, vocab=tokenizer)
+    network.save_parameters(str(tmp_path / "model" / "bort.params"))
+    loaded = load_model(str(tmp_path / "model"))
+    assert (loaded.card, card.kind) == (card, "masked_lm")
+    assert loaded.tokenizer.fingerprint == tokenizer.fingerprint

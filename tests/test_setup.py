@@ -435,8 +435,16 @@ def test_download_of_the_model(machine, content, status):
     files = [path.name for path in (machine.project / "model").iterdir()]
     assert files == (["bort.params"] if status == 0 else [])
     if status == 0:
+        assert "call this again after ./scripts/setup_env.sh" in run.stdout
         (machine.bin / "curl").unlink()
-        assert machine.run("download_model").returncode == 0
+        (machine.project / ".venv/bin").mkdir(parents=True)
+        machine.command("python", "echo python $*")
+        (machine.bin / "python").rename(machine.project / ".venv/bin/python")
+        run = machine.run("download_model")
+        assert run.returncode == 0
+        assert "python scripts/describe_released.py" in run.stdout
+        (machine.project / "model/bort.json").touch()
+        assert "describe" not in machine.run("download_model").stdout
     else:
         assert "run_pretraining_distillation.sh" in run.stderr
 

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Lay beside the released parameters what they are: model/bort.json, and model/tokenizer/.
+
+    python scripts/describe_released.py
+
+scripts/download_model.sh calls it. The vocabulary comes from GluonNLP's cache or is downloaded.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+from bort.config import OneLineParser
+from bort.errors import door
+from bort.saved_model import MASKED_LM, Card, save_card
+from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
+
+MODEL, SHAPE = "model/bort.params", "bort_4_8_768_1024"
+
+
+@door
+def main(argv: Optional[Sequence[str]] = None) -> Card:
+    """Write card and tokenizer; returns the card."""
+    OneLineParser(description=__doc__).parse_args(argv)
+    tokenizer = load_tokenizer(TokenizerSettings(RELEASED_DATASET))
+    card = Card(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM)
+    save_card(MODEL, card, tokenizer)
+    return card
+
+
+if __name__ == "__main__":
+    main()
