@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -125,9 +126,13 @@ def _bfloat16(network: Any) -> Any:
     network(mx.nd.zeros((1, 2)), mx.nd.ones(1))  # its graph is made at the first call
     nodes = json.loads(network(*map(mx.sym.var, DATA_NAMES)).tojson())["nodes"]
     kept = [node["name"] for node in nodes if "interleaved" in node["op"]]
-    return amp.convert_hybrid_block(
-        network, target_dtype="bfloat16", excluded_sym_names=kept, ctx=mx.cpu()
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MXNet cannot tell the inputs' type: it is float32
+        block = amp.convert_hybrid_block(
+            network, target_dtype="bfloat16", excluded_sym_names=kept, ctx=mx.cpu()
+        )
+    block.collect_params().setattr("grad_req", "null")
+    return block
 
 
 # ---- from files ----------------------------------------------------------------------------------
