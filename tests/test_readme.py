@@ -34,6 +34,7 @@ WITHOUT_TABLE = {
     "run_pretraining_distillation_hvd.py": "run_pretraining_distillation.py",
     "scripts/sweep.py": "finetune_classifier.py",
     "scripts/benchmark.py": None,  # its parts have one each
+    "scripts/describe_released.py": None,  # has no flags
 }
 HOSTS = {
     "arxiv.org",
