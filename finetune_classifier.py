@@ -3,8 +3,7 @@ r"""Fine-tune Bort on a task of GLUE or SuperGLUE or on RACE, in one process or 
 
 Examples:
     python finetune_classifier.py --task_name MRPC --data_dir data/glue \
-        --pretrained_parameters model/bort.params \
-        --dataset_name openwebtext_ccnews_stories_books_cased --epochs 50
+        --pretrained_parameters model/bort.params --epochs 50
     python finetune_classifier.py --task_name AX --data_dir data/glue --only_inference \
         --model_parameters runs/finetuning/MNLI
 """

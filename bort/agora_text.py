@@ -331,9 +331,9 @@ def processes(count: int) -> Iterator[agora.MapFits]:
 
 def _share_cores(processes: int) -> None:
     """Give this process its share of the threads, before it imports MXNet."""
-    from bort.stack import usable_cores
+    from bort.stack import cpu_threads
 
-    threads = int(os.environ.get("OMP_NUM_THREADS", usable_cores()))
+    threads = cpu_threads()
     os.environ["OMP_NUM_THREADS"] = str(max(1, threads // processes))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Iterator, NamedTuple, Sequence
 
@@ -19,6 +18,7 @@ from mxnet import nd
 from mxnet.base import _LIB, check_call
 
 from bort.encoder import runs_on_cpu
+from bort.stack import cpu_threads
 
 # Values updated at once: few enough for the cache to hold them from one operation to the next, and
 # enough for threads not to wait for Python's lock.
@@ -62,7 +62,7 @@ class BERTAdam(nlp.optimizer.BERTAdam):
             return
         nd.waitall()  # nothing else may read or write the weights meanwhile
         pieces = list(self._pieces(index, weight, grad, state))
-        workers = int(os.environ["OMP_NUM_THREADS"])
+        workers = cpu_threads()
         with ThreadPoolExecutor(workers) as pool:
             shares = [pieces[first::workers] for first in range(workers)]
             list(pool.map(self._update_pieces, shares, [factor] * workers))
@@ -98,9 +98,11 @@ class BERTAdam(nlp.optimizer.BERTAdam):
         np.sqrt(variance, out=other)
         other += np.float32(self.epsilon)
         np.divide(mean, other, out=other)
-        other *= np.float32(rate)
         if decay:
-            weight *= np.float32(1 - rate * decay)
+            # Added to the step: a factor of nearly 1 on the weight would be rounded to 1.
+            np.multiply(weight, np.float32(decay), out=one)
+            other += one
+        other *= np.float32(rate)
         weight -= other
 
 

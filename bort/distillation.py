@@ -39,7 +39,7 @@ def distillation_kl(student_logits: Any, teacher_logits: Any, temperature: float
 
 
 def _softened(student_logits: Any, teacher_logits: Any, temperature: float) -> tuple[Any, Any]:
-    # Divided beforehand: MXNet's own softmax with a temperature is a slow one.
+    # Beforehand: MXNet's own softmax with a temperature is a slow one.
     return student_logits * (1 / temperature), teacher_logits * (1 / temperature)
 
 

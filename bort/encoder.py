@@ -150,9 +150,9 @@ def _joined(heads: int, weights: Sequence[Any], biases: Sequence[Any]) -> tuple[
 
 
 def join_projections(encoder: nlp.model.BERTEncoder) -> None:
-    """Lay out the projections once, of an encoder whose weights will stay as they are."""
+    """Lay out the projections on CPUs once, of an encoder whose weights will stay as they are."""
     for cell in (layer.attention_cell for layer in encoder.transformer_cells):
-        devices = cell.query_weight.list_ctx()
+        devices = [one for one in cell.query_weight.list_ctx() if one.device_type != "gpu"]
         cell.joined = {one: _joined(cell._num_heads, *_projections(cell, one)) for one in devices}
 
 

@@ -61,7 +61,7 @@ class ClassifierBatch(NamedTuple):
 class ClassifierSource:
     """Makes micro-batches of an encoded set by their number in an endless stream.
 
-    seed None keeps the order of the buckets, for evaluation.
+    seed None shuffles nothing, for evaluation.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ import numpy as np
 
 from bort.errors import UserError
 from bort.isolation import die_with_parent
-from bort.stack import usable_cores
+from bort.stack import cpu_threads, usable_cores
 
 Architecture = Any  # a tuple of plain values; a named one, as Shape, keeps its names
 Theta = Mapping[str, Any]
@@ -362,8 +362,7 @@ def _limit_threads(workers: int) -> None:
     """The parent may have claimed all cores for itself when it imported MXNet."""
     die_with_parent()
     share = max(1, usable_cores() // workers)
-    claimed = int(os.environ.get("OMP_NUM_THREADS", share))
-    os.environ["OMP_NUM_THREADS"] = str(min(claimed, share))
+    os.environ["OMP_NUM_THREADS"] = str(min(cpu_threads(), share))
 
 
 def rank_map(rank: int, size: int, all_reduce_sum: Callable[[np.ndarray], np.ndarray]) -> Map:

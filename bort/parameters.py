@@ -62,6 +62,8 @@ class _Reader:
             raise ValueError("another format")
         arrays = [self._array() for _ in range(count)]
         names = [self._take("u1", self._one("<u8")).tobytes() for _ in range(self._one("<u8"))]
+        if len(names) != len(arrays):
+            raise ValueError("not as many names as arrays")
         return {name.decode(): array for name, array in zip(names, arrays)}
 
     def _array(self) -> np.ndarray:
@@ -69,6 +71,8 @@ class _Reader:
         if (kind, storage) != (_ARRAY, _DENSE):
             raise ValueError("an array of another format")
         shape = self._take("<i8", dimensions).tolist()
+        if min(shape, default=0) < 0:
+            raise ValueError("an array of negative size")
         _device, _number, number = self._take("<i4", 3)
         return self._take(_TYPES[int(number)], math.prod(shape)).reshape(shape)
 
@@ -78,6 +82,6 @@ class _Reader:
     def _take(self, kind: str, count: int) -> np.ndarray:
         start, size = self._place, count * np.dtype(kind).itemsize
         self._place += size
-        if self._place > len(self._content):
+        if size < 0 or self._place > len(self._content):
             raise ValueError("it ends too soon")
         return self._content[start : self._place].view(kind)

@@ -25,7 +25,7 @@ from bort.errors import UserError
 from bort.evaluation import LiveTeacher
 from bort.pretraining import Pretraining, open_data
 from bort.settings import PretrainingSettings
-from bort.stack import usable_cores
+from bort.stack import cpu_threads, usable_cores
 from bort.teacher_cache import read_cache_manifest
 from bort.training import devices_of
 
@@ -117,7 +117,7 @@ class Preflight:
         if run.gpus is not None:
             free = [mx.context.gpu_memory_info(device.device_id)[0] for device in devices]
             names += f", {min(free) / 2**30:.1f} GiB free"
-        threads = f"{_threads()} of {usable_cores()} cores"
+        threads = f"{cpu_threads()} of {usable_cores()} cores"
         return [Row("devices a process", names), Row("OpenMP threads", threads)]
 
     def _data(self) -> list[Row]:
@@ -183,7 +183,7 @@ class Preflight:
         left = self.settings.optimizer.num_steps - self._start()
         hours = left * seconds / 3600
         gpus = self.settings.run.gpus is not None
-        width = self._workers() if gpus else self.communicator.size * _threads()
+        width = self._workers() if gpus else self.communicator.size * cpu_threads()
         return [
             Row("first update", f"{first:,.2f} s"),
             Row("further updates", f"{seconds:,.3f} s each"),
@@ -236,10 +236,6 @@ def _timed(run: Pretraining, batches: Any, updates: int) -> float:
         run.train_step(batches)
     nd.waitall()
     return time.perf_counter() - start
-
-
-def _threads() -> int:
-    return int(os.environ.get("OMP_NUM_THREADS") or usable_cores())
 
 
 def _free_bytes(folder: str) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from bort.config import read_json
 from bort.errors import UserError
 from bort.parameters import parameter_file
-from bort.stack import usable_cores
+from bort.stack import cpu_threads
 from data.shards import sha256_of
 
 RUNTIMES = ("mxnet", "mxnet-bfloat16", "mxnet-int8", "onnx", "onnx-int8")
@@ -92,12 +92,6 @@ def onnx_session(model: bytes | str, threads: int | None = None) -> Any:
     except Exception as error:  # its exceptions share no class
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{model!r:.200}: ONNX Runtime cannot load it ({reason})") from None
-
-
-def cpu_threads() -> int:
-    """Return the number of threads that OMP_NUM_THREADS allows, without it one for each core."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) else usable_cores()
 
 
 # ---- from a network in memory --------------------------------------------------------------------

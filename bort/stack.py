@@ -81,6 +81,14 @@ def set_threads() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+def reuse_gpu_memory() -> None:
+    """Let MXNet reuse a block of a GPU's memory for arrays of about its size, not of its size only.
+
+    Batches are as wide as their longest sequence: they come in many sizes. Not run on a GPU yet.
+    """
+    os.environ.setdefault("MXNET_GPU_MEM_POOL_TYPE", "Round")
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what MXNet frees on a CPU, instead of returning it to the system.
 
@@ -100,6 +108,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_threads() -> int:
+    """Return the number of threads that OMP_NUM_THREADS allows, without it one for each core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else usable_cores()
+
+
 class _BeforeMXNet(MetaPathFinder):
     """Finds nothing itself; the first search for MXNet is the moment to prepare."""
 
@@ -108,6 +122,7 @@ class _BeforeMXNet(MetaPathFinder):
             sys.meta_path.remove(self)
             set_threads()
             keep_freed_memory()
+            reuse_gpu_memory()
             restore_numpy_aliases()
             preload_cuda()
 

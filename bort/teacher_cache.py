@@ -30,6 +30,7 @@ from tqdm import tqdm
 from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess
 from bort.config import read_json, write_json
+from bort.encoder import join_projections
 from bort.errors import UserError
 from bort.evaluation import DeviceBatch, masked_states, to_device
 from data.batches import collate
@@ -206,6 +207,7 @@ def build_cache(
     if communicator.rank == 0:
         prepare_cache(folder, teacher, manifest)
     communicator.barrier()
+    join_projections(teacher.encoder)
     mine = pairs[communicator.rank :: communicator.size]
     total = sum(shard.num_sequences for shard, _ in mine)
     hidden = communicator.rank != 0 or not sys.stderr.isatty()

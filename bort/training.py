@@ -22,7 +22,7 @@ from bort.config import as_dict, write_json
 from bort.errors import UserError
 from bort.optimization import LossScale, Trainer
 from bort.reporting import Interval, PhaseTimer, Reporter, Stopwatch
-from data.batches import prefetched
+from data.batches import ORDER, prefetched
 
 MASK_31_BITS = 0x7FFFFFFF
 
@@ -189,6 +189,11 @@ class Training(abc.ABC):
         found = self._wanted_checkpoint() if self._first else None
         if found is None:
             return
+        if found.state.get("order") != ORDER:
+            raise UserError(
+                f"{self.folder}: its batches were drawn in the order of another version; begin a "
+                "new run from its parameters, in another folder"
+            )
         self._require_same_stream(found.state)
         load_parameters(self.network, found.model_path)
         self.trainer.load_state(found.trainer_arrays())
@@ -451,6 +456,7 @@ class Training(abc.ABC):
         state = {
             **self.progress(),
             "interval": interval,
+            "order": ORDER,
             **self._identity(),
             "settings": as_dict(*self.settings),
         }

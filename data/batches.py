@@ -18,6 +18,8 @@ from data.shards import Shard, ShardSet
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+# The version of the order: a run cannot go on in another one.
+ORDER = 2
 # Batches of a bucket among which its shuffled sequences are sorted by length, at most half of the
 # bucket's: more would pad a little less (SST-2: 1.02 tokens for each real one, with 100 batches
 # 1.002), and would let the same sequences meet in every epoch.

@@ -183,13 +183,15 @@ def _compare(undisturbed: str, killed: str) -> None:
         checkpoint.load(os.path.join(folder, checkpoint.LAST)).state["sha256"]
         for folder in (undisturbed, killed)
     ]
-    different = [name for name in sums[0] if sums[0][name] != sums[1][name]]
+    # The card may differ: it says by which command it was made.
+    names = (checkpoint.MODEL, checkpoint.TRAINER)
+    different = [name for name in names if sums[0][name] != sums[1][name]]
     if different:
         raise UserError(
             f"{killed}: {' and '.join(different)} differ from those of {undisturbed}; "
             "the same --seed repeats the moments"
         )
-    print("\n".join(f"SHA-256 of {name:<14}{sums[0][name]}" for name in sums[0]))
+    print("\n".join(f"SHA-256 of {name:<14}{sums[0][name]}" for name in names))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def end_of_run(folder, value: float) -> str:
     def write_model(path):
         with open(path, "wb") as handle:
             handle.write(b"weights")
+        with open(path.replace(".params", ".json"), "w") as handle:
+            handle.write(f"made by a command that names {folder}")
 
     checkpoint.save(str(folder), 3, write_model, {"mean.0": np.full(2, value)}, {})
     return str(folder)

@@ -171,25 +171,59 @@ def test_an_update_in_pieces_is_that_of_mxnets_kernel(monkeypatch, threads: str)
 
 
 def test_an_update_reaches_weights_that_inference_has_laid_out_anew() -> None:
-    """A hybridized layer may keep its weight in a layout of oneDNN's own between two calls."""
-    layer = gluon.nn.Dense(64, in_units=512, prefix="model0_")
+    """oneDNN keeps the weight of a convolution in a layout of its own between two calls."""
+    layer = gluon.nn.Conv2D(64, 3, in_channels=64, prefix="model0_")
     layer.initialize()
     layer.hybridize(static_alloc=True)
-    rows = nd.ones((32, 512))
+    picture = nd.ones((2, 64, 16, 16))
+    expected = layer.weight.data().asnumpy().reshape(-1)
+    raw = bert_adam.view(layer.weight.data())
     for _ in range(3):
-        before = layer(rows).asnumpy()
-    expected = layer.weight.data().asnumpy()
+        before = layer(picture).asnumpy()
+    assert (raw != expected).any(), "the layout is the old one: nothing is tested"
     trainer = trainer_of(dict(layer.collect_params()))
     for parameter in layer.collect_params().values():
         parameter.grad()[:] = 1.0
     trainer.update(trainer.sum_gradients(1), 0.01)
     found = layer.weight.data().asnumpy()
     # One step from no moments: the same for all values, but for the decay.
-    moved = found - expected * (1 - 0.01 * DECAY)
-    np.testing.assert_allclose(moved, moved[0, 0], rtol=1e-3)
-    after = layer(rows).asnumpy()
-    np.testing.assert_allclose(after, rows.asnumpy() @ found.T + layer.bias.data().asnumpy(), 1e-4)
+    moved = found.reshape(-1) - expected * (1 - 0.01 * DECAY)
+    np.testing.assert_allclose(moved, moved[0], rtol=1e-3)
+    after = layer(picture).asnumpy()
+    sums = found.sum(axis=(1, 2, 3)) + layer.bias.data().asnumpy()
+    np.testing.assert_allclose(after[0, :, 0, 0], sums, rtol=1e-4, atol=1e-5)
     assert np.abs(after - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("rate", [1e-4, 2e-6])
+def test_a_small_rate_shrinks_weights_by_a_small_share(rate: float) -> None:
+    """1 - rate * decay is 1 in float32 at the rates of fine-tuning: it cannot be the factor."""
+    weights = np.random.default_rng(0).normal(0, 0.02, 200_000).astype(np.float32)
+    ends = []
+    for decay in (0.01, 0.0):
+        generator = np.random.default_rng(1)
+        parameter = gluon.Parameter("model0_weight", shape=weights.shape)
+        parameter.initialize()
+        parameter.set_data(nd.array(weights))
+        trainer = Trainer([parameter], SingleProcess(), decay, EPSILON, 1.0)
+        for _ in range(60):
+            parameter.grad()[:] = nd.array(generator.normal(size=weights.shape))
+            trainer.update(trainer.sum_gradients(1), rate)
+        ends.append(parameter.data().asnumpy().astype(np.float64))
+    shrunk = (ends[1] - ends[0]) @ weights / (weights @ weights)
+    assert shrunk == pytest.approx(60 * rate * 0.01, rel=0.02)
+
+
+@pytest.mark.parametrize("threads", [None, "", "0", "2,1", "many"])
+def test_an_update_needs_no_number_of_threads(monkeypatch, threads: str | None) -> None:
+    if threads is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    parameters = fresh_parameters()
+    before = values_of(parameters)
+    step(trainer_of(parameters), parameters, seed=0)
+    assert all((values != before[name]).all() for name, values in values_of(parameters).items())
 
 
 def test_gradients_above_the_norm_are_shortened_to_it_and_others_left_alone() -> None:

@@ -112,3 +112,18 @@ def test_another_format_is_a_user_error(tmp_path: Path) -> None:
     nd.save(str(path), {"sparse": nd.arange(9).reshape((3, 3)).tostype("csr")})
     with pytest.raises(UserError, match="an array of another format"):
         read_arrays(str(path))
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    # After the file's 24 bytes: format and storage of the first array, its dimensions, its sizes.
+    [(32, np.int32(-1)), (36, np.int64(-3))],
+)
+def test_negative_numbers_in_a_file_are_refused(place: int, number: Any, tmp_path: Path) -> None:
+    path = tmp_path / "arrays.params"
+    nd.save(str(path), {"one": nd.ones((3,)), "other": nd.ones((2, 2))})
+    content = bytearray(path.read_bytes())
+    content[place : place + number.nbytes] = number.tobytes()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as a parameter file"):
+        read_arrays(str(path))

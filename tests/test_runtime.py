@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mxnet import nd
 
-from bort import onnx_export, runtime, saved_model
+from bort import onnx_export, runtime, saved_model, stack
 from bort.errors import UserError
 from bort.quantization import Quantization, padded_batch
 from bort.runtime import RUNTIMES, load_runtime, runtime_of
@@ -125,10 +125,10 @@ def test_onnx_runs_without_mxnet(quantized, name):
 
 def test_threads_follow_the_environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert runtime.cpu_threads() == 3
+    assert stack.cpu_threads() == 3
     for value in ("", "0", "many"):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
-        assert runtime.cpu_threads() == runtime.usable_cores()
+        assert stack.cpu_threads() == stack.usable_cores()
 
 
 def refusal(path: object, name: str) -> str:
