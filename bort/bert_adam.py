@@ -22,7 +22,7 @@ from bort.stack import cpu_threads
 
 # Values updated at once: few enough for the cache to hold them from one operation to the next, and
 # enough for threads not to wait for Python's lock.
-PIECE = 1 << 18
+PIECE = 1 << 19
 
 
 class Piece(NamedTuple):

@@ -113,22 +113,44 @@ def self_attention(cell: Any, rows: Any, mask: Any, chosen: Any | None = None) -
     `cell` is GluonNLP's DotProductSelfAttentionCell; returns [batch * length, units] before the
     output projection. With `chosen`, [batch * most] of the rows, only these attend to all.
     """
-    batch, length = mask.shape
+    hidden = mask.repeat(cell._num_heads, axis=0).expand_dims(1)
+    joined = getattr(cell, "joined", {}).get(rows.context)
+    if joined and chosen is None:
+        return _joined_attention(cell, rows, joined, hidden)
+    queries = rows if chosen is None else chosen
     heads, units = cell._num_heads, cell.units
-    weights, biases = _projections(cell, rows.context)
-    hidden = mask.repeat(heads, axis=0).expand_dims(1)
-    if chosen is not None or rows.dtype != np.float32:
-        queries = rows if chosen is None else chosen
-        return _attention_of_batches(cell, (queries, rows, rows), weights, biases, hidden)
-    # MXNet's own attention wants the three projections head by head, and sequences side by side.
-    weight, bias = getattr(cell, "joined", {}).get(rows.context) or _joined(heads, weights, biases)
-    turned = rows.reshape((batch, length, units)).transpose((1, 0, 2)).reshape((-1, units))
-    projected = affine(turned, weight, bias).reshape((length, batch, 3 * units))
-    scores = nd.contrib.interleaved_matmul_selfatt_qk(projected, heads=heads)
+    batch, width = mask.shape[0], units // heads
+    query, key, value = (
+        affine(inputs, weight, bias)
+        .reshape((batch, -1, heads, width))
+        .transpose((0, 2, 1, 3))
+        .reshape((-3, 0, 0))
+        for inputs, weight, bias in zip((queries, rows, rows), *_projections(cell, rows.context))
+    )
+    scores = nd.batch_dot(query * width**-0.5, key, transpose_b=True)
+    values = nd.batch_dot(_shares(cell, scores, hidden), value)
+    return values.reshape((batch, heads, -1, width)).transpose((0, 2, 1, 3)).reshape((-1, units))
+
+
+def _shares(cell: Any, scores: Any, hidden: Any) -> Any:
+    """Return what each query [..., queries, length] takes of each value."""
     # Spread beforehand: MXNet's broadcast sums a gradient that nobody asked for.
     scores = nd.elemwise_add(scores, hidden.broadcast_to(scores.shape))
-    shares = dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
-    attended = nd.contrib.interleaved_matmul_selfatt_valatt(projected, shares, heads=heads)
+    return dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
+
+
+def _joined_attention(cell: Any, rows: Any, joined: tuple[Any, Any], hidden: Any) -> Any:
+    """Attend by MXNet's own attention, quicker than batches of products for narrow heads.
+
+    It wants the three projections head by head, and sequences side by side.
+    """
+    batch, length, units = hidden.shape[0] // cell._num_heads, hidden.shape[2], cell.units
+    turned = rows.reshape((batch, length, units)).transpose((1, 0, 2)).reshape((-1, units))
+    projected = affine(turned, *joined).reshape((length, batch, 3 * units))
+    scores = nd.contrib.interleaved_matmul_selfatt_qk(projected, heads=cell._num_heads)
+    attended = nd.contrib.interleaved_matmul_selfatt_valatt(
+        projected, _shares(cell, scores, hidden), heads=cell._num_heads
+    )
     return attended.transpose((1, 0, 2)).reshape((-1, units))
 
 
@@ -141,41 +163,20 @@ def _projections(cell: Any, device: Any) -> tuple[list[Any], list[Any]]:
     return weights, biases
 
 
-def _joined(heads: int, weights: Sequence[Any], biases: Sequence[Any]) -> tuple[Any, Any]:
-    """Lay three projections out head by head: [3 * units, units] and [3 * units]."""
-    units = weights[0].shape[1]
+def _joined(cell: Any, device: Any) -> tuple[Any, Any]:
+    """Lay the three projections out head by head: [3 * units, units] and [3 * units]."""
+    heads, units = cell._num_heads, cell.units
+    weights, biases = _projections(cell, device)
     weight = nd.concat(*[w.reshape((heads, -1, units)) for w in weights], dim=1)
     bias = nd.concat(*[b.reshape((heads, -1)) for b in biases], dim=1)
     return weight.reshape((-1, units)), bias.reshape((-1,))
 
 
 def join_projections(encoder: nlp.model.BERTEncoder) -> None:
-    """Lay out the projections on CPUs once, of an encoder whose weights will stay as they are."""
+    """Lay out the projections of a float32 encoder whose weights will stay as they are, on CPUs."""
     for cell in (layer.attention_cell for layer in encoder.transformer_cells):
         devices = [one for one in cell.query_weight.list_ctx() if one.device_type != "gpu"]
-        cell.joined = {one: _joined(cell._num_heads, *_projections(cell, one)) for one in devices}
-
-
-def _attention_of_batches(
-    cell: Any, inputs: Sequence[Any], weights: Sequence[Any], biases: Sequence[Any], hidden: Any
-) -> Any:
-    """Do what `self_attention` does with products of batches, of any type and number of queries.
-
-    `inputs` are the rows that queries, keys and values are made of.
-    """
-    heads, units = cell._num_heads, cell.units
-    batch = hidden.shape[0] // heads
-    query, key, value = (
-        nd.FullyConnected(rows, weight, bias, num_hidden=units)
-        .reshape((batch, -1, heads, units // heads))
-        .transpose((0, 2, 1, 3))
-        .reshape((-3, 0, 0))
-        for rows, weight, bias in zip(inputs, weights, biases)
-    )
-    scores = nd.batch_dot(query * (units // heads) ** -0.5, key, transpose_b=True)
-    shares = dropout(nd.softmax(nd.broadcast_add(scores, hidden), axis=-1), cell._dropout)
-    values = nd.batch_dot(shares, value).reshape((batch, heads, -1, units // heads))
-    return values.transpose((0, 2, 1, 3)).reshape((-1, units))
+        cell.joined = {one: _joined(cell, one) for one in devices}
 
 
 def first_attention(cell: Any, rows: Any, mask: Any) -> Any:
