@@ -437,6 +437,13 @@ def test_a_run_does_not_go_on_with_other_batches(data, tmp_path, monkeypatch, ch
         finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True, **changed)
 
 
+def test_a_run_does_not_go_on_in_the_order_of_another_version(data, tmp_path, monkeypatch):
+    finished_run(data, ckpt_dir=tmp_path, num_steps=4)
+    monkeypatch.setattr("bort.training.ORDER", 99)
+    with pytest.raises(UserError, match="drawn in the order of another version; begin a new run"):
+        make_run(data, ckpt_dir=tmp_path, num_steps=8, resume=True).run()
+
+
 def test_a_moved_run_goes_on_from_moved_shards(data, tmp_path):
     finished_run(data, ckpt_dir=tmp_path / "here", num_steps=1)
     shutil.copytree(data / "train", tmp_path / "shards")
