@@ -161,7 +161,7 @@ def test_text_and_tables_and_json_say_the_same(tmp_path, tokenizer, capfdbinary)
     expected = [f"{a.label}\t{a.value:.4f}" for a in predict(str(tmp_path), pairs)]
     for name, content in contents.items():
         path = tmp_path / name
-        path.write_text(content, encoding="utf-8", newline="")
+        path.write_bytes(content.encode())
         assert run(capfdbinary, tmp_path, "--input", str(path)) == expected, name
 
 
