@@ -160,7 +160,7 @@ def table_input(content: bytes, columns: Sequence[str]) -> dict[str, str]:
     """Return a line of a table by its columns."""
     fields = decode(content).split("\t")
     if len(fields) != len(columns):
-        raise BadRowError(f"has {len(fields)} columns instead of {len(columns)}")
+        raise BadRowError(f"expected {len(columns)} columns, found {len(fields)}")
     return dict(zip(columns, fields))
 
 

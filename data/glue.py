@@ -39,7 +39,7 @@ class GlueTask(Task):
             """Return the example of one line."""
             fields = decode(line.content).split("\t")
             if len(fields) != len(columns):
-                raise BadRowError(f"has {len(fields)} columns instead of {len(columns)}")
+                raise BadRowError(f"expected {len(columns)} columns, found {len(fields)}")
             return [self._example(dict(zip(columns, fields)), line.number - first)]
 
         return Split(*collect(lines, cast, skip_bad_rows))
@@ -106,7 +106,7 @@ class GlueTask(Task):
     def _parse_prediction(self, line: Line) -> list[Uid]:
         fields = decode(line.content).split("\t")
         if len(fields) != 2:
-            raise BadRowError(f"has {len(fields)} columns instead of 2")
+            raise BadRowError(f"expected 2 columns, found {len(fields)}")
         self._parse_label(fields[1])
         return [_whole_number(fields[0])]
 

@@ -77,7 +77,7 @@ QQP = "id\tquestion1\tquestion2\n0\tA?\tB?\n1\tA?\n2\tC?\tD?\n"
 
 def test_broken_row_stops_and_is_named(tmp_path):
     with pytest.raises(
-        UserError, match=r"test\.tsv:3: has 2 columns instead of 3; .*--skip_bad_rows"
+        UserError, match=r"test\.tsv:3: expected 3 columns, found 2; .*--skip_bad_rows"
     ):
         read(tmp_path, "QQP", "test", QQP)
 
@@ -107,7 +107,7 @@ def test_skipped_row_without_an_index_column_shifts_nothing_either(tmp_path):
     ("name", "content", "message"),
     [
         ("SST-2", b"sentence\tlabel\nfine\t1\nb\xe9te\t0\n", r":3: is not UTF-8 at byte 2"),
-        ("SST-2", b"sentence\tlabel\nfine\t1\n\nbad\t0\n", r":3: has 1 columns instead of 2"),
+        ("SST-2", b"sentence\tlabel\nfine\t1\n\nbad\t0\n", r":3: expected 2 columns, found 1"),
         ("SST-2", b"text\tlabel\nfine\t1\n", r":1: the header has no column sentence;"),
         ("SST-2", b"sentence\nfine\n", r":1: the header has no column label;"),
         ("SST-2", b"", r"is empty"),

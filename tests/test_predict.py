@@ -246,7 +246,7 @@ def test_standard_input(tmp_path, tokenizer, capfdbinary, monkeypatch):
         ("SST-2", "one\n   \n", r"in:2: has an empty text"),
         ("SST-2", b"one\n\xff\n", r"in:2: is not UTF-8 at byte 1"),
         ("MNLI", "one\n", r"in:1: holds 1 instead of 2"),
-        ("MNLI", "sentence1\tsentence2\na\tb\tc\n", r"in:2: has 3 columns instead of 2"),
+        ("MNLI", "sentence1\tsentence2\na\tb\tc\n", r"in:2: expected 2 columns, found 3"),
         ("BoolQ", '{"passage": "x"}\n', r"in:1: has no 'question'"),
         ("BoolQ", '{"passage": "x"\n', r"in:1: is not JSON"),
         ("COPA", "a\tb\n", r"in:1: holds 2 instead of 3"),

@@ -130,7 +130,7 @@ HEADER = "index\tprediction\n"
         (HEADER + "0\t1\n2\t1\n1\t0\n", "row 2 has the index 2 instead of 1"),
         (HEADER + "0\t1\n1\t1\n1\t0\n", "holds an index twice"),
         (HEADER + "0\t1\n1\tyes\n2\t0\n", ":3: label 'yes' is none of 0, 1"),
-        (HEADER + "0\t1\n1\n2\t0\n", ":3: has 1 columns instead of 2"),
+        (HEADER + "0\t1\n1\n2\t0\n", ":3: expected 2 columns, found 1"),
         (HEADER + "0\t1\nb\t1\n2\t0\n", ":3: index 'b' is not a whole number"),
         (HEADER + "0\t1\n1\t1.0\n2\t0\n", ":3: label '1.0' is none of"),
     ],
