@@ -7,9 +7,9 @@ from typing import Optional, Sequence
 
 from bort.config import parse
 from bort.errors import door
-from bort.masking import MaskingSettings, SequenceSettings
-from bort.preparation import CorpusSettings, prepare
 from bort.tokenization import TokenizerSettings
+from data.masking import MaskingSettings, SequenceSettings
+from data.preparation import CorpusSettings, prepare
 from data.shards import Manifest
 
 

@@ -15,13 +15,13 @@ from typing import Any, Sequence
 from bort.communicator import communicator_of_environment
 from bort.config import parse
 from bort.errors import door
-from bort.finetuning_settings import FINETUNING_CLASSES, FinetuningSettings
+from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
 
 
 @door
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; returns the content of metrics.json."""
-    from bort.finetuning import finetune
+    from bort.finetuning.run import finetune
 
     settings = FinetuningSettings(*parse(__doc__, argv, *FINETUNING_CLASSES))
     return finetune(settings, communicator_of_environment())

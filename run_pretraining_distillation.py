@@ -15,7 +15,7 @@ from typing import Sequence
 from bort.communicator import SingleProcess
 from bort.config import parse
 from bort.errors import door
-from bort.settings import SETTINGS_CLASSES, PretrainingSettings
+from bort.pretraining.config import SETTINGS_CLASSES, PretrainingSettings
 
 
 @door
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
 
     With --check it only prints what is known before the run, and there are none.
     """
-    from bort.preflight import preflight
-    from bort.pretraining import Pretraining
+    from bort.pretraining.preflight import preflight
+    from bort.pretraining.run import Pretraining
 
     settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES))
     if settings.run.check:

@@ -15,7 +15,7 @@ from typing import Sequence
 from bort.communicator import Horovod
 from bort.config import parse
 from bort.errors import door
-from bort.settings import SETTINGS_CLASSES, ElasticSettings, PretrainingSettings
+from bort.pretraining.config import SETTINGS_CLASSES, ElasticSettings, PretrainingSettings
 
 
 @door
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
 
     With --check it only prints what is known before the run, and there are none.
     """
-    from bort.preflight import preflight
-    from bort.pretraining import Pretraining
+    from bort.pretraining.preflight import preflight
+    from bort.pretraining.run import Pretraining
 
     *parsed, elasticity = parse(__doc__, argv, *SETTINGS_CLASSES, ElasticSettings)
     settings = PretrainingSettings(*parsed)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         preflight(settings, Horovod())
         return []
     if elasticity.elastic:
-        from bort.elastic import run_elastic
+        from bort.pretraining.elastic import run_elastic
 
         return run_elastic(settings, Horovod())
     return Pretraining(settings, Horovod()).run()

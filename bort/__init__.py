@@ -1,5 +1,5 @@
 """Bort: a small fast BERT, its pretraining by distillation, its fine-tuning, Agora and OSE."""
 
-from bort import stack
+from bort import mxnet_setup
 
-stack.install()
+mxnet_setup.install()

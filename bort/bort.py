@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Sequence
+from typing import Any
 
 import gluonnlp as nlp
 import mxnet as mx
@@ -11,12 +11,11 @@ import numpy as np
 from mxnet import autograd, nd
 from mxnet.gluon import HybridBlock, nn
 
-from bort.encoder import Cut, Selection, backward, encode_embedding, runs_on_cpu
+from bort.devices import runs_on_cpu
+from bort.encoder import Cut, Selection, backward, encode_embedding
 from bort.errors import UserError
-from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, shape_of
-
-# The matrix that embedding and decoder share has two names, and a file may hold it under either.
-EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
+from bort.parameters import load_parameters
+from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, ROBERTA, shape_of
 
 
 class BortModel(nlp.model.RoBERTaModel):
@@ -282,70 +281,45 @@ def decode(model: nlp.model.BERTModel, hidden: Any) -> Any:
     return nd.elemwise_add(products, nd.dot(ones, bias))
 
 
-def save_parameters(model: HybridBlock, path: str) -> None:
-    """Write the parameters in MXNet's format, the tied embedding matrix once."""
-    model.save_parameters(path, deduplicate=True)
-
-
-def load_parameters(model: HybridBlock, path: str, ignore_prefixes: Sequence[str] = ()) -> None:
-    """Load a parameter file by name: ours or the released one; float16 is cast.
-
-    The tied matrix may be stored under one of its names or under both. Parameters of the file that
-    begin with one of `ignore_prefixes` are passed over.
-
-    Raises `UserError` for an unreadable file and for missing, surplus or misshapen parameters.
-    """
-    try:
-        stored = mx.nd.load(path)
-    except (mx.MXNetError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: cannot be read as a parameter file ({reason})") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: holds arrays without names; expected a Gluon parameter file")
-    if PROJECTION in stored:
-        stored.setdefault(EMBEDDING, stored[PROJECTION])
-    stored = {n: v for n, v in stored.items() if not n.startswith(tuple(ignore_prefixes))}
-    tied = _tied_names(model)
-    missing = [names[0] for _, names in tied if not stored.keys() & set(names)]
-    surplus = stored.keys() - {name for _, names in tied for name in names}
-    if missing or surplus:
-        listing = [f"missing {_listing(missing)}"] * bool(missing)
-        listing += [f"surplus {_listing(surplus)}"] * bool(surplus)
-        raise UserError(f"{path}: parameters do not fit this model: {'; '.join(listing)}")
-    values = [_stored_value(path, stored, parameter, names) for parameter, names in tied]
-    for (parameter, _), value in zip(tied, values):
-        parameter.set_data(value)
-
-
-def _tied_names(model: HybridBlock) -> list[tuple[Any, list[str]]]:
-    """Return each distinct parameter with all names it has in a file."""
-    tied: dict[int, tuple[Any, list[str]]] = {}
-    for name, parameter in model._collect_params_with_prefix().items():
-        tied.setdefault(id(parameter), (parameter, []))[1].append(name)
-    return list(tied.values())
-
-
-def _stored_value(path: str, stored: dict[str, Any], parameter: Any, names: list[str]) -> Any:
-    values = [stored[name] for name in names if name in stored]
-    for value in values:
-        if value.shape != parameter.shape:
-            raise UserError(
-                f"{path}: {names[0]} has shape {value.shape}, the model {parameter.shape}; "
-                "is it of another shape or vocabulary?"
-            )
-    first, *others = values
-    if any((first != other).max().asscalar() for other in others):
-        raise UserError(f"{path}: {' and '.join(names)} are tied but differ in the file")
-    return first.astype(parameter.dtype, copy=False)
-
-
-def _listing(names: Any, most: int = 8) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def parameter_count(model: HybridBlock) -> int:
     """Return the number of distinct trainable values (the tied matrix counts once)."""
     parameters = {id(p): p for p in model.collect_params().values()}
     return sum(p.data().size for p in parameters.values() if p.grad_req != "null")
+
+
+def build_network(
+    model_name: str,
+    vocab_size: int,
+    ctx: Any,
+    use_decoder: bool = True,
+    dropout: float = 0.0,
+    draw: bool = True,
+    gradients: bool = True,
+) -> nlp.model.BERTModel:
+    """Build a network with random weights: one of GluonNLP's RoBERTa models or a shape of ours.
+
+    Without `draw` the weights are zero, for whoever loads others at once; without `gradients` it
+    cannot be trained.
+
+    Raises `UserError` for any other name.
+    """
+    vocab = range(vocab_size)  # asked for nothing but its length
+    if model_name in ROBERTA:
+        network, _ = nlp.model.get_model(
+            model_name, vocab=vocab, pretrained=False, use_decoder=use_decoder, dropout=dropout
+        )
+        initialize(network, ctx or mx.cpu(), draw, gradients)
+        return network
+    try:
+        shape_of(model_name)
+    except UserError as error:
+        raise UserError(f"{error}, or one of {', '.join(ROBERTA)}") from None
+    return get_bort_model(
+        model_name,
+        vocab=vocab,
+        ctx=ctx,
+        use_decoder=use_decoder,
+        dropout=dropout,
+        draw=draw,
+        gradients=gradients,
+    )[0]

@@ -24,9 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bort.config import read_json, write_json
 from bort.errors import UserError
-from data.shards import sha256_of
+from bort.files import read_json, sha256_of, write_json
 
 MODEL = "model.params"
 TRAINER = "trainer.npz"

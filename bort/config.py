@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import shlex
 import typing
 from typing import Any, NoReturn, Sequence, TypeVar
@@ -124,38 +122,3 @@ def command_of(program: str, *settings: Any) -> str:
             if value != field.default:
                 words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
     return shlex.join(words)
-
-
-def write_json(path: str, content: Any) -> None:
-    """Write `content` as JSON under `path`, whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(f"{text}\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: str) -> Any:
-    """Read a JSON file; raises `UserError` when it is missing or not JSON."""
-    try:
-        with open(path, encoding="utf-8") as handle:
-            return json.load(handle)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
-
-
-def read_yaml(path: str) -> Any:
-    """Read a YAML file; raises `UserError` when it is missing or not YAML."""
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as handle:
-            return yaml.safe_load(handle)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None

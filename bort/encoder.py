@@ -46,11 +46,6 @@ def select(positions: np.ndarray, batch: int, length: int, device: Any) -> Selec
     return Selection(*(nd.array(each, ctx=device, dtype="int32") for each in (table, places)))
 
 
-def runs_on_cpu(array: Any) -> bool:
-    """Tell whether these functions are for an array: not for symbols and for those of a GPU."""
-    return isinstance(array, nd.NDArray) and array.context.device_type != "gpu"
-
-
 def encode_embedding(
     encoder: nlp.model.BERTEncoder,
     embedding: Any,

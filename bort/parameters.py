@@ -1,10 +1,11 @@
-"""Parameter files: which one a path means, and its arrays without MXNet, whose format it is."""
+"""Reading and writing parameter files, with MXNet and, for read-only use, without it."""
 
 from __future__ import annotations
 
 import glob
 import math
 import os
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from bort.errors import UserError
 # What MXNet calls its types by.
 _TYPES = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i8"}
 _FILE, _ARRAY, _DENSE = 0x112, 0xF993FAC9, 0
+# The matrix that embedding and decoder share has two names, and a file may hold it under either.
+EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
 
 
 def parameter_file(path: str) -> str:
@@ -85,3 +88,68 @@ class _Reader:
         if size < 0 or self._place > len(self._content):
             raise ValueError("it ends too soon")
         return self._content[start : self._place].view(kind)
+
+
+def save_parameters(model: Any, path: str) -> None:
+    """Write the parameters in MXNet's format, the tied embedding matrix once."""
+    model.save_parameters(path, deduplicate=True)
+
+
+def load_parameters(model: Any, path: str, ignore_prefixes: Sequence[str] = ()) -> None:
+    """Load a parameter file by name: ours or the released one; float16 is cast.
+
+    The tied matrix may be stored under one of its names or under both. Parameters of the file that
+    begin with one of `ignore_prefixes` are passed over.
+
+    Raises `UserError` for an unreadable file and for missing, surplus or misshapen parameters.
+    """
+    import mxnet as mx
+
+    try:
+        stored = mx.nd.load(path)
+    except (mx.MXNetError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"{path}: cannot be read as a parameter file ({reason})") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: holds arrays without names; expected a Gluon parameter file")
+    if PROJECTION in stored:
+        stored.setdefault(EMBEDDING, stored[PROJECTION])
+    stored = {n: v for n, v in stored.items() if not n.startswith(tuple(ignore_prefixes))}
+    tied = _tied_names(model)
+    missing = [names[0] for _, names in tied if not stored.keys() & set(names)]
+    surplus = stored.keys() - {name for _, names in tied for name in names}
+    if missing or surplus:
+        listing = [f"missing {_listing(missing)}"] * bool(missing)
+        listing += [f"surplus {_listing(surplus)}"] * bool(surplus)
+        raise UserError(f"{path}: parameters do not fit this model: {'; '.join(listing)}")
+    values = [_stored_value(path, stored, parameter, names) for parameter, names in tied]
+    for (parameter, _), value in zip(tied, values):
+        parameter.set_data(value)
+
+
+def _tied_names(model: Any) -> list[tuple[Any, list[str]]]:
+    """Return each distinct parameter with all names it has in a file."""
+    tied: dict[int, tuple[Any, list[str]]] = {}
+    for name, parameter in model._collect_params_with_prefix().items():
+        tied.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return list(tied.values())
+
+
+def _stored_value(path: str, stored: dict[str, Any], parameter: Any, names: list[str]) -> Any:
+    values = [stored[name] for name in names if name in stored]
+    for value in values:
+        if value.shape != parameter.shape:
+            raise UserError(
+                f"{path}: {names[0]} has shape {value.shape}, the model {parameter.shape}; "
+                "is it of another shape or vocabulary?"
+            )
+    first, *others = values
+    if any((first != other).max().asscalar() for other in others):
+        raise UserError(f"{path}: {' and '.join(names)} are tied but differ in the file")
+    return first.astype(parameter.dtype, copy=False)
+
+
+def _listing(names: Any, most: int = 8) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Tuple
 
-from bort.config import read_json, write_json
 from bort.errors import UserError
-from bort.parameters import parameter_file
+from bort.files import read_json, write_json
+from bort.parameters import load_parameters, parameter_file, save_parameters
 from bort.shapes import MAX_LENGTH
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
 
@@ -31,7 +31,7 @@ class Card:
 
     model: a shape's name, or roberta_12_768_12 or roberta_24_1024_16.
     vocab_size, tokenizer_fingerprint: of the vocabulary it was trained with.
-    kind: masked_lm, or a kind of `data.base.Task`: classification, regression, multiple_choice,
+    kind: masked_lm, or a kind of `data.task.Task`: classification, regression, multiple_choice,
         candidates.
     task, labels, num_outputs: of a classifier; empty and 0 for masked_lm.
     max_len: tokens that an input is cut to.
@@ -66,10 +66,8 @@ def save_model(path: str, network: Any, card: Card, tokenizer: Optional[Tokenize
 
     The parameters come last and in one rename: a file that is there has its card beside it.
     """
-    from bort import bort
-
     save_card(path, card, tokenizer)
-    bort.save_parameters(network, f"{path}.tmp")
+    save_parameters(network, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -90,15 +88,13 @@ def load_model(
     `dropout` and `gradients` are for whoever trains it further.
     Raises `UserError` when it is absent, damaged, or was saved without a card.
     """
-    from bort import bort
-
     found = parameter_file(path)
     card = read_card(found)
     folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
     with ThreadPoolExecutor(1) as pool:  # while the parameters are read from the disk
         tokenizer = pool.submit(load_tokenizer_folder, folder)
         network = build_network(card, ctx, dropout, draw=False, gradients=gradients)
-        bort.load_parameters(network, found)
+        load_parameters(network, found)
         return SavedModel(network, card, tokenizer.result())
 
 
@@ -132,12 +128,10 @@ def build_network(
     """
     import mxnet as mx
 
-    from bort import bort, teacher
+    from bort import bort
 
     masked_lm = card.kind == MASKED_LM
-    body = teacher.build_network(
-        card.model, card.vocab_size, ctx, masked_lm, dropout, draw, gradients
-    )
+    body = bort.build_network(card.model, card.vocab_size, ctx, masked_lm, dropout, draw, gradients)
     if masked_lm:
         return body
     classifier = bort.BortClassifier(body, card.num_outputs, dropout, card.extra_layer)

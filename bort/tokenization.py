@@ -19,8 +19,9 @@ from typing import Any, Iterable, Optional, Protocol, Sequence
 
 import numpy as np
 
-from bort.config import option, read_json
+from bort.config import option
 from bort.errors import UserError
+from bort.files import read_json
 
 RELEASED_DATASET = "openwebtext_ccnews_stories_books_cased"
 SAMPLE_MODEL = os.path.join(

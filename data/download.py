@@ -22,11 +22,10 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Callable, Iterator, Sequence
 
-from bort.config import write_json
 from bort.errors import UserError
-from data.base import Task
-from data.files import Line, collect, decode, read_lines
-from data.shards import sha256_of
+from bort.files import sha256_of, write_json
+from data.rows import Line, collect, decode, read_lines
+from data.task import Task
 from data.tasks import SUITES, get_task, task_names
 
 SERVER = "https://dl.fbaipublicfiles.com"

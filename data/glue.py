@@ -10,10 +10,10 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
-from bort import metrics
 from bort.errors import UserError
-from data.base import REWRITE, Example, File, Split, Task, Uid, three_files
-from data.files import BadRowError, Line, collect, decode, member, read_lines
+from data import metrics
+from data.rows import BadRowError, Line, collect, decode, member, read_lines
+from data.task import REWRITE, Example, File, Split, Task, Uid, three_files
 
 # One order for every task of natural language inference, so that a model of one serves another.
 INFERENCE = ("entailment", "neutral", "contradiction")

@@ -13,10 +13,10 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort import metrics
 from bort.errors import UserError
-from data.base import Example, File, Split, Task
-from data.files import BadRowError, collect, member, parse_object
+from data import metrics
+from data.rows import BadRowError, collect, member, parse_object
+from data.task import Example, File, Split, Task
 
 CASTS = ("choices", "joined")
 _BLANK = re.compile(r"\s*_+\s*")

@@ -14,7 +14,6 @@ arrays, uncompressed, so that a reader maps them into memory and nothing is ever
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import os
 import shutil
@@ -28,15 +27,14 @@ from typing import Any, NoReturn, Optional
 
 import numpy as np
 
-from bort.config import read_json, write_json
 from bort.errors import UserError
+from bort.files import _COPY_BYTES, read_json, sha256_of, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 # The manifest of a folder that is not complete yet.
 UNFINISHED_FILE = "manifest.unfinished.json"
 
-_COPY_BYTES = 1 << 20
 _ALIGNMENT = 64
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
@@ -285,15 +283,6 @@ def _cannot_write(path: str, error: OSError) -> NoReturn:
         f"{path}: cannot be written ({error.strerror}); "
         "make room and run the same command again, it goes on after the shards that are finished"
     ) from None
-
-
-def sha256_of(path: str) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(_COPY_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 class Shard:

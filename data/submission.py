@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError
-from data.base import Example, Task, Uid
+from data.task import Example, Task, Uid
 from data.tasks import get_task, task_names
 
 # Fixed, so that the same predictions make the same archive.

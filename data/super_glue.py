@@ -14,10 +14,10 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
-from bort import metrics
-from data.base import REWRITE, Example, File, Split, Task, Uid, three_files
-from data.files import BadRowError, Line, collect, member, parse_object, read_lines
+from data import metrics
 from data.glue import BINARY, ENTAILMENT
+from data.rows import BadRowError, Line, collect, member, parse_object, read_lines
+from data.task import REWRITE, Example, File, Split, Task, Uid, three_files
 
 
 class SuperGlueTask(Task):

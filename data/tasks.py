@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from bort.errors import UserError
-from data.base import Task
 from data.glue import GLUE_TASKS
 from data.race import RACE_TASKS, Race
 from data.super_glue import SUPER_GLUE_TASKS
+from data.task import Task
 
 LEADERBOARDS: tuple[str, ...] = ("glue", "superglue")
 SUITES: tuple[str, ...] = (*LEADERBOARDS, "race")

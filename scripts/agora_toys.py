@@ -18,9 +18,10 @@ from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 
-from bort import agora
+from bort.agora import algorithm as agora
 from bort.config import option, parse
 from bort.errors import door
+from bort.types import Hyperparameters
 
 TRAIN, DEV, TIMAEUS, TEST = 40, 100, 30, 2000  # rows
 POOL = 600  # rows that the biased training set is taken from
@@ -81,7 +82,7 @@ TASKS: dict[str, tuple[Task, agora.Jitter]] = {
 class Network:
     """Socrates: a network with one hidden layer, fitted by L-BFGS."""
 
-    def fit(self, dataset: agora.Examples, theta: agora.Theta) -> Any:
+    def fit(self, dataset: agora.Examples, theta: Hyperparameters) -> Any:
         """Return the fitted network; theta names its width, weight decay and seed."""
         from sklearn.neural_network import MLPClassifier
 

@@ -35,9 +35,9 @@ class CacheSettings:
 @door
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the cache; returns its size in bytes."""
-    from bort.teacher import load_teacher
-    from bort.teacher_cache import build_cache
-    from bort.training import devices_of
+    from bort.devices import devices_of
+    from bort.pretraining.teacher import load_teacher
+    from bort.pretraining.teacher_cache import build_cache
 
     (settings,) = parse(str(__doc__), argv, CacheSettings)
     start = time.perf_counter()
@@ -72,7 +72,7 @@ def _shards(folders: str) -> list[ShardSet]:
 
 
 def _report(folder: str, entries: list[ShardEntry], rank: int, seconds: float) -> int:
-    from bort.teacher_cache import rows_path
+    from bort.pretraining.teacher_cache import rows_path
 
     size = sum(os.path.getsize(rows_path(folder, entry)) for entry in entries)
     sequences = sum(entry.sequences for entry in entries)

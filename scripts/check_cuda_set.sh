@@ -52,13 +52,13 @@ check_links() {
     [[ -z $unresolved ]] || fail "symbols of libmxnet.so are unresolved"
 }
 
-# Imports MXNet the way the programs do, with bort/stack.py loading the libraries.
+# Imports MXNet the way the programs do, with bort/mxnet_setup.py loading the libraries.
 check_import() {
     echo "import with every symbol bound at once:"
     LD_BIND_NOW=1 LD_LIBRARY_PATH="$WORK/stub" PYTHONPATH="$ROOT" "$PY" - <<'PYTHON'
-import bort.stack
+import bort.mxnet_setup
 
-bort.stack.install()
+bort.mxnet_setup.install()
 import gluonnlp
 import mxnet as mx
 

@@ -17,9 +17,10 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.config import OneLineParser, read_json
+from bort.config import OneLineParser
 from bort.errors import UserError, door
-from data.base import Task
+from bort.files import read_json
+from data.task import Task
 from data.tasks import get_task
 
 

@@ -27,8 +27,9 @@ class FromHuggingFaceSettings:
 @door
 def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
     """Convert a folder; returns the greatest difference of logits, None where none was measured."""
-    from bort import huggingface_check
-    from bort.huggingface_folder import new_folder, read
+    from bort.files import new_folder
+    from bort.huggingface import check as huggingface_check
+    from bort.huggingface.folder import read
     from bort.saved_model import load_model, save_model
 
     parser = parser_for(str(__doc__), FromHuggingFaceSettings)

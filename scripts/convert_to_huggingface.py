@@ -30,8 +30,9 @@ class ToHuggingFaceSettings:
 @door
 def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
     """Convert a model; returns the greatest difference of logits, None where none was measured."""
-    from bort import huggingface_check
-    from bort.huggingface_folder import new_folder, write
+    from bort.files import new_folder
+    from bort.huggingface import check as huggingface_check
+    from bort.huggingface.folder import write
     from bort.saved_model import load_model
 
     parser = parser_for(str(__doc__), ToHuggingFaceSettings)

@@ -7,8 +7,8 @@ from typing import Optional, Sequence
 
 from bort.config import OneLineParser
 from bort.errors import door
-from data.base import default_data_dir
 from data.download import SERVER, download
+from data.task import default_data_dir
 
 
 @door

@@ -20,11 +20,11 @@ from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.agora import generator_for
+from bort.agora.algorithm import generator_for
 from bort.config import option, parse, required
 from bort.errors import UserError, door
-from data.base import Task
-from data.files import read_lines
+from data.rows import read_lines
+from data.task import Task
 from data.tasks import get_task
 
 # CoLA's training file has no header, by which its test file is read.

@@ -32,7 +32,9 @@ class OnnxSettings:
 @door
 def main(argv: Optional[Sequence[str]] = None) -> float:
     """Export a model; returns the largest difference between ONNX Runtime and MXNet."""
-    from bort import onnx_export, runtime, saved_model
+    from bort import saved_model
+    from bort.inference import onnx_graph as onnx_export
+    from bort.inference import runtime
     from bort.parameters import parameter_file
 
     parser = parser_for(str(__doc__), OnnxSettings)

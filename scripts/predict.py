@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, Optional, Sequence
 
 from bort.config import option, parse, required
 from bort.errors import UserError, door
-from bort.prediction_files import INPUT_FORMATS, OUTPUT_FORMATS
-from bort.runtime import RUNTIMES
+from bort.inference.prediction_files import INPUT_FORMATS, OUTPUT_FORMATS
+from bort.inference.runtime import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PredictSettings:
 @door
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Answer every line of the input; returns the number of answers."""
-    from bort.prediction_files import opened, written
+    from bort.inference.prediction_files import opened, written
 
     (settings,) = parse(str(__doc__), argv, PredictSettings)
     with opened(settings.input) as lines:
@@ -73,7 +73,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def load(settings: PredictSettings) -> Any:
     """Load the model that the flags name."""
-    from bort.predict import load_classifier, load_mask_filler
+    from bort.inference.pipelines import load_classifier, load_mask_filler
 
     if settings.fill_mask:
         return load_mask_filler(settings.model_parameters, settings.batch_size)
@@ -84,8 +84,8 @@ def load(settings: PredictSettings) -> Any:
 
 def answer_lines(settings: PredictSettings, predictor: Any, lines: Any, output: BinaryIO) -> int:
     """Write the answers as they come; returns their number."""
-    from bort.predict import answers
-    from bort.prediction_files import Inputs, json_line, table_line
+    from bort.inference.pipelines import answers
+    from bort.inference.prediction_files import Inputs, json_line, table_line
 
     inputs = Inputs(lines, settings.input_format, predictor.columns, predictor.official_columns)
     count = 0

@@ -34,9 +34,9 @@ class QuantizeSettings:
 
 @door
 def main(argv: Optional[Sequence[str]] = None) -> list[Any]:
-    """Quantise a classifier; returns a `bort.quantization.Check` for each runtime."""
-    from bort.quantization import Quantization
-    from bort.runtime import int8_folder
+    """Quantise a classifier; returns a `bort.inference.quantization.Check` for each runtime."""
+    from bort.inference.quantization import Quantization
+    from bort.inference.runtime import int8_folder
 
     parser = parser_for(str(__doc__), QuantizeSettings)
     parser.add_argument("model", metavar="MODEL", help="a .params file or its folder")

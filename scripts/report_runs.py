@@ -7,7 +7,7 @@ from typing import Optional, Sequence
 
 from bort.config import OneLineParser
 from bort.errors import door
-from data.run_report import RunReport, as_markdown, report
+from bort.finetuning.run_report import RunReport, as_markdown, report
 
 
 @door

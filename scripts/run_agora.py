@@ -13,7 +13,7 @@ import sys
 import warnings
 from typing import Any, Optional, Sequence
 
-from bort.agora_finetuning_settings import AGORA_CLASSES, AgoraTextSettings
+from bort.agora.config import AGORA_CLASSES, AgoraTextSettings
 from bort.config import parse
 from bort.errors import door
 
@@ -28,7 +28,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, Any]:
     """Run Agora as the flags say; returns the content of agora.json."""
     settings = AgoraTextSettings(*parse(str(__doc__), argv, *AGORA_CLASSES))
 
-    from bort.agora_finetuning import run_agora
+    from bort.agora.run import run_agora
     from bort.communicator import communicator_of_environment
 
     with warnings.catch_warnings():

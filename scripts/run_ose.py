@@ -1,4 +1,4 @@
-"""Search the BERT family for the shape with the largest W-coefficient (see bort/ose.py).
+"""Search the BERT family for the shape with the largest W-coefficient (see bort/ose/search.py).
 
 With training: `--data` and `--data_eval` name shards; every candidate is trained on the first and
 its error is measured on the second. A search that was killed goes on where it was. Under
@@ -21,22 +21,8 @@ import numpy as np
 from bort.communicator import Communicator, SingleProcess, communicator_of_environment
 from bort.config import as_dict, option, parse
 from bort.errors import UserError, door
-from bort.ose import (
-    Candidate,
-    Journal,
-    Map,
-    Measurement,
-    OseResult,
-    SurrogateError,
-    Theta,
-    check_maximum_point,
-    extract,
-    largest,
-    ordered,
-    process_map,
-    rank_map,
-)
-from bort.ose_bert import (
+from bort.mxnet_setup import usable_cores
+from bort.ose.bert_family import (
     SPACES,
     BertFamily,
     heads_first,
@@ -44,7 +30,7 @@ from bort.ose_bert import (
     measure_latency,
     synthetic_error,
 )
-from bort.ose_report import (
+from bort.ose.report import (
     Frame,
     compare_strides,
     explanation,
@@ -52,7 +38,21 @@ from bort.ose_report import (
     print_space,
     write_report,
 )
-from bort.ose_training import (
+from bort.ose.search import (
+    Candidate,
+    Journal,
+    Map,
+    Measurement,
+    OseResult,
+    SurrogateError,
+    check_maximum_point,
+    extract,
+    largest,
+    ordered,
+    process_map,
+    rank_map,
+)
+from bort.ose.trained_error import (
     TrainedError,
     TrainingSettings,
     describe,
@@ -60,7 +60,7 @@ from bort.ose_training import (
     remove_candidates,
 )
 from bort.shapes import MAX_LENGTH, Shape, shape_of
-from bort.stack import usable_cores
+from bort.types import Hyperparameters
 from data.shards import Manifest, open_shards
 
 ROBERTA_VOCABULARY = 50265
@@ -224,7 +224,7 @@ class MeanError(NamedTuple):
     measured: Mapping[Shape, list[float]]
 
     def __call__(
-        self, shape: Shape, steps: int, theta: Theta, generator: np.random.Generator
+        self, shape: Shape, steps: int, theta: Hyperparameters, generator: np.random.Generator
     ) -> float:
         """Return the mean of the errors measured for this shape."""
         return float(np.mean(self.measured[shape]))

@@ -7,7 +7,7 @@ from typing import Optional, Sequence
 
 from bort.config import OneLineParser
 from bort.errors import door
-from data.scoreboard import SuiteScore, as_table, read_scores, suite_score
+from bort.finetuning.scoreboard import SuiteScore, as_table, read_scores, suite_score
 from data.tasks import SUITES
 
 

@@ -281,7 +281,7 @@ write_path_file() {
     packages=$(site_packages)
     cat >"$packages/bort.pth" <<PTH
 $ROOT
-import importlib.util as u; u.find_spec("bort") and __import__("bort.stack").stack.install()
+import importlib.util as u; u.find_spec("bort") and __import__("bort")
 PTH
 }
 

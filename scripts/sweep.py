@@ -15,8 +15,8 @@ from typing import Optional, Sequence
 
 from bort.config import parse
 from bort.errors import door
-from bort.finetuning_settings import FINETUNING_CLASSES, FinetuningSettings
-from bort.sweep import Row, SweepSettings, sweep
+from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
+from bort.finetuning.sweep import Row, SweepSettings, sweep
 
 
 @door

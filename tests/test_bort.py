@@ -18,12 +18,11 @@ from bort.bort import (
     encode,
     get_bort_model,
     initialize,
-    load_parameters,
     masked_hidden,
     parameter_count,
-    save_parameters,
 )
 from bort.errors import UserError
+from bort.parameters import load_parameters, save_parameters
 from bort.shapes import PREDEFINED_SHAPES, Shape, shape_of
 from tests import reference
 from tests.reference import parameters_of, redraw

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bort.communicator import SingleProcess
-from tests.pretraining_helpers import horovodrun
+from tests.pretraining.helpers import horovodrun
 
 # Rank 1 is slow at every turn: rank 0 then has several messages under way at once.
 TWO_RANKS = """

@@ -9,8 +9,9 @@ from typing import Any, Optional
 
 import pytest
 
-from bort.config import as_dict, build, option, parse, parser_for, read_json, required, write_json
+from bort.config import as_dict, build, option, parse, parser_for, required
 from bort.errors import UserError
+from bort.files import read_json, write_json
 
 
 @dataclass(frozen=True)

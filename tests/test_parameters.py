@@ -11,9 +11,9 @@ import pytest
 from mxnet import nd
 
 from bort import checkpoint
-from bort.bort import BortModel, save_parameters
+from bort.bort import BortModel
 from bort.errors import UserError
-from bort.parameters import parameter_file, read_arrays
+from bort.parameters import parameter_file, read_arrays, save_parameters
 
 
 def save_checkpoint(folder: Path, model: Any, step: int = 1, fingerprint: str = "f1") -> Path:

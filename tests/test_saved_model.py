@@ -11,12 +11,12 @@ import pytest
 from mxnet import nd
 
 from bort.bort import BortClassifier, get_bort_model
+from bort.bort import build_network as build_body
 from bort.errors import UserError
 from bort.saved_model import Card, build_network, load_model, read_card, save_model
-from bort.teacher import build_network as build_body
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from scripts import describe_released
-from tests.pretraining_helpers import SHAPE, finished_run, write_data
+from tests.pretraining.helpers import SHAPE, finished_run, write_data
 from tests.reference import redraw
 
 IDS = nd.array([[0, 7, 9, 2], [0, 8, 2, 1]])
@@ -81,7 +81,7 @@ def test_a_roberta_classifier_is_saved_alike(tmp_path, tokenizer, monkeypatch):
     """A small stand-in for RoBERTa: the network of another class, without our length check."""
     import gluonnlp as nlp
 
-    from bort import teacher
+    from bort.pretraining import teacher
 
     def small(name: str, vocab: Any, use_decoder: bool, dropout: float, **_: Any) -> Any:
         encoder = nlp.model.BERTEncoder(

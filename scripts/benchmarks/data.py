@@ -25,11 +25,11 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import numpy as np
 
 from bort.config import option, parse, required
-from bort.masking import MaskingSettings, SequenceSettings
-from bort.preparation import CorpusSettings, InstanceMaker, InstanceSettings, make_shards
-from bort.stack import usable_cores
+from bort.mxnet_setup import usable_cores
 from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
 from data.corpus import find_inputs, read_pieces
+from data.masking import MaskingSettings, SequenceSettings
+from data.preparation import CorpusSettings, InstanceMaker, InstanceSettings, make_shards
 
 _MAX_TOKENS = 510
 _SHORT_SEQ_PROB = 0.1

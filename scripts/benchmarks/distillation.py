@@ -23,9 +23,9 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 
 import numpy as np
 
-from bort import stack
+from bort import mxnet_setup
 from bort.config import option, parse
-from bort.stack import usable_cores
+from bort.mxnet_setup import usable_cores
 
 MLM_WEIGHT, TEACHER_WEIGHT, TEMPERATURE = 0.1, 0.5, 2.0
 MASKED = 0.15
@@ -155,8 +155,8 @@ def _our_step(
     settings: DistillationBenchmarkSettings, shards: str, folder: str, flags: list[str]
 ) -> Callable[[], None]:
     from bort.communicator import SingleProcess
-    from bort.pretraining import Pretraining
-    from bort.settings import SETTINGS_CLASSES, PretrainingSettings
+    from bort.pretraining.config import SETTINGS_CLASSES, PretrainingSettings
+    from bort.pretraining.run import Pretraining
 
     argv = ["--data", shards, "--batch_size", str(settings.batch_size), "--num_steps", "100000"]
     argv += ["--ckpt_dir", tempfile.mkdtemp(dir=folder), "--log_interval", "1000", *flags]
@@ -170,8 +170,8 @@ def _our_step(
 def _write_teacher(teacher: str, path: str, settings: DistillationBenchmarkSettings) -> None:
     import mxnet as mx
 
-    from bort.bort import save_parameters
-    from bort.teacher import build_network
+    from bort.bort import build_network
+    from bort.parameters import save_parameters
 
     save_parameters(build_network(teacher, settings.vocab_size, mx.cpu()), path)
 
@@ -181,8 +181,8 @@ def _build_cache(shards: str, cache: str, teacher: str, weights: str) -> float:
     import mxnet as mx
 
     from bort.communicator import SingleProcess
-    from bort.teacher import load_teacher
-    from bort.teacher_cache import build_cache
+    from bort.pretraining.teacher import load_teacher
+    from bort.pretraining.teacher_cache import build_cache
     from data.shards import open_shards
 
     opened = open_shards(shards)
@@ -206,8 +206,7 @@ class StockStep:
         import gluonnlp as nlp
         import mxnet as mx
 
-        from bort.bort import get_bort_model
-        from bort.teacher import build_network
+        from bort.bort import build_network, get_bort_model
 
         self.student, _ = get_bort_model(vocab=range(settings.vocab_size))
         self.student.hybridize(static_alloc=True)
@@ -299,7 +298,7 @@ def _stock_apart(
 
 def _answer_with_stock_steps(settings: DistillationBenchmarkSettings) -> None:
     # Before MXNet is imported: the original does without this.
-    stack.keep_freed_memory = lambda: None
+    mxnet_setup.keep_freed_memory = lambda: None
     step = timed(
         StockStep(settings, None if settings.stock_only == "none" else settings.stock_only)
     )

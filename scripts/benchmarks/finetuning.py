@@ -86,12 +86,12 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
 
 
 def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[], None]:
-    """Return a function that makes one update as `bort.finetuning` does, clipping included."""
+    """Return a function that makes one update as `bort.finetuning.run` does, clipping included."""
     from bort.communicator import SingleProcess
-    from bort.finetuning import Classifier, FineTuning, TaskData
-    from bort.finetuning_settings import FINETUNING_CLASSES, FinetuningSettings
+    from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
+    from bort.finetuning.run import Classifier, FineTuning, TaskData
     from bort.saved_model import Card, build_network
-    from data.base import Example
+    from data.task import Example
     from data.tasks import get_task
 
     flags = {"task_name": "SST-2", "batch_size": settings.batch_size, "max_len": settings.length}

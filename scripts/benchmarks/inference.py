@@ -28,7 +28,7 @@ import numpy as np
 
 from bort.config import option, parse
 from bort.errors import UserError
-from bort.runtime import RUNTIMES
+from bort.inference.runtime import RUNTIMES
 
 # Layers, heads, width inside the feed-forward layers, hidden size; vocabulary.
 SHAPES = {
@@ -277,7 +277,7 @@ def _peaks() -> dict[str, float]:
     import mxnet as mx
     from onnx import TensorProto, helper, numpy_helper
 
-    from bort.runtime import onnx_session
+    from bort.inference.runtime import onnx_session
 
     ones = mx.nd.ones((PEAK_SIZE, PEAK_SIZE))
     bytes_ = np.ones((PEAK_SIZE, PEAK_SIZE), np.int8)
@@ -321,8 +321,8 @@ def _batch(way: Way, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ours(way: Way) -> tuple[Callable[[Cell], None], float]:
-    from bort.quantization import int8_in_mxnet
-    from bort.runtime import MXNetRuntime, runtime_of
+    from bort.inference.quantization import int8_in_mxnet
+    from bort.inference.runtime import MXNetRuntime, runtime_of
 
     network = _classifier(way.network)
     if way.engine == "mxnet-int8":

@@ -22,7 +22,7 @@ import numpy as np
 
 from bort.config import option, parse
 from bort.errors import UserError
-from bort.stack import usable_cores
+from bort.mxnet_setup import usable_cores
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _MASKED = 0.15

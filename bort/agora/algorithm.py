@@ -1,0 +1,698 @@
+"""Agora: fine-tuning when training data is scarce or biased (A. de Wynter, arXiv 2010.07990).
+
+A candidate model (*Socrates*) is fitted once for every set of hyperparameters in a search space.
+Examples of the dev set that the best fit gets wrong are moved a little by a *tau-function*,
+labelled by a model that is only roughly right (*Timaeus*) and appended to the training set; the
+least promising sets are dropped; and so on until none is left. The loop knows nothing about
+models, text or frameworks: it needs the three small protocols below, NumPy and nothing else.
+
+Theirs - [P] the paper's abstract and first page, [A] its author's post about the trilogy, [R] the
+README of the code released with Bort:
+
+- a trained labeller, a candidate, a train and an evaluation set, a search space and a function
+  that makes data; the search space is searched and pruned round by round; the choice of the best
+  is greedy [P];
+- every round fits all sets and scores them on the evaluation set; new examples are made near the
+  best fit's mistakes there, labelled by the trained model and appended to train; the evaluation
+  set itself never enters train [A];
+- the sets are ordered by score and those in the longest common sequence rooted at the first
+  element are removed; the loop ends when the space is empty [A];
+- |Theta| rounds, so |Theta|^2 (log|Theta| + |theta|^2 + T_fit) + labels of |Theta| |dev| rows [P];
+- tau(x) lies near x, with a lower and an upper bound on the distance [A];
+- the labeller has to be better than 2/3; labels should be balanced, by artificial means if need
+  be; the evaluation set has to be representative; regression can be cast to classes [A];
+- some rounds were done again ("replay") [R]; its recommended space is the 480 sets [R].
+
+Ours, where those are silent (the text of the algorithm itself was not at hand, nor was the origin
+of the names Socrates, Timaeus and tau checked):
+
+- "ordered" is ascending, so that "the first element" is the worst set. A set is the sequence of
+  its (name, value) pairs without the seed. Its longest common subsequence with each other set is
+  found; the longest of these (between equals: the one with the worst-scoring set) is the common
+  part; every set that contains it goes, with the worst. The round's best stays while others do.
+  `worst-only` and `halving` (drop the lower half) are alternatives;
+- one image per mistake, none after the last set is gone; an image equal to a row of dev, test or
+  the current train is drawn again;
+- every fit starts from the initial state; a warm start from the best model so far is an option;
+- ties: a later round wins (it saw more data), then the earlier set of the space;
+- the loop also ends when the round's best makes no mistake, or after `max_rounds`;
+- balancing drops new images of a class whose share would pass 1 / classes + tolerance;
+- regression counts a prediction as a mistake when it falls into another bin than its label;
+- choosing images at random instead of from mistakes, which is there to measure what they add;
+- what is kept on disk, and that a killed run resumes to the result of an uninterrupted one.
+
+Scores on the dev set are selected on in every round: report results on a test set only.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import time
+import warnings
+import zlib
+from typing import (
+    Any,
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+)
+
+import numpy as np
+
+from bort.agora.pruning import sets_to_drop, within_balance
+from bort.agora.store import Store
+from bort.config import check_limits, option
+from bort.errors import UserError
+from bort.types import Hyperparameters
+from data.metrics import accuracy
+
+MapFits = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+TIMAEUS_ACCURACY = 2 / 3  # the author's bound: a labeller must be better than this
+IMBALANCE = 0.5  # a class share this far from an equal share, relatively, is worth a warning
+
+
+class EmptySearchSpaceError(UserError):
+    """The search space holds no set of hyperparameters."""
+
+
+class DevInTrainError(UserError):
+    """A row of the dev set is in the training set."""
+
+
+class TestEqualsDevError(UserError):
+    """The test set holds the same rows as the dev set."""
+
+
+class OtherRunError(UserError):
+    """The store holds the records of a run with other arguments or data."""
+
+
+class WeakTimaeusWarning(UserWarning):
+    """Timaeus' accuracy on the dev set is not above 2/3."""
+
+
+class ImbalanceWarning(UserWarning):
+    """A class has far more or far fewer rows than an equal share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Labelled examples: n inputs of any kind, and labels as an array of shape [n]."""
+
+    inputs: Sequence[Any]
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.labels):
+            raise ValueError(f"{len(self.inputs)} inputs have {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def plus(self, images: Sequence[TauImage]) -> Examples:
+        """Return these examples followed by the images."""
+        if not images:
+            return self
+        labels = np.array([image.label for image in images])
+        inputs = [*self.inputs, *(image.input for image in images)]
+        return Examples(inputs, np.concatenate([self.labels, labels]))
+
+
+class Socrates(Protocol):
+    """The candidate: how to fit it and how to predict with it.
+
+    A fit has to be determined by its arguments (the seed is part of `theta`), or runs with one
+    seed differ. `start` is passed in a warm start only: a socrates without it starts cold.
+    """
+
+    def fit(self, dataset: Examples, theta: Hyperparameters, start: Any = None) -> Any:
+        """Return the model fitted with `theta`, from its initial state or from a model `start`."""
+
+    def predict(self, model: Any, inputs: Sequence[Any]) -> np.ndarray:
+        """Return the model's labels of n inputs, shape [n]."""
+
+
+class Timaeus(Protocol):
+    """The labeller of new examples; it has to be right more often than 2 times in 3."""
+
+    def label(self, inputs: Sequence[Any]) -> np.ndarray:
+        """Return labels of n inputs, shape [n] (real values for regression)."""
+
+
+class Tau(Protocol):
+    """The generator of new examples."""
+
+    def __call__(self, example: Any, generator: np.random.Generator) -> Any:
+        """Return another example near `example`, neither too near nor too far."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Jitter:
+    """The tau-function for vectors: a step in a random direction.
+
+    The step's length is uniform between `lower` and `upper`, in the units of the inputs.
+    """
+
+    lower: float
+    upper: float
+
+    def __call__(self, example: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Return a point of the example's shape, at a distance in [lower, upper] from it."""
+        direction = generator.standard_normal(np.shape(example))
+        length = generator.uniform(self.lower, self.upper)
+        return np.asarray(example) + direction * (length / np.linalg.norm(direction))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is scored, and which values count as the same answer.
+
+    `score(labels, predictions)` is a number, higher is better. `classes(values)` maps labels or
+    predictions [n] to classes [n]: a prediction in another class than its label is a mistake, and
+    balance and Timaeus' accuracy are about classes.
+    """
+
+    score: Callable[[np.ndarray, np.ndarray], float]
+    classes: Callable[[np.ndarray], np.ndarray]
+
+
+def negative_squared_error(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Return minus the mean squared error."""
+    return -float(np.mean((np.asarray(labels) - np.asarray(predictions)) ** 2))
+
+
+CLASSIFICATION = Objective(accuracy, np.asarray)  # two or more classes; `score` may be replaced
+
+
+def regression(
+    edges: Sequence[float],
+    score: Callable[[np.ndarray, np.ndarray], float] = negative_squared_error,
+) -> Objective:
+    """Return the objective for real labels, binned at the increasing `edges` into classes."""
+
+    def classes(values: np.ndarray) -> np.ndarray:
+        return np.digitize(values, edges)  # type: ignore[return-value]  # typed as a scalar
+
+    return Objective(score, classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class AgoraSettings:
+    """How Agora goes through its rounds."""
+
+    max_rounds: Optional[int] = option(
+        None, "stop after this many rounds (default: when no set is left)", minimum=1
+    )
+    replay: int = option(0, "do each round again this often on the enlarged data", minimum=0)
+    warm_start: bool = option(False, "start each fit from the best model so far")
+    prune: str = option(
+        "lcs",
+        "sets that a round drops: those that share the longest common sequence with the worst, "
+        "the worst only, or the lower half",
+        choices=("lcs", "worst-only", "halving"),
+    )
+    images_per_mistake: int = option(1, "new examples for each mistake and round", minimum=1)
+    image_attempts: int = option(10, "draws before a mistake is left without image", minimum=1)
+    images_from: str = option(
+        "mistakes",
+        "dev examples to make images of: the round's mistakes, or as many at random",
+        choices=("mistakes", "random"),
+    )
+    balance: Optional[float] = option(
+        None,
+        "drop new examples of a class whose share would pass 1 / classes + this (default: keep)",
+        minimum=0,
+        maximum=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TauImage:
+    """A tau-image: the place in dev it comes from, its input, Timaeus' label, and its fate.
+
+    Two images compare equal whatever their inputs, which need not be comparable.
+    """
+
+    source: int
+    input: Any = dataclasses.field(compare=False)
+    label: Any
+    kept: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """What happened in one round, or in one replay of it.
+
+    Sets are named by their place in the search space. `scores` has the order of `space`;
+    `best_score` is the best so far, this round included; `mistakes` are places in dev;
+    `train_size` and `label_counts` describe the data that the fits saw; `seconds` are those spent
+    in fits, summed over workers.
+    """
+
+    number: int
+    replay: int
+    space: Tuple[int, ...]
+    scores: Tuple[float, ...]
+    best: int
+    best_score: float
+    mistakes: Tuple[int, ...]
+    images: Tuple[TauImage, ...]
+    pruned: Tuple[int, ...]
+    train_size: int
+    label_counts: Mapping[str, int]
+    seconds: float = dataclasses.field(compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record for JSON: images are counted, scores that are no number are None."""
+        record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        record["scores"] = [score if math.isfinite(score) else None for score in self.scores]
+        record["best_score"] = self.best_score if math.isfinite(self.best_score) else None
+        record["images"] = {
+            "made": len(self.images),
+            "kept": sum(image.kept for image in self.images),
+        }
+        return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best fit: its set (and the set's place in the space), its round, dev score and model."""
+
+    theta: Hyperparameters
+    place: int
+    round: int
+    replay: int
+    score: float
+    model: Any = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class AgoraResult:
+    """The best fit ever seen, and the record of every round."""
+
+    best: Best
+    rounds: List[Round]
+
+
+def grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return every combination of the values, the last name's changing fastest."""
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def input_key(example: Any) -> Hashable:
+    """Return a key that equal inputs share: arrays and lists compare by value, dicts by item."""
+    if isinstance(example, (np.ndarray, np.generic)):
+        return input_key(example.tolist())
+    if isinstance(example, (list, tuple)):
+        return tuple(map(input_key, example))
+    if isinstance(example, dict):
+        return tuple(sorted((name, input_key(value)) for name, value in example.items()))
+    return example
+
+
+def generator_for(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
+    """Return the generator of one purpose, so that no draw depends on what was drawn before."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *numbers])
+
+
+def agora(
+    socrates: Socrates,
+    timaeus: Timaeus,
+    train: Examples,
+    dev: Examples,
+    search_space: Sequence[Hyperparameters],
+    tau: Tau,
+    settings: Optional[AgoraSettings] = None,
+    *,
+    seed: int = 0,
+    objective: Objective = CLASSIFICATION,
+    test_inputs: Sequence[Any] = (),
+    store: Optional[Store] = None,
+    map_fits: MapFits = map,
+    on_round: Callable[[Round], None] = lambda record: None,
+) -> AgoraResult:
+    """Fit the candidate on scarce data (see the module's docstring for the algorithm).
+
+    `test_inputs` are never predicted: they are kept out of train, and dev must not equal them.
+    `store` remembers fits: given the store of a killed run, the run goes on to the same result;
+    `max_rounds` alone may be raised. `map_fits(function, tasks)` may spread the fits of a round
+    over workers and return their results in any order; `function`, tasks and results can be
+    pickled when the socrates, its models and the examples can. `on_round` sees each round's
+    record, those recalled from the store included.
+
+    Raises `EmptySearchSpaceError`, `DevInTrainError`, `TestEqualsDevError` or `OtherRunError`
+    before any fit; warns `WeakTimaeusWarning` and `ImbalanceWarning`, which
+    `warnings.simplefilter("error", ...)` turns into errors.
+    """
+    settings = settings or AgoraSettings()
+    check_limits(settings)
+    _check_data(train, dev, search_space, test_inputs)
+    _check_labels(timaeus, train, dev, objective)
+    store = store or Store()
+    _check_store(store, seed, settings, search_space, train, dev)
+    fitting = _Fitting(socrates, dev, search_space, objective, store, map_fits, settings.warm_start)
+    imaging = _Imaging(timaeus, dev, tau, objective, settings, seed, test_inputs)
+    rounds = []
+    for record in _rounds(fitting, imaging, train, settings):
+        rounds.append(record)
+        on_round(record)
+    best = fitting.best()
+    number, replay = divmod(best.step, settings.replay + 1)
+    model = store.load_model(best.name)
+    theta = search_space[best.place]
+    return AgoraResult(Best(theta, best.place, number, replay, best.score, model), rounds)
+
+
+def _rounds(
+    fitting: _Fitting, imaging: _Imaging, data: Examples, settings: AgoraSettings
+) -> Iterator[Round]:
+    """Go through the rounds. A *step* is a round or a replay; fits and images are named by it."""
+    space = list(range(len(fitting.search_space)))
+    passes, limit = settings.replay + 1, settings.max_rounds
+    for step in itertools.islice(itertools.count(), limit and limit * passes):
+        fits = fitting.fit_all(step, space, data)
+        mistakes = imaging.mistakes(fits[-1].predictions)
+        pruned: list[int] = []
+        if mistakes and (step + 1) % passes == 0:
+            order = [fit.place for fit in fits]
+            pruned = sets_to_drop(order, fitting.search_space, settings.prune)
+        going_on = len(pruned) < len(space)  # else nothing would ever be fitted on the images
+        images = imaging.images(step, mistakes, data) if going_on else []
+        by_place = sorted(fits, key=lambda fit: fit.place)
+        yield Round(
+            number=step // passes,
+            replay=step % passes,
+            space=tuple(fit.place for fit in by_place),
+            scores=tuple(fit.score for fit in by_place),
+            best=fits[-1].place,
+            best_score=fitting.best().score,
+            mistakes=tuple(mistakes),
+            images=tuple(images),
+            pruned=tuple(pruned),
+            train_size=len(data),
+            label_counts=imaging.label_counts(data),
+            seconds=sum(fit.seconds for fit in fits),
+        )
+        space = [place for place in space if place not in pruned]
+        if not space or not mistakes:
+            return
+        data = data.plus([image for image in images if image.kept])
+
+
+def _check_data(
+    train: Examples,
+    dev: Examples,
+    search_space: Sequence[Hyperparameters],
+    test_inputs: Sequence[Any],
+) -> None:
+    if not search_space:
+        raise EmptySearchSpaceError("the search space is empty: give at least one set")
+    if not len(train) or not len(dev):
+        raise UserError(f"train has {len(train)} and dev {len(dev)} rows: both need at least one")
+    places = {input_key(example): place for place, example in enumerate(dev.inputs)}
+    for row, example in enumerate(train.inputs):
+        if input_key(example) in places:
+            raise DevInTrainError(
+                f"row {row} of train is row {places[input_key(example)]} of dev: "
+                "remove it from one of them"
+            )
+    if set(map(input_key, test_inputs)) == set(places):
+        raise TestEqualsDevError(
+            "the test set holds the rows of dev, which Agora selects on: give a test set apart"
+        )
+
+
+def _check_labels(timaeus: Timaeus, train: Examples, dev: Examples, objective: Objective) -> None:
+    answers = np.asarray(timaeus.label(dev.inputs))
+    _check_shape("label", answers, dev.inputs)
+    known, truth = objective.classes(train.labels), objective.classes(dev.labels)
+    share = accuracy(truth, objective.classes(answers))
+    if share <= TIMAEUS_ACCURACY:
+        _warn(WeakTimaeusWarning, f"Timaeus labels {share:.3f} of dev rightly; 2/3 is too little")
+    every = np.unique(np.concatenate([known, truth]))
+    for name, classes in (("train", known), ("dev", truth)):
+        for one in every:
+            ratio = float(np.mean(classes == one)) * len(every)
+            if abs(ratio - 1) > IMBALANCE:
+                text = f"class {one} has {ratio:.2f} times an equal share of {name}"
+                _warn(ImbalanceWarning, f"{text}; see the setting balance")
+
+
+def _warn(category: type[Warning], text: str) -> None:
+    warnings.warn(text, category, stacklevel=4)  # the line that called `agora`
+
+
+def _check_store(
+    store: Store,
+    seed: int,
+    settings: AgoraSettings,
+    search_space: Sequence[Hyperparameters],
+    train: Examples,
+    dev: Examples,
+) -> None:
+    arguments = {"seed": seed, **dataclasses.asdict(settings), "search_space": search_space}
+    del arguments["max_rounds"]  # decides where the run ends, not how it goes
+    arguments.update(train=_digest(train), dev=_digest(dev))
+    arguments = json.loads(json.dumps(arguments, default=repr))
+    kept = store.recall("run")
+    if kept is None:
+        store.record("run", arguments)
+    elif kept != arguments:
+        names = [name for name, value in arguments.items() if kept.get(name) != value]
+        raise OtherRunError(
+            f"the store holds a run with another {', '.join(names)}: use a new folder"
+        )
+
+
+def _digest(examples: Examples) -> str:
+    digest = hashlib.sha256()
+    for example, label in zip(examples.inputs, examples.labels.tolist()):
+        digest.update(repr((input_key(example), label)).encode())
+    return digest.hexdigest()
+
+
+def _check_shape(name: str, labels: np.ndarray, inputs: Sequence[Any]) -> None:
+    if labels.shape != (len(inputs),):
+        raise ValueError(f"{name} returned shape {labels.shape} for {len(inputs)} inputs")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One fit, as a worker is given it: everything but the socrates and the data."""
+
+    step: int
+    place: int
+    theta: Hyperparameters
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    """What a worker returns."""
+
+    task: _Task
+    model: Any
+    predictions: List[Any]
+    seconds: float
+
+
+def _fit(
+    socrates: Socrates,
+    data: Examples,
+    dev_inputs: Sequence[Any],
+    warm: Mapping[str, Any],
+    task: _Task,
+) -> _Fitted:
+    """Fit one set and predict dev; a function of the module, so that processes can run it."""
+    start = time.perf_counter()
+    model = socrates.fit(data, task.theta, **warm)
+    predictions = np.asarray(socrates.predict(model, dev_inputs))
+    _check_shape("predict", predictions, dev_inputs)
+    return _Fitted(task, model, predictions.tolist(), time.perf_counter() - start)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """A fit's score and predictions on dev. Of two fits, the one of greater rank is the best."""
+
+    score: float
+    step: int
+    place: int
+    predictions: List[Any]
+    seconds: float
+
+    @property
+    def rank(self) -> tuple[float, int, int]:
+        return self.score, self.step, -self.place
+
+    @property
+    def name(self) -> str:
+        return fit_name(self.step, self.place)
+
+
+def fit_name(step: int, place: int) -> str:
+    """Return the name under which a store keeps the fit of a set in a step."""
+    return f"fit-{step:04d}-{place:04d}"
+
+
+@dataclasses.dataclass
+class _Fitting:
+    """Makes fits or recalls them from the store, and keeps the best one's model there."""
+
+    socrates: Socrates
+    dev: Examples
+    search_space: Sequence[Hyperparameters]
+    objective: Objective
+    store: Store
+    map_fits: MapFits
+    warm_start: bool
+    leader: Optional[_Fit] = None
+
+    def best(self) -> _Fit:
+        """Return the best fit so far; there has to be one."""
+        assert self.leader is not None
+        return self.leader
+
+    def fit_all(self, step: int, space: Sequence[int], data: Examples) -> list[_Fit]:
+        """Return the fits of the space's sets on the data, worst first."""
+        before = self.leader
+        digest = _digest(data)
+        fits, tasks = [], []
+        for place in space:
+            record = self.store.recall(fit_name(step, place))
+            if record is None:
+                tasks.append(_Task(step, place, self.search_space[place]))
+            else:
+                fits.append(self._recalled(step, place, record, digest))
+        if tasks:
+            fits += self._fit_missing(tasks, data, digest, before)
+        if before and before is not self.leader:  # not sooner: the warm start may still need it
+            self.store.drop_model(before.name)
+        return sorted(fits, key=lambda fit: fit.rank)
+
+    def _recalled(self, step: int, place: int, record: Mapping[str, Any], digest: str) -> _Fit:
+        if record["data"] != digest:
+            raise OtherRunError(
+                f"the store's {fit_name(step, place)} saw other data: tau or Timaeus differ from "
+                "those of the run to resume, or do not repeat themselves; use a new folder"
+            )
+        fit = self._scored(step, place, record["predictions"], record["seconds"])
+        self._lead(fit)
+        return fit
+
+    def _fit_missing(
+        self, tasks: Sequence[_Task], data: Examples, digest: str, before: Optional[_Fit]
+    ) -> list[_Fit]:
+        warm = {}
+        if self.warm_start and before:
+            warm["start"] = self.store.load_model(before.name)
+        function = functools.partial(_fit, self.socrates, data, self.dev.inputs, warm)
+        return [self._keep(fitted, digest) for fitted in self.map_fits(function, tasks)]
+
+    def _keep(self, fitted: _Fitted, digest: str) -> _Fit:
+        task = fitted.task
+        fit = self._scored(task.step, task.place, fitted.predictions, fitted.seconds)
+        if self._leads(fit):
+            self.store.save_model(fit.name, fitted.model)
+        record = {"data": digest, "predictions": fit.predictions, "seconds": fit.seconds}
+        self.store.record(fit.name, record)
+        self._lead(fit)
+        return fit
+
+    def _scored(self, step: int, place: int, predictions: list[Any], seconds: float) -> _Fit:
+        score = float(self.objective.score(self.dev.labels, np.asarray(predictions)))
+        if math.isnan(score):  # the fit diverged: it is the worst, and must not win by accident
+            score = -math.inf
+        return _Fit(score, step, place, predictions, seconds)
+
+    def _leads(self, fit: _Fit) -> bool:
+        return self.leader is None or fit.rank > self.leader.rank
+
+    def _lead(self, fit: _Fit) -> None:
+        if self._leads(fit):
+            former, self.leader = self.leader, fit
+            if former and former.step == fit.step:
+                self.store.drop_model(former.name)
+
+
+@dataclasses.dataclass
+class _Imaging:
+    """Finds mistakes, makes tau-images of them, and has Timaeus label them."""
+
+    timaeus: Timaeus
+    dev: Examples
+    tau: Tau
+    objective: Objective
+    settings: AgoraSettings
+    seed: int
+    test_inputs: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        self.kept_out = set(map(input_key, [*self.dev.inputs, *self.test_inputs]))
+
+    def mistakes(self, predictions: list[Any]) -> list[int]:
+        """Return the places in dev whose prediction is of another class than the label."""
+        classes = self.objective.classes
+        wrong = classes(self.dev.labels) != classes(np.asarray(predictions))
+        return np.flatnonzero(wrong).tolist()
+
+    def label_counts(self, data: Examples) -> dict[str, int]:
+        """Return the number of rows of each class."""
+        counts = np.unique(self.objective.classes(data.labels), return_counts=True)
+        return {str(one): int(count) for one, count in zip(*counts)}
+
+    def images(self, step: int, mistakes: list[int], data: Examples) -> list[TauImage]:
+        """Return labelled images of the mistakes (or of as many random rows of dev)."""
+        drawn = self._draw(step, self._sources(step, mistakes), data)
+        if not drawn:
+            return []
+        inputs = [image for _, image in drawn]
+        labels = np.asarray(self.timaeus.label(inputs))
+        _check_shape("label", labels, inputs)
+        keep = self._balance(step, data.labels, labels)
+        return [
+            TauImage(source, image, label, kept)
+            for (source, image), label, kept in zip(drawn, labels, keep.tolist())
+        ]
+
+    def _sources(self, step: int, mistakes: list[int]) -> list[int]:
+        if self.settings.images_from == "mistakes":
+            return mistakes
+        generator = generator_for(self.seed, "sources", step)
+        return generator.choice(len(self.dev), len(mistakes), replace=False).tolist()
+
+    def _draw(self, step: int, sources: list[int], data: Examples) -> list[tuple[int, Any]]:
+        taken = self.kept_out.union(map(input_key, data.inputs))
+        drawn = []
+        for source in sources:
+            generator = generator_for(self.seed, "image", step, source)
+            for _ in range(self.settings.images_per_mistake):
+                for _ in range(self.settings.image_attempts):
+                    # A copy, for a tau that works in place must not change dev.
+                    image = self.tau(copy.deepcopy(self.dev.inputs[source]), generator)
+                    if input_key(image) not in taken:
+                        taken.add(input_key(image))
+                        drawn.append((source, image))
+                        break
+        return drawn
+
+    def _balance(self, step: int, labels: np.ndarray, new_labels: np.ndarray) -> np.ndarray:
+        if self.settings.balance is None:
+            return np.ones(len(new_labels), bool)
+        values = (labels, new_labels, self.dev.labels)
+        present, new, in_dev = (self.objective.classes(each) for each in values)
+        every = np.unique(np.concatenate([present, new, in_dev]))
+        generator = generator_for(self.seed, "balance", step)
+        return within_balance(present, new, every, self.settings.balance, generator)

@@ -1,0 +1,90 @@
+"""The settings of Agora on text: its own, and those that it shares with fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+from bort.agora.algorithm import AgoraSettings
+from bort.agora.tau import TauSettings
+from bort.config import option, required
+from bort.errors import UserError
+from bort.finetuning.config import (
+    ClassifierSettings,
+    FinetuningOptimizerSettings,
+    FinetuningRunSettings,
+    FinetuningSettings,
+    TaskSettings,
+)
+from bort.tokenization import TokenizerSettings
+
+NEVER = 10**9  # no checkpoint inside a fit
+
+
+@dataclass(frozen=True)
+class AgoraRunSettings:
+    """The labeller, the search space, and where the run goes; the same command goes on with it."""
+
+    search_space: str = required("YAML grid: lines of a hyperparameter and a list of its values")
+    timaeus: Optional[str] = option(None, "the labeller: a fine-tuned model, its file or folder")
+    timaeus_labels: Optional[str] = option(
+        None, "or labels made elsewhere: JSON lines; what is missing is written for labelling"
+    )
+    regression_edges: str = option(
+        "0.5,1.5,2.5,3.5,4.5",
+        "STS-B: values between which a prediction and its label must both lie, else a mistake",
+    )
+    output_dir: str = option("runs/agora", "results go to a folder of the task's name in here")
+    seed: int = option(0, "of the images; the fits' seed is a hyperparameter", minimum=0)
+    workers: int = option(1, "processes that share the fits of a round", minimum=1)
+    gpus: Optional[str] = option(None, "device numbers such as 0,1; without: the CPU")
+
+    def check(self) -> None:
+        """Raise `UserError` unless there is one labeller, and for edges that do not rise."""
+        if bool(self.timaeus) == bool(self.timaeus_labels):
+            raise UserError("give one labeller: --timaeus or --timaeus_labels")
+        if sorted(set(self.edges)) != self.edges:
+            raise UserError(f"--regression_edges {self.regression_edges}: must increase")
+
+    @property
+    def edges(self) -> list[float]:
+        """Return the edges of the bins."""
+        try:
+            return [float(edge) for edge in self.regression_edges.split(",")]
+        except ValueError:
+            raise UserError(
+                f"--regression_edges {self.regression_edges}: must be numbers, as in 1.5,3.5"
+            ) from None
+
+
+class AgoraTextSettings(NamedTuple):
+    """All settings of a run, one member per concern."""
+
+    run: AgoraRunSettings
+    agora: AgoraSettings
+    tau: TauSettings
+    task: TaskSettings
+    tokenizer: TokenizerSettings
+    classifier: ClassifierSettings
+    optimizer: FinetuningOptimizerSettings
+
+    @property
+    def finetuning(self) -> FinetuningSettings:
+        """Return the settings of the fits: one that diverges must not end the others."""
+        optimizer = dataclasses.replace(self.optimizer, on_nonfinite="skip")
+        run = FinetuningRunSettings(
+            output_dir=self.run.output_dir, gpus=self.run.gpus, ckpt_interval=NEVER
+        )
+        return FinetuningSettings(self.task, self.tokenizer, self.classifier, optimizer, run)
+
+
+AGORA_CLASSES = (
+    AgoraRunSettings,
+    AgoraSettings,
+    TauSettings,
+    TaskSettings,
+    TokenizerSettings,
+    ClassifierSettings,
+    FinetuningOptimizerSettings,
+)

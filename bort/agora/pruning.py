@@ -1,0 +1,87 @@
+"""Which hyperparameter sets a round drops, and how new examples are balanced."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence
+
+import numpy as np
+
+from bort.types import Hyperparameters
+
+
+def longest_common_subsequence(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """Return the longest sequence that both contain in order, gaps allowed, in O(n m)."""
+    longest: list[list[Any]] = [[] for _ in range(len(second) + 1)]
+    for item in first:
+        previous = longest
+        longest = [[]]
+        for place, other in enumerate(second):
+            if item == other:
+                longest.append([*previous[place], item])
+            else:
+                longest.append(max(longest[place], previous[place + 1], key=len))
+    return longest[-1]
+
+
+def _contains(sequence: Sequence[Any], part: Sequence[Any]) -> bool:
+    rest = iter(sequence)
+    return all(item in rest for item in part)
+
+
+def _common_with_worst(sequences: Sequence[Sequence[Any]]) -> set[int]:
+    common = max(
+        (longest_common_subsequence(sequences[0], other) for other in sequences[1:]),
+        key=len,
+        default=[],
+    )
+    if not common:
+        return {0}
+    return {place for place, sequence in enumerate(sequences) if _contains(sequence, common)}
+
+
+_STRATEGIES: dict[str, Callable[[Sequence[Sequence[Any]]], set[int]]] = {
+    "lcs": _common_with_worst,
+    "worst-only": lambda sequences: {0},
+    "halving": lambda sequences: set(range(len(sequences) // 2)),
+}
+
+
+def sets_to_drop(
+    order: Sequence[int], search_space: Sequence[Hyperparameters], strategy: str
+) -> list[int]:
+    """Return the sets that a round drops, worst first; a set's name is its place in the space.
+
+    `order` lists the current sets from worst to best. At least one set goes, and the best only
+    when it is alone.
+    """
+    thetas = (search_space[name] for name in order)
+    sequences = [[item for item in theta.items() if item[0] != "seed"] for theta in thetas]
+    places = _STRATEGIES[strategy](sequences) | {0}
+    if len(order) > 1:
+        places -= {len(order) - 1}
+    return [order[place] for place in sorted(places)]
+
+
+def within_balance(
+    present: np.ndarray,
+    new: np.ndarray,
+    classes: Sequence[Any],
+    tolerance: float,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Choose new rows so that no class that gains rows has more than 1 / classes + tolerance.
+
+    `present` [n] and `new` [m] are the classes of the rows there are and of those to add. Returns
+    a mask [m] with as many True as the limit allows; which rows of a class are left out is drawn.
+    """
+    limit = 1 / len(classes) + tolerance + 1e-9
+    have = np.array([np.sum(present == one) for one in classes])
+    quota = np.array([np.sum(new == one) for one in classes])
+    over = np.ones(len(classes), bool)
+    while over.any():  # less of one class lowers the limits of all: until nothing changes
+        over = (quota > 0) & (have + quota > limit * (have.sum() + quota.sum()))
+        quota = quota - over
+    keep = np.zeros(len(new), bool)
+    for one, count in zip(classes, quota):
+        keep[generator.permutation(np.flatnonzero(new == one))[:count]] = True
+    return keep

@@ -1,0 +1,1 @@
+"""Fine-tuning on GLUE, SuperGLUE and RACE, hyperparameter sweeps and their reports."""

@@ -1,0 +1,1 @@
+"""Conversion of models and tokenizers from and to Hugging Face folders."""

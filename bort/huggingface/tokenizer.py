@@ -1,0 +1,269 @@
+"""A saved tokenizer as Hugging Face's tokenizer.json, and what comes back from one.
+
+The file is written by hand, without the package that reads it, so that it gives our ids:
+`<s> A </s>` and `<s> A </s> B </s>`. Hugging Face's own RoBERTa tokenizer puts two `</s>` between
+a pair, on which nothing here was trained; this one is therefore of the generic class, which
+AutoTokenizer takes.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from typing import Any, Mapping, Sequence
+
+from bort.errors import UserError
+from bort.files import read_json
+from bort.tokenization import (
+    SPECIAL_TOKENS,
+    ByteLevelBPE,
+    Tokenizer,
+    load_tokenizer_folder,
+    read_merges,
+    read_vocabulary,
+    spelling_of,
+)
+
+JSON = "tokenizer.json"
+
+_MARK = "▁"  # SentencePiece's for a space
+# The beginning of what spells a special token or a byte. Hugging Face's unigram would find it in a
+# text; it does not look across a cut, made behind the first character.
+_SPELT = r"<(?=(?:s|/s|pad|unk|mask|0x[0-9A-F]{2})>)"
+
+
+def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
+    """Return {name of a JSON file: content} for the tokenizer saved in a folder.
+
+    With `reads_special`, `<mask>` in a text is the special token, else six characters, as here.
+
+    Raises `UserError` when a SentencePiece model does what the format cannot say.
+    """
+    model = os.path.join(folder, "tokenizer.model")
+    parts = _sentencepiece_parts(model) if os.path.exists(model) else _byte_level_parts(folder)
+    ids = _ids(parts["model"])
+    roles = {f"{role}_token": token for role, token in SPECIAL_TOKENS.items()}
+    roles |= {"cls_token": SPECIAL_TOKENS["bos"], "sep_token": SPECIAL_TOKENS["eos"]}
+    mask = {**_added(SPECIAL_TOKENS["mask"]), "__type": "AddedToken"}
+    return {
+        JSON: {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": sorted(
+                ({"id": ids[token], **_added(token)} for token in SPECIAL_TOKENS.values()),
+                key=lambda one: one["id"],
+            ),
+            "post_processor": _template(ids),
+            **parts,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_len,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": not reads_special,
+            **roles,
+            "mask_token": mask,
+        },
+        "special_tokens_map.json": {**roles, "mask_token": _added(SPECIAL_TOKENS["mask"])},
+    }
+
+
+def _added(token: str) -> dict[str, Any]:
+    """Return how a special token is found in a text; `<mask>` takes the space before it along."""
+    return {
+        "content": token,
+        "single_word": False,
+        "lstrip": token == SPECIAL_TOKENS["mask"],
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+
+
+def _template(ids: Mapping[str, int]) -> dict[str, Any]:
+    """Return the processor that makes `<s> A </s>` and `<s> A </s> B </s>`."""
+    bos, eos = SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]
+    special = {token: {"SpecialToken": {"id": token, "type_id": 0}} for token in (bos, eos)}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [special[bos], first, special[eos]],
+        "pair": [special[bos], first, special[eos], second, special[eos]],
+        "special_tokens": {
+            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in special
+        },
+    }
+
+
+def _ids(model: Mapping[str, Any]) -> dict[str, int]:
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        return vocabulary
+    return {piece: index for index, (piece, _) in enumerate(vocabulary)}
+
+
+# ---- byte-level BPE ----------------------------------------------------------------------------
+
+
+def _byte_level_parts(folder: str) -> dict[str, Any]:
+    spelling = read_vocabulary(os.path.join(folder, "vocab.json"))
+    merges = read_merges(os.path.join(folder, "merges.txt"))
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    model = _bpe(spelling, merges, unk_token=None, byte_fallback=False)
+    return {"normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+
+
+def _bpe(
+    spelling: Sequence[str], merges: Sequence[str], unk_token: str | None, byte_fallback: bool
+) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unk_token,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": unk_token is not None,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": False,
+        "vocab": {token: index for index, token in enumerate(spelling)},
+        "merges": list(merges),
+    }
+
+
+def tokenizer_of(folder: str) -> Tokenizer:
+    """Return the tokenizer of a folder: that of its own files, or a tokenizer.json alone.
+
+    Raises `UserError` when the folder has neither, or a tokenizer of another kind.
+    """
+    path = os.path.join(folder, JSON)
+    found = load_tokenizer_folder(folder)
+    if found is not None:
+        return found
+    if not os.path.exists(path):
+        raise UserError(f"no tokenizer: neither tokenizer.model, nor vocab.json, nor {JSON}")
+    try:
+        return ByteLevelBPE(*_byte_level_content(read_json(path)))
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{JSON} is not the file of a tokenizer") from None
+    except ValueError as error:
+        raise UserError(f"{JSON}: {error}") from None
+
+
+def _byte_level_content(content: Any) -> tuple[list[str], list[str]]:
+    """Return the tokens by id and the merges of a tokenizer.json."""
+    model, splitter = content["model"], content["pre_tokenizer"] or {}
+    kinds = model["type"], splitter.get("type"), splitter.get("add_prefix_space")
+    if kinds != ("BPE", "ByteLevel", False):
+        raise UserError(
+            f"{JSON} is not a byte-level BPE, the kind that RoBERTa has; a SentencePiece "
+            "vocabulary needs its tokenizer.model beside it"
+        )
+    ids = {**model["vocab"], **{one["content"]: one["id"] for one in content["added_tokens"]}}
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    return spelling_of(ids, JSON), merges
+
+
+# ---- SentencePiece -----------------------------------------------------------------------------
+
+
+def _sentencepiece_parts(path: str) -> dict[str, Any]:
+    """Return normalizer, splitter, decoder and model that do what a SentencePiece model does."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
+    with open(path, "rb") as handle:
+        proto.ParseFromString(handle.read())
+    _require_plain(path, proto)
+    return {
+        "normalizer": _normalizer(proto.normalizer_spec.precompiled_charsmap),
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_metaspace(), _cut()]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [{"type": "ByteFallback"}, _metaspace()],
+        },
+        "model": _unigram(proto) if proto.trainer_spec.model_type == 1 else _merging(proto),
+    }
+
+
+def _require_plain(path: str, proto: Any) -> None:
+    """Raise `UserError` for what tokenizer.json cannot say of a SentencePiece model."""
+    rules = proto.normalizer_spec
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    across = [piece.piece for piece in proto.pieces if _MARK in piece.piece[1:]]
+    reasons = {
+        "its pieces are words or characters": proto.trainer_spec.model_type not in (1, 2),
+        "it marks spaces at the end of words": proto.trainer_spec.treat_whitespace_as_suffix,
+        f"{user_defined[:1]} is user-defined": user_defined,
+        f"{across[:1]} spans several words": across,
+        "it keeps or drops spaces in another way": not (
+            rules.add_dummy_prefix and rules.remove_extra_whitespaces and rules.escape_whitespaces
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"{path}: Hugging Face has no form of this vocabulary: {reason}")
+
+
+def _normalizer(charsmap: bytes) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = [
+        {"type": "Strip", "strip_left": False, "strip_right": True},
+        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    ]
+    if charsmap:
+        encoded = base64.b64encode(charsmap).decode()
+        steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": encoded})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _cut() -> dict[str, Any]:
+    pattern = {"Regex": _SPELT}
+    return {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
+
+
+def _metaspace() -> dict[str, Any]:
+    # Only a text's beginning gets a mark: what follows a <mask> has its own space or none.
+    return {
+        "type": "Metaspace",
+        "replacement": _MARK,
+        "prepend_scheme": "first",
+        "split": True,
+    }
+
+
+def _has_bytes(proto: Any) -> bool:
+    return any(piece.type == piece.BYTE for piece in proto.pieces)
+
+
+def _unigram(proto: Any) -> dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": proto.trainer_spec.unk_id,
+        "vocab": [[piece.piece, piece.score] for piece in proto.pieces],
+        "byte_fallback": _has_bytes(proto),
+    }
+
+
+def _merging(proto: Any) -> dict[str, Any]:
+    """Return the merges that SentencePiece does without listing them.
+
+    It joins the two neighbours whose union has the best score; so every division of a piece into
+    two is a merge, in the order of the unions.
+    """
+    normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
+    known = {piece.piece for piece in normal}
+    merges = [
+        f"{piece.piece[:cut]} {piece.piece[cut:]}"
+        for piece in sorted(normal, key=lambda one: -one.score)
+        for cut in range(1, len(piece.piece))
+        if piece.piece[:cut] in known and piece.piece[cut:] in known
+    ]
+    return _bpe(
+        [piece.piece for piece in proto.pieces], merges, SPECIAL_TOKENS["unk"], _has_bytes(proto)
+    )

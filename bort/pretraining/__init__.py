@@ -1,0 +1,1 @@
+"""Pretraining: masked language modelling with knowledge distillation."""

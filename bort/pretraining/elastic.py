@@ -1,0 +1,98 @@
+"""Training that outlives its workers: lost ones are done without, new ones are let in.
+
+Horovod's own elastic training covers other frameworks; what is needed here is a state that its
+framework-free wrapper can keep. It is a copy in the memory of every worker, made after each metric
+line (`--log_interval`): parameters and moments in float32 are 12 bytes a parameter, 0.9 GB for
+Bort, too much to copy at every step. A lost worker costs at most the steps since the last line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager, suppress
+from typing import Any, Iterator
+
+import mxnet as mx
+import numpy as np
+from horovod.common import elastic
+from horovod.common.exceptions import HorovodInternalError
+from mxnet import nd
+
+from bort.communicator import Horovod
+from bort.errors import UserError
+from bort.pretraining.config import PretrainingSettings
+from bort.pretraining.run import Pretraining
+
+# Who speaks when a sum or broadcast fails. Other errors, such as too little memory, would come
+# again after every new start.
+COLLECTIVE_FAILURE = re.compile("Horovod|gloo|nccl", re.IGNORECASE)
+
+
+class ElasticState(elastic.State):
+    """A run as Horovod's wrapper sees it: saved in memory, restored, made equal on all ranks."""
+
+    def __init__(self, run: Pretraining) -> None:
+        super().__init__(run.communicator.broadcast_object, lambda: run.communicator.rank)
+        self.run = run
+        self._saved: tuple[dict[str, Any], list[np.ndarray]] | None = None
+
+    def save(self) -> None:
+        """Copy progress, parameters and optimiser's state; waits for the device."""
+        self._saved = self.run.progress(), [array.asnumpy() for array in self.run.arrays()]
+
+    def restore(self) -> None:
+        """Go back to what was saved."""
+        # Arrays that a failed sum was to fill refuse to be written until its error has been seen.
+        with suppress(mx.MXNetError):
+            nd.waitall()
+        if self._saved:
+            progress, arrays = self._saved
+            self.run.set_progress(progress)
+            for array, saved in zip(self.run.arrays(), arrays):
+                array[:] = saved
+
+    def sync(self) -> None:
+        """Take over what rank 0 has; at the start of the job, that is what it was told to resume.
+
+        Horovod gives rank 0 to a worker that was there before, if any is left.
+        """
+        with lost_workers():
+            if self._saved is None:
+                self.run.restore()
+            self.run.synchronise()
+            self.save()
+
+
+@contextmanager
+def lost_workers() -> Iterator[None]:
+    """Turn MXNet's error about a failed sum or broadcast into the one that Horovod waits for."""
+    try:
+        yield
+    except mx.MXNetError as error:
+        if COLLECTIVE_FAILURE.search(str(error)):
+            raise HorovodInternalError(str(error)) from error
+        raise
+
+
+def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[dict[str, float]]:
+    """Train like `Pretraining.run`, with the workers there are at any time.
+
+    An update takes the same micro-batches whatever their number, so losing one changes nothing but
+    the rounding of sums. Returns the evaluations since workers were last lost or let in. Raises
+    `UserError` when `horovodrun` was not told how to find hosts.
+    """
+    if os.environ.get("HOROVOD_ELASTIC") != "1":
+        raise UserError("--elastic: horovodrun needs --host-discovery-script, see the README")
+    state = ElasticState(Pretraining(settings, communicator))
+    return elastic.run_fn(_train, communicator.rejoin)(state)
+
+
+def _train(state: ElasticState) -> list[dict[str, float]]:
+    with lost_workers():
+        state.run.enter()
+        evaluations = state.run.train(state.commit)
+        # A broadcast does not wait on rank 0, which must not leave before the others have it.
+        nd.waitall()
+        state.run.communicator.barrier()
+    return evaluations

@@ -1,0 +1,311 @@
+"""The teacher's outputs on disk, so that training needs only its projection onto the vocabulary.
+
+The teacher is frozen and the masks of a shard are fixed, so its hidden state at a masked position,
+before the projection, is the same in every epoch. A cache is a folder:
+
+    manifest.json       the teacher (shape, SHA-256 of its parameters), the type of the rows
+    projection.npz      the teacher's output matrix [vocabulary, hidden] and bias, float32
+    <shard>.npy         one row [hidden] per masked position of a shard, in the shard's order; named
+                        by the first 16 digits of the shard's SHA-256
+
+One folder serves any number of shards, of training and of held-out data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import zipfile
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator, Sequence
+
+import numpy as np
+from mxnet import nd
+from mxnet.gluon import nn
+from tqdm import tqdm
+
+from bort.bort import decode
+from bort.communicator import Communicator, SingleProcess
+from bort.encoder import join_projections
+from bort.errors import UserError
+from bort.files import read_json, write_json
+from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
+from data.batches import collate
+from data.shards import Shard, ShardEntry, ShardSet
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+PROJECTION_FILE = "projection.npz"
+BUILD = "scripts/build_teacher_cache.py"
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """What a cache was made with: all of it has to fit before a row is used."""
+
+    teacher_model: str
+    teacher_sha256: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    hidden: int
+    dtype: str
+    format_version: int = FORMAT_VERSION
+
+
+def read_cache_manifest(folder: str) -> CacheManifest:
+    """Read the manifest of a cache; raises `UserError` when there is none or of another format."""
+    path = os.path.join(folder, MANIFEST_FILE)
+    if not os.path.exists(path):
+        raise UserError(f"--teacher_cache {folder}: is no teacher cache; {BUILD} makes one")
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: of another format version; delete {folder}, run {BUILD} again")
+    return CacheManifest(**content)
+
+
+def rows_path(folder: str, entry: ShardEntry) -> str:
+    """Return the path of the rows of one shard."""
+    return os.path.join(folder, f"{entry.sha256[:16]}.npy")
+
+
+def open_rows(folder: str, shards: ShardSet) -> list[np.ndarray]:
+    """Map the rows of each shard into memory: arrays [masked positions, hidden].
+
+    Raises `UserError` when the cache was made for another vocabulary, or the rows of a shard are
+    missing or short.
+    """
+    manifest = read_cache_manifest(folder)
+    if manifest.tokenizer_fingerprint != shards.manifest.tokenizer_fingerprint:
+        raise UserError(f"--teacher_cache {folder}: made for shards of another tokenizer")
+    return [_map_rows(folder, manifest, entry) for entry in shards.manifest.shards]
+
+
+def _map_rows(folder: str, manifest: CacheManifest, entry: ShardEntry) -> np.ndarray:
+    path = rows_path(folder, entry)
+    try:
+        # A plain array: slices of the subclass take ten times as long.
+        rows = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing, the rows of shard {entry.file}; run {BUILD} on its folder"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, run {BUILD}") from None
+    expected = (entry.masked, manifest.hidden)
+    if rows.shape != expected or rows.dtype != manifest.dtype:
+        raise UserError(
+            f"{path}: holds {rows.dtype} {rows.shape} where shard {entry.file} needs "
+            f"{manifest.dtype} {expected}; delete it, run {BUILD}"
+        )
+    return rows
+
+
+class CachedTeacher:
+    """A teacher that looks its hidden states up and only projects them."""
+
+    def __init__(self, folder: str, devices: list[Any]) -> None:
+        """Load the projection; raises `UserError` when it is missing, damaged or another's."""
+        manifest = read_cache_manifest(folder)
+        weight, bias = _read_projection(folder, manifest)
+        layer = nn.Dense(manifest.vocab_size, in_units=manifest.hidden)
+        layer.initialize(ctx=devices)
+        layer.weight.set_data(nd.array(weight))
+        layer.bias.set_data(nd.array(bias))
+        # What `decode` wants to see of a model, so that both kinds of teacher project alike.
+        self._model = SimpleNamespace(decoder=(None, None, None, layer))
+
+    def logits(self, batch: DeviceBatch) -> Any:
+        """Project the hidden states [n, hidden] of a batch: logits [n, vocabulary]."""
+        return decode(self._model, batch.teacher_hidden)
+
+
+def _read_projection(folder: str, manifest: CacheManifest) -> tuple[np.ndarray, np.ndarray]:
+    path = os.path.join(folder, PROJECTION_FILE)
+    cure = f"delete {folder}, run {BUILD} again"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            weight, bias = arrays["weight"], arrays["bias"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {cure}") from None
+    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {cure}") from None
+    expected = (manifest.vocab_size, manifest.hidden)
+    if weight.shape != expected or bias.shape != expected[:1]:
+        raise UserError(f"{path}: holds {weight.shape}, its manifest says {expected}; {cure}")
+    return weight, bias
+
+
+def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:
+    """Make the folder with manifest and projection; raises `UserError` for another teacher's."""
+    path = os.path.join(folder, MANIFEST_FILE)
+    if os.path.exists(path):
+        there = asdict(read_cache_manifest(folder))
+        for name, value in asdict(manifest).items():
+            if there[name] != value:
+                raise UserError(
+                    f"{folder}: made with {name} {there[name]}, now {value}; "
+                    "give another --output_dir or delete it"
+                )
+        return
+    os.makedirs(folder, exist_ok=True)
+    projection = teacher.decoder[3]
+    temporary = os.path.join(folder, f".{PROJECTION_FILE}")
+    with open(temporary, "wb") as handle:
+        np.savez(
+            handle,
+            weight=projection.weight.data(projection.weight.list_ctx()[0]).asnumpy(),
+            bias=projection.bias.data(projection.bias.list_ctx()[0]).asnumpy(),
+        )
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, os.path.join(folder, PROJECTION_FILE))
+    # Last: a folder with a manifest is whole.
+    write_json(path, asdict(manifest))
+
+
+def build_cache(
+    folder: str,
+    sets: Sequence[ShardSet],
+    teacher: Any,
+    teacher_model: str,
+    dtype: str = "float16",
+    batch_size: int = 16,
+    communicator: Communicator | None = None,
+) -> list[ShardEntry]:
+    """Store a teacher's outputs for some sets of shards, which the ranks share out.
+
+    Args:
+        folder: of the cache; an interrupted call goes on where it stopped.
+        sets: shards of one tokenizer.
+        teacher: a model with its decoder.
+        teacher_model: its name.
+        dtype: type of the stored rows.
+        batch_size: sequences per forward pass.
+        communicator: the other processes, if any.
+
+    Returns the distinct shards' entries. Raises `UserError` when the folder is another teacher's.
+    """
+    communicator = communicator or SingleProcess()
+    # By content: two ranks must not write the same file.
+    distinct = {
+        entry.sha256: (shard, entry)
+        for one in sets
+        for shard, entry in zip(one.shards, one.manifest.shards)
+    }
+    pairs, tokenizer = list(distinct.values()), sets[0].manifest
+    manifest = CacheManifest(
+        teacher_model=teacher_model,
+        teacher_sha256=parameters_sha256(teacher),
+        tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        hidden=teacher._units,
+        dtype=dtype,
+    )
+    if communicator.rank == 0:
+        prepare_cache(folder, teacher, manifest)
+    communicator.barrier()
+    join_projections(teacher.encoder)
+    mine = pairs[communicator.rank :: communicator.size]
+    total = sum(shard.num_sequences for shard, _ in mine)
+    hidden = communicator.rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=total, unit="sequence", disable=hidden) as bar:
+        for shard, entry in mine:
+            cache_shard(
+                folder, shard, entry, teacher, manifest, tokenizer.pad_id, batch_size, bar.update
+            )
+    communicator.barrier()
+    return [entry for _, entry in pairs]
+
+
+def cache_shard(
+    folder: str,
+    shard: Shard,
+    entry: ShardEntry,
+    teacher: Any,
+    manifest: CacheManifest,
+    pad_id: int,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Write the rows of one shard; goes on where an interrupted call stopped.
+
+    Args:
+        folder: a cache made by `prepare_cache`.
+        shard: the shard.
+        entry: what the manifest of the shards says of it.
+        teacher: a model with its decoder.
+        manifest: of the cache.
+        pad_id: the tokenizer's.
+        batch_size: sequences per forward pass.
+        advance: called with the number of sequences done, for a progress bar.
+    """
+    final = rows_path(folder, entry)
+    if os.path.exists(final):
+        advance(shard.num_sequences)
+        return
+    partial = f"{final}.partial"
+    try:
+        with open(partial, "ab") as handle:
+            start = _resume(handle, shard, manifest, batch_size)
+            advance(start)
+            for rows, count in _teacher_rows(shard, start, teacher, pad_id, batch_size):
+                handle.write(rows.astype(manifest.dtype).tobytes())
+                advance(count)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{partial}: cannot be written ({error.strerror}); make room and run the same command "
+            "again, it goes on from there"
+        ) from None
+    os.replace(partial, final)
+
+
+def _resume(handle: Any, shard: Shard, manifest: CacheManifest, batch_size: int) -> int:
+    """Leave the header and the rows of whole batches in the file; return their sequences.
+
+    Whole batches, because the last bits of a row depend on which batch it was computed in.
+    """
+    header = _header((len(shard.masked_ids), manifest.hidden), manifest.dtype)
+    with open(handle.name, "rb") as reader:
+        kept = reader.read(len(header)) == header
+    if not kept:
+        handle.truncate(0)
+        handle.write(header)
+        return 0
+    row_bytes = manifest.hidden * np.dtype(manifest.dtype).itemsize
+    whole_rows = (handle.tell() - len(header)) // row_bytes
+    sequences = int(np.searchsorted(shard.masked_offsets, whole_rows, side="right")) - 1
+    sequences -= sequences % batch_size
+    handle.truncate(len(header) + int(shard.masked_offsets[sequences]) * row_bytes)
+    return sequences
+
+
+def _header(shape: tuple[int, int], dtype: str) -> bytes:
+    """Return the .npy header of an array."""
+    written = io.BytesIO()
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(written, described)
+    return written.getvalue()
+
+
+def _teacher_rows(
+    shard: Shard, start: int, teacher: Any, pad_id: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    device = next(iter(teacher.collect_params().values())).list_ctx()[0]
+    for first in range(start, shard.num_sequences, batch_size):
+        numbers = np.arange(first, min(first + batch_size, shard.num_sequences))
+        batch = to_device(collate(shard, numbers, pad_id), device)
+        yield masked_states(teacher, batch).asnumpy(), len(numbers)
+
+
+def parameters_sha256(model: Any) -> str:
+    """Return a SHA-256 over the names and values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model._collect_params_with_prefix().items()):
+        digest.update(name.encode())
+        digest.update(parameter.data(parameter.list_ctx()[0]).asnumpy().tobytes())
+    return digest.hexdigest()

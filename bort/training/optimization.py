@@ -1,0 +1,204 @@
+"""Optimisation: the learning-rate schedule, clipping, and one update of all parameters.
+
+The update is BERTAdam, or for OSE's theory plain SGD. Gradients are sums over masked positions, so
+averaging, clipping and unscaling are one factor, handed to the update as an array. Nothing is read
+back from a GPU: it never waits for Python.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import mxnet as mx
+from mxnet import nd
+
+from bort.communicator import Communicator
+from bort.training.bert_adam import BERTAdam
+
+# Neither biases nor the gains and offsets of LayerNorm are shrunk (BERT, appendix A.2).
+WITHOUT_DECAY = ("bias", "beta", "gamma")
+# Values whose squares are summed in float32 at once: see sum_of_squares.
+PIECE = 1 << 19
+
+
+def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Return the rate of optimiser step `step` (1-based): linear up to the peak, linear down.
+
+    The last step still has a positive rate, and the peak is reached exactly once, at the end of
+    the warm-up; past `total_steps` the last rate is kept.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    left = max(1, total_steps - step + 1)
+    return peak * left / (total_steps - warmup_steps + 1)
+
+
+def sum_of_squares(arrays: Sequence[Any]) -> Any:
+    """Return the sum of the squares of all values of all arrays, [1].
+
+    Summed in pieces: on a CPU, MXNet's own multi_sum_sq and norm add value after value to one
+    float32, which loses 10 percent and more over the gradient of a vocabulary's matrix, and takes
+    three times as long as dot products.
+    """
+    # float16 squares overflow at 256.
+    flat = [array.reshape(-1).astype("float32", copy=False) for array in arrays]
+    pieces = [one[start : start + PIECE] for one in flat for start in range(0, one.size, PIECE)]
+    return nd.concat(*[nd.dot(piece, piece) for piece in pieces], dim=0).sum()
+
+
+class LossScale:
+    """The factor on a float16 loss that keeps small gradients from vanishing.
+
+    Halved whenever a gradient overflows, doubled after `window` updates without (Micikevicius et
+    al., Mixed Precision Training, section 3.2). Every rank sees the same summed gradient, so all
+    keep the same factor without talking.
+    """
+
+    def __init__(self, value: float = 2.0**15, window: int = 2000) -> None:
+        self.value = value
+        self.window = window
+        self.good_updates = 0
+
+    def update(self, overflowed: bool) -> None:
+        """Take note of one update."""
+        self.good_updates = 0 if overflowed else self.good_updates + 1
+        if overflowed:
+            self.value = max(1.0, self.value / 2)
+        elif self.good_updates == self.window:
+            self.value, self.good_updates = self.value * 2, 0
+
+
+class BoundedSGD(mx.optimizer.Optimizer):
+    """SGD over a compact set: w <- clip(w - rate * (g + wd * w), -bound, bound).
+
+    As in the kernel of BERTAdam, `rescale_grad` is an array, and 0 leaves everything as it is. In
+    float32 only.
+    """
+
+    def __init__(self, bound: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.bound = bound
+
+    def create_state(self, index: int, weight: Any) -> tuple[()]:
+        """Return nothing: there is no momentum."""
+        return ()
+
+    def update_multi_precision(
+        self, index: Sequence[int], weight: Sequence[Any], grad: Sequence[Any], state: Sequence[Any]
+    ) -> None:
+        """Make one update of several parameters."""
+        for number, values, gradient in zip(index, weight, grad):
+            self._update_one(number, values, gradient)
+
+    def _update_one(self, index: int, weight: Any, grad: Any) -> None:
+        self._update_count(index)
+        factor = self.rescale_grad.reshape((1,) * weight.ndim)
+        direction = factor * grad + self._get_wd(index) * weight
+        moved = (weight - self._get_lr(index) * direction).clip(-self.bound, self.bound)
+        weight[:] = nd.where(factor.broadcast_like(weight) > 0, moved, weight)
+
+
+class Trainer:
+    """Averages, clips and applies the gradients of a model with BERTAdam, or with `BoundedSGD`.
+
+    The gradients have to be sums over positions; `update` is told over how many. On several
+    devices of this process and several processes the sums are added up first, so every replica
+    makes the same update. A gradient that is not finite changes nothing: the update kernel leaves
+    out what it is told to multiply by zero. With `loss_scale` the gradients are that of the scaled
+    loss, and float16 parameters have float32 master copies. With `weight_bound` the update is SGD's
+    and the weights stay within the bound.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Any],
+        communicator: Communicator,
+        weight_decay: float,
+        epsilon: float,
+        max_norm: float,
+        loss_scale: LossScale | None = None,
+        compression: str = "none",
+        weight_bound: float | None = None,
+    ) -> None:
+        self._parameters = [p for p in parameters if p.grad_req != "null"]
+        self._communicator = communicator
+        self._max_norm = max_norm
+        self.loss_scale = loss_scale
+        self._compression = compression
+        for parameter in self._parameters:
+            parameter.wd_mult = 0.0 if parameter.name.endswith(WITHOUT_DECAY) else 1.0
+        options = {"wd": weight_decay, "param_dict": dict(enumerate(self._parameters))}
+        if weight_bound is None:
+            self._optimizer = BERTAdam(epsilon=epsilon, multi_precision=True, **options)
+        else:
+            self._optimizer = BoundedSGD(weight_bound, **options)
+        # One array for all steps: the device's queue then keeps the sums of successive steps apart.
+        self._positions = nd.zeros(1, ctx=self._weights()[0].context)
+        # Made now, not at the first update, so that a checkpoint can be loaded into it.
+        self._states = [
+            self._optimizer.create_state_multi_precision(index, weight)
+            for index, weight in enumerate(self._weights())
+        ]
+        self.rate = 0.0
+
+    def sum_gradients(self, positions: int) -> Any:
+        """Add up the gradients of all devices and ranks; returns the sum of `positions`, [1]."""
+        for parameter in self._parameters:
+            first, *others = parameter.list_grad()
+            for other in others:
+                first += other.as_in_context(first.context)
+        self._positions[:] = positions
+        self._communicator.sum_in_place([*self._gradients(), self._positions], self._compression)
+        return self._positions
+
+    def update(self, positions: Any, rate: float) -> Any:
+        """Apply the summed gradients, which are over `positions` [1] positions.
+
+        Returns the norm [1] of the averaged gradient before clipping.
+        """
+        self.rate = rate
+        gradients = self._gradients()
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        norm = sum_of_squares(gradients).sqrt() / (positions * scale)
+        clip = nd.minimum(self._max_norm / nd.maximum(norm, 1e-12), 1.0)
+        factor = clip / (positions * scale)
+        self._optimizer.rescale_grad = nd.where(
+            nd.contrib.isfinite(norm), factor, nd.zeros_like(factor)
+        )
+        self._optimizer.set_learning_rate(rate)
+        indices = list(range(len(self._states)))
+        self._optimizer.update_multi_precision(indices, self._weights(), gradients, self._states)
+        for parameter in self._parameters:
+            first, *others = parameter.list_data()
+            for other in others:
+                first.copyto(other)
+        return norm
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients: needed between updates where backward passes accumulate."""
+        for parameter in self._parameters:
+            parameter.zero_grad()
+
+    def _gradients(self) -> list[Any]:
+        return [p.list_grad()[0] for p in self._parameters]
+
+    def _weights(self) -> list[Any]:
+        return [p.list_data()[0] for p in self._parameters]
+
+    def state(self) -> dict[str, Any]:
+        """Return the optimiser's state as {name: NDArray}, to be stored without pickle."""
+        named = {}
+        for index, state in enumerate(self._states):
+            if not state:  # SGD has none
+                continue
+            # With float16 parameters: ((mean, variance), float32 master copy).
+            moments, *master = state if isinstance(state[0], tuple) else (state,)
+            named[f"mean.{index}"], named[f"variance.{index}"] = moments
+            if master:
+                named[f"master.{index}"] = master[0]
+        return named
+
+    def load_state(self, arrays: dict[str, Any]) -> None:
+        """Restore what `state` returned, from {name: NumPy array}."""
+        for name, own in self.state().items():
+            own[:] = nd.array(arrays[name], ctx=own.context)

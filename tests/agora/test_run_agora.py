@@ -1,0 +1,190 @@
+"""The program run_agora.py on the small data here: what it leaves, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bort.bort import get_bort_model
+from bort.saved_model import Card, build_network, load_model, save_model
+from bort.tokenization import TokenizerSettings, load_tokenizer
+from data.tasks import get_task
+from scripts import run_agora
+from tests.reference import redraw
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+ROOT = Path(__file__).resolve().parents[2]
+TEST_DATA = ROOT / "test_data"
+SHAPE = "bort_2_2_16_16"
+SPACE = "lr: [1e-2, 1e-3]\nbatch_size: [4]\nepochs: [1]\n"
+
+
+def save(path, kind, task=None):
+    tokenizer = load_tokenizer(TokenizerSettings())
+    card = Card(
+        SHAPE,
+        tokenizer.vocab_size,
+        tokenizer.fingerprint,
+        kind,
+        task=task.name if task else "",
+        labels=task.labels if task else (),
+        num_outputs=task.num_outputs if task else 0,
+        max_len=48,
+    )
+    if task:
+        network = build_network(card)
+    else:
+        network, _ = get_bort_model(SHAPE, vocab=tokenizer)
+    redraw(network, seed=4)
+    save_model(str(path), network, card, tokenizer)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Return a folder with a pretrained model and a search space."""
+    folder = tmp_path_factory.mktemp("agora")
+    save(folder / "pretrained" / "bort.params", "masked_lm")
+    (folder / "space.yaml").write_text(SPACE)
+    return folder
+
+
+def arguments(places, task, output, *more):
+    timaeus = places / f"timaeus-{task}" / "best.params"
+    if not timaeus.exists():
+        save(timaeus, get_task(task).kind, get_task(task))
+    return [
+        *("--task_name", task, "--data_dir", str(TEST_DATA), "--output_dir", str(output)),
+        *("--pretrained_parameters", str(places / "pretrained"), "--timaeus", str(timaeus)),
+        *("--search_space", str(places / "space.yaml"), "--max_len", "48"),
+        *("--cache_dir", str(places / "encoded"), *more),
+    ]
+
+
+def check_layout(folder, task, content):
+    """Check that what the folder holds is of one run, whose best model is the one saved."""
+    dev = task.read(TEST_DATA, task.dev[0]).examples
+    lines = (folder / f"{task.dev[0]}_predictions.jsonl").read_text().splitlines()
+    scores = np.array([json.loads(line)["scores"] for line in lines])
+    assert task.score(task.metrics(dev, scores)) == pytest.approx(content["best"]["score"])
+    assert content["best"]["dev"] == pytest.approx(task.metrics(dev, scores))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["answers"][task.dev[0]]["metrics"] == pytest.approx(content["best"]["dev"])
+    saved = load_model(str(folder))
+    assert (saved.card.task, saved.card.details["theta"]) == (task.name, content["best"]["theta"])
+    assert json.loads(json.dumps(content)) == json.loads((folder / "agora.json").read_text())
+    first = content["rounds"][0]
+    assert (first["images"]["made"] > 0) == bool(first["mistakes"])  # none where all is right
+    names = {"agora.png", "images.tsv", "config.json", "journal.jsonl", "models", "tokenizer"}
+    assert names <= set(os.listdir(folder))
+    assert "fits" not in os.listdir(folder)
+    assert len(os.listdir(folder / "models")) == 1
+
+
+def test_a_run_what_it_leaves_and_the_same_command_again(places, tmp_path, capsys):
+    given = arguments(places, "SST-2", tmp_path)
+    content = run_agora.main(given)
+    folder = tmp_path / "SST-2"
+    shown = capsys.readouterr()
+    assert shown.err.startswith("warning: WeakTimaeusWarning: Timaeus labels 0.")
+    assert shown.out.startswith("round 0  sets 2  train 8  dev 0.")
+    check_layout(folder, get_task("SST-2"), content)
+    assert (folder / "SST-2.tsv").read_text().startswith("index\tprediction\n")
+    journal = (folder / "journal.jsonl").read_text()
+    again = run_agora.main([*given, "--workers", "1"])
+    assert (folder / "journal.jsonl").read_text() == journal
+    for one in (content, again):
+        one.pop("seconds")
+    assert again == content
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_agora.main([*given, "--upper", "0.3", "--prune", "halving"])
+    assert "holds a run with another --prune, --upper; give" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(places, tmp_path, monkeypatch):
+    from bort.agora import run as agora_finetuning
+
+    more = ("--tau", "dropout,noise", "--warm_start")
+    expected = run_agora.main(arguments(places, "CB", tmp_path / "whole", *more))
+    fit, fits = agora_finetuning.FineTuner.fit, []
+
+    def dying(*each):
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        fits.append(each)
+        return fit(*each)
+
+    monkeypatch.setattr(agora_finetuning.FineTuner, "fit", dying)
+    given = arguments(places, "CB", tmp_path / "killed", *more)
+    with pytest.raises(KeyboardInterrupt):
+        run_agora.main(given)
+    monkeypatch.undo()
+    resumed = run_agora.main(given)
+    for one in (expected, resumed):
+        del one["seconds"]
+        for record in one["rounds"]:
+            del record["seconds"]
+    assert resumed == expected
+    check_layout(tmp_path / "killed" / "CB", get_task("CB"), {**resumed, **_times(tmp_path)})
+
+
+def _times(tmp_path):
+    content = json.loads((tmp_path / "killed" / "CB" / "agora.json").read_text())
+    return {"seconds": content["seconds"], "rounds": content["rounds"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["STS-B", "COPA", "ReCoRD", "RACE-M", "MultiRC", "CoLA", "MNLI", "WSC"]
+)
+def test_every_kind_of_task(places, tmp_path, name):
+    content = run_agora.main(arguments(places, name, tmp_path, "--sides", "all"))
+    check_layout(tmp_path / get_task(name).name, get_task(name), content)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--timaeus_labels", "x"], "give one labeller: --timaeus or --timaeus_labels"),
+        (["--regression_edges", "2,1"], "--regression_edges 2,1: must increase"),
+        (["--regression_edges", "2;1"], "--regression_edges 2;1: must be numbers"),
+        (["--tau_model", "absent"], "absent: not found"),
+        (["--task_name", "AX"], "--task_name AX: has no training set; run MNLI"),
+        (["--task_name", "CB"], "whose answers are not those of CB"),
+        (["--lower", "0.5"], "--lower 0.5: must not be above --upper 0.2"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(places, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit):
+        run_agora.main([*arguments(places, "SST-2", tmp_path / "out"), *more])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.distributed
+def test_two_ranks_make_the_same_run(places, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(ROOT / "scripts" / "run_agora.py")]
+    horovodrun = os.path.join(os.path.dirname(sys.executable), "horovodrun")
+    contents = []
+    for name, launcher in (
+        ("one", []),
+        ("two", [horovodrun, "-np", "2", "-H", "localhost:2"]),
+    ):
+        command = [*launcher, *program, *arguments(places, "SST-2", tmp_path / name)]
+        subprocess.run(command, check=True, timeout=200, env=environment)
+        content = json.loads((tmp_path / name / "SST-2" / "agora.json").read_text())
+        del content["seconds"]
+        for record in content["rounds"]:
+            del record["seconds"]
+        contents.append(content)
+    assert contents[0] == contents[1]

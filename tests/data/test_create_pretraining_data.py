@@ -1,0 +1,600 @@
+"""Text to shards, end to end: nothing lost, nothing invented, whatever the workers or the kills."""
+
+from __future__ import annotations
+
+import bz2
+import fcntl
+import gzip
+import lzma
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+
+import numpy as np
+import pytest
+import zstandard
+
+import create_pretraining_data
+from bort.errors import UserError
+from bort.files import read_json, write_json
+from bort.tokenization import (
+    RELEASED_DATASET,
+    TokenizerSettings,
+    load_tokenizer,
+    load_tokenizer_folder,
+)
+from data import preparation
+from data.corpus import survey
+from data.masking import MaskingSettings, SequenceSettings
+from data.preparation import Block, InstanceMaker, InstanceSettings, read_blocks, workers
+from data.shards import MANIFEST_FILE, UNFINISHED_FILE, open_shards, read_manifest
+from tests.conftest import ROOT
+
+SAMPLE = ROOT / "test_data" / "sample_text.txt"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TokenizerSettings())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Make blocks small enough for the sample text to have many, and cores enough for workers."""
+    monkeypatch.setattr(preparation, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(preparation, "usable_cores", lambda: 4)
+
+
+def flags(**values):
+    line = []
+    for name, value in values.items():
+        line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
+
+
+def create(output, text=SAMPLE, **values):
+    """Run the program; one worker unless `values` say otherwise."""
+    values = {"input_file": text, "output_dir": output, "num_workers": 1, **values}
+    return create_pretraining_data.main(flags(**values))
+
+
+def complaint(capsys, output, text=SAMPLE, **values):
+    """Return the one line that the program prints when it refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        create(output, text, **values)
+    assert caught.value.code in (1, 2)
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    return line
+
+
+def content(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def documents_of(text):
+    """Return the sentences of each document: the definition, in plain Python."""
+    documents = [[line.strip() for line in part.split("\n")] for part in re.split(r"\n\s*\n", text)]
+    return [[line for line in lines if line] for lines in documents if any(lines)]
+
+
+def unmasked(shards, tokenizer):
+    """Return the text tokens of each sequence, unmasked, without special tokens."""
+    rows = []
+    for index in range(shards.num_sequences):
+        ids, positions, true_ids = shards.sequence(index)
+        row = np.array(ids)
+        row[positions] = true_ids
+        rows.append([i for i in row.tolist() if i not in (tokenizer.bos_id, tokenizer.eos_id)])
+    return rows
+
+
+def ids_of(text, tokenizer):
+    encoded = [tokenizer.encode_sentences(one) for one in documents_of(text)]
+    return [int(i) for sentences in encoded for sentence in sentences for i in sentence]
+
+
+@pytest.mark.parametrize("values", [{}, {"whole_word_mask": True}, {"format": "sentence_pairs"}])
+def test_unmasking_gives_back_every_token_of_the_text(tmp_path, tokenizer, values):
+    manifest = create(tmp_path / "out", num_outputs=3, max_seq_length=64, **values)
+    shards = open_shards(str(tmp_path / "out"), verify=True)
+    assert shards.manifest == manifest
+    found = list(chain.from_iterable(unmasked(shards, tokenizer)))
+    text = SAMPLE.read_text(encoding="utf-8")
+    assert found == ids_of(text, tokenizer)
+    documents = documents_of(text)
+    assert manifest.totals["documents"] == len(documents)
+    assert manifest.totals["sentences"] == sum(map(len, documents))
+    assert manifest.totals["tokens"] == shards.lengths.sum()
+    assert manifest.totals["unknown"] == found.count(tokenizer.unk_id)
+    assert shards.lengths.max() <= 64
+
+
+def test_plain_english_has_no_unknown_tokens(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\nIt's 7 o'clock -- isn't it?\n")
+    assert create(tmp_path / "out", text).totals["unknown"] == 0
+
+
+def test_files_are_as_agreed(tmp_path, tokenizer):
+    create(tmp_path / "out", num_outputs=2, random_seed=7)
+    shards = ["part-00000.npz", "part-00001.npz"]
+    files = [MANIFEST_FILE, *shards, "tokenizer/tokenizer.model"]
+    assert sorted(content(tmp_path / "out")) == files
+    saved = load_tokenizer_folder(str(tmp_path / "out" / "tokenizer"))
+    assert saved.fingerprint == tokenizer.fingerprint
+    manifest = read_json(str(tmp_path / "out" / MANIFEST_FILE))
+    assert manifest["format_version"] == 1
+    assert manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+    assert manifest["arguments"]["random_seed"] == 7
+    assert manifest["inputs"][0]["path"] == str(SAMPLE)
+    assert manifest["totals"]["sequences"] == sum(one["sequences"] for one in manifest["shards"])
+    with np.load(tmp_path / "out" / "part-00001.npz", allow_pickle=False) as arrays:
+        assert arrays["input_ids"].dtype == np.uint16
+        assert arrays["input_ids"][0] == tokenizer.bos_id
+        assert arrays["input_ids"][-1] == tokenizer.eos_id
+
+
+def test_statistics_of_the_masks(tmp_path, tokenizer):
+    create(tmp_path / "out", dupe_factor=10)
+    shards = open_shards(str(tmp_path / "out"))
+    shown, truth = [], []
+    for index in range(shards.num_sequences):
+        ids, positions, true_ids = shards.sequence(index)
+        inside = len(ids) - 2
+        assert len(positions) == min(80, max(1, round(0.15 * inside)))
+        shown.append(ids[positions])
+        truth.append(true_ids)
+    shown, truth = np.concatenate(shown), np.concatenate(truth)
+    assert not np.isin(truth, tokenizer.special_ids).any()
+    for share, found in [(0.8, shown == tokenizer.mask_id), (0.1, shown == truth)]:
+        # One in a thousand random tokens is the true one.
+        assert abs(found.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(truth)) + 2e-4
+
+
+def test_whole_words_of_real_tokens(tmp_path, tokenizer):
+    create(tmp_path / "out", whole_word_mask=True, masked_lm_prob=0.3)
+    shards = open_shards(str(tmp_path / "out"))
+    for index in range(shards.num_sequences):
+        ids, positions, true_ids = shards.sequence(index)
+        row, chosen = np.array(ids), np.zeros(len(ids), bool)
+        row[positions], chosen[positions] = true_ids, True
+        continues = ~tokenizer.word_starts[row]
+        assert (chosen[1:] == chosen[:-1])[continues[1:] & (row[:-1] != tokenizer.bos_id)].all()
+
+
+def test_copies_differ_in_masks_and_boundaries(tmp_path, tokenizer):
+    text = SAMPLE.read_text(encoding="utf-8")
+    create(tmp_path / "out", dupe_factor=3, max_seq_length=64)
+    shards = open_shards(str(tmp_path / "out"))
+    rows, ids = unmasked(shards, tokenizer), ids_of(text, tokenizer)
+    assert list(chain.from_iterable(rows)) == ids * 3
+    ends = np.cumsum(list(map(len, rows)))
+    copies = [ends[(ends > k * len(ids)) & (ends <= (k + 1) * len(ids))] % len(ids) for k in (0, 1)]
+    assert copies[0].tolist() != copies[1].tolist()
+    # The first document fits into one sequence, which every copy masks elsewhere.
+    create(tmp_path / "long", dupe_factor=3, short_seq_prob=0)
+    shards = open_shards(str(tmp_path / "long"))
+    first = [i for i in range(shards.num_sequences) if unmasked_equal(shards, 0, i)]
+    assert len(first) == 3
+    assert len({tuple(shards.sequence(i)[1].tolist()) for i in first}) == 3
+
+
+def unmasked_equal(shards, one, other):
+    rows = []
+    for index in (one, other):
+        ids, positions, true_ids = shards.sequence(index)
+        row = np.array(ids)
+        row[positions] = true_ids
+        rows.append(row.tolist())
+    return rows[0] == rows[1]
+
+
+def test_the_seed_decides(tmp_path):
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        create(tmp_path / name, random_seed=seed)
+    a, b, c = (content(tmp_path / name)["part-00000.npz"] for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_workers_change_nothing(tmp_path, small_blocks, num_workers, monkeypatch):
+    # Spawned workers; the programs below that are killed have forked ones.
+    monkeypatch.setitem(sys.modules, "mxnet", sys)
+    values = {"num_outputs": 3, "dupe_factor": 2}
+    create(tmp_path / "one", **values)
+    create(tmp_path / "many", num_workers=num_workers, **values)
+    assert content(tmp_path / "one") == content(tmp_path / "many")
+
+
+def test_compression_changes_nothing(tmp_path):
+    raw = SAMPLE.read_bytes()
+    compress = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+    }
+    create(tmp_path / "plain")
+    for suffix, function in compress.items():
+        path = tmp_path / f"text{suffix}"
+        path.write_bytes(function(raw))
+        create(tmp_path / suffix, path)
+        assert (
+            content(tmp_path / suffix)["part-00000.npz"]
+            == content(tmp_path / "plain")["part-00000.npz"]
+        )
+
+
+def test_line_ends_and_blanks_change_nothing(tmp_path):
+    text = SAMPLE.read_text(encoding="utf-8")
+    odd = tmp_path / "odd.txt"
+    spaced = re.sub(r"\n\s*\n", "\n \t\n\u00a0\n\n", text.replace("\n", " \n"))
+    odd.write_bytes("\ufeff\n".encode() + spaced.replace("\n", "\r\n").encode())
+    create(tmp_path / "plain")
+    create(tmp_path / "odd", odd)
+    one, two = (open_shards(str(tmp_path / name)).shards[0].input_ids for name in ("plain", "odd"))
+    assert one.tolist() == two.tolist()
+
+
+def test_one_document_works(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("A single sentence.")
+    assert create(tmp_path / "out", text).totals["sequences"] == 1
+
+
+def test_a_long_line_is_split_not_cut(tmp_path, tokenizer):
+    text = tmp_path / "a.txt"
+    text.write_text("one more word " * 1000)
+    create(tmp_path / "out", text, short_seq_prob=0)
+    shards = open_shards(str(tmp_path / "out"))
+    rows = unmasked(shards, tokenizer)
+    assert list(chain.from_iterable(rows)) == tokenizer.encode(text.read_text().strip()).tolist()
+    assert set(map(len, rows[:-1])) == {510}
+
+
+def test_several_files_in_order(tmp_path, tokenizer):
+    for name, word in [("b.txt", "second"), ("a.txt", "first"), ("c.text", "third")]:
+        (tmp_path / name).write_text(f"the {word} file\n")
+    create(tmp_path / "out", f"{tmp_path}/*.txt,{tmp_path}/c.text")
+    shards = open_shards(str(tmp_path / "out"))
+    texts = [tokenizer.decode(row) for row in unmasked(shards, tokenizer)]
+    assert texts == ["the first file", "the second file", "the third file"]
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3, 7, 25])
+def test_shards_are_balanced_and_none_is_empty(outputs):
+    file = survey(str(SAMPLE))
+    sizes, numbers = [0] * outputs, []
+    for block in read_blocks([file], outputs):
+        sizes[block.shard] += block.bytes
+        numbers += range(block.first_document, block.first_document + len(block.documents))
+    assert numbers == list(range(25))
+    assert min(sizes) > 0
+    longest = max(block.bytes for block in read_blocks([file], 25))
+    assert max(sizes) <= file.bytes / outputs + longest
+
+
+def test_blocks_are_small(small_blocks):
+    file = survey(str(SAMPLE))
+    sizes = [block.bytes for block in read_blocks([file], 2)]
+    longest = max(block.bytes for block in read_blocks([file], 25))
+    assert len(sizes) > 5
+    assert max(sizes) < 2000 + longest
+
+
+def test_a_huge_document_first_leaves_no_shard_empty(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("long " * 1000 + "\n\nb\n\nc\n\nd\n")
+    blocks = list(read_blocks([survey(str(text))], 4))
+    assert [(block.shard, len(block.documents)) for block in blocks] == [(i, 1) for i in range(4)]
+
+
+def test_more_shards_than_documents_are_refused(tmp_path, capsys):
+    line = complaint(capsys, tmp_path / "out", num_outputs=26)
+    assert "--num_outputs 26: more than the 25 documents of the text; give 25 or fewer" in line
+    assert not (tmp_path / "out").exists()
+
+
+BAD_INPUTS = {
+    "nothing matches": (None, {}, r"--input_file \S+a.txt: no such file"),
+    "empty": (b"", {}, r"a.txt: holds no text"),
+    "blank": (b"\n \n", {}, r"a.txt: holds no text"),
+    "not UTF-8": (b"One.\nTw\xf6.\n", {}, r"a.txt, line 2: the byte 0xf6 at offset 7 is not UTF-8"),
+    "no worker": (b"One.", {"num_workers": 0}, r"--num_workers 0: must be at least 1"),
+    "no copy": (b"One.", {"dupe_factor": 0}, r"--dupe_factor 0: must be at least 1"),
+    "no shard": (b"One.", {"num_outputs": 0}, r"--num_outputs 0: must be at least 1"),
+    "no tokenizer": (b"One.", {"sentencepiece": "x.model"}, r"x.model: cannot be read"),
+    "odd format": (b"One.", {"format": "odd"}, r"argument --format: invalid choice: 'odd'"),
+}
+
+
+@pytest.mark.parametrize(("text", "values", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_is_named_and_leaves_nothing(tmp_path, capsys, text, values, message):
+    if text is not None:
+        (tmp_path / "a.txt").write_bytes(text)
+    line = complaint(capsys, tmp_path / "out", tmp_path / "a.txt", **values)
+    assert re.search(message, line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_too_large_is_named(tmp_path, capsys, monkeypatch, tokenizer):
+    monkeypatch.setattr(preparation, "load_tokenizer", lambda settings: tokenizer)
+    monkeypatch.setattr(preparation, "MaskingTable", lambda *arguments: None)
+    monkeypatch.setattr(tokenizer, "vocab_size", 2**31 + 1)
+    assert "a vocabulary of 2147483649 tokens: shards hold" in complaint(capsys, tmp_path / "out")
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = complaint(capsys, tmp_path / "file" / "out")
+    assert f"--output_dir {tmp_path}/file/out: cannot be made (Not a directory)" in line
+
+
+def program(output, text, **values):
+    values = {"input_file": text, "output_dir": output, **values}
+    return [sys.executable, str(ROOT / "create_pretraining_data.py"), *flags(**values)]
+
+
+def test_no_room_on_the_disk(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_bytes(SAMPLE.read_bytes() * 20)
+    values = {"num_outputs": 2, "num_workers": 1, "dupe_factor": 3}
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+
+    command = program(tmp_path / "out", text, **values)
+    run = subprocess.run(
+        command, preexec_fn=small_disk, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert "part-00000.npz: cannot be written (File too large); make room" in run.stderr
+    # No shard is finished; nothing but the plan is left, which binds nobody.
+    assert list(content(tmp_path / "out")) == [UNFINISHED_FILE]
+    create(tmp_path / "out", text, **{**values, "dupe_factor": 1})
+    assert UNFINISHED_FILE not in content(tmp_path / "out")
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def children_of(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as handle:
+        return [int(child) for child in handle.read().split()]
+
+
+def is_running(pid):
+    """Say whether a process is there and no zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as handle:
+            return handle.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, num_workers):
+    text = tmp_path / "a.txt"
+    text.write_bytes(SAMPLE.read_bytes() * 100)
+    values = {"num_outputs": 10, "dupe_factor": 2}
+    command = program(tmp_path / "out", text, num_workers=num_workers, **values)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    unfinished = tmp_path / "out" / UNFINISHED_FILE
+    wait_for(
+        lambda: (
+            process.poll() is not None
+            or (unfinished.exists() and len(read_json(str(unfinished))["shards"]) >= 2)
+        )
+    )
+    workers = children_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not any(map(is_running, workers)))
+    finished = read_json(str(unfinished))["shards"]
+    assert 2 <= len(finished) < 10
+    before = {one["file"]: (tmp_path / "out" / one["file"]).stat().st_mtime_ns for one in finished}
+    with pytest.raises(UserError, match="was interrupted: run it again"):
+        open_shards(str(tmp_path / "out"))
+
+    create(tmp_path / "out", text, **values)
+    create(tmp_path / "undisturbed", text, **values)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    for name, changed in before.items():
+        assert (tmp_path / "out" / name).stat().st_mtime_ns == changed
+
+
+def test_a_complete_folder_is_left_as_it_is(tmp_path, capsys):
+    first = create(tmp_path / "out", num_outputs=2)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npz")}
+    capsys.readouterr()
+    assert create(tmp_path / "out", num_outputs=2) == first
+    assert f"{tmp_path}/out: is complete, nothing to do" in capsys.readouterr().out
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npz")}
+    assert before == after
+
+
+@pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 100)])
+def test_missing_and_damaged_shards_are_made_again(tmp_path, damage):
+    create(tmp_path / "out", num_outputs=3)
+    before = content(tmp_path / "out")
+    damage(tmp_path / "out" / "part-00001.npz")
+    create(tmp_path / "out", num_outputs=3)
+    assert content(tmp_path / "out") == before
+
+
+def test_other_arguments_are_refused(tmp_path, capsys):
+    create(tmp_path / "out")
+    before = content(tmp_path / "out")
+    line = complaint(capsys, tmp_path / "out", dupe_factor=2, max_seq_length=128)
+    assert (
+        "holds shards made otherwise: --dupe_factor was 1, now 2; --max_seq_length was 512" in line
+    )
+    assert "Give another folder, or empty this one" in line
+    assert content(tmp_path / "out") == before
+
+
+def test_other_text_is_refused_but_another_name_is_not(tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_bytes(SAMPLE.read_bytes())
+    create(tmp_path / "out", text)
+    renamed = text.rename(tmp_path / "b.txt")
+    create(tmp_path / "out", renamed)
+    renamed.write_bytes(SAMPLE.read_bytes() + b"More.\n")
+    line = complaint(capsys, tmp_path / "out", renamed)
+    assert f"the text of {renamed} is not that of {renamed} then" in line
+
+
+def test_another_tokenizer_is_refused(tmp_path, capsys):
+    create(tmp_path / "out")
+    manifest = read_json(str(tmp_path / "out" / MANIFEST_FILE))
+    manifest["tokenizer"]["fingerprint"] = "another"
+    write_json(str(tmp_path / "out" / MANIFEST_FILE), manifest)
+    assert "the tokenizer is another one" in complaint(capsys, tmp_path / "out")
+
+
+def test_shards_of_unknown_origin_are_refused(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "part-00003.npz").touch()
+    line = complaint(capsys, tmp_path / "out")
+    assert f"--output_dir {tmp_path}/out: holds shards without a manifest; empty it" in line
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "keep").touch()
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    line = complaint(capsys, tmp_path / "out")
+    os.close(handle)
+    assert "another run is writing there; let it end" in line
+
+
+def instance_maker(dupe_factor=1):
+    return InstanceMaker(
+        InstanceSettings(
+            TokenizerSettings(), SequenceSettings(), MaskingSettings(), dupe_factor, random_seed=0
+        )
+    )
+
+
+def test_unknown_tokens_are_counted_in_every_copy(monkeypatch):
+    maker = instance_maker(dupe_factor=3)
+    comma = int(maker.tokenizer.encode("a, b")[-2])
+    monkeypatch.setattr(maker.tokenizer, "unk_id", comma)
+    assert maker(Block(0, 0, [b"One, two.\nThree, four, five."])).unknown == 3 * 3
+
+
+def test_a_killed_worker_ends_the_run():
+    blocks = (Block(0, number, [b"Text."]) for number in range(100_000))
+
+    def run():
+        with workers(instance_maker(), 2) as make:
+            instances = make(blocks)
+            next(instances)
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            list(instances)
+
+    with pytest.raises(UserError, match=r"a worker process was killed.* fewer than 2 for --num_w"):
+        run()
+
+
+def test_the_closing_table(tmp_path, capsys):
+    create(tmp_path / "out", verbose=True)
+    output = capsys.readouterr().out
+    totals = read_manifest(str(tmp_path / "out")).totals
+    for name, count in totals.items():
+        assert re.search(rf"^{name} +{count:,}\b", output, re.MULTILINE)
+    share = 100 * totals["masked"] / totals["tokens"]
+    assert f"{share:.2f} % of the tokens" in output
+    assert re.search(r"^time +\d+\.\d   s, \d+\.\d MB/s$", output, re.MULTILINE)
+    assert re.search(r"^part-00000.npz: \d+ sequences of \d+ tokens$", output, re.MULTILINE)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr("bort.progress._SECONDS_BETWEEN_LINES", 0)
+    with preparation.Progress("making", 4_000_000) as progress:
+        progress.skip(2_000_000)
+        progress.advance(1_000_000)
+    line = capsys.readouterr().err
+    assert re.search(r"^making:  50%\|.*1\.00M/2\.00M .*B/s\]$", line, re.MULTILINE)
+
+
+def test_inspection_shows_words_and_statistics(tmp_path, capsys):
+    from scripts import inspect_shards
+
+    create(tmp_path / "out", num_outputs=2, dupe_factor=20)
+    capsys.readouterr()
+    statistics = inspect_shards.main([str(tmp_path / "out"), "--num", "2"])
+    output = capsys.readouterr().out
+    shards = open_shards(str(tmp_path / "out"))
+    assert statistics.masked == shards.manifest.totals["masked"]
+    assert statistics.text_tokens == shards.lengths.sum() - 2 * shards.num_sequences
+    assert statistics.masked_special == 0
+    assert statistics.became_mask / statistics.masked == pytest.approx(0.8, abs=0.01)
+    assert statistics.became_other / statistics.masked == pytest.approx(0.1, abs=0.01)
+    assert re.search(r"^--dupe_factor +20$", output, re.MULTILINE)
+    words = re.search(r"^sequence 0, \d+ tokens\n(.*)$", output, re.MULTILINE).group(1)
+    assert re.search(r"\[\w+: <mask>\]", words)
+    truth = re.sub(r"\[([^:\]]*): [^\]]*\]", r"\1", words)
+    assert "Lighthouses were once kept by families who lived for months" in truth
+    assert inspect_shards.main([str(tmp_path / "out"), "--num", "0"]) == statistics
+
+
+def test_inspection_wants_the_vocabulary_of_the_shards(tmp_path, capsys):
+    from scripts import inspect_shards
+
+    create(tmp_path / "out")
+    manifest = read_json(str(tmp_path / "out" / MANIFEST_FILE))
+    manifest["tokenizer"]["fingerprint"] = "another"
+    write_json(str(tmp_path / "out" / MANIFEST_FILE), manifest)
+    with pytest.raises(SystemExit):
+        inspect_shards.main([str(tmp_path / "out")])
+    assert "made with another vocabulary" in capsys.readouterr().err
+
+
+@pytest.fixture
+def real_vocabulary(shared, monkeypatch):
+    monkeypatch.setenv("MXNET_HOME", str(shared / "mxnet_home"))
+    return {"dataset_name": RELEASED_DATASET}
+
+
+def test_real_text_with_the_real_vocabulary(tmp_path, shared, real_vocabulary):
+    text = shared / "corpus" / "enwiki_gensim_sample.txt"
+    manifest = create(tmp_path / "out", text, whole_word_mask=True, **real_vocabulary)
+    assert manifest.totals["unknown"] == 0
+    tokenizer = load_tokenizer(TokenizerSettings(**real_vocabulary))
+    shards = open_shards(str(tmp_path / "out"))
+    found = list(chain.from_iterable(unmasked(shards, tokenizer)))
+    assert found == ids_of(text.read_text(encoding="utf-8"), tokenizer)
+    share = manifest.totals["masked"] / len(found)
+    assert 0.148 < share < 0.152
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(shared, real_vocabulary):
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "benchmark.py"),
+        "memory",
+        *flags(input_file=shared / "corpus" / "*.txt", megabytes="5,50,500"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    print(run.stdout)
+    peaks = [float(line.split()[-2]) for line in run.stdout.splitlines()]
+    assert len(peaks) == 3
+    assert max(peaks) < 400
+    assert peaks[2] < 1.1 * peaks[1]

@@ -1,0 +1,356 @@
+"""Downloads against a local web server: whole, broken off, truncated, tampered, hostile."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import stat
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bort.errors import UserError
+from data import download as module
+from data.download import SOURCES, download, expand, fetch, split_mrpc, unpack
+from data.task import Task
+from data.tasks import get_task, task_names
+from scripts import download_data
+
+TEST_DATA = Path(__file__).resolve().parents[2] / "test_data"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.files`; knows ranges; breaks off after `server.break_after` bytes."""
+
+    def do_GET(self):
+        content = self.server.files.get(self.path)
+        requested = self.headers.get("Range")
+        self.server.requests.append((self.path, requested))
+        if content is None:
+            self.send_error(404)
+            return
+        start = int(requested[len("bytes=") : -1]) if requested and self.server.ranges else 0
+        if start > len(content):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:][: self.server.break_after])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.files, running.requests = {}, []
+        running.ranges, running.break_after = True, None
+        running.address = f"http://127.0.0.1:{running.server_port}"
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def tiny_archives(monkeypatch):
+    """The tiny sets are no official files: neither their hashes nor their rows are."""
+    monkeypatch.setattr(module, "FILE_HASHES", {})
+    monkeypatch.setattr(Task, "official_rows", lambda task, split: 2)
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def task_archive(name: str) -> bytes:
+    task = get_task(name)
+    folder = TEST_DATA / task.suite / task.folders[0]
+    files = {f"X/{file.name}": (folder / file.name).read_bytes() for file in task.files}
+    # The official archives bring raw data of the same name along, deeper down, and macOS noise.
+    return zipped({"X/original/" + task.files[0].name: b"raw", "__MACOSX/._x": b"", **files})
+
+
+def offer(server, name: str, content: bytes | None = None) -> str:
+    path = "/" + SOURCES[name][0][0]
+    server.files[path] = task_archive(name) if content is None else content
+    return path
+
+
+def get(server, tmp_path: Path, *names: str) -> list[str]:
+    said: list[str] = []
+    download(names, tmp_path, server.address, said.append)
+    return said
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("name", ["CoLA", "MNLI", "BoolQ", "SuperGLUERTE", "AX-g", "ReCoRD"])
+def test_archive_is_fetched_checked_and_placed(server, tmp_path, name):
+    offer(server, name)
+    (line,) = get(server, tmp_path, name)
+    assert line.startswith(f"{name}: {tmp_path}")
+    task = get_task(name)
+    for file in task.files:
+        assert task.read(tmp_path, file.split) == task.read(TEST_DATA, file.split)
+    record = json.loads((tmp_path / task.suite / task.folders[0] / "source.json").read_text())
+    assert record["sources"][0]["url"].startswith(server.address)
+    assert len(record["sources"][0]["sha256"]) == 64
+    assert left_over(tmp_path / ".downloads") == []
+    assert get(server, tmp_path, name) == [f"{name}: in place"]
+    assert len(server.requests) == 1
+
+
+def test_leftovers_of_a_killed_run_do_not_matter(server, tmp_path):
+    (tmp_path / "glue" / ".CoLA.partial").mkdir(parents=True)
+    (tmp_path / "glue" / ".CoLA.partial" / "train.tsv").write_text("half a row")
+    (tmp_path / ".downloads").mkdir()
+    (tmp_path / ".downloads" / "CoLA.zip").write_bytes(task_archive("CoLA"))
+    get(server, tmp_path, "CoLA")
+    assert server.requests == []
+    assert [path.name for path in (tmp_path / "glue").iterdir()] == ["CoLA"]
+
+
+def test_ax_is_a_single_file(server, tmp_path):
+    offer(server, "AX", (TEST_DATA / "glue" / "AX" / "diagnostic.tsv").read_bytes())
+    get(server, tmp_path, "AX")
+    assert len(get_task("AX").read(tmp_path, "test").examples) == 4
+
+
+def raw_mrpc(rows: int, first: int) -> str:
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    lines = [
+        f"{n % 2}\t{first + n}\t{first + n + 50}\tOne {n} .\tTwo {n} .\r\n" for n in range(rows)
+    ]
+    return header + "".join(lines)
+
+
+def test_mrpc_is_split_by_the_official_dev_ids(server, tmp_path):
+    ids = "".join(f"{100 + n}\t{150 + n}\n" for n in (1, 4))
+    contents = [raw_mrpc(6, 100), raw_mrpc(3, 200), ids]
+    for (path, _), content in zip(SOURCES["MRPC"], contents):
+        server.files[f"/{path}"] = content.encode()
+    get(server, tmp_path, "MRPC")
+    mrpc = get_task("MRPC")
+    texts = {
+        split: [e.inputs[0][0] for e in mrpc.read(tmp_path, split).examples]
+        for split in ("train", "dev", "test")
+    }
+    assert texts["train"] == ["One 0 .", "One 2 .", "One 3 .", "One 5 ."]
+    assert texts["dev"] == ["One 1 .", "One 4 ."]
+    assert [e.uid for e in mrpc.read(tmp_path, "test").examples] == [0, 1, 2]
+    test = (tmp_path / "glue" / "MRPC" / "test.tsv").read_bytes()
+    assert test.startswith(b"index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t200\t250\tOne 0 .\t")
+
+
+def test_broken_connection_is_continued(server, tmp_path):
+    path = offer(server, "CoLA")
+    server.break_after = 400
+    get(server, tmp_path, "CoLA")
+    assert [requested for _, requested in server.requests] == [None, "bytes=400-", "bytes=800-"]
+    assert len(server.files[path]) < 1200
+
+
+def test_download_goes_on_after_it_was_given_up(server, tmp_path):
+    content = offer(server, "CoLA")
+    server.break_after = 100
+    with pytest.raises(UserError, match=r"broke off at 300 of \d+ bytes; run this again"):
+        get(server, tmp_path, "CoLA")
+    assert left_over(tmp_path) == [".downloads/CoLA.zip.part"]
+    server.break_after = None
+    get(server, tmp_path, "CoLA")
+    assert server.requests[-1] == (content, "bytes=300-")
+    assert get_task("CoLA").find(tmp_path, "dev")
+
+
+def test_server_without_ranges_is_asked_for_the_whole(server, tmp_path):
+    server.files["/file"] = bytes(range(256))
+    server.ranges = False
+    (tmp_path / "file.part").write_bytes(b"wrong beginning")
+    fetch(f"{server.address}/file", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == bytes(range(256))
+
+
+def test_part_longer_than_the_file_is_thrown_away(server, tmp_path):
+    server.files["/file"] = b"short"
+    (tmp_path / "file.part").write_bytes(b"much longer than that")
+    fetch(f"{server.address}/file", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"short"
+
+
+def test_missing_file_and_missing_server_are_user_errors(server, tmp_path):
+    with pytest.raises(UserError, match=r"CoLA\.zip: the server says 404"):
+        get(server, tmp_path, "CoLA")
+    with pytest.raises(UserError, match=r"Connection refused; run this again"):
+        fetch("http://127.0.0.1:9/file", tmp_path / "file")
+
+
+def test_endless_download_is_stopped(server, tmp_path, monkeypatch):
+    server.files["/file"] = bytes(1000)
+    monkeypatch.setattr(module, "MAX_BYTES", 999)
+    with pytest.raises(UserError, match="is larger than 999 bytes"):
+        fetch(f"{server.address}/file", tmp_path / "file")
+
+
+def changed(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def stored(name: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"X/{name}", content)
+    return changed(buffer.getvalue())
+
+
+LONG = b"a\t1\t\tBirds sing.\n" * 200
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (task_archive("CoLA")[:-40], "is damaged"),
+        (task_archive("CoLA")[:500], "is damaged"),
+        (b"<html>moved</html>", "is damaged"),
+        (stored("train.tsv", LONG), r"is damaged \(Bad CRC-32"),
+        (zipped({"X/train.tsv": LONG}), r"holds no dev\.tsv"),
+        (
+            zipped({"train.tsv": b"a\t1\t\tOne.\n", "dev.tsv": LONG, "test.tsv": LONG}),
+            "CoLA: 1 train rows instead of 2",
+        ),
+        (
+            zipped({"train.tsv": LONG, "dev.tsv": b"a\t1\t\tA.\nb\n", "test.tsv": LONG}),
+            r"CoLA: 1 dev rows instead of 2, 1 broken: .*dev\.tsv:2",
+        ),
+        (zipped({"../train.tsv": LONG}), "leads outside"),
+        (zipped({"/etc/train.tsv": LONG}), "leads outside"),
+        (zipped({"X\\..\\..\\train.tsv": LONG}), "leads outside"),
+        (zipped({"C:/train.tsv": LONG}), "leads outside"),
+    ],
+)
+def test_damaged_or_hostile_archive_leaves_nothing(server, tmp_path, content, message):
+    offer(server, "CoLA", content)
+    with pytest.raises(UserError, match=message) as caught:
+        get(server, tmp_path, "CoLA")
+    assert "deleted: run this again" in str(caught.value)
+    assert left_over(tmp_path) == []
+    assert list((tmp_path / "glue").iterdir()) == []
+    offer(server, "CoLA")  # the next try starts afresh
+    get(server, tmp_path, "CoLA")
+
+
+def test_file_with_another_hash_is_refused(server, tmp_path, monkeypatch):
+    offer(server, "CoLA")
+    monkeypatch.setattr(module, "FILE_HASHES", {("CoLA", "dev.tsv"): "0" * 64})
+    with pytest.raises(UserError, match=r"dev\.tsv is not the official file \(its SHA-256\)"):
+        get(server, tmp_path, "CoLA")
+    assert left_over(tmp_path) == []
+
+
+def test_links_in_an_archive_are_refused(tmp_path):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        link = zipfile.ZipInfo("train.tsv")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(UserError, match=r"holds the link 'train\.tsv'"):
+        unpack(path, ["train.tsv"], tmp_path)
+
+
+def test_oversized_file_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "x.zip"
+    path.write_bytes(zipped({"train.tsv": bytes(10_000)}))
+    monkeypatch.setattr(module, "MAX_BYTES", 9_999)
+    with pytest.raises(UserError, match=r"train\.tsv would take 10000 bytes"):
+        unpack(path, ["train.tsv"], tmp_path)
+    assert not (tmp_path / "train.tsv").exists()
+
+
+def test_only_the_official_files_are_taken(tmp_path):
+    path = tmp_path / "x.zip"
+    path.write_bytes(zipped({"X/train.tsv": b"right", "X/raw/train.tsv": b"raw", "run.sh": b"x"}))
+    (tmp_path / "out").mkdir()
+    unpack(path, ["train.tsv"], tmp_path / "out")
+    assert left_over(tmp_path / "out") == ["train.tsv"]
+    assert (tmp_path / "out" / "train.tsv").read_bytes() == b"right"
+
+
+def test_folder_of_the_user_is_never_touched(server, tmp_path):
+    (tmp_path / "glue" / "CoLA").mkdir(parents=True)
+    (tmp_path / "glue" / "CoLA" / "train.tsv").write_text("mine")
+    offer(server, "CoLA")
+    with pytest.raises(UserError, match="glue/CoLA: exists but is not complete; move it away"):
+        get(server, tmp_path, "CoLA")
+    assert left_over(tmp_path) == ["glue/CoLA/train.tsv"]
+
+
+def test_cache_of_gluonnlp_is_left_in_place(server, tmp_path):
+    cached = tmp_path / "glue_cola"
+    cached.mkdir()
+    for path in (TEST_DATA / "glue" / "CoLA").iterdir():
+        (cached / path.name).write_bytes(path.read_bytes())
+    assert get(server, tmp_path, "CoLA") == ["CoLA: in place"]
+    assert server.requests == []
+
+
+def test_race_says_where_to_ask(server, tmp_path):
+    with pytest.raises(
+        UserError, match=r"RACE-H: given out on request, see https://www\.cs\.cmu\.edu"
+    ):
+        get(server, tmp_path, "RACE-H")
+    for name in SOURCES:
+        if name != "MRPC":
+            offer(server, name, b"" if name == "AX" else None)
+    server.files["/" + SOURCES["AX"][0][0]] = b"index\tsentence1\tsentence2\n0\tA\tB\n1\tA\tB\n"
+    for (path, _), rows in zip(SOURCES["MRPC"], (9, 3, 0)):
+        server.files[f"/{path}"] = raw_mrpc(rows, 100).encode()
+    server.files["/" + SOURCES["MRPC"][2][0]] = b"100\t150\n101\t151\n"
+    said = get(server, tmp_path, "all")
+    assert len(said) == len(SOURCES) + 1
+    assert said[-1].startswith("RACE-H, RACE-M, RACE: given out on request")
+    (tmp_path / "race" / "RACE").mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        (tmp_path / "race" / "RACE" / split).mkdir()
+    assert get(server, tmp_path, "race")[0] == "RACE-H: in place"
+
+
+def test_every_task_has_a_source_or_is_on_request():
+    assert set(SOURCES) == {*task_names("glue"), *task_names("superglue")}
+
+
+def test_names_stand_for_tasks_and_suites():
+    assert expand(["glue", "SST"]) == task_names("glue")
+    assert expand(["axb", "RACE-M", "AX-b"]) == ["AX-b", "RACE-M"]
+    assert expand(["ALL"]) == task_names()
+    assert expand(["race"]) == ["RACE-H", "RACE-M", "RACE"]
+
+
+def test_empty_raw_file_is_refused(tmp_path):
+    for name in ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt", "dev_ids.tsv"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"msr_paraphrase_train\.txt: is empty"):
+        split_mrpc(tmp_path)
+
+
+def test_door(server, tmp_path, capsys):
+    offer(server, "WNLI")
+    arguments = ["WNLI", "--data_dir", str(tmp_path), "--server", server.address]
+    assert download_data.main(arguments) == tmp_path
+    assert "train 4; dev 2; test 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        download_data.main(["CoLA", *arguments[1:]])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith("error: http://127.0.0.1")

@@ -1,0 +1,156 @@
+"""Examples to token ids: the form of an input, cuts, the cache, batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bort.communicator import SingleProcess
+from bort.errors import UserError
+from bort.tokenization import TokenizerSettings, load_tokenizer
+from data import encoding
+from data.encoding import ClassifierSource, encode_examples, encode_inputs
+from data.task import Example
+
+PAIR = ("a warm and funny story", "the cast is a delight")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(TokenizerSettings())
+
+
+def examples(count: int, width: int = 1) -> list[Example]:
+    return [
+        Example(n, tuple((f"story {n}", "and more " * (n % 5)) for _ in range(width)), n % 2)
+        for n in range(count)
+    ]
+
+
+def test_an_input_is_its_texts_between_separators(tokenizer):
+    first, second = (tokenizer.encode(text).tolist() for text in PAIR)
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    single, pair = encode_inputs(tokenizer, [PAIR[:1], PAIR], 64)
+    assert single.tolist() == [bos, *first, eos]
+    assert pair.tolist() == [bos, *first, eos, *second, eos]
+    assert single.dtype == np.int32
+
+
+def test_the_longest_text_is_cut_first(tokenizer):
+    long, short = "word " * 40, "a cast"
+    (cut,) = encode_inputs(tokenizer, [(long, short)], 20)
+    ids, kept = tokenizer.encode(long).tolist(), tokenizer.encode(short).tolist()
+    room = 20 - 3 - len(kept)
+    assert cut.tolist() == [
+        tokenizer.bos_id, *ids[:room], tokenizer.eos_id, *kept, tokenizer.eos_id
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("max_len", [5, 8, 9, 30])
+def test_no_input_is_longer_than_asked_for(tokenizer, max_len):
+    rows = encode_inputs(tokenizer, [("word " * 50, "text " * 50), ("short", "one")], max_len)
+    assert len(rows[0]) == max_len
+    assert all(row[-1] == tokenizer.eos_id and row[0] == tokenizer.bos_id for row in rows)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_set_holds_every_input_and_label(tokenizer, width):
+    made = examples(7, width)
+    made[2] = made[2]._replace(label=None)
+    encoded = encode_examples(made, tokenizer, 32)
+    assert encoded.width == width
+    rows = encode_inputs(tokenizer, [one for e in made for one in e.inputs], 32)
+    for number, row in enumerate(rows):
+        start, end = encoded.offsets[number : number + 2]
+        assert encoded.ids[start:end].tolist() == row.tolist()
+    assert np.flatnonzero(np.isnan(encoded.labels)).tolist() == [2]
+    longest = [max(len(row) for row in rows[n * width :][:width]) for n in range(7)]
+    assert encoded.lengths.tolist() == longest
+
+
+def forbidden(*_: Any) -> None:
+    raise AssertionError("encoded again")
+
+
+def test_encoded_examples_come_from_the_cache(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "PART", 4)
+    made = examples(10)
+    first = encode_examples(made, tokenizer, 32, str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode_inputs", forbidden)
+        second = encode_examples(made, tokenizer, 32, str(tmp_path))
+        for one, other in zip(first, second):
+            np.testing.assert_array_equal(one, other)
+        # Anything that decides the ids is part of the name.
+        for changed, max_len in ((made, 31), ([made[1], *made[1:]], 32)):
+            with pytest.raises(AssertionError, match="encoded again"):
+                encode_examples(changed, tokenizer, max_len, str(tmp_path))
+    # Labels do not decide the ids, and are never taken from there.
+    relabelled = [example._replace(label=1) for example in made]
+    assert encode_examples(relabelled, tokenizer, 32, str(tmp_path)).labels.tolist() == [1.0] * 10
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", "cut"])
+def test_a_damaged_file_of_the_cache_is_made_again(tokenizer, tmp_path, damage):
+    first = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else damage)
+    again = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
+    np.testing.assert_array_equal(first.ids, again.ids)
+    assert path.read_bytes() == whole
+
+
+class Rank(SingleProcess):
+    """One of two ranks; what it has encoded when the ranks meet is noted."""
+
+    size = 2
+
+    def __init__(self, rank: int, meet: Any) -> None:
+        self.rank, self.barrier = rank, meet
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_share_the_encoding(tokenizer, tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(encoding, "PART", 3)
+    made = examples(12)
+    at_meeting = []
+
+    def meet() -> None:
+        at_meeting.extend(tmp_path.iterdir())
+
+    found = encode_examples(made, tokenizer, 32, str(tmp_path), Rank(rank, meet))
+    assert len(at_meeting) == 2  # of four parts
+    np.testing.assert_array_equal(found.ids, encode_examples(made, tokenizer, 32).ids)
+
+
+def test_what_cannot_be_encoded_is_said(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"\[1, 2\] inputs"):
+        encode_examples([*examples(1), *examples(1, 2)], tokenizer, 32)
+    with pytest.raises(UserError, match="--max_len 4: no room for 2 texts"):
+        encode_examples(examples(3), tokenizer, 4)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--cache_dir: .* cannot be written"):
+        encode_examples(examples(3), tokenizer, 32, str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_batches_use_every_example_once(tokenizer, width, seed):
+    encoded = encode_examples(examples(23, width), tokenizer, 32)
+    source = ClassifierSource(encoded, 4, 3, tokenizer.pad_id, seed)
+    batches = [source(number) for number in range(source.batches_per_epoch)]
+    assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(23))
+    for batch in batches:
+        assert batch.input_ids.shape == (len(batch.rows) * width, batch.valid_length.max())
+        np.testing.assert_array_equal(batch.labels, batch.rows % 2)
+        for place, ids in enumerate(batch.input_ids):
+            number = batch.rows[place // width] * width + place % width
+            start, end = encoded.offsets[number : number + 2]
+            assert ids[: end - start].tolist() == encoded.ids[start:end].tolist()
+            assert batch.valid_length[place] == end - start
+            assert (ids[end - start :] == tokenizer.pad_id).all()
+    assert sum(batch.tokens for batch in batches) == len(encoded.ids)

@@ -1,0 +1,470 @@
+"""Fine-tuning: it learns, counts right, resumes bit for bit, and leaves what it promises."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import finetune_classifier
+from bort.errors import UserError
+from data.submission import check_submission
+from data.tasks import get_task, task_names
+from tests.conftest import ROOT
+from tests.finetuning.helpers import SHAPE, arguments, finetuned, make_run, write_reviews
+from tests.pretraining.helpers import assert_same_training, digest, metrics
+
+TEST_DATA = ROOT / "test_data"
+# Losses of the first steps, made by this program on one OpenMP thread.
+GOLDEN = [0.6978, 0.6923, 0.6917, 0.6914, 0.6926, 0.6922]
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory) -> Path:
+    return write_reviews(tmp_path_factory.mktemp("reviews"))
+
+
+def training_lines(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics(folder) if line["phase"] == "train"]
+
+
+# ---- learning ----------------------------------------------------------------------------------
+
+
+def test_it_learns_a_task_that_one_word_decides(reviews, tmp_path):
+    found = finetuned(reviews, tmp_path, epochs=8)
+    assert found["best"]["accuracy"] == 1.0
+    assert found["answers"]["dev"]["metrics"] == {"accuracy": 1.0}
+    assert found["baseline"] == {"dev": {"accuracy": 0.5}}
+    assert found["rows"] == {"train": 64, "dev": 20}
+    assert found["steps"] == 8 * 9  # 64 examples in batches of 8, of three lengths
+    assert len(found["history"]) == 8
+
+
+def test_first_losses(reviews, tmp_path):
+    run = make_run(reviews, tmp_path, log_interval=1, training_steps=6, lr=1e-4)
+    run.run()
+    losses = [line["loss"] for line in training_lines(tmp_path / "SST-2")]
+    assert losses[0] == pytest.approx(math.log(2), abs=0.01)  # the new head knows nothing
+    assert losses == pytest.approx(GOLDEN, abs=2e-4)
+
+
+@pytest.mark.parametrize("init", ["normal", "uniform", "orthogonal", "xavier"])
+def test_the_head_starts_as_asked(reviews, tmp_path, init):
+    run = make_run(reviews, tmp_path, init=init, prob=0.5)
+    values = run.network.classifier[1].weight.data().asnumpy()
+    spread = {
+        "normal": values.std() / 0.5,
+        "uniform": np.abs(values).max() / 0.5,
+        "orthogonal": np.abs(values @ values.T - 0.25 * np.eye(32)).max() + 1,
+        "xavier": np.abs(values).max() / math.sqrt(0.5 / 32),
+    }[init]
+    assert spread == pytest.approx(1, abs=0.1)
+    assert np.abs(run.network.bort.word_embed[0].weight.data().asnumpy()).max() < 0.2
+
+
+def test_a_pretrained_body_brings_weights_shape_and_vocabulary(reviews, tmp_path):
+    from bort.saved_model import Card, build_network, save_model
+    from bort.tokenization import SAMPLE_MODEL, TokenizerSettings, load_tokenizer
+
+    tokenizer = load_tokenizer(TokenizerSettings())
+    card = Card(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "masked_lm")
+    body = build_network(card)
+    save_model(str(tmp_path / "body" / "model.params"), body, card, tokenizer)
+    given = {"pretrained_parameters": tmp_path / "body", "model_name": None}
+    run = make_run(reviews, tmp_path, **given)
+    expected = body.word_embed[0].weight.data().asnumpy()
+    found = run.network.bort.word_embed[0].weight.data().asnumpy()
+    np.testing.assert_array_equal(found, expected)
+    assert run.classifier.card.model == SHAPE
+    assert not [name for name in run.network._collect_params_with_prefix() if "decoder" in name]
+    with pytest.raises(UserError, match="--model_name bort_1_4_32_32: the weights are of"):
+        make_run(reviews, tmp_path, **{**given, "model_name": "bort_1_4_32_32"})
+    other = tmp_path / "other.params"
+    save_model(str(other), body, Card(SHAPE, 1000, "another", "masked_lm"), None)
+    with pytest.raises(UserError, match="trained with another vocabulary"):
+        make_run(reviews, tmp_path, pretrained_parameters=other, sentencepiece=SAMPLE_MODEL)
+
+
+# ---- updates, rates, evaluations ---------------------------------------------------------------
+
+
+def test_the_last_smaller_group_of_an_epoch_is_used(reviews, tmp_path):
+    run = make_run(reviews, tmp_path, accumulate=3, batch_size=8, num_buckets=1, epochs=2)
+    assert run.source.batches_per_epoch == 8
+    assert [run._numbers(position) for position in (0, 3, 6, 8)] == [
+        range(0, 3), range(3, 6), range(6, 8), range(8, 11)
+    ]  # fmt: skip
+    run.run()
+    assert (run.step, run.position) == (6, 16)
+
+
+def test_an_update_averages_over_the_examples_of_its_micro_batches(reviews, tmp_path):
+    """Eight at once, or four and four: the same update, as dropout is off."""
+    common = {"num_buckets": 1, "dropout": 0.0, "training_steps": 1, "log_interval": 1}
+    one = make_run(reviews, tmp_path / "one", batch_size=64, **common)
+    two = make_run(reviews, tmp_path / "two", batch_size=32, accumulate=2, **common)
+    one.run()
+    two.run()
+    lines = [training_lines(tmp_path / name / "SST-2")[0] for name in ("one", "two")]
+    for line in lines:
+        del line["phase"]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-4)
+    others = arrays_of_network(two)
+    for name, value in arrays_of_network(one).items():
+        np.testing.assert_allclose(value, others[name], atol=2e-5, err_msg=name)
+
+
+def arrays_of_network(run: Any) -> dict[str, np.ndarray]:
+    parameters = run.network._collect_params_with_prefix()
+    return {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
+
+
+def test_gradients_of_an_update_are_its_own(reviews, tmp_path):
+    """Of the word embedding, too, which no backward pass through a decoder overwrites."""
+    run = make_run(reviews, tmp_path, num_buckets=1, lr=0.0, dropout=0.0)
+    run.begin()
+    batches = run.batches()
+    weight = run.network.bort.word_embed[0].weight
+    for _ in range(2):
+        run.train_step(batches)
+        rows = set(np.flatnonzero(np.abs(weight.grad().asnumpy()).sum(axis=1)))
+        number = run.position - 1
+        assert rows <= set(run.source(number).input_ids.reshape(-1))
+
+
+def test_replicas_in_one_process_train_like_accumulation(reviews, tmp_path):
+    common = {"batch_size": 5, "num_buckets": 1, "epochs": 2}  # 13 batches: an odd one is left
+    one = make_run(reviews, tmp_path / "one", accumulate=2, **common)
+    two = make_run(reviews, tmp_path / "two", cpu_contexts=2, **common)
+    one.run()
+    two.run()
+    assert_same_training(
+        tmp_path / "one" / "SST-2", arrays_of_network(one),
+        tmp_path / "two" / "SST-2", arrays_of_network(two),
+    )  # fmt: skip
+
+
+def rates(run: Any, steps: int) -> list[float]:
+    found = []
+    for step in range(steps):
+        run.step = step
+        found.append(run._rate())
+    return found
+
+
+def test_the_schedule_counts_real_updates(reviews, tmp_path):
+    flags = {"batch_size": 8, "num_buckets": 1, "lr": 0.01, "warmup_ratio": 0.25}
+    run = make_run(reviews, tmp_path, epochs=2, **flags)  # 16 updates, 4 of them warm-up
+    up = [0.01 * step / 4 for step in (1, 2, 3, 4)]
+    down = [0.01 * left / 13 for left in range(12, 0, -1)]
+    assert rates(run, 16) == pytest.approx([*up, *down])
+    ramped = make_run(reviews, tmp_path, epochs=4, ramp_up_epochs=2, **flags)
+    assert ramped.last_step == 32
+    assert rates(ramped, 32) == pytest.approx([*up, *down, *[1e-7] * 16])
+    short = make_run(reviews, tmp_path, training_steps=5, **flags)
+    assert short.last_step == 5
+    assert rates(short, 5)[-1] == pytest.approx(0.01 / 5)
+
+
+def test_training_steps_end_the_run_within_an_epoch(reviews, tmp_path):
+    found = finetuned(reviews, tmp_path, training_steps=11, num_buckets=1)
+    assert found["steps"] == 11
+    assert [one["step"] for one in found["history"]] == [8, 11]
+
+
+class Scripted:
+    """Stands in for the metrics of a task: the evaluations of a run are given beforehand."""
+
+    def __init__(self, monkeypatch: Any, values: list[dict[str, float]]) -> None:
+        from data.task import Task
+
+        self.values = iter(values)
+        monkeypatch.setattr(Task, "metrics", lambda *_: {"accuracy": next(self.values)})
+
+
+def test_patience_ends_the_run(reviews, tmp_path, monkeypatch):
+    Scripted(monkeypatch, [0.5, 0.6, 0.6, 0.55, 0.9])
+    run = make_run(reviews, tmp_path, epochs=9, early_stop=2, num_buckets=1)
+    run.run()
+    assert run.epoch == 4
+    assert run.best_step == 2 * 8
+
+
+def test_the_best_epoch_is_that_of_the_best_average_over_the_dev_sets(tmp_path, monkeypatch):
+    # Matched and mismatched in turn: the averages are 0.5, 0.65, 0.6.
+    Scripted(monkeypatch, [0.5, 0.5, 0.9, 0.4, 0.5, 0.7])
+    run = make_run(TEST_DATA / "glue", tmp_path, task_name="MNLI", epochs=3, num_buckets=1)
+    run.run()
+    assert run.best_step == 2 * run.updates_per_epoch
+    assert run.history[1]["dev_matched/accuracy"] == 0.9
+    assert run.history[1]["score"] == pytest.approx(0.65)
+
+
+# ---- resume ------------------------------------------------------------------------------------
+
+RESUMED = {"epochs": 3, "dropout": 0.1, "accumulate": 2, "batch_size": 4, "log_interval": 5}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(reviews, tmp_path_factory) -> tuple[str, Any, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = make_run(reviews, folder, **RESUMED)
+    run.run()
+    return digest_of(run), run.history, metrics(folder / "SST-2")
+
+
+def digest_of(run: Any) -> str:
+    run.student = run.network
+    return digest(run)
+
+
+class KilledError(Exception):
+    pass
+
+
+# At the end of an epoch, between two checkpoints, within a group.
+@pytest.mark.parametrize("batches", [5, 12, 17, 30])
+@pytest.mark.parametrize("interval", [None, 2])
+def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
+    reviews, tmp_path, undisturbed, batches, interval
+):
+    from bort.finetuning import run as finetuning
+
+    flags = {**RESUMED, "ckpt_interval": interval}
+    forward_backward, used = finetuning.FineTuning._forward_backward, []
+
+    def dying(self, *given):
+        if len(used) == batches:
+            raise KilledError
+        used.append(given[0])
+        return forward_backward(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning.FineTuning, "_forward_backward", dying)
+        with pytest.raises(KilledError):
+            make_run(reviews, tmp_path, **flags).run()
+    run = make_run(reviews, tmp_path, resume=True, **flags)
+    run.run()
+    assert (digest_of(run), run.history, metrics(tmp_path / "SST-2")) == undisturbed
+
+
+def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, undisturbed, monkeypatch):
+    from bort.finetuning import run as finetuning
+
+    rate = finetuning.FineTuning._rate
+
+    def warned(self):
+        if self.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning.FineTuning, "_rate", warned)
+        assert finetuned(reviews, tmp_path, **RESUMED) == {}
+    assert (tmp_path / "SST-2" / "checkpoint_last").resolve().name == "step-0000011"
+    assert not (tmp_path / "SST-2" / "metrics.json").exists()
+    found = finetuned(reviews, tmp_path, resume=True, **RESUMED)
+    assert (found["history"], metrics(tmp_path / "SST-2")) == undisturbed[1:]
+    assert not list((tmp_path / "SST-2").glob("*step-*"))
+    assert finetuned(reviews, tmp_path, resume=True, **RESUMED) == found  # nothing to do
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"seed": 8}, "--seed 8: the checkpoint was made with 7"),
+        ({"batch_size": 8}, "batches_per_epoch"),
+        ({"train_rows": 60}, "examples 64, now 60"),
+        ({"max_len": 32}, "--max_len 32: the checkpoint was made with 64"),
+    ],
+)
+def test_another_run_is_not_resumed(reviews, tmp_path, flags, says):
+    make_run(reviews, tmp_path, **RESUMED).run()
+    with pytest.raises(UserError, match=says):
+        make_run(reviews, tmp_path, resume=True, **{**RESUMED, **flags}).run()
+
+
+# ---- what is left ------------------------------------------------------------------------------
+
+
+def test_inference_gives_the_answers_of_the_run(reviews, tmp_path, monkeypatch, capsys):
+    from bort.finetuning import run as finetuning
+
+    found = finetuned(reviews, tmp_path / "trained")
+    calls = []
+    monkeypatch.setattr(finetuning.FineTuning, "__init__", lambda *_: calls.append("trained"))
+    again = finetuned(
+        reviews,
+        tmp_path / "answered",
+        only_inference=True,
+        model_parameters=tmp_path / "trained" / "SST-2",
+        model_name=None,
+        max_len=8,  # the card knows better
+    )
+    assert not calls
+    printed = capsys.readouterr().out.splitlines()[-4:]
+    assert f"20 rows  accuracy {again['dev']['metrics']['accuracy']:.4f}" in printed[0]
+    assert printed[1].endswith(str(tmp_path / "answered" / "SST-2" / "dev_predictions.jsonl"))
+    assert again["dev"]["metrics"] == found["answers"]["dev"]["metrics"]
+    for name in ("dev_predictions.jsonl", "SST-2.tsv"):
+        trained, answered = (tmp_path / place / "SST-2" / name for place in ("trained", "answered"))
+        assert trained.read_text() == answered.read_text()
+    lines = (tmp_path / "trained" / "SST-2" / "dev_predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["prediction"] for row in rows] == [int(np.argmax(row["scores"])) for row in rows]
+    right = [row["prediction"] == row["label"] for row in rows]
+    assert np.mean(right) == found["best"]["accuracy"]
+    assert [row["uid"] for row in rows] == list(range(20))
+
+
+def folder_of(name: str) -> Path:
+    return (
+        TEST_DATA / {"glue": "glue", "superglue": "superglue", "race": "race"}[get_task(name).suite]
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in task_names() if get_task(n).train])
+def test_every_task_trains_and_its_files_are_what_the_leaderboard_takes(name, tmp_path):
+    found = finetuned(folder_of(name), tmp_path, task_name=name, epochs=1, lr=1e-4)
+    task = get_task(name)
+    assert set(found["rows"]) == {task.train, *task.dev}
+    for split in task.test:
+        path = Path(found["answers"][split]["file"])
+        if task.submission_file(split):
+            examples = task.read(folder_of(name), split).examples
+            assert check_submission(path, task, split, examples) > 0
+        else:
+            assert found["answers"][split]["metrics"].keys() >= {"accuracy"}
+    first = training_lines(tmp_path / task.name)
+    if task.kind in ("classification", "candidates"):
+        assert first[0]["loss"] == pytest.approx(math.log(len(task.labels)), abs=0.1)
+    for other in map(get_task, task_names()):
+        if other.model_task == task.name:
+            written = tmp_path / other.name / str(other.submission_file(other.test[0]))
+            examples = other.read(folder_of(other.name), other.test[0]).examples
+            assert check_submission(written, other, other.test[0], examples) > 0
+
+
+def test_races_joined_cast_is_one_input_of_four_classes(tmp_path):
+    found = finetuned(
+        TEST_DATA / "race", tmp_path, task_name="RACE-H", race_cast="joined", epochs=1, lr=1e-4
+    )
+    card = json.loads((tmp_path / "RACE-H" / "best.json").read_text())
+    assert (card["num_outputs"], card["race_cast"], card["kind"]) == (4, "joined", "classification")
+    assert found["steps"] > 0
+
+
+def test_diagnostics_are_predicted_with_the_model_of_their_task(tmp_path):
+    finetuned(TEST_DATA / "superglue", tmp_path, task_name="SuperGLUERTE", epochs=1)
+    flags = {"only_inference": True, "model_name": None}
+    rte = tmp_path / "SuperGLUERTE"
+    found = finetuned(
+        TEST_DATA / "superglue", tmp_path / "x", task_name="AX-g", model_parameters=rte, **flags
+    )
+    assert found["test"]["metrics"].keys() == {"accuracy", "parity"}
+    with pytest.raises(UserError, match="a model of SuperGLUERTE; give one of"):
+        finetuned(
+            TEST_DATA / "glue", tmp_path / "x", task_name="QNLI", model_parameters=rte, **flags
+        )
+    with pytest.raises(UserError, match="whose answers are not those of BoolQ"):
+        finetuned(
+            TEST_DATA / "superglue", tmp_path, task_name="BoolQ", model_parameters=rte, **flags
+        )
+
+
+# ---- mistakes of the user ----------------------------------------------------------------------
+
+
+def complaint(capsys: Any, line: list[str]) -> str:
+    with pytest.raises(SystemExit) as left:
+        finetune_classifier.main(line)
+    assert left.value.code in (1, 2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"task_name": "SST-3"}, "--task_name SST-3: unknown"),
+        ({"task_name": "AX"}, "has no training set; fine-tune MNLI"),
+        ({"data_dir": "absent"}, "no train set"),
+        ({"only_inference": True}, "--only_inference needs --model_parameters"),
+        ({"model_parameters": "a", "pretrained_parameters": "b"}, "a body of its own"),
+        ({"pretrained_parameters": "absent"}, "absent: not found"),
+        ({"model_name": "bort_1_3_32_32"}, "bort_1_3_32_32"),
+        ({"max_len": 513}, "--max_len 513: must be at most 512"),
+        ({"epochs": 0}, "--epochs 0"),
+        ({"init": "zeros"}, "--init"),
+        ({"gpus": "one"}, "--gpus one"),
+        ({"dropout": "nan"}, "--dropout nan"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(reviews, tmp_path, capsys, flags, says):
+    flags = dict(flags)
+    data_dir = flags.pop("data_dir", reviews)
+    assert says in complaint(capsys, arguments(data_dir, tmp_path / "out", **flags))
+    assert not (tmp_path / "out" / "SST-2").exists()
+
+
+def test_broken_data_are_named(tmp_path, capsys):
+    folder = write_reviews(tmp_path / "data") / "SST-2"
+    line = arguments(tmp_path / "data", tmp_path / "out")
+    good = (folder / "dev.tsv").read_text()
+    (folder / "dev.tsv").write_text(good + "odd label\t2\n")
+    assert "dev.tsv:22" in complaint(capsys, line)
+    (folder / "dev.tsv").write_text("sentence\tlabel\n")
+    assert "dev.tsv: holds no rows" in complaint(capsys, line)
+    (folder / "dev.tsv").write_text(good + "odd label\t2\n")
+    with open(folder / "test.tsv", "ab") as handle:
+        handle.write(b"11\tan \xff odd byte\n")
+    capsys.readouterr()
+    found = finetune_classifier.main([*line, "--skip_bad_rows", "--epochs", "1"])
+    assert found["rows"]["dev"] == 20
+    assert "dev.tsv:22" in found["skipped"][0]
+    assert "test.tsv:12: is not UTF-8" in found["answers"]["test"]["skipped"][0]
+    assert "  1 broken rows skipped: " in capsys.readouterr().out
+
+
+def test_another_runs_folder_is_not_overwritten(reviews, tmp_path, capsys):
+    finetuned(reviews, tmp_path, epochs=1)
+    before = (tmp_path / "SST-2" / "best.params").read_bytes()
+    assert "holds another run" in complaint(capsys, arguments(reviews, tmp_path))
+    assert (tmp_path / "SST-2" / "best.params").read_bytes() == before
+
+
+def test_weights_of_another_shape_and_too_little_memory_are_explained(
+    reviews, tmp_path, capsys, monkeypatch
+):
+    import mxnet as mx
+
+    from bort.bort import get_bort_model
+    from bort.finetuning import run as finetuning
+    from bort.parameters import save_parameters
+
+    model, _ = get_bort_model("bort_1_2_32_64", vocab=range(1000))
+    save_parameters(model, str(tmp_path / "other.params"))
+    flags = {"pretrained_parameters": tmp_path / "other.params"}
+    line = arguments(reviews, tmp_path / "out", **flags)
+    assert "is it of another shape or vocabulary?" in complaint(capsys, line)
+
+    def exhausted(*_: Any) -> None:
+        raise mx.MXNetError("Check failed: e == cudaSuccess: Memory allocation failed: out of")
+
+    monkeypatch.setattr(finetuning, "class_scores", exhausted)
+    line = arguments(reviews, tmp_path / "out")
+    assert "lower --batch_size and raise --accumulate" in complaint(capsys, line)
+
+
+def test_a_gradient_that_is_not_finite_is_reported(reviews, tmp_path, capsys):
+    line = arguments(reviews, tmp_path, lr=1e30, max_norm=1e30)
+    said = complaint(capsys, line)
+    assert "is not finite; they are saved in" in said

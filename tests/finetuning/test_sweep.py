@@ -1,0 +1,262 @@
+"""Sweeps, with a stand-in for finetune_classifier.py; and one with the program itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bort.errors import UserError
+from bort.files import read_json
+from bort.finetuning import sweep as module
+from bort.finetuning.config import (
+    ClassifierSettings,
+    FinetuningOptimizerSettings,
+    FinetuningRunSettings,
+)
+from bort.finetuning.search_space import read_space
+from scripts import sweep
+from tests.finetuning.helpers import arguments, write_reviews
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "scripts/agora_spaces/published.yaml"
+DEFAULTS = (ClassifierSettings(), FinetuningOptimizerSettings(), FinetuningRunSettings())
+
+# Writes what a run leaves; its score is 10 lr + seed / 100. Fails or waits where a file says so.
+PROGRAM = """
+import json, os, signal, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+flags.update({"--resume": "--resume" in sys.argv})
+words = [one for one in sys.argv[1:] if one != "--resume"]
+flags.update(zip(words[::2], words[1::2]))
+here = os.path.dirname(os.path.abspath(__file__))
+lr, seed = float(flags["--lr"]), int(flags.get("--seed", 0))
+def note(word):
+    with open(os.path.join(here, "calls"), "a") as calls:
+        call = {"what": word, "lr": lr, "seed": seed, "resume": flags["--resume"],
+                "gpus": flags.get("--gpus"), "threads": os.environ["OMP_NUM_THREADS"]}
+        calls.write(json.dumps(call) + "\\n")
+def stop(*_):
+    note("stopped")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+note("start")
+print("a run says something")
+sys.stdout.flush()
+if os.path.exists(os.path.join(here, f"fail-{lr:g}")):
+    sys.exit("error: --lr is not to the program's taste")
+time.sleep(float(os.environ.get("WAIT", 0)))
+folder = os.path.join(flags["--output_dir"], "SST-2")
+os.makedirs(os.path.join(folder, "tokenizer"))
+for name in ("best.params", "best.json", "SST-2.tsv"):
+    open(os.path.join(folder, name), "w").close()
+with open(os.path.join(folder, "metrics.json"), "w") as handle:
+    json.dump({"best": {"score": 10 * lr + seed / 100}, "seconds": 2.0}, handle)
+note("end")
+"""
+
+
+class Sweep:
+    """A grid and a stand-in for the program in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.program = folder / "program.py"
+        self.program.write_text(PROGRAM)
+        self.results = folder / "out" / "SST-2-sweep"
+
+    def flags(self, *others: str, **grid: list) -> list[str]:
+        path = self.folder / "grid.yaml"
+        path.write_text("".join(f"{name}: {values}\n" for name, values in grid.items()))
+        fixed = ["--task", "SST", "--grid", str(path), "--output_dir", str(self.folder / "out")]
+        return [*fixed, *others]
+
+    def calls(self, what: str) -> list[dict]:
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [call for call in map(json.loads, lines) if call["what"] == what]
+
+    def weights(self) -> list[str]:
+        return sorted(path.parts[-3] for path in self.results.rglob("best.params"))
+
+
+@pytest.fixture
+def tried(tmp_path, monkeypatch) -> Sweep:
+    made = Sweep(tmp_path)
+    monkeypatch.setattr(module, "PROGRAM", made.program)
+    monkeypatch.setattr(module, "POLL", 0.01)
+    return made
+
+
+def test_table_has_means_and_spreads_over_seeds(tried, capsys):
+    rows = sweep.main(tried.flags(seed=[0, 1, 4], lr=["1e-2", 0.03]))
+    assert [row.values for row in rows] == [{"lr": 0.03}, {"lr": 0.01}]
+    expected = np.array([0.30, 0.31, 0.34])
+    assert rows[0].scores == pytest.approx(expected)
+    assert rows[0].mean == pytest.approx(expected.mean())
+    assert rows[0].spread == pytest.approx(expected.std(ddof=1))
+    table = (
+        "lr\truns\tmean\tspread\tbest\tseconds\n"
+        "0.03\t3\t0.3167\t0.0208\t0.3400\t6\n"
+        "0.01\t3\t0.1167\t0.0208\t0.1400\t6\n"
+    )
+    assert (tried.results / "sweep.tsv").read_text() == table
+    markdown = (tried.results / "sweep.md").read_text()
+    assert "| 0.03 | 3 | 0.3167 | 0.0208 | 0.3400 | 6 |\n" in markdown
+    assert capsys.readouterr().out.endswith(markdown)
+
+
+def test_only_the_best_run_keeps_its_weights(tried):
+    sweep.main(tried.flags(seed=[0, 1], lr=[0.02, 0.01]))
+    assert tried.weights() == ["seed=1,lr=0.02"]
+    kept = tried.results / "seed=0,lr=0.01" / "SST-2"
+    assert {path.name for path in kept.iterdir()} == {"metrics.json", "SST-2.tsv"}
+
+
+def test_ended_runs_are_skipped(tried, capsys):
+    sweep.main(tried.flags(seed=[0], lr=[0.01]))
+    (tried.results / "seed=0,lr=0.03").mkdir()  # what a killed sweep left
+    capsys.readouterr()
+    rows = sweep.main(tried.flags(seed=[0, 1], lr=[0.01, 0.03]))
+    assert [len(row.scores) for row in rows] == [2, 2]
+    assert "4 runs, 1 of them ended before" in capsys.readouterr().out
+    started = tried.calls("start")
+    assert len(started) == 4
+    assert all(call["resume"] for call in started)
+
+
+def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tried, capsys):
+    (tried.folder / "fail-0.01").touch()
+    flags = tried.flags(seed=[0, 1], lr=[0.01, 0.02])
+    with pytest.raises(SystemExit):
+        sweep.main(flags)
+    printed = capsys.readouterr()
+    assert "seed=0,lr=0.01: failed (error: --lr is not to the program's taste)" in printed.out
+    assert "| 0.02 | 2 | 0.2050 |" in printed.out
+    assert "| 0.01 | 0 | - | - | - | 0 |" in printed.out
+    assert "2 of 4 runs failed" in printed.err
+    (tried.folder / "fail-0.01").unlink()
+    assert [len(row.scores) for row in sweep.main(flags)] == [2, 2]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_jobs_share_cores_and_gpus(tried, jobs, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(module, "usable_cores", lambda: 6)
+    monkeypatch.setenv("WAIT", "0.2")
+    flags = ("--jobs", str(jobs), "--gpus", "4,5,6")
+    sweep.main(tried.flags(*flags, seed=[0, 1, 2], lr=[0.01]))
+    lines = [json.loads(line)["what"] for line in (tried.folder / "calls").read_text().splitlines()]
+    together = np.cumsum([1 if what == "start" else -1 for what in lines])
+    assert together.max() == jobs
+    started = tried.calls("start")
+    assert {call["threads"] for call in started} == {str(6 // jobs)}
+    assert {call["gpus"] for call in started} == ({"4,5,6"} if jobs == 1 else {"4,6", "5"})
+
+
+def test_more_jobs_than_gpus_and_threads_of_the_user(tried, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("WAIT", "0.1")
+    sweep.main(tried.flags("--jobs", "3", "--gpus", "1,2", seed=[0, 1, 2], lr=[0.01]))
+    assert sorted(call["gpus"] for call in tried.calls("start")) == ["1", "1", "2"]
+    assert {call["threads"] for call in tried.calls("start")} == {"5"}
+
+
+def test_an_interrupted_sweep_lets_its_runs_save(tried):
+    grid = tried.flags("--jobs", "2", seed=[0, 1, 2], lr=[0.01])
+    code = (
+        "import sys; from pathlib import Path; from bort.finetuning import sweep as module\n"
+        f"module.PROGRAM = Path({str(tried.program)!r})\n"
+        "from scripts import sweep; sweep.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *grid]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "WAIT": "60"})
+    try:
+        for _ in range(200):
+            time.sleep(0.05)
+            if (tried.folder / "calls").exists() and len(tried.calls("start")) == 2:
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert len(tried.calls("stopped")) == 2
+
+
+def test_another_sweep_is_refused(tried, capsys):
+    sweep.main(tried.flags("--epochs", "3", seed=[0], lr=[0.01]))
+    with pytest.raises(SystemExit):
+        sweep.main(tried.flags("--epochs", "4", seed=[0, 1], lr=[0.01]))
+    assert "holds a sweep with another --epochs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sweep.main(tried.flags("--epochs", "3", "--only_inference", "--model_parameters", "x",
+                               seed=[0], lr=[0.01]))  # fmt: skip
+    assert "a sweep trains" in capsys.readouterr().err
+    assert len(tried.calls("start")) == 1
+
+
+def test_published_space():
+    sets = read_space(str(PUBLISHED), *DEFAULTS)
+    assert len(sets) == 480  # README of the original
+    assert {one["lr"] for one in sets} == {1e-4, 1e-5, 9e-6}
+    assert {one["weight_decay"] for one in sets} == {0, 10, 100, 350}
+    assert {one["warmup_ratio"] for one in sets} == {0.35, 0.4, 0.45, 0.5}
+    assert {one["batch_size"] for one in sets} == {8, 16}
+    assert {one["seed"] for one in sets} == set(range(5))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lr: [1e-4, 1e-3]\nlearning: [1]", "learning: unknown; there are dropout"),
+        ("task_name: [CB]", "task_name: unknown"),
+        ("lr: 1e-4", "must be lines of a name and a list"),
+        ("lr: []", "must be lines of a name and a list"),
+        ("- lr", "must be lines of a name and a list"),
+        ("lr: [high]", "lr: 'high' is no float"),
+        ("batch_size: [8.5]", "batch_size: 8.5 is no int"),
+        ("seed: [true]", "seed: True is no int"),
+        ("lr: [.nan]", "lr: nan is no float"),
+        ("warmup_ratio: [0.5, 1.5]", "--warmup_ratio 1.5: must be at most 1.0"),
+        ("lr: [1", "is not YAML"),
+        ("lr: ['\xe4']", "lr: 'ä' is no float"),
+    ],
+)
+def test_grids_that_are_none(tmp_path, content, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_space(str(path), *DEFAULTS)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_value_counts_once_and_the_last_name_changes_fastest(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("seed: [1, 0]\nlr: [1e-3, 0.001, 2e-3]\n")
+    found = [(one["seed"], one["lr"]) for one in read_space(str(path), *DEFAULTS)]
+    assert found == [(1, 1e-3), (1, 2e-3), (0, 1e-3), (0, 2e-3)]
+    with pytest.raises(UserError, match="cannot be read"):
+        read_space(str(tmp_path / "nowhere.yaml"), *DEFAULTS)
+
+
+def test_the_program_itself(tmp_path):
+    data = write_reviews(tmp_path / "data", train=16, dev=8, test=4)
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("epochs: [1, 2]\n")
+    flags = arguments(data, tmp_path / "out", epochs=None)
+    rows = sweep.main([*flags, "--grid", str(grid), "--jobs", "2"])
+    folder = tmp_path / "out" / "SST-2-sweep"
+    for row in rows:
+        results = folder / f"epochs={row.values['epochs']}" / "SST-2"
+        metrics = read_json(str(results / "metrics.json"))
+        assert len(metrics["history"]) == row.values["epochs"]
+        assert row.scores == [metrics["best"]["score"]]
+        assert (results / "best.params").exists() == (row is rows[0])

@@ -1,0 +1,739 @@
+"""Hugging Face's layouts: the arithmetic of both sides, names both ways, and the two programs.
+
+Without torch and transformers their side is computed here, in NumPy and float64, from the names
+and the configuration alone; the tests at the end ask transformers itself, where it is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mxnet import nd
+
+from bort.bort import decode, encode, masked_hidden
+from bort.errors import UserError
+from bort.huggingface import check as huggingface_check
+from bort.huggingface import folder as huggingface_folder
+from bort.huggingface import weights as huggingface
+from bort.huggingface.tokenizer import describe, tokenizer_of
+from bort.huggingface.weights import Architecture, architecture_of, from_huggingface, to_huggingface
+from bort.pretraining.teacher import load_teacher
+from bort.saved_model import Card, build_network, load_model, save_model
+from bort.shapes import Shape
+from bort.tokenization import ByteLevelBPE, TokenizerSettings, load_tokenizer
+from data.encoding import encode_inputs
+from scripts.convert_from_huggingface import main as bring_back
+from scripts.convert_to_huggingface import main as convert
+from scripts.train_sentencepiece import SentencePieceSettings, train
+from tests.reference import redraw
+from tests.test_readme import SAMPLE_TEXT
+
+safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
+
+MODEL, SHAPE = "bort_2_4_24_32", Shape(layers=2, heads=4, intermediate=24, hidden=32)
+FAMILIES = ("roberta", "bert")
+KINDS: dict[str, dict[str, Any]] = {
+    "masked_lm": {},
+    "classification": {"task": "MNLI", "labels": ("a", "b", "c"), "num_outputs": 3},
+    "regression": {"task": "STS-B", "num_outputs": 1},
+    "multiple_choice": {"task": "COPA", "labels": ("0", "1"), "num_outputs": 1},
+    "candidates": {"task": "ReCoRD", "labels": ("0", "1"), "num_outputs": 2},
+}
+EVERY = pytest.mark.parametrize(
+    ("kind", "family"), [(kind, family) for kind in KINDS for family in FAMILIES]
+)
+LINES = [line for line in SAMPLE_TEXT.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture(scope="module")
+def sample() -> Any:
+    return load_tokenizer(TokenizerSettings())
+
+
+@pytest.fixture(scope="module")
+def bpe() -> ByteLevelBPE:
+    """Return a small byte-level BPE laid out as RoBERTa's, `<mask>` last."""
+    from bort.tokenization import _BYTE_TO_CHARACTER
+
+    merges = ["h e", "Ġ t", "i n", "Ġt he", "e r", "Ġ a", "o n", "Ġ s", "r e", "a t", "Ġs he"]
+    tokens = [*_BYTE_TO_CHARACTER.values(), *(one.replace(" ", "") for one in merges)]
+    np.random.default_rng(0).shuffle(tokens)
+    return ByteLevelBPE(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], merges)
+
+
+def card_of(kind: str, tokenizer: Any, **others: Any) -> Card:
+    values = {"model": MODEL, "kind": kind, "max_len": 40, **KINDS[kind], **others}
+    return Card(
+        vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint, **values
+    )
+
+
+def saved(folder: Path, kind: str, tokenizer: Any, **others: Any) -> Any:
+    """Save a network of drawn values as `best` in a folder; returns it."""
+    card = card_of(kind, tokenizer, **others)
+    network = build_network(card)
+    redraw(network, seed=3)
+    save_model(str(folder / "best.params"), network, card, tokenizer)
+    return network
+
+
+def arrays_of(network: Any) -> dict[str, np.ndarray]:
+    named = network._collect_params_with_prefix()
+    return {name: parameter.data().asnumpy() for name, parameter in named.items()}
+
+
+def assert_same_bits(first: Any, second: Any) -> None:
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        assert values.dtype == second[name].dtype
+        assert values.tobytes() == second[name].tobytes(), name
+
+
+# ---- transformers' arithmetic, once more ---------------------------------------------------------
+
+
+def linear(values: np.ndarray, tensors: dict, name: str) -> np.ndarray:
+    return values @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+
+def normal(values: np.ndarray, tensors: dict, name: str, eps: float) -> np.ndarray:
+    centred = values - values.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+    return scaled * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+
+def gelu(values: np.ndarray) -> np.ndarray:
+    from scipy.special import erf
+
+    return values * (1 + erf(values / np.sqrt(2))) / 2
+
+
+def body(tensors: dict, config: dict, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the last hidden states [batch, length, hidden] of BertModel or RobertaModel."""
+    family, eps = config["model_type"], config["layer_norm_eps"]
+    places = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    if family == "roberta":  # create_position_ids_from_input_ids
+        real = ids != config["pad_token_id"]
+        places = np.cumsum(real, axis=1) * real + config["pad_token_id"]
+    table = f"{family}.embeddings"
+    hidden = tensors[f"{table}.word_embeddings.weight"][ids]
+    hidden = hidden + tensors[f"{table}.position_embeddings.weight"][places]
+    hidden = hidden + tensors[f"{table}.token_type_embeddings.weight"][0]
+    hidden = normal(hidden, tensors, f"{table}.LayerNorm", eps)
+    for layer in range(config["num_hidden_layers"]):
+        name = f"{family}.encoder.layer.{layer}"
+        context = attention(hidden, tensors, f"{name}.attention.self", config, mask)
+        context = linear(context, tensors, f"{name}.attention.output.dense")
+        hidden = normal(hidden + context, tensors, f"{name}.attention.output.LayerNorm", eps)
+        inner = gelu(linear(hidden, tensors, f"{name}.intermediate.dense"))
+        outer = linear(inner, tensors, f"{name}.output.dense")
+        hidden = normal(hidden + outer, tensors, f"{name}.output.LayerNorm", eps)
+    return hidden
+
+
+def attention(
+    hidden: np.ndarray, tensors: dict, name: str, config: dict, mask: np.ndarray
+) -> np.ndarray:
+    heads = config["num_attention_heads"]
+    query, key, value = (
+        linear(hidden, tensors, f"{name}.{one}")
+        .reshape(*hidden.shape[:2], heads, -1)
+        .transpose(0, 2, 1, 3)
+        for one in ("query", "key", "value")
+    )
+    scores = query @ key.transpose(0, 1, 3, 2) / np.sqrt(query.shape[-1])
+    weights = np.exp(scores + np.where(mask, 0, -np.inf)[:, None, None])
+    weights /= weights.sum(-1, keepdims=True)
+    return (weights @ value).transpose(0, 2, 1, 3).reshape(hidden.shape)
+
+
+def their_logits(tensors: dict, config: dict, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return logits as the class that config.json names does: of every token, or of every input."""
+    (name,) = config["architectures"]
+    hidden, family = body(tensors, config, ids, mask), config["model_type"]
+    embedding = tensors[f"{family}.embeddings.word_embeddings.weight"].T
+    if name.endswith("MaskedLM"):
+        head = {"bert": "cls.predictions.transform.", "roberta": "lm_head."}[family]
+        norm = {"bert": "LayerNorm", "roberta": "layer_norm"}[family]
+        bias = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}[family]
+        inner = gelu(linear(hidden, tensors, f"{head}dense"))
+        inner = normal(inner, tensors, f"{head}{norm}", config["layer_norm_eps"])
+        return inner @ embedding + tensors[bias]
+    if name == "RobertaForSequenceClassification":
+        inner, outer = "classifier.dense", "classifier.out_proj"
+    else:
+        inner, outer = f"{family}.pooler.dense", "classifier"
+    return linear(np.tanh(linear(hidden[:, 0], tensors, inner)), tensors, outer)
+
+
+@EVERY
+def test_the_folder_computes_what_the_network_does(tmp_path, sample, kind, family):
+    network = saved(tmp_path / "model", kind, sample)
+    folder = tmp_path / "there"
+    folder.mkdir()
+    huggingface_folder.write(str(folder), load_model(str(tmp_path / "model")), family)
+    stored = safetensors_numpy.load_file(str(folder / "model.safetensors"))
+    tensors = {name: values.astype(np.float64) for name, values in stored.items()}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lengths = np.array([512, 9, 2])
+    mask = np.arange(512) < lengths[:, None]
+    ids = np.random.default_rng(1).integers(2, sample.vocab_size, mask.shape)
+    ids[~mask] = sample.pad_id
+    found = their_logits(tensors, config, ids, mask)
+    inputs = nd.array(ids), nd.array(lengths)
+    if kind != "masked_lm":
+        np.testing.assert_allclose(found, network(*inputs).asnumpy(), atol=1e-5)
+        return
+    flat = np.flatnonzero(mask)
+    hidden = masked_hidden(network, encode(network, *inputs), nd.array(flat))
+    expected = decode(network, hidden).asnumpy()
+    np.testing.assert_allclose(found.reshape(-1, sample.vocab_size)[flat], expected, atol=2e-5)
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def there(sample) -> dict[str, np.ndarray]:
+    """Return the arrays of a RobertaForMaskedLM."""
+    network = build_network(card_of("masked_lm", sample))
+    redraw(network, seed=4)
+    return to_huggingface(arrays_of(network), Architecture("roberta", "MaskedLM"), pad_id=1)
+
+
+def back(arrays: Any, name: str = "RobertaForMaskedLM") -> dict[str, np.ndarray]:
+    return from_huggingface(arrays, architecture_of(name), layers=2, pad_id=1)
+
+
+def test_roberta_has_two_positions_that_no_token_takes(there):
+    table = there["roberta.embeddings.position_embeddings.weight"]
+    assert table.shape == (514, 32)
+    assert not table[:2].any()
+    assert table[2:].all()
+
+
+def test_the_decoders_bias_stands_under_both_its_names(there):
+    """transformers 4.47 reads the second, and without it an untrained bias."""
+    np.testing.assert_array_equal(there["lm_head.decoder.bias"], there["lm_head.bias"])
+    assert there["lm_head.bias"].all()
+
+
+def test_a_token_type_is_added_to_every_position(there):
+    plain = back(there)["encoder.position_weight"]
+    row = np.arange(32, dtype=np.float32)
+    name = "roberta.embeddings.token_type_embeddings.weight"
+    found = back({**there, name: row[None]})["encoder.position_weight"]
+    np.testing.assert_array_equal(found, plain + row)
+
+
+def test_negative_zeros_survive(there):
+    table = there["roberta.embeddings.position_embeddings.weight"]
+    table[5] = -0.0
+    assert np.signbit(back(there)["encoder.position_weight"][3]).all()
+
+
+def test_half_precision_is_widened(there):
+    found = back({name: values.astype(np.float16) for name, values in there.items()})
+    assert {values.dtype.name for values in found.values()} == {"float32"}
+
+
+def test_copies_and_what_has_no_effect_are_passed_over(there):
+    more = {
+        "lm_head.decoder.weight": there["roberta.embeddings.word_embeddings.weight"],
+        "roberta.embeddings.position_ids": np.arange(514)[None],
+        "roberta.pooler.dense.weight": np.ones((32, 32), np.float32),
+    }
+    assert_same_bits(back({**there, **more}), back(there))
+
+
+@pytest.mark.parametrize("name", ["lm_head.decoder.weight", "lm_head.decoder.bias"])
+def test_a_decoder_that_is_not_tied_is_refused(there, name):
+    original = {
+        "lm_head.decoder.weight": there["roberta.embeddings.word_embeddings.weight"],
+        "lm_head.decoder.bias": there["lm_head.bias"],
+    }[name]
+    with pytest.raises(UserError, match=f"{name} differs from "):
+        back({**there, name: original + 1})
+
+
+def test_missing_and_surplus_tensors_are_named(there):
+    with pytest.raises(UserError, match=r"there is no place for its tensor adapter\.weight"):
+        back({**there, "adapter.weight": np.ones(1)})
+    del there["lm_head.dense.bias"]
+    with pytest.raises(
+        UserError, match=r"1 tensors are missing, the first is lm_head\.dense\.bias"
+    ):
+        back(there)
+
+
+def test_a_pooler_counts_where_it_is_used(sample):
+    network = build_network(card_of("classification", sample))
+    architecture = Architecture("bert", "SequenceClassification")
+    arrays = to_huggingface(arrays_of(network), architecture, pad_id=1)
+    del arrays["bert.pooler.dense.weight"]
+    with pytest.raises(UserError, match=r"missing, the first is bert\.pooler\.dense\.weight"):
+        back(arrays, architecture.name)
+
+
+def test_a_network_with_another_parameter_has_no_place(sample):
+    network = build_network(card_of("classification", sample, extra_layer=True))
+    with pytest.raises(UserError, match=r"no place for the network: extra\.bias differs"):
+        to_huggingface(arrays_of(network), Architecture("bert", "SequenceClassification"), 1)
+
+
+def config_of(**others: Any) -> dict[str, Any]:
+    ids = {"bos": 0, "pad": 1, "eos": 2}
+    architecture = Architecture("roberta", "MaskedLM")
+    return {**huggingface.configuration(SHAPE, architecture, ids, 60), **others}
+
+
+def test_a_configuration_tells_its_shape():
+    assert huggingface.shape_in(config_of()) == (("roberta", "MaskedLM"), SHAPE)
+    terse = config_of()
+    del terse["tie_word_embeddings"]  # transformers leaves out what is its default
+    assert huggingface.shape_in(terse) == (("roberta", "MaskedLM"), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("architectures", ["XLMRobertaForMaskedLM"], "architecture 'XLMRobertaForMaskedLM'"),
+        ("architectures", ["RobertaModel"], "expected one of RobertaForMaskedLM, "),
+        ("architectures", None, "architecture 'none'"),
+        ("model_type", "bert", "model_type is 'bert': Bort and RoBERTa have 'roberta'"),
+        ("hidden_act", "gelu_new", "hidden_act is 'gelu_new'"),
+        ("layer_norm_eps", 1e-12, "layer_norm_eps is 1e-12"),
+        ("layer_norm_eps", None, "layer_norm_eps is None"),
+        ("type_vocab_size", 2, "type_vocab_size is 2"),
+        ("max_position_embeddings", 512, "max_position_embeddings is 512"),
+        ("position_embedding_type", "relative_key", "position_embedding_type is 'relative_key'"),
+        ("tie_word_embeddings", False, "tie_word_embeddings is False"),
+        ("is_decoder", True, "is_decoder is True"),
+        ("pad_token_id", None, "pad_token_id is None"),
+        ("hidden_size", "32", "hidden_size is '32'"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+    ],
+)
+def test_another_computation_is_refused_by_name(entry, value, message):
+    with pytest.raises(UserError) as caught:
+        huggingface.shape_in(config_of(**{entry: value}))
+    assert message in str(caught.value)
+
+
+def test_the_shapes_of_roberta_are_those_of_gluonnlp():
+    from gluonnlp.model import bert
+
+    for shape, name in huggingface.TEACHERS.items():
+        given = getattr(bert, f"{name}_hparams")
+        entries = ("num_layers", "num_heads", "hidden_size", "units")
+        assert shape == tuple(given[entry] for entry in entries)
+        assert given["layer_norm_eps"] == huggingface.LAYER_NORM_EPS
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+
+def saved_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
+    tokenizer.save(str(folder))
+    described = describe(str(folder), max_len=40, reads_special=False)
+    for name, content in described.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return described
+
+
+@pytest.mark.parametrize("merges", ["as one word", "as pairs"])
+def test_a_byte_level_tokenizer_comes_back_from_its_json_alone(tmp_path, bpe, merges):
+    content = saved_tokenizer(bpe, tmp_path)["tokenizer.json"]
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "merges.txt").unlink()
+    if merges == "as pairs":  # how newer versions write them
+        content["model"]["merges"] = [one.split(" ") for one in content["model"]["merges"]]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert tokenizer_of(str(tmp_path)).fingerprint == bpe.fingerprint
+
+
+def test_a_sentencepiece_vocabulary_comes_back_from_its_own_file(tmp_path, sample):
+    saved_tokenizer(sample, tmp_path)
+    assert tokenizer_of(str(tmp_path)).fingerprint == sample.fingerprint
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"needs its tokenizer\.model beside it"):
+        tokenizer_of(str(tmp_path))
+    for content in ([], {}, {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(UserError, match=r"^tokenizer\.json is not "):
+            tokenizer_of(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer: neither"):
+        tokenizer_of(str(tmp_path))
+
+
+def merged(word: str, model: dict[str, Any]) -> list[str]:
+    """Return the tokens of a word by the merges of a tokenizer.json, lowest rank first."""
+    ranks = {merge: rank for rank, merge in enumerate(model["merges"])}
+    tokens = list(word)
+    while True:
+        pairs = [ranks.get(f"{a} {b}", len(ranks)) for a, b in zip(tokens, tokens[1:])]
+        if not pairs or min(pairs) == len(ranks):
+            break
+        place = pairs.index(min(pairs))
+        tokens[place : place + 2] = ["".join(tokens[place : place + 2])]
+    spelt = model["vocab"]
+    by_bytes = ([one] if one in spelt else [f"<0x{b:02X}>" for b in one.encode()] for one in tokens)
+    return [token for parts in by_bytes for token in parts]
+
+
+def test_the_merges_are_those_sentencepiece_makes(tmp_path, sample):
+    model = saved_tokenizer(sample, tmp_path)["tokenizer.json"]["model"]
+    for line in [*LINES, "naïve Größe 中文 (x*y) #1"]:
+        plain = " ".join(unicodedata.normalize("NFKC", line).split())
+        words = plain.replace(" ", " ▁").split(" ")
+        tokens = [token for word in ("▁" + words[0], *words[1:]) for token in merged(word, model)]
+        assert [model["vocab"][token] for token in tokens] == sample.encode(line).tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"add_dummy_prefix": False}, "it keeps or drops spaces in another way"),
+        ({"treat_whitespace_as_suffix": True}, "it marks spaces at the end of words"),
+        ({"user_defined_symbols": ["@x"]}, "['@x'] is user-defined"),
+        ({"split_by_whitespace": False}, "spans several words"),
+        ({"model_type": "char"}, "its pieces are words or characters"),
+    ],
+)
+def test_a_vocabulary_without_a_form_there_is_refused(tmp_path, changes, reason):
+    from sentencepiece import SentencePieceTrainer
+
+    usual = {"vocab_size": 120, "model_type": "bpe", "hard_vocab_limit": False, "minloglevel": 2}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(30 * ["of the of the of the"] + LINES[:30]),
+        model_prefix=str(tmp_path / "tokenizer"),
+        **{**usual, **changes},
+    )
+    with pytest.raises(UserError) as caught:
+        describe(str(tmp_path), 40, reads_special=True)
+    assert reason in str(caught.value)
+
+
+# ---- the programs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    """Let the programs find neither torch nor transformers."""
+    monkeypatch.setattr(huggingface_check.importlib.util, "find_spec", lambda _: None)
+
+
+@EVERY
+@pytest.mark.usefixtures("alone")
+def test_there_and_back_keeps_every_bit_and_the_card(tmp_path, sample, kind, family, capsys):
+    network = saved(tmp_path / "model", kind, sample)
+    there, again = tmp_path / "there", tmp_path / "again"
+    assert convert([str(tmp_path / "model"), "--output", str(there), "--family", family]) is None
+    assert bring_back([str(there), "--output", str(again)]) is None
+    said = capsys.readouterr().out
+    assert said.count("not compared: needs torch and transformers") == 2
+    loaded = load_model(str(again / f"{MODEL}.params"))
+    assert_same_bits(arrays_of(loaded.network), arrays_of(network))
+    origin = huggingface_folder.architecture_for(loaded.card, family).name
+    assert f"there: {origin} of {MODEL}" in said
+    expected = card_of(kind, sample, details={"converted_from": origin})
+    assert loaded.card == expected
+    assert loaded.tokenizer.fingerprint == sample.fingerprint
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["again", "model", "there"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_byte_level_folder_has_the_usual_files(tmp_path, bpe):
+    details = {
+        "metrics": {"dev": {"accuracy": 0.875}, "step": 30},
+        "command": "python finetune_classifier.py --task_name MNLI",
+        "data": "half of MNLI",
+    }
+    saved(tmp_path / "model", "classification", bpe, details=details)
+    convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
+        "README.md",
+        "config.json",
+        "merges.txt",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+    card = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
+    for part in (
+        f"# {MODEL}, MNLI\n",
+        "- Task: MNLI (classification), labels a, b, c\n",
+        "- Data: half of MNLI\n",
+        "| dev accuracy | 0.875 |\n| step | 30 |\n",
+        "\n    python finetune_classifier.py --task_name MNLI\n",
+        "RobertaForSequenceClassification.from_pretrained",
+    ):
+        assert part in card
+    config = json.loads((tmp_path / "there" / "config.json").read_text(encoding="utf-8"))
+    assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    assert config["problem_type"] == "single_label_classification"
+
+
+def test_the_model_card_says_what_is_not_known():
+    card = Card(model=MODEL, vocab_size=9, tokenizer_fingerprint="f", kind="masked_lm")
+    text = huggingface_folder.model_card(card, Architecture("bert", "MaskedLM"))
+    assert "- Task: masked language modelling\n- Data: not recorded\n" in text
+    assert "## Metrics\n\nnot recorded\n\n## Command\n\n    not recorded\n\n## Use\n" in text
+    card = dataclasses.replace(card, kind="regression", task="STS-B", details={"step": 7})
+    text = huggingface_folder.model_card(card, Architecture("bert", "SequenceClassification"))
+    assert "- Data: the official data of STS-B, as the command says\n" in text
+    assert "## Details\n\n| what | value |\n| --- | --- |\n| step | 7 |\n\n## Use\n" in text
+
+
+def complaint(capsys, main: Any, *line: object) -> str:
+    """Return the one line that a program leaves on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in line])
+    assert stopped.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    return said
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_cannot_go_there_is_one_line(tmp_path, sample, capsys):
+    output = tmp_path / "there"
+    saved(tmp_path / "extra", "classification", sample, extra_layer=True)
+    said = complaint(capsys, convert, tmp_path / "extra", "--output", output)
+    assert "trained with --extra_layer: no architecture of transformers has" in said
+    saved(tmp_path / "bare", "masked_lm", sample)
+    shutil.rmtree(tmp_path / "bare" / "tokenizer")
+    said = complaint(capsys, convert, tmp_path / "bare", "--output", output)
+    assert "the model has no tokenizer/ beside it" in said
+    said = complaint(capsys, convert, tmp_path / "absent", "--output", output)
+    assert "absent: not found" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "extra"]
+    said = complaint(capsys, convert, tmp_path / "bare", "--output", tmp_path / "bare")
+    assert "is there already; name a new folder" in said
+    said = complaint(capsys, convert, tmp_path / "bare", "--output", "/dev/null/there")
+    assert "--output /dev/null/there: cannot be written (" in said
+
+
+@pytest.fixture
+def folder(tmp_path, sample, alone) -> Path:
+    """Return a converted classifier."""
+    saved(tmp_path / "model", "classification", sample)
+    convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
+    return tmp_path / "there"
+
+
+def edit(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
+
+
+def test_what_cannot_come_back_is_one_line(tmp_path, folder, capsys):
+    def said(**changes: Any) -> str:
+        damaged = tmp_path / "damaged"
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(folder, damaged)
+        edit(damaged / "config.json", **changes)
+        return complaint(capsys, bring_back, damaged, "--output", tmp_path / "back")
+
+    assert "damaged: hidden_act is 'relu'" in said(hidden_act="relu")
+    assert "config.json has 7 tokens and pads with 1, its tokenizer has 1000" in said(vocab_size=7)
+    assert "classifier.3.weight has shape (3, 32)" in said(id2label={"0": "a", "1": "b"})
+    assert "hidden size 32 is not divisible by 5 heads" in said(num_attention_heads=5)
+    assert "id2label does not number its labels" in said(id2label={"1": "a", "x": "b"})
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    assert "model.safetensors cannot be read (" in said()
+    (folder / "model.safetensors").unlink()
+    assert "holds neither model.safetensors nor pytorch_model.bin" in said()
+    (folder / "config.json").unlink()
+    refused = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
+    assert "config.json: cannot be read" in refused
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_type_that_numpy_has_not_is_one_line(tmp_path, folder, monkeypatch, capsys):
+    """bfloat16, where no package has brought it to NumPy."""
+
+    def load_file(path: str) -> None:
+        raise TypeError("data type 'bfloat16' not understood")
+
+    monkeypatch.setattr(safetensors_numpy, "load_file", load_file)
+    said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
+    assert "NumPy cannot read it (data type 'bfloat16' not understood); save it as float32" in said
+
+
+def test_a_folder_of_others_is_named_by_its_shape(tmp_path, folder):
+    """Without our entry in config.json: labels and lengths are what transformers calls them."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del content["bort"]
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    bring_back([str(folder), "--output", str(tmp_path / "back")])
+    card = load_model(str(tmp_path / "back")).card
+    assert (card.model, card.kind, card.task) == (MODEL, "classification", "")
+    assert (card.labels, card.num_outputs, card.max_len) == (("a", "b", "c"), 3, 512)
+
+
+# ---- transformers itself -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transformers() -> Any:
+    pytest.importorskip("torch", reason="needs requirements-huggingface.txt")
+    return pytest.importorskip("transformers", reason="needs requirements-huggingface.txt")
+
+
+@EVERY
+def test_transformers_computes_the_same(tmp_path, sample, kind, family, transformers, capsys):
+    saved(tmp_path / "model", kind, sample)
+    there = tmp_path / "there"
+    difference = convert([str(tmp_path / "model"), "--output", str(there), "--family", family])
+    assert difference is not None
+    assert 0 < difference < 1e-5
+    assert f"(limit 0.0001; transformers {transformers.__version__}, " in capsys.readouterr().out
+    again = bring_back([str(there), "--output", str(tmp_path / "back")])
+    assert again == difference
+
+
+def test_a_difference_is_an_error_and_leaves_nothing(
+    tmp_path, sample, transformers, monkeypatch, capsys
+):
+    saved(tmp_path / "model", "masked_lm", sample)
+    original = huggingface.to_huggingface
+
+    def shifted(*arguments: Any) -> dict[str, np.ndarray]:
+        arrays = original(*arguments)
+        table = next(name for name in arrays if "position_embeddings" in name)
+        arrays[table] = np.roll(arrays[table], 1, axis=0)
+        return arrays
+
+    monkeypatch.setattr(huggingface, "to_huggingface", shifted)
+    output = tmp_path / "there"
+    said = complaint(capsys, convert, tmp_path / "model", "--output", output)
+    assert "its logits and ours differ by " in said
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sample", "unigram"])
+def test_transformers_reads_the_same_tokens(tmp_path, kind, request, transformers):
+    if kind == "unigram":
+        model = tmp_path / "unigram.model"
+        settings = SentencePieceSettings("", "", vocab_size=600, model_type="unigram")
+        model.write_bytes(train(settings, LINES))
+        tokenizer = load_tokenizer(TokenizerSettings(sentencepiece=str(model)))
+    else:
+        tokenizer = request.getfixturevalue(kind)
+    # Room for an even number of tokens: of an odd one, the last goes to another text there.
+    saved(tmp_path / "model", "classification", tokenizer, max_len=41)
+    convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "there"))
+    odd = ["", " ", "a  b ", "\tThe <mask> </s> <0x41>", "naïve Größe 中文 🙂", "(x*y) #1\n2"]
+    texts = [*LINES, *odd]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids.tolist(), text
+    for pair in ((LINES[0],), (LINES[1], LINES[2]), (LINES[3] * 9, LINES[4] * 9)):
+        (expected,) = encode_inputs(tokenizer, [pair], max_len=41)
+        assert theirs(*pair, truncation=True)["input_ids"] == expected.tolist()
+    assert theirs.decode(theirs("The cat.")["input_ids"], skip_special_tokens=True) == "The cat."
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sample"])
+def test_a_masked_lm_reads_its_mask(tmp_path, kind, request, transformers):
+    tokenizer = request.getfixturevalue(kind)
+    saved(tmp_path / "model", "masked_lm", tokenizer)
+    convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "there"))
+    ids = theirs("The <mask> sat on it.")["input_ids"]
+    before, after = tokenizer.encode("The").tolist(), tokenizer.encode("The sat on it.").tolist()
+    after = after[len(before) :]
+    assert ids == [tokenizer.bos_id, *before, tokenizer.mask_id, *after, tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_roberta_of_transformers_comes_back(tmp_path, bpe, transformers, weights):
+    """Made by transformers, with all that it draws: its token type is not zero."""
+    import torch
+
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=bpe.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    model = transformers.RobertaForMaskedLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(str(tmp_path / "theirs"))
+    bpe.save(str(tmp_path / "theirs"))
+    saved_tokenizer(bpe, tmp_path / "theirs")
+    if weights == "pytorch_model.bin":
+        (tmp_path / "theirs" / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "theirs" / weights)
+    difference = bring_back([str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")])
+    assert difference is not None
+    assert difference < 1e-5
+    found = arrays_of(load_model(str(tmp_path / "ours")).network)["word_embed.0.weight"]
+    expected = model.roberta.embeddings.word_embeddings.weight.detach().numpy()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_pickle_that_runs_code_is_refused(tmp_path, folder, transformers, capsys):
+    import torch
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Path("/")}, folder / "pytorch_model.bin")
+    said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
+    assert "pytorch_model.bin cannot be read as weights alone (" in said
+
+
+@EVERY
+def test_what_transformers_saves_again_comes_back_to_the_bit(
+    tmp_path, bpe, kind, family, transformers
+):
+    """Its own save_pretrained leaves out defaults and writes its own tokenizer files."""
+    network = saved(tmp_path / "model", kind, bpe)
+    convert([str(tmp_path / "model"), "--output", str(tmp_path / "there"), "--family", family])
+    name = huggingface_folder.architecture_for(card_of(kind, bpe), family).name
+    model = getattr(transformers, name).from_pretrained(str(tmp_path / "there"))
+    model.save_pretrained(str(tmp_path / "second"))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "there"))
+    theirs.save_pretrained(str(tmp_path / "second"))
+    assert not (tmp_path / "second" / "vocab.json").exists()
+    bring_back([str(tmp_path / "second"), "--output", str(tmp_path / "back")])
+    loaded = load_model(str(tmp_path / "back"))
+    assert_same_bits(arrays_of(loaded.network), arrays_of(network))
+    details = {"converted_from": name}
+    assert loaded.card == dataclasses.replace(card_of(kind, bpe), details=details)
+
+
+@pytest.mark.slow
+def test_roberta_base_comes_as_a_teacher(tmp_path, bpe, transformers):
+    import torch
+
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=bpe.vocab_size,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    transformers.RobertaForMaskedLM(config).save_pretrained(str(tmp_path / "theirs"))
+    saved_tokenizer(bpe, tmp_path / "theirs")
+    difference = bring_back([str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")])
+    assert difference is not None
+    assert difference < 1e-4
+    path = str(tmp_path / "ours" / "roberta_12_768_12.params")
+    load_teacher("roberta_12_768_12", path, bpe.vocab_size, bpe.fingerprint, ctx=None)

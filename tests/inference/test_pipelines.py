@@ -1,0 +1,440 @@
+"""Prediction: what finetuning says of the same rows, in order, as the inputs come."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mxnet import nd
+
+import finetune_classifier
+from bort.errors import UserError
+from bort.finetuning.scoring import score_set
+from bort.inference.pipelines import (
+    MASK,
+    WINDOW,
+    answers,
+    fill_mask,
+    load_classifier,
+    mask_ids,
+    predict,
+    windows,
+)
+from bort.inference.prediction_files import Inputs, Lines
+from bort.saved_model import MASKED_LM, Card, SavedModel, build_network, save_model
+from bort.tokenization import TokenizerSettings, load_tokenizer
+from data.encoding import ClassifierSource, encode_examples
+from data.tasks import get_task
+from scripts import predict as program
+from tests import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "test_data"
+SHAPE = "bort_1_2_16_16"
+TEXTS = ["a fine film", "the the old man went to the market " * 3, "no", "rain, and more rain"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(TokenizerSettings())
+
+
+def saved(folder: Path, tokenizer: Any, name: str = "SST-2", race_cast: str = "") -> SavedModel:
+    """Save a classifier of a task, with weights that make answers differ."""
+    task = get_task(name, race_cast=race_cast or "choices")
+    card = Card(
+        model=SHAPE,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        kind=task.kind,
+        task=task.name,
+        labels=task.labels,
+        num_outputs=task.num_outputs,
+        max_len=64,
+        race_cast=race_cast,
+    )
+    return _saved(folder / "best.params", card, tokenizer)
+
+
+def saved_masked_lm(folder: Path, tokenizer: Any) -> SavedModel:
+    card = Card(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM, max_len=64)
+    return _saved(folder / "bort.params", card, tokenizer)
+
+
+def _saved(path: Path, card: Card, tokenizer: Any) -> SavedModel:
+    network = build_network(card)
+    reference.redraw(network, seed=4, deviation=0.5)
+    save_model(str(path), network, card, tokenizer)
+    return SavedModel(network, card, tokenizer)
+
+
+def run(capfdbinary: Any, folder: Path, *flags: str) -> list[str]:
+    """Run the program and return the lines it printed."""
+    program.main(["--model_parameters", str(folder), *map(str, flags)])
+    return capfdbinary.readouterr().out.decode().splitlines()
+
+
+def by_itself(model: SavedModel, *texts: str) -> np.ndarray:
+    """Return the probabilities of one input by a direct forward pass without padding."""
+    tokenizer = model.tokenizer
+    ids = [tokenizer.bos_id]
+    for text in texts:
+        ids += [*tokenizer.encode(text), tokenizer.eos_id]
+    scores = model.network(nd.array([ids]), nd.array([len(ids)])).asnumpy()
+    return reference.softmax(scores.astype(np.float64))[0]
+
+
+def test_every_text_is_answered_in_order(tmp_path, tokenizer):
+    model = saved(tmp_path, tokenizer)
+    texts = [f"{text} {number}" for number in range(15) for text in TEXTS]
+    found = list(predict(str(tmp_path), texts, batch_size=7))
+    expected = np.array([by_itself(model, text) for text in texts])
+    assert len({answer.label for answer in found}) == 2
+    assert [answer.label for answer in found] == [str(row.argmax()) for row in expected]
+    values = [[answer.probabilities[label] for label in ("0", "1")] for answer in found]
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    assert [answer.value for answer in found] == [max(row) for row in values]
+
+
+def expected_answers(task: Any, model: SavedModel, split: str) -> list[Any]:
+    """Return what finetuning answers to the rows of a task's file."""
+    examples = task.read(DATA, split).examples
+    encoded = encode_examples(examples, model.tokenizer, model.card.max_len)
+    source = ClassifierSource(encoded, 8, 3, model.tokenizer.pad_id, None)
+    scores = score_set(model.network, source, task.kind, nd.array([0]).context)
+    if task.kind == "candidates":
+        return [json.loads(line)["label"] for line in task.submission(examples, scores)]
+    predictions = task.predict(scores)
+    return [task.labels[p] if task.labels else float(p) for p in predictions]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CoLA", "SST-2", "QNLI", "STS-B", "BoolQ", "COPA", "MultiRC", "ReCoRD", "WiC", "WSC", "RTE"],
+)
+def test_official_rows_are_answered_as_finetuning_does(tmp_path, tokenizer, capfdbinary, name):
+    model, task = saved(tmp_path, tokenizer, name), get_task(name)
+    path = str(task.find(DATA, "test"))
+    lines = run(capfdbinary, tmp_path, "--input", path, "--format", "json")
+    found = [json.loads(line) for line in lines]
+    expected = expected_answers(task, model, "test")
+    if task.kind == "regression":
+        np.testing.assert_allclose([one["score"] for one in found], expected, atol=1e-5)
+    else:
+        assert [one["label"] for one in found] == expected
+        for one in found:
+            assert one["probability"] == one["probabilities"][one["label"]]
+
+
+@pytest.mark.parametrize("cast", ["choices", "joined"])
+def test_articles_of_race_are_answered_as_finetuning_does(tmp_path, tokenizer, cast):
+    model, task = saved(tmp_path, tokenizer, "RACE-H", cast), get_task("RACE-H", race_cast=cast)
+    folder = task.find(DATA, "test") / "high"
+    files = sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    found = [answer.label for answer in predict(str(tmp_path), rows)]
+    assert found == expected_answers(task, model, "test")
+
+
+def test_text_and_tables_and_json_say_the_same(tmp_path, tokenizer, capfdbinary):
+    saved(tmp_path, tokenizer, "MNLI")
+    pairs = [("it rains", "it is wet"), ("he sleeps", "he runs"), ("é ü", "a")]
+    text = "\n".join(map("\t".join, pairs))
+    contents = {
+        "pairs.txt": text,
+        "crlf.txt": f"\ufeff{text}\n".replace("\n", "\r\n"),
+        "official.tsv": "\n".join(
+            ["id\tsentence1\tsentence2", *map("7\t{}\t{}".format, *zip(*pairs))]
+        ),
+        "ours": "\n".join(["text2\ttext1", *(f"{b}\t{a}" for a, b in pairs)]),
+        "official": "\n".join(json.dumps({"sentence1": a, "sentence2": b}) for a, b in pairs),
+        "ours.jsonl": "\n".join(json.dumps({"text1": a, "text2": b}) for a, b in pairs) + "\n\n",
+    }
+    expected = [f"{a.label}\t{a.value:.4f}" for a in predict(str(tmp_path), pairs)]
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content.encode())
+        assert run(capfdbinary, tmp_path, "--input", str(path)) == expected, name
+
+
+def test_choices_and_candidates_as_plain_texts(tmp_path, tokenizer):
+    copa, record = tmp_path / "copa", tmp_path / "record"
+    saved(copa, tokenizer, "COPA")
+    row = {
+        "premise": "It rained.",
+        "choice1": "it got wet",
+        "choice2": "I ran",
+        "question": "effect",
+    }
+    texts = ("It rained.", "so it got wet", "so I ran")
+    assert list(predict(str(copa), [row])) == list(predict(str(copa), [texts]))
+    saved(record, tokenizer, "ReCoRD")
+    passage = {
+        "text": "Ann saw Bob.",
+        "entities": [{"start": 0, "end": 2}, {"start": 8, "end": 10}],
+    }
+    row = {"idx": 1, "passage": passage, "qas": [{"idx": 5, "query": "@placeholder sat."}]}
+    texts = ("Ann saw Bob.", "@placeholder sat.", "Ann", "Bob")
+    numbered = {f"text{number}": text for number, text in enumerate(texts, 1)}
+    first, *others = predict(str(record), [row, texts, numbered])
+    assert others == [first, first]
+    assert set(first.probabilities) == {"Ann", "Bob"}
+
+
+def test_a_model_predicts_the_task_that_depends_on_it(tmp_path, tokenizer, capfdbinary):
+    model, task = saved(tmp_path, tokenizer, "SuperGLUERTE"), get_task("AX-b")
+    lines = run(capfdbinary, tmp_path, "--task", "AX-b", "--input", task.find(DATA, "test"))
+    assert [line.split("\t")[0] for line in lines] == expected_answers(task, model, "test")
+
+
+def test_windows_grow(tokenizer):
+    sizes = [len(window) for window in windows(range(2000), lambda: True)]
+    assert sizes == [*(2**power for power in range(10)), WINDOW, 2000 - 1023 - WINDOW]
+    assert [len(window) for window in windows(range(3), lambda: False)] == [1, 1, 1]
+
+
+def test_no_more_than_a_window_is_read_ahead(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer)
+    taken = itertools.count()
+    endless = (f"film {next(taken)}" for _ in itertools.count())
+    for number, _ in enumerate(predict(str(tmp_path), endless), 1):
+        assert next(taken) - number < WINDOW + number
+        if number == 1300:
+            break
+
+
+def test_a_slow_pipe_is_answered_line_by_line(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer)
+    end, start = os.pipe()
+    os.write(start, b"one\n")
+    inputs = Inputs(Lines(end, "pipe"), "text", ["text"], [])
+    found = answers(load_classifier(str(tmp_path)), inputs, inputs.ready)
+    # Each would wait for ever if it wanted more than is there.
+    assert [number for number, _ in next(found)] == [1]
+    os.write(start, b"two\nthr")
+    assert [number for number, _ in next(found)] == [2]
+    os.write(start, b"ee\nfour\n\n")
+    assert [number for number, _ in next(found)] == [3, 4]
+    os.close(start)
+    assert list(found) == []
+    os.close(end)
+
+
+def test_standard_input(tmp_path, tokenizer, capfdbinary, monkeypatch):
+    saved(tmp_path, tokenizer)
+    texts = ["ein Film", "wäre gut"]
+    (tmp_path / "in").write_text("\n".join(texts), encoding="utf-8")
+    with open(tmp_path / "in", encoding="ascii") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        lines = run(capfdbinary, tmp_path)
+    assert lines == [f"{a.label}\t{a.value:.4f}" for a in predict(str(tmp_path), texts)]
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        ("SST-2", "one\ntwo\tthree\n", r"in:2: holds 2 instead of 1 \(texts have a tab"),
+        ("SST-2", "one\n\nthree\n", r"in:2: is blank"),
+        ("SST-2", "one\n   \n", r"in:2: has an empty text"),
+        ("SST-2", b"one\n\xff\n", r"in:2: is not UTF-8 at byte 1"),
+        ("MNLI", "one\n", r"in:1: holds 1 instead of 2"),
+        ("MNLI", "sentence1\tsentence2\na\tb\tc\n", r"in:2: expected 2 columns, found 3"),
+        ("BoolQ", '{"passage": "x"}\n', r"in:1: has no 'question'"),
+        ("BoolQ", '{"passage": "x"\n', r"in:1: is not JSON"),
+        ("COPA", "a\tb\n", r"in:1: holds 2 instead of 3"),
+        ("ReCoRD", "a\tb\tc\n", r"in:1: has no @placeholder in its second text"),
+    ],
+)
+def test_bad_lines_are_named_and_nothing_is_left(
+    tmp_path, tokenizer, capsys, task, content, message
+):
+    saved(tmp_path, tokenizer, task)
+    path = tmp_path / "in"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    flags = ["--input", str(path), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        program.main(["--model_parameters", str(tmp_path), *flags])
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "CoLA"], r"--task CoLA: .* is a model of SST-2"),
+        (["--task", "none"], r"--task none: unknown"),
+        (["--fill_mask"], r"--fill_mask: .* is a model of SST-2"),
+        (["--fill_mask", "--task", "SST-2"], r"leave --task out"),
+        (["--fill_mask", "--runtime", "onnx"], r"--runtime onnx: --fill_mask runs in mxnet"),
+        (["--runtime", "onnx-int8"], r"has no int8 model yet; make it with scripts/quantize.py"),
+        (["--input", "nowhere"], r"--input nowhere: cannot be read"),
+        (["--input", str(DATA)], r"test_data: cannot be read \(Is a directory\)"),
+        (["--input", str(DATA / "glue/CoLA/dev.tsv")], r"dev.tsv:1: the header has no column"),
+        (["--output", "no/where"], r"--output no/where: cannot"),
+    ],
+)
+def test_bad_flags_are_named(tmp_path, tokenizer, capsys, flags, message):
+    saved(tmp_path, tokenizer)
+    given = ["--model_parameters", str(tmp_path), "--input", str(ROOT / "LICENSE")]
+    with pytest.raises(SystemExit):
+        program.main([*given, *flags])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_empty_input_has_no_answers(tmp_path, tokenizer, capfdbinary):
+    saved(tmp_path, tokenizer)
+    (tmp_path / "in").write_text("\n\n", encoding="utf-8")
+    assert run(capfdbinary, tmp_path, "--input", str(tmp_path / "in")) == []
+
+
+def test_a_pretrained_model_has_no_answers(tmp_path, tokenizer):
+    saved_masked_lm(tmp_path, tokenizer)
+    with pytest.raises(UserError, match="fine-tune it with finetune_classifier"):
+        list(predict(str(tmp_path), ["a"]))
+
+
+def test_another_runtime_says_the_same(tmp_path, tokenizer, capfdbinary):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    saved(tmp_path, tokenizer)
+    (tmp_path / "in").write_text("\n".join(TEXTS), encoding="utf-8")
+    flags = ["--input", tmp_path / "in", "--format", "json", "--runtime"]
+    ours, others = (
+        [json.loads(line) for line in run(capfdbinary, tmp_path, *flags, name)]
+        for name in ("mxnet", "onnx")
+    )
+    for one, other in zip(ours, others):
+        assert one["label"] == other["label"]
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def test_words_for_masks_are_those_of_a_direct_forward_pass(tmp_path, tokenizer, capfdbinary):
+    model = saved_masked_lm(tmp_path, tokenizer)
+    texts = ["The <mask> is old.", "<mask> and <mask>!", "rain on the <mask> and more rain"]
+    (tmp_path / "in").write_text("\n".join(texts), encoding="utf-8")
+    lines = run(
+        capfdbinary, tmp_path, "--fill_mask", "--format", "json", "--input", tmp_path / "in"
+    )
+    found = [json.loads(line) for line in lines]
+    assert [one["line"] for one in found] == [1, 2, 2, 3]
+    parameters = reference.parameters_of(model.network)
+    expected = []
+    for text in texts:
+        ids = mask_ids(tokenizer, text)
+        hidden = reference.encode(parameters, 2, ids)[ids == tokenizer.mask_id]
+        expected += list(reference.softmax(reference.decode(parameters, hidden)))
+    for one, probabilities in zip(found, expected):
+        probabilities[tokenizer.special_ids] = 0
+        best = np.argsort(-probabilities)[:5]
+        assert [word["token"] for word in one["words"]] == tokenizer.tokens(best)
+        values = [word["probability"] for word in one["words"]]
+        np.testing.assert_allclose(values, probabilities[best], rtol=1e-3)
+    for words, one in zip(fill_mask(str(tmp_path), texts), found):
+        assert [word.text for word in words] == [word["word"] for word in one["words"]]
+
+
+def test_masks_take_the_space_before_them(tokenizer):
+    pieces = tokenizer.tokens(mask_ids(tokenizer, "the <mask> of un<mask>."))
+    assert pieces == ["<s>", "▁the", MASK, "▁of", "▁un", MASK, ".", "</s>"]
+    assert tokenizer.tokens(mask_ids(tokenizer, MASK)) == ["<s>", MASK, "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no mask", r"has no <mask>"),
+        ("a\tb <mask>", r"has 2 texts, where 1"),
+        ("the old man " * 60 + MASK, r"has \d+ tokens, where the model takes 64"),
+    ],
+)
+def test_texts_that_cannot_be_filled(tmp_path, tokenizer, text, message):
+    saved_masked_lm(tmp_path, tokenizer)
+    with pytest.raises(UserError, match=f"input 1: {message}"):
+        list(fill_mask(str(tmp_path), [text.split("\t")]))
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+def test_a_trained_model_gives_the_answers_it_has_learnt(tmp_path, capfdbinary):
+    folder = tmp_path / "data" / "SST-2"
+    folder.mkdir(parents=True)
+    words = {"1": ("old man", "sea", "light"), "0": ("rain", "snow", "market")}
+    rows = [f"{a} {b}\t{label}" for label, of in words.items() for a in of for b in of]
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]), "utf-8")
+    finetune_classifier.main(
+        f"--task_name SST-2 --data_dir {tmp_path / 'data'} --model_name {SHAPE} --epochs 15"
+        f" --batch_size 6 --lr 0.02 --max_len 16 --dropout 0 --output_dir {tmp_path}"
+        f" --cache_dir {tmp_path / 'cache'}".split()
+    )
+    (tmp_path / "in").write_text("snow rain\nsea sea light\nmarket\nlight\n", "utf-8")
+    capfdbinary.readouterr()
+    lines = run(capfdbinary, tmp_path / "SST-2", "--task", "sst2", "--input", tmp_path / "in")
+    assert [line.split("\t")[0] for line in lines] == ["0", "1", "0", "1"]
+    assert all(float(line.split("\t")[1]) > 0.6 for line in lines)
+
+
+def command(folder: Path, source: Path) -> list[str]:
+    flags = ["--model_parameters", str(folder), "--input", str(source)]
+    return [sys.executable, str(ROOT / "scripts" / "predict.py"), *flags]
+
+
+def test_a_reader_may_leave(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer)
+    (tmp_path / "in").write_text("a film\n" * 30_000, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command(tmp_path, tmp_path / "in"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer):
+    """Peak memory of 100,000 lines is that of 5,000, but for 10 MB."""
+    saved(tmp_path, tokenizer)
+    peaks = []
+    for count in (5_000, 100_000):
+        source = tmp_path / str(count)
+        source.write_text(
+            "".join(f"{'film ' * (number % 40)}{number}\n" for number in range(count)), "utf-8"
+        )
+        # Not ru_maxrss: before the exec the child was as large as this process.
+        code = (
+            "import re, runpy, sys; sys.argv = sys.argv[1:];"
+            "runpy.run_path(sys.argv[0], run_name='__main__');"
+            "status = open('/proc/self/status').read();"
+            "print(re.search(r'VmHWM:\\s+(\\d+)', status)[1], file=sys.stderr)"
+        )
+        python, *arguments = command(tmp_path, source)
+        done = subprocess.run(
+            [python, "-c", code, *arguments],
+            capture_output=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert done.stdout.count(b"\n") == count
+        peaks.append(int(done.stderr))
+    assert peaks[1] - peaks[0] < 10_000, peaks

@@ -1,0 +1,192 @@
+"""The front end: what-if searches, explanations, lists, and what it says of bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bort.ose.bert_family import bert_small_space
+from bort.shapes import shape_of
+from scripts import run_ose
+
+SMALL = ["--space", "bert-small", "--vocab_size", "8000", "--sequence_length", "128"]
+
+
+def run(capsys, *argv):
+    result = run_ose.main([str(one) for one in argv])
+    return result, capsys.readouterr().out
+
+
+def complaint(capsys, *argv):
+    with pytest.raises(SystemExit) as stopped:
+        run_ose.main([str(one) for one in argv])
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_explain_prints_the_known_figures(capsys):
+    _, out = run(capsys, "--explain", "bort_4_8_768_1024")
+    assert "p = 75,106,304 parameters" in out
+    assert "i = 13,958,643,712 multiply-accumulates for 512 tokens" in out
+    assert "g = 0.464 against T = bort_12_16_3072_1024: rank 178 of 300" in out
+    assert "over bort_2_4_256_512 (g = 0.817) when its error is at least 1.76 times lower" in out
+
+
+def test_explain_with_other_counts_and_maximum_points(capsys):
+    explain = ["--explain", "bort_4_8_768_1024"]
+    assert "at least 1.45 times lower" in run(capsys, *explain, "--effective")[1]
+    roberta = ["--maximum_point", "bort_24_16_4096_1024"]
+    assert "at least 1.26 times lower" in run(capsys, *explain, *roberta)[1]
+    assert "at least 1.16 times lower" in run(capsys, *explain, *roberta, "--effective")[1]
+    assert " operations for 512 tokens" in run(capsys, *explain, "--all_operations")[1]
+    _, out = run(capsys, "--explain", "bort_12_16_3072_1024")
+    assert "never wins: W is 0 whatever the error" in out
+
+
+def test_list_shows_the_space_in_order_and_the_conditions(capsys):
+    _, out = run(capsys, "--list", *SMALL)
+    rows = [line.split() for line in out.splitlines()[1:37]]
+    assert [row[0] for row in rows] == [str(n) for n in range(36)]
+    assert {row[1] for row in rows} == {shape.name for shape in bert_small_space()}
+    sizes = [int(row[2].replace(",", "")) for row in rows]
+    assert sizes == sorted(sizes)
+    assert "36 architectures, T = bort_4_4_512_256" in out
+    assert "holds  operations: the last layer is smaller than a middle layer" in out
+
+
+def write_errors(tmp_path, *lines):
+    path = tmp_path / "errors.csv"
+    path.write_text("\n".join(["architecture,error", *lines]) + "\n")
+    return path
+
+
+def test_a_search_with_errors_measured_elsewhere(capsys, tmp_path):
+    path = write_errors(
+        tmp_path,
+        "bort_4_8_768_1024,2.0",
+        "bort_2_4_256_512,4.0",
+        "bort_2_4_256_512,3.8",
+        "bort_12_12_3072_768,1.8",
+        "bort_8_8_1024_512,nan",
+        "bort_12_16_3072_1024,1.5",
+    )
+    folder = tmp_path / "out"
+    explain = ["--explain", "bort_2_4_256_512"]
+    result, out = run(capsys, "--errors", path, "--output_dir", folder, *explain)
+    assert result.best.architecture == shape_of("bort_4_8_768_1024")
+    assert 'chosen: get_bort_model("bort_4_8_768_1024") or --student_model bort_4_8' in out
+    assert "wins over bort_4_8_768_1024 (W = 0.2321) below error 3.52" in out
+    assert "error 3.9, W = 0.2095: rank 2 of 5" in out
+
+    report = json.loads((folder / "ose.json").read_text())
+    assert report["model_name"] == "bort_4_8_768_1024"
+    assert report["maximum_point"] == "bort_12_16_3072_1024"
+    table = {row["model_name"]: row for row in report["table"]}
+    assert table["bort_2_4_256_512"]["error"] == pytest.approx(3.9)
+    assert table["bort_4_8_768_1024"]["w"] == pytest.approx(0.46415 / 2, rel=1e-4)
+    assert table["bort_8_8_1024_512"]["error"] is None
+    assert table["bort_12_16_3072_1024"]["w"] == 0
+    assert [name for name, row in table.items() if row["pareto"]] == [
+        "bort_2_4_256_512",
+        "bort_4_8_768_1024",
+        "bort_12_12_3072_768",
+    ]
+    with open(folder / "ose.csv", newline="") as handle:
+        assert [row["model_name"] for row in csv.DictReader(handle)] == list(table)
+    assert (folder / "ose.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_strides_are_compared(capsys, tmp_path):
+    options = ["--errors", "synthetic", "--compare_strides", "4,2,8", "--output_dir", tmp_path]
+    result, out = run(capsys, *options, *SMALL)
+    lines = out.splitlines()
+    start = next(n for n, line in enumerate(lines) if line.split()[:2] == ["stride", "trained"])
+    rows = [line.split() for line in lines[start + 1 : start + 5]]
+    assert [row[:2] for row in rows] == [["1", "34"], ["2", "17"], ["4", "9"], ["8", "5"]]
+    assert rows[0][2:7] == ["100.0%", "0.0", f"{result.best.w:.4f}", "100.0%", "100.0%"]
+    assert [row[6] for row in rows] == ["100.0%", "50.0%", "25.0%", "12.5%"]
+    for row in rows:
+        assert float(row[5][:-1]) >= float(row[6][:-1])
+    assert (tmp_path / "strides.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stride_and_seed_reach_the_search(capsys, tmp_path):
+    def table(*options):
+        argv = ["--errors", "synthetic", "--output_dir", tmp_path, *SMALL, *options]
+        return run(capsys, *argv)[0].table
+
+    everything = table()
+    assert table("--stride", "3") == everything[::3]
+    assert table("--seed", "1") != everything
+    assert table() == everything
+
+
+def test_latency_is_listed_with_its_correlation(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        run_ose, "measure_latency", lambda shape, length: shape.layers * length / 1e5
+    )
+    path = tmp_path / "space.yaml"
+    path.write_text("layers: [1, 2, 3]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n")
+    space = ["--space", path, "--sequence_length", "64", "--measure_latency"]
+    _, out = run(capsys, *space)
+    assert [line.split()[-1] for line in out.splitlines()[1:4]] == ["0.64", "1.28", "1.92"]
+    assert "correlation of operations and latency over 3: 1.0000" in out
+    options = ["--errors", "synthetic", "--output_dir", tmp_path]
+    run(capsys, *space, *options)
+    report = json.loads((tmp_path / "ose.json").read_text())
+    assert report["spearman_operations_latency"] == pytest.approx(1)
+    assert [row["latency_ms"] for row in report["table"]] == pytest.approx([0.64, 1.28, 1.92])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["bort_4_8_768_1024,two"], "errors.csv:2: could not convert string to float: 'two'"),
+        (["bort_4_8_768_1024,-1"], "errors.csv:2: error -1.0: must not be negative"),
+        (["bort_4_8_768_1024"], "errors.csv:2: "),
+        (["bort_4_8_768_1024,2", "bert,2"], "errors.csv:3: model name 'bert'"),
+        (["bort_1_8_768_1024,2"], "errors.csv:2: bort_1_8_768_1024 is not in the space"),
+        ([], "errors.csv: holds no errors"),
+    ],
+)
+def test_bad_errors_are_named_by_line(capsys, tmp_path, lines, message):
+    path = write_errors(tmp_path, *lines)
+    assert message in complaint(capsys, "--errors", path, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input(capsys, tmp_path):
+    (tmp_path / "other.csv").write_text("name,loss\n")
+    wrong = [
+        ([], "nothing to do: give --list, --explain"),
+        (["--errors", tmp_path / "other.csv"], "other.csv:1: needs the columns architecture"),
+        (["--errors", tmp_path / "absent.csv"], "absent.csv: cannot be read"),
+        (["--list", "--compare_strides", "2"], "--compare_strides needs --errors"),
+        (["--errors", "synthetic", "--compare_strides", "2,x"], "must be whole numbers"),
+        (["--errors", "synthetic", "--compare_strides", "0"], "must be from 1 to 36"),
+        (["--errors", "synthetic", "--stride", "37"], "stride 37: must be from 1 to 36"),
+        (["--list", "--maximum_point", "bort_1_2_128_64"], "maximum point"),
+        (["--explain", "bort_9_4_512_256"], "maximum point"),
+        (["--explain", "bort"], "model name 'bort'"),
+    ]
+    for argv, message in wrong:
+        out = ["--output_dir", tmp_path / "out"]
+        assert message in complaint(capsys, "--space", "bert-small", *argv, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_itself(tmp_path):
+    root = str(Path(__file__).resolve().parents[2])
+    script = os.path.join(root, "scripts", "run_ose.py")
+    environment = {**os.environ, "PYTHONPATH": root}
+    command = [sys.executable, script, "--space", "nowhere", "--list"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: --space nowhere")

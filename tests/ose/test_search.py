@@ -1,0 +1,618 @@
+"""The search itself, against brute force and by hand; nothing here knows of BERT."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bort.errors import UserError
+from bort.ose.search import (
+    MINIMUM_ERROR,
+    MODES,
+    Journal,
+    LayerCost,
+    Layers,
+    Member,
+    check_abnc,
+    extract,
+    hyperparameter_sets,
+    largest,
+    ordered,
+    pareto_front,
+    process_map,
+    rank_map,
+    size_and_speed_gain,
+    w_coefficient,
+)
+from data.metrics import spearman
+
+ROOT = str(Path(__file__).resolve().parents[2])
+SPACE = list(itertools.product(range(1, 9), range(1, 9)))  # 64 of (depth, width)
+
+
+def size(architecture):
+    depth, width = architecture
+    return 10 * width + depth * width**2
+
+
+def cost(architecture):
+    depth, width = architecture
+    return 2 * depth * width**2 + width
+
+
+def smooth_error(architecture, steps, theta, generator):
+    return 1 + 20 / size(architecture) ** 0.7
+
+
+def noisy_error(architecture, steps, theta, generator):
+    scale = theta.get("scale", 1)
+    return float(scale * smooth_error(architecture, steps, theta, generator) + generator.random())
+
+
+def search(error=smooth_error, **options):
+    return extract(SPACE, size, cost, error, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# W, the order, the maximum point
+
+
+def test_w_by_hand():
+    top = Member((9,), size=100, cost=80)
+    member = Member((1,), size=25, cost=40)
+    assert size_and_speed_gain(member, top) == pytest.approx(0.375)  # 75/100 * 40/80
+    assert w_coefficient(member, top, 1.5) == pytest.approx(0.25)
+    assert w_coefficient(top, top, 1.5) == 0
+    assert w_coefficient(member, top, math.inf) == 0
+    assert w_coefficient(member, top, math.nan) == 0
+    assert w_coefficient(member, top, 0.0) == pytest.approx(0.375 / MINIMUM_ERROR)
+    with pytest.raises(ValueError, match="negative"):
+        w_coefficient(member, top, -0.1)
+
+
+def test_order_is_size_then_cost_then_tie_break():
+    sizes = {(1, 1): 5, (2, 1): 5, (3, 1): 5, (0, 2): 5, (9, 9): 1}
+    costs = {(1, 1): 7, (2, 1): 6, (3, 1): 7, (0, 2): 7, (9, 9): 9}
+    plain = [m.architecture for m in ordered(sizes, sizes.get, costs.get)]
+    assert plain == [(9, 9), (2, 1), (0, 2), (1, 1), (3, 1)]
+    by_second = ordered(sizes, sizes.get, costs.get, lambda a: (a[1], a))
+    assert [m.architecture for m in by_second] == [(9, 9), (2, 1), (1, 1), (3, 1), (0, 2)]
+    assert len(ordered(SPACE + SPACE, size, cost)) == 64
+    with pytest.raises(UserError, match="empty"):
+        ordered([], size, cost)
+
+
+def test_maximum_point_is_the_largest_and_never_trained():
+    def error(architecture, *_):
+        assert architecture != (8, 8)
+        return 1.0
+
+    result = search(error)
+    assert result.maximum_point.architecture == (8, 8)
+    last = result.table[-1]
+    assert (last.architecture, last.w, last.error, last.errors) == ((8, 8), 0.0, None, ())
+
+
+def test_maximum_point_may_lie_outside_but_not_below():
+    result = search(maximum_point=(20, 20))
+    assert result.maximum_point == Member((20, 20), size((20, 20)), cost((20, 20)))
+    assert all(row.w > 0 for row in result.table)
+    with pytest.raises(UserError, match=r"maximum point \(7, 8\): \(8, 8\) has more"):
+        search(maximum_point=(7, 8))
+
+
+def test_a_space_without_a_member_largest_in_both_is_refused():
+    costs = {(1,): 3, (2,): 9, (3,): 4}
+    with pytest.raises(UserError, match="maximum point"):
+        extract(costs, lambda a: a[0], costs.get, lambda *_: 1.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stride_1_equals_brute_force(seed):
+    errors = dict(zip(SPACE, np.random.default_rng(seed).uniform(0.5, 8, len(SPACE))))
+    top_size, top_cost = max(map(size, SPACE)), max(map(cost, SPACE))
+    w = {a: (1 - size(a) / top_size) * (1 - cost(a) / top_cost) / errors[a] for a in SPACE}
+    best = max(w, key=w.get)
+    result = search(lambda a, *_: errors[a])
+    assert result.best.architecture == best
+    assert result.best.w == pytest.approx(w[best], rel=1e-12)
+    assert [row.w for row in result.table] == pytest.approx(
+        [w[row.architecture] for row in result.table], rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 8, 63, 64])
+def test_every_stride_th_of_the_order_is_visited(stride):
+    everything = search(noisy_error)
+    some = search(noisy_error, stride=stride)
+    assert [row.position for row in some.table] == list(range(0, 64, stride))
+    assert some.table == everything.table[::stride]
+    assert some.best.w == max(row.w for row in some.table)
+    assert some.space_size == 64
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_bound_holds_for_errors_that_are_smooth_along_the_order(stride, seed):
+    generator = np.random.default_rng(seed)
+    floor, scale, power = generator.uniform([0.1, 1, 0.2], [3, 50, 1.2])
+    error = lambda a, *_: floor + scale / size(a) ** power  # noqa: E731
+    best, found = search(error).best.w, search(error, stride=stride).best.w
+    assert best / stride <= found <= best
+    assert abs(best - found) / found <= abs(1 - stride)
+
+
+def test_time_falls_as_one_over_the_stride():
+    def error(*_):
+        time.sleep(0.006)
+        return 1.0
+
+    seconds = {}
+    for stride in (1, 2, 4):
+        start = time.perf_counter()
+        result = search(error, stride=stride, maximum_point=(9, 9))
+        seconds[stride] = time.perf_counter() - start
+        assert len(result.table) == 64 // stride
+        assert sum(row.seconds for row in result.table) <= seconds[stride]
+    assert seconds[1] / seconds[2] == pytest.approx(2, rel=0.4)
+    assert seconds[1] / seconds[4] == pytest.approx(4, rel=0.4)
+
+
+def test_a_worse_error_never_helps():
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        errors = dict(zip(SPACE, generator.uniform(0.5, 8, len(SPACE))))
+        before = search(lambda a, *_, errors=errors: errors[a])
+        worse = SPACE[generator.integers(len(SPACE) - 1)]
+        raised = {**errors, worse: errors[worse] * 1.5}
+        after = search(lambda a, *_, errors=raised: errors[a])
+        old, new = ({r.architecture: r.w for r in x.table} for x in (before, after))
+        assert new[worse] < old[worse]
+        assert {a: w for a, w in new.items() if a != worse} == {
+            a: w for a, w in old.items() if a != worse
+        }
+        assert before.best.architecture in (after.best.architecture, worse)
+
+
+def test_of_equal_size_and_cost_the_lower_error_wins():
+    space = [(1, 0), (1, 1), (9, 0)]
+    result = extract(space, lambda a: a[0], lambda a: a[0], lambda a, *_: 2.0 - a[1])
+    assert result.best.architecture == (1, 1)
+
+
+def test_ties_go_to_the_smaller_model():
+    errors = {(1,): 0.8, (2,): 0.6, (4,): 0.2, (5,): 1.0}  # g: 0.64, 0.36, 0.04
+    exact = {a: size_and_speed_gain(Member(a, a[0], a[0]), Member((5,), 5, 5)) for a in errors}
+    result = extract(errors, lambda a: a[0], lambda a: a[0], lambda a, *_: exact[a])
+    assert [row.w for row in result.table] == [1, 1, 1, 0]
+    assert result.best.architecture == (1,)
+
+
+def test_seeds_are_averaged_before_w_is_taken():
+    draws = iter([1.0, 3.0, 2.0, 6.0])
+    result = extract(
+        [(1,), (2,), (9,)], lambda a: a[0], lambda a: a[0], lambda *_: next(draws), repeats=2
+    )
+    first, second, _ = result.table
+    assert (first.errors, first.error) == ((1.0, 3.0), 2.0)
+    assert (second.errors, second.error) == ((2.0, 6.0), 4.0)
+    assert first.w == pytest.approx((8 / 9) ** 2 / 2)
+
+
+def test_the_best_of_all_hyperparameter_sets_wins():
+    thetas = [{"scale": 3}, {"scale": 1}, {"scale": 2}]
+    result = search(noisy_error, thetas=thetas, stride=5)
+    assert [row.theta for row in result.table[:3]] == thetas
+    assert len(result.table) == 13 * 3
+    assert result.best.theta == {"scale": 1}
+    assert result.best.w == max(row.w for row in result.table)
+
+
+def test_hyperparameter_sets_are_the_grid_under_a_mode():
+    sets = hyperparameter_sets("theory", learning_rate=[0.1, 0.2], batch_size=[8])
+    assert sets == [
+        {**MODES["theory"], "learning_rate": 0.1, "batch_size": 8},
+        {**MODES["theory"], "learning_rate": 0.2, "batch_size": 8},
+    ]
+    assert hyperparameter_sets() == [{"optimizer": "bertadam"}]
+    with pytest.raises(UserError, match="mode 'other'"):
+        hyperparameter_sets("other")
+
+
+def test_candidates_that_fail_cannot_win():
+    result = search(lambda a, *_: math.nan if a[1] < 4 else smooth_error(a, 0, {}, None))
+    assert result.best.architecture[1] >= 4
+    failed = [row for row in result.table if row.architecture[1] < 4]
+    assert {(row.w, row.errors) for row in failed} == {(0.0, (math.inf,))}
+    with pytest.raises(UserError, match="no architecture visited has a W above 0"):
+        search(lambda *_: math.inf)
+
+
+def test_one_failed_repeat_fails_the_candidate():
+    draws = iter([1.0, math.nan, 1.0, 1.0])
+    result = extract(
+        [(1,), (2,), (9,)], lambda a: a[0], lambda a: a[0], lambda *_: next(draws), repeats=2
+    )
+    assert [row.w > 0 for row in result.table] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 0}, {"stride": 65}, {"repeats": 0}, {"thetas": []}], ids=str
+)
+def test_senseless_settings_are_refused(options):
+    with pytest.raises(UserError):
+        search(**options)
+
+
+def test_what_the_error_function_gets():
+    calls = []
+
+    def error(architecture, steps, theta, generator):
+        calls.append((architecture, steps, dict(theta), generator.integers(2**40)))
+        return 1.0
+
+    def draws(**options):
+        calls.clear()
+        search(error, **options)
+        return list(calls)
+
+    first = draws(max_steps=7, thetas=[{"a": 1}, {"a": 2}], repeats=2, seed=3)
+    assert {(steps, theta["a"]) for _, steps, theta, _ in first} == {(7, 1), (7, 2)}
+    assert len({draw for *_, draw in first}) == len(first) == 63 * 4
+    assert draws(max_steps=7, thetas=[{"a": 1}, {"a": 2}], repeats=2, seed=3) == first
+    # Neither the limit of steps nor the stride nor the other sets change a candidate's draws.
+    longer = {(a, d) for a, *_, d in draws(max_steps=14, thetas=[{"a": 2}], stride=4, seed=3)}
+    assert longer < {(a, d) for a, *_, d in first}
+    other = draws(max_steps=7, thetas=[{"a": 1}, {"a": 2}], repeats=2, seed=4)
+    assert not {d for *_, d in other} & {d for *_, d in first}
+
+
+# ---------------------------------------------------------------------------------------------
+# Spreading the candidates, and going on after a kill
+
+
+def test_processes_find_the_same_table(tmp_path):
+    options = {"thetas": [{"scale": 1}, {"scale": 2}], "repeats": 2, "stride": 7}
+    journal = Journal(str(tmp_path), {})
+    spread = search(noisy_error, **options, map=process_map(2), journal=journal)
+    assert spread == search(noisy_error, **options)
+    assert len(_lines(tmp_path / "journal-0.jsonl")) == 1 + 9 * 4  # T is the tenth visited
+
+
+def failing_error(architecture, steps, theta, generator):
+    raise RuntimeError(f"cannot train {architecture}")
+
+
+def test_an_error_in_a_process_reaches_the_caller():
+    with pytest.raises(RuntimeError, match="cannot train"):
+        search(failing_error, stride=32, map=process_map(1))
+
+
+def test_a_map_that_loses_candidates_is_caught():
+    with pytest.raises(RuntimeError, match="62 of 63"):
+        search(map=lambda function, items: (function(item) for item in items[1:]))
+
+
+class Ranks:
+    """Runs a function on several threads that can sum arrays among them."""
+
+    def __init__(self, count):
+        self.count, self.barrier = count, threading.Barrier(count)
+        self.arrays, self.results = {}, {}
+
+    def sum(self, rank, array):
+        self.arrays[rank] = array
+        self.barrier.wait(timeout=20)
+        return sum(self.arrays.values())
+
+    def run(self, work):
+        def one(rank):
+            self.results[rank] = work(rank, rank_map(rank, self.count, lambda a: self.sum(rank, a)))
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [self.results[rank] for rank in range(self.count)]
+
+
+def test_ranks_share_the_work_and_agree(tmp_path):
+    calls = []
+
+    def error(architecture, *rest):
+        calls.append(architecture)
+        return noisy_error(architecture, *rest)
+
+    def work(rank, spread):
+        return search(error, map=spread, journal=Journal(str(tmp_path), {}, rank), stride=2)
+
+    serial = search(noisy_error, stride=2)
+    assert Ranks(3).run(work) == [serial] * 3
+    assert len(calls) == len(set(calls)) == 32
+    written = [len(_lines(tmp_path / f"journal-{rank}.jsonl")) - 1 for rank in range(3)]
+    assert sorted(written) == [10, 11, 11]
+    # Another number of ranks finds everything done.
+    calls.clear()
+    assert Ranks(2).run(work) == [serial] * 2
+    assert calls == []
+
+
+def test_ranks_carry_infinite_errors():
+    error = lambda a, *_: math.inf if a[0] % 2 else 1.0  # noqa: E731
+    serial = search(error)
+    assert Ranks(2).run(lambda rank, spread: search(error, map=spread)) == [serial] * 2
+
+
+def _lines(path):
+    return path.read_text().splitlines()
+
+
+def test_measurements_of_an_interrupted_search_are_not_made_again(tmp_path):
+    calls = []
+
+    def error(architecture, steps, theta, generator):
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        calls.append(architecture)
+        return math.inf if len(calls) == 5 else noisy_error(architecture, steps, theta, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(error, journal=Journal(str(tmp_path), {"data": "x"}))
+    again = []
+
+    def error_again(architecture, *rest):
+        again.append(architecture)
+        return noisy_error(architecture, *rest)
+
+    result = search(error_again, journal=Journal(str(tmp_path), {"data": "x"}))
+    assert (len(calls), len(again)) == (20, 43)
+    assert not set(again) & set(calls)
+    undisturbed = {row.architecture: row for row in search(noisy_error).table}
+    for row in result.table:
+        if row.architecture == calls[4]:
+            assert row.errors == (math.inf,)
+        else:
+            assert row == undisturbed[row.architecture]
+
+
+def test_a_killed_search_continues(tmp_path):
+    program = textwrap.dedent(
+        f"""
+        import sys, time
+        sys.path[:0] = [{ROOT!r}]
+        from bort.ose import Journal, extract
+        def error(a, steps, theta, generator):
+            time.sleep(0.02)
+            return 1 + generator.random()
+        result = extract([(k,) for k in range(1, 41)], lambda a: a[0], lambda a: a[0], error,
+                         journal=Journal(sys.argv[1], {{}}))
+        assert "mxnet" not in sys.modules, "the search needs NumPy alone"
+        print(repr(result.table))
+        """
+    )
+    command = [sys.executable, "-c", program]
+    journal = tmp_path / "killed" / "journal-0.jsonl"
+    with subprocess.Popen([*command, str(journal.parent)], stdout=subprocess.DEVNULL) as process:
+        while not journal.exists() or len(_lines(journal)) < 8:
+            time.sleep(0.01)
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    before = journal.read_text()
+    assert 8 <= len(before.splitlines()) < 40
+    with journal.open("a") as handle:
+        handle.write('{"candidate": "torn')
+    outputs = [
+        subprocess.run([*command, folder], check=True, capture_output=True, text=True).stdout
+        for folder in (str(journal.parent), str(tmp_path / "undisturbed"))
+    ]
+    continued, undisturbed = (_without_seconds(text) for text in outputs)
+    assert continued == undisturbed
+    assert journal.read_text().startswith(before)
+    assert len(_lines(journal)) == 40
+    assert all(json.loads(line) for line in _lines(journal))
+
+
+def _without_seconds(text):
+    return [part.split(", seconds=")[0] for part in text.split("Row(")]
+
+
+def test_a_journal_serves_strides_but_not_other_steps_or_seeds(tmp_path):
+    calls = []
+
+    def error(architecture, *rest):
+        calls.append(architecture)
+        return noisy_error(architecture, *rest)
+
+    def count(**options):
+        calls.clear()
+        search(error, journal=Journal(str(tmp_path), {}), **options)
+        return len(calls)
+
+    assert count(stride=4) == 16
+    assert count(stride=4) == 0
+    assert count(stride=2) == 16
+    assert count(stride=4, max_steps=400) == 16
+    assert count(stride=4, seed=1) == 16
+    assert count(stride=4, repeats=2) == 16
+
+
+def test_journals_of_other_searches_and_broken_lines_are_refused(tmp_path):
+    journal = Journal(str(tmp_path), {"data": "x", "mode": "theory"})
+    search(stride=32, journal=journal)
+    assert len(Journal(str(tmp_path), {"data": "x", "mode": "theory"}).known) == 2
+    with pytest.raises(UserError, match=r"journal-0\.jsonl: was written by another.*give another"):
+        Journal(str(tmp_path), {"data": "y", "mode": "theory"})
+    lines = _lines(tmp_path / "journal-0.jsonl")
+    for broken in ("{", '{"candidate": "a"}', "7"):
+        (tmp_path / "journal-0.jsonl").write_text("\n".join([lines[0], broken, lines[1]]) + "\n")
+        with pytest.raises(UserError, match=r"journal-0\.jsonl:2: is no measurement"):
+            Journal(str(tmp_path), {"data": "x", "mode": "theory"})
+
+
+def test_a_journal_cut_within_its_first_line_begins_anew(tmp_path):
+    (tmp_path / "journal-0.jsonl").write_text('{"format": 2, "sea')
+    assert Journal(str(tmp_path), {}).known == {}
+    assert _lines(tmp_path / "journal-0.jsonl") == ['{"format": 2, "search": {}}']
+
+
+# ---------------------------------------------------------------------------------------------
+# The AB^nC property, the Pareto front, the correlation
+
+
+def _perceptron(architecture):
+    _, width = architecture
+    return Layers(
+        first=LayerCost(10 * width, 20 * width),
+        middle=LayerCost(width**2, 2 * width**2),
+        last=LayerCost(3 * width, 6 * width),
+    )
+
+
+def test_abnc_on_a_perceptron():
+    space = list(itertools.product((1, 2), (11, 16, 32)))
+    conditions = check_abnc(ordered(space, size, cost), _perceptron)
+    assert len(conditions) == 9
+    assert all(condition.holds for condition in conditions)
+    assert all(str(condition).startswith("holds  ") for condition in conditions)
+
+
+def test_abnc_names_what_fails():
+    narrow = check_abnc(ordered([(1, 4), (1, 32)], size, cost), _perceptron)
+    failed = [str(condition) for condition in narrow if not condition.holds]
+    assert failed == [
+        "FAILS  size: the first layer is smaller than a middle layer ((1, 4): 40 against 16, "
+        "and 0 more)",
+        "FAILS  operations: the first layer is smaller than a middle layer ((1, 4): 80 against "
+        "32, and 0 more)",
+    ]
+
+    def cubic_last(architecture):
+        layers = _perceptron(architecture)
+        return layers._replace(last=LayerCost(architecture[1] ** 3, 1))
+
+    grown = check_abnc(ordered([(1, 20), (1, 40), (2, 40)], size, cost), cubic_last)
+    failed = [str(condition) for condition in grown if not condition.holds]
+    assert failed == [
+        "FAILS  size: the last layer grows by a smaller factor than a middle layer ((1, 20) to "
+        "(1, 40): 8 against 4 times, and 1 more pairs)",
+        "FAILS  size: the last layer is smaller than a middle layer ((1, 20): 8e+03 against 400, "
+        "and 2 more)",
+    ]
+
+
+def test_abnc_wants_one_largest_member():
+    costs = {(1, 20): 3, (2, 20): 9, (3, 20): 4}
+    members = ordered(costs, size, costs.get)
+    assert largest(members).architecture == (3, 20)
+    assert str(check_abnc(members, _perceptron)[-1]) == (
+        "FAILS  one member is the largest in size and in operations ((2, 20))"
+    )
+
+
+def test_pareto_front_against_the_definition():
+    points = np.random.default_rng(0).integers(0, 6, (60, 3))
+    expected = [not any(all(q <= p) and any(q < p) for q in points) for p in points]
+    assert pareto_front(points).tolist() == expected
+    assert 0 < sum(expected) < 60
+    assert pareto_front(np.array([[1, 2], [1, 2], [2, 1], [2, 2]])).tolist() == [True] * 3 + [False]
+
+
+def test_spearman_equals_scipy():
+    assert spearman([1, 2, 3], [10, 30, 20]) == pytest.approx(0.5)
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    for _ in range(10):
+        first, second = generator.integers(0, 9, (2, 40))
+        assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second)[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# A family that really trains: perceptrons of depth x width in NumPy, in both modes
+
+
+def perceptron_error(architecture, steps, theta, generator):
+    """Held-out squared error of tanh layers after full-batch training on a noisy sin(3x)."""
+    depth, width = architecture
+    widths = [1, *[width] * depth, 1]
+    weights = [generator.normal(0, 1.5 / a**0.5, (a + 1, b)) for a, b in zip(widths, widths[1:])]
+    update = (
+        adam_steps(weights) if theta["optimizer"] == "bertadam" else lambda gradients: gradients
+    )
+    bound = theta.get("weight_bound", math.inf)
+    x = np.linspace(-1, 1, 80)[:, None]
+    y = np.sin(3 * x) + np.random.default_rng(0).normal(0, 0.2, x.shape)
+    for _ in range(steps):
+        for w, step in zip(weights, update(_gradients(weights, x[::2], y[::2]))):
+            w[:] = np.clip(w - theta["learning_rate"] * step, -bound, bound)
+    return float(np.mean((_layers(weights, x[1::2])[-1] - y[1::2]) ** 2))
+
+
+def adam_steps(weights):
+    moments = [np.zeros((2, *w.shape)) for w in weights]
+
+    def update(gradients):
+        for m, gradient in zip(moments, gradients):
+            m[0] += 0.1 * (gradient - m[0])
+            m[1] += 0.01 * (gradient**2 - m[1])
+        return [m[0] / (np.sqrt(m[1]) + 1e-6) for m in moments]
+
+    return update
+
+
+def _layers(weights, x):
+    outputs = [x]
+    for number, w in enumerate(weights, start=1):
+        z = outputs[-1] @ w[:-1] + w[-1]
+        outputs.append(z if number == len(weights) else np.tanh(z))
+    return outputs
+
+
+def _gradients(weights, x, y):
+    outputs = _layers(weights, x)
+    delta = 2 * (outputs[-1] - y) / len(x)
+    gradients = []
+    for w, inputs in zip(reversed(weights), reversed(outputs[:-1])):
+        gradients.append(np.concatenate([inputs.T @ delta, delta.sum(0, keepdims=True)]))
+        delta = (delta @ w[:-1].T) * (1 - inputs**2)
+    return gradients[::-1]
+
+
+@pytest.mark.parametrize(("mode", "rates"), [("theory", [0.1, 0.3]), ("practical", [0.01, 0.03])])
+def test_trained_perceptrons_at_several_strides(mode, rates, tmp_path):
+    space = list(itertools.product((1, 2, 3), (2, 4, 6, 8, 12)))
+    found = {
+        stride: extract(
+            space,
+            lambda a: 3 * a[1] + (a[0] - 1) * a[1] * (a[1] + 1) + 1,
+            lambda a: 2 * a[1] + (a[0] - 1) * a[1] ** 2,
+            perceptron_error,
+            stride=stride,
+            max_steps=150,
+            thetas=hyperparameter_sets(mode, learning_rate=rates),
+            repeats=2,
+            journal=Journal(str(tmp_path), {}),
+        )
+        for stride in (1, 2, 4)
+    }
+    best = found[1].best
+    errors = [row.error for row in found[1].table if row.errors]
+    assert min(errors) < 0.1  # the mean of y^2 is about 0.6, the noise 0.04
+    assert best.w == max(row.w for row in found[1].table)
+    for stride, result in found.items():
+        assert best.w / stride <= result.best.w <= best.w

@@ -1,0 +1,398 @@
+"""Errors by training: what is trained and measured; a search repeats and continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import mxnet as mx
+import numpy as np
+import pytest
+
+from bort.bort import get_bort_model
+from bort.config import build
+from bort.errors import UserError
+from bort.jobs import OverMemoryError, OverTimeError
+from bort.ose import trained_error as ose_training
+from bort.ose.search import CapError
+from bort.ose.trained_error import (
+    TrainedError,
+    TrainingSettings,
+    candidate_run,
+    prepare_teacher,
+    read_grid,
+    teacher_run,
+    train,
+)
+from bort.parameters import load_parameters
+from bort.pretraining.mlm import masked_logits, to_device
+from bort.pretraining.run import open_data
+from bort.shapes import Shape, shape_of
+from scripts import run_ose
+from tests.pretraining.helpers import ROOT, VOCAB_SIZE, horovodrun, write_data, write_shards
+
+SMALL, MIDDLE, TOP = (Shape(1, 2, 8, 8), Shape(1, 2, 16, 16), Shape(2, 2, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    names = ", ".join(shape.name for shape in (SMALL, MIDDLE, TOP))
+    (folder / "space.yaml").write_text(f"architectures: [{names}]\n")
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Train in this process, and note what is trained: a fresh one takes seconds to start."""
+    calls = []
+
+    def call(function, threads, caps=None):
+        calls.append(function.args)
+        return function()
+
+    monkeypatch.setattr(ose_training, "run_isolated", call)
+    return calls
+
+
+def settings_of(data, **more):
+    flags = {"data": f"{data}/train", "data_eval": f"{data}/test", "batch_size": 4, **more}
+    return build(TrainingSettings, flags)
+
+
+def flags_of(root, folder, **more):
+    flags = {
+        "space": root / "space.yaml",
+        "data": root / "train",
+        "data_eval": root / "test",
+        "batch_size": 4,
+        "steps": 8,
+        "teacher_steps": 10,
+        "sequence_length": 24,
+        "workers": 1,
+        "output_dir": folder,
+        **more,
+    }
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+# ---- what is asked for -------------------------------------------------------------------------
+
+
+def test_the_grid_is_read():
+    assert read_grid("lr=5e-4,1e-3 weight_decay=0") == {"lr": [5e-4, 1e-3], "weight_decay": [0.0]}
+    wrong = {
+        "rate=1": "must name one of .*lr, .*weight_bound",
+        "lr": "must be num",
+        "lr=x": "as in lr=",
+    }
+    for text, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            read_grid(text)
+    with pytest.raises(UserError, match=r"--lr -1\.0: must be at least"):
+        build(TrainingSettings, {"grid": "lr=-1"})
+
+
+def test_the_modes_set_optimiser_and_rate():
+    practical = TrainingSettings(grid="lr=1e-3,2e-3 max_norm=5").thetas()
+    assert practical == [{"optimizer": "bertadam", "lr": r, "max_norm": 5} for r in (1e-3, 2e-3)]
+    assert TrainingSettings(mode="theory").thetas() == [
+        {"optimizer": "sgd", "weight_bound": 1.0, "lr": 0.5}
+    ]
+    bound = TrainingSettings(mode="theory", grid="weight_bound=0.2").thetas()
+    assert bound[0]["weight_bound"] == 0.2
+
+
+def test_senseless_requests_are_refused(data, tmp_path, capsys):
+    write_shards(tmp_path / "other", [4], seed=3, fingerprint="two")
+    wrong = [
+        ({"data_eval": ""}, "--data and --data_eval go together"),
+        ({"data_eval": tmp_path / "other"}, "made with another tokenizer"),
+        ({"loss": "mlm", "teacher_ckpt_dir": "x"}, "--loss mlm asks no teacher"),
+        ({"errors": "synthetic"}, "--errors stands for training"),
+        ({"vocab_size": 60}, "--vocab_size 60: the shards have 61 tokens"),
+        ({"max_length": 64}, "--max_length 64"),
+        ({"stride": 4}, "stride 4: must be from 1 to 3"),
+        ({"data": tmp_path / "absent"}, "absent"),
+    ]
+    for more, message in wrong:
+        with pytest.raises(SystemExit):
+            run_ose.main(flags_of(data, tmp_path / "out", **more))
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_candidate_is_trained_by_the_loss_that_is_measured(data):
+    settings = settings_of(data, dropout=0.2)
+    theta = {"optimizer": "sgd", "weight_bound": 0.5, "lr": 0.3}
+    plain = candidate_run(settings, None, SMALL, 7, theta, 5, "folder")
+    assert (plain.loss.mlm_weight, plain.loss.teacher_ce_weight) == (1, 0)
+    teacher = ose_training.Teacher("cache", "sha", 1.0)
+    taught = candidate_run(settings, teacher, SMALL, 7, theta, 5, "folder")
+    assert (taught.loss.mlm_weight, taught.loss.teacher_ce_weight) == (0, 1)
+    assert taught.loss.distillation_temperature == 1
+    assert taught.teacher.teacher_cache == "cache"
+    assert (taught.optimizer.sgd_bound, taught.optimizer.lr) == (0.5, 0.3)
+    assert (taught.optimizer.num_steps, taught.run.seed, taught.student.dropout) == (7, 5, 0.2)
+
+
+# ---- what is measured --------------------------------------------------------------------------
+
+
+def held_out_logits(settings, shape, path):
+    """Return the logits [n, vocabulary], float64, of a stored network on the held-out shards."""
+    network, _ = get_bort_model(shape.name, vocab=range(VOCAB_SIZE))
+    load_parameters(network, path)
+    _, source, _ = open_data(candidate_run(settings, None, shape, 1, {}, 0, ""))
+    batches = [to_device(source(n), mx.cpu()) for n in range(source.batches_per_epoch)]
+    logits = [masked_logits(network, batch).asnumpy() for batch in batches]
+    labels = [batch.labels.asnumpy().astype(int) for batch in batches]
+    return np.concatenate(logits).astype(np.float64), np.concatenate(labels)
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def model_path(folder):
+    return str(folder / "checkpoint_last" / "model.params")
+
+
+def test_the_error_is_the_cross_entropy_with_t(data, tmp_path, in_process):
+    settings = settings_of(data, teacher_steps=20, teacher_lr=0.01)
+    teacher = prepare_teacher(settings, TOP, 1, str(tmp_path))
+    t, _ = held_out_logits(settings, TOP, model_path(tmp_path / "teacher"))
+    t = log_softmax(t)
+    assert teacher.entropy == pytest.approx(-(np.exp(t) * t).sum(axis=1).mean(), rel=1e-5)
+
+    run = candidate_run(settings, teacher, SMALL, 10, {"lr": 0.01}, 3, str(tmp_path / "student"))
+    figures = train(run)
+    student, _ = held_out_logits(settings, SMALL, model_path(tmp_path / "student"))
+    expected = -(np.exp(t) * log_softmax(student)).sum(axis=1).mean()
+    assert teacher.entropy + figures["kl"] == pytest.approx(expected, rel=1e-5)
+
+    error = TrainedError(settings, str(tmp_path), teacher)
+    seeds = [np.random.default_rng(0).integers(2**31), np.random.default_rng(1).integers(2**31)]
+    by_hand = [
+        train(candidate_run(settings, teacher, SMALL, 10, {"lr": 0.01}, int(s), str(tmp_path / n)))
+        for n, s in zip("ab", seeds)
+    ]
+    for seed, figures in enumerate(by_hand):
+        given = error(SMALL, 10, {"lr": 0.01}, np.random.default_rng(seed))
+        assert given == teacher.entropy + figures["kl"]
+    assert by_hand[0] != by_hand[1]
+    assert not list(tmp_path.glob(".candidate-*"))
+
+
+def test_the_error_may_be_the_masked_lm_loss(data, tmp_path, in_process):
+    settings = settings_of(data, loss="mlm")
+    theta = settings.thetas()[0]
+    given = TrainedError(settings, str(tmp_path), None)(SMALL, 9, theta, np.random.default_rng(0))
+    seed = int(np.random.default_rng(0).integers(2**31))
+    train(candidate_run(settings, None, SMALL, 9, theta, seed, str(tmp_path / "again")))
+    logits, labels = held_out_logits(settings, SMALL, model_path(tmp_path / "again"))
+    expected = -log_softmax(logits)[np.arange(len(labels)), labels].mean()
+    assert given == pytest.approx(expected, rel=1e-5)
+
+
+def test_theory_mode_learns_within_the_bound(data, tmp_path, in_process):
+    grid = {"mode": "theory", "grid": "lr=0.3 weight_bound=0.9"}
+    settings = settings_of(data, loss="mlm", data_eval=f"{data}/train", **grid)
+    (theta,) = settings.thetas()
+    figures = {}
+    for steps in (1, 60):
+        folder = tmp_path / str(steps)
+        run = candidate_run(settings, None, MIDDLE, steps, theta, 0, str(folder))
+        figures[steps] = train(run)
+    network, _ = get_bort_model(MIDDLE.name, vocab=range(VOCAB_SIZE))
+    load_parameters(network, model_path(folder))
+    values = [abs(p.data().asnumpy()).max() for p in network.collect_params().values()]
+    assert max(values) == np.float32(0.9)  # the gains of LayerNorm start at 1
+    assert figures[60]["mlm_loss"] < figures[1]["mlm_loss"]
+    assert not np.load(tmp_path / "60" / "checkpoint_last" / "trainer.npz").files
+
+
+def test_a_run_told_to_stop_gives_no_error(data, tmp_path, monkeypatch):
+    from bort.pretraining.run import Pretraining
+
+    monkeypatch.setattr(Pretraining, "_stop_agreed", lambda run: True)
+    run = candidate_run(settings_of(data, loss="mlm"), None, SMALL, 5, {}, 0, str(tmp_path))
+    with pytest.raises(UserError, match="told to stop"):
+        train(run)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"), [(OverTimeError, "time cap"), (OverMemoryError, "memory cap")]
+)
+def test_broken_caps_are_named(data, tmp_path, monkeypatch, error, failure):
+    def run_isolated(function, threads, caps):
+        assert (threads, caps) == (3, (60.0, 500.0))
+        raise error
+
+    monkeypatch.setattr(ose_training, "run_isolated", run_isolated)
+    settings = settings_of(data, loss="mlm", threads=3, max_seconds=60.0, max_memory=500.0)
+    with pytest.raises(CapError, match=failure):
+        TrainedError(settings, str(tmp_path), None)(SMALL, 5, {}, np.random.default_rng(0))
+
+
+# ---- T -----------------------------------------------------------------------------------------
+
+
+def test_t_goes_on_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
+    settings = settings_of(data, teacher_steps=9)
+    monkeypatch.setattr(ose_training, "TEACHER_INTERVAL", 3)
+    undisturbed = prepare_teacher(settings, TOP, 1, str(tmp_path / "a"))
+    begun = teacher_run(settings, TOP, 1, str(tmp_path / "b" / "teacher"))
+    from bort.pretraining.run import Pretraining
+
+    with monkeypatch.context() as patch:
+        stopped = lambda run: run.step == 4  # noqa: E731
+        patch.setattr(Pretraining, "_stop_agreed", stopped)
+        with pytest.raises(UserError, match="told to stop"):
+            ose_training._train_teacher(begun)
+    continued = prepare_teacher(settings, TOP, 1, str(tmp_path / "b"))
+    assert continued.sha256 == undisturbed.sha256
+    assert continued.entropy == undisturbed.entropy
+    with pytest.raises(UserError, match="T was begun with other settings"):
+        prepare_teacher(replace(settings, teacher_steps=12), TOP, 1, str(tmp_path / "b"))
+
+
+def test_t_may_be_given(data, tmp_path, in_process):
+    settings = settings_of(data, teacher_ckpt_dir=f"{data}/teacher.params")
+    shape = shape_of("bort_1_2_32_32")  # that of write_data
+    teacher = prepare_teacher(settings, shape, 1, str(tmp_path))
+    t, _ = held_out_logits(settings, shape, f"{data}/teacher.params")
+    t = log_softmax(t)
+    assert teacher.entropy == pytest.approx(-(np.exp(t) * t).sum(axis=1).mean(), rel=1e-5)
+    assert not (tmp_path / "teacher").exists()
+
+
+# ---- searches ----------------------------------------------------------------------------------
+
+
+def candidates_in(calls):
+    return [run.student.student_model for run, *_ in calls if hasattr(run, "student")]
+
+
+def test_a_search_continues_and_repeats(data, tmp_path, in_process, capsys):
+    more = {"compare_strides": "1,2", "grid": "lr=0.01,0.02", "repeats": 2}
+    result = run_ose.main(flags_of(data, tmp_path / "a", **more))
+    assert sorted(candidates_in(in_process)) == 4 * [MIDDLE.name] + 4 * [SMALL.name]
+    out = capsys.readouterr().out
+    assert "   8 of 8  " in out
+    strides = [line.split()[:2] for line in out.partition("stride  trained")[2].splitlines()]
+    assert strides[1:3] == [["1", "8"], ["2", "4"]]
+
+    journal = tmp_path / "a" / "journal-0.jsonl"
+    lines = journal.read_text().splitlines()
+    assert len(lines) == 9
+    journal.write_text("\n".join(lines[:6]) + '\n{"candidate": "torn')
+    in_process.clear()
+    assert run_ose.main(flags_of(data, tmp_path / "a", **more)) == result
+    assert len(candidates_in(in_process)) == 3
+    assert run_ose.main(flags_of(data, tmp_path / "b", **more)) == result
+
+    report = json.loads((tmp_path / "a" / "ose.json").read_text())
+    assert report["model_name"] == result.best.architecture.name
+    assert report["settings"]["TrainingSettings"]["repeats"] == 2
+    other = run_ose.main(flags_of(data, tmp_path / "c", **more, seed=1))
+    assert other.table != result.table
+    with pytest.raises(SystemExit):
+        run_ose.main(flags_of(data, tmp_path / "a", **more, dropout=0.3))
+    assert "give another --output_dir" in capsys.readouterr().err
+
+
+def test_the_table_names_the_cap_and_the_divergence(
+    data, tmp_path, in_process, monkeypatch, capsys
+):
+    def run_isolated(function, threads, caps):
+        shape = function.args[0].student.student_model
+        if shape == MIDDLE.name:
+            raise OverTimeError
+        return {"mlm_loss": 4.0 if shape == SMALL.name else np.nan}
+
+    monkeypatch.setattr(ose_training, "run_isolated", run_isolated)
+    more = {"loss": "mlm", "maximum_point": "bort_3_2_32_32"}
+    result = run_ose.main(flags_of(data, tmp_path, **more))
+    assert result.best.architecture == SMALL
+    assert [row.failure for row in result.table] == ["", "time cap", "diverged"]
+    out = capsys.readouterr().out
+    assert f"   2 of 3  {MIDDLE.name}  time cap" in out
+    assert "0.0000   time cap" in out
+    assert "0.0000   diverged" in out
+    table = json.loads((tmp_path / "ose.json").read_text())["table"]
+    assert [(row["failure"], row["error"]) for row in table] == [
+        ("", 4.0),
+        ("time cap", None),
+        ("diverged", None),
+    ]
+    assert run_ose.main(flags_of(data, tmp_path, **more)) == result  # from the journal
+
+
+@pytest.mark.slow
+def test_caps_and_workers_in_real_processes(data, tmp_path):
+    big = Shape(1, 2, 8, 2048)
+    space = data / "big.yaml"
+    space.write_text(f"architectures: [{SMALL.name}, {MIDDLE.name}, {big.name}]\n")
+    more = {
+        "loss": "mlm",
+        "space": space,
+        "maximum_point": "bort_2_2_8_2048",
+        "max_memory": 400,
+        "max_seconds": 300,
+    }
+    one = run_ose.main(flags_of(data, tmp_path / "1", **more))
+    assert [row.failure for row in one.table] == ["", "", "memory cap"]
+    assert run_ose.main(flags_of(data, tmp_path / "2", **{**more, "workers": 2})) == one
+    late = {**more, "max_seconds": 0.01}
+    with pytest.raises(SystemExit):
+        run_ose.main(flags_of(data, tmp_path / "3", **late))
+    lines = (tmp_path / "3" / "journal-0.jsonl").read_text().splitlines()[1:]
+    assert {json.loads(line)["failure"] for line in lines} == {"time cap"}
+
+
+@pytest.mark.slow
+def test_a_killed_search_continues(data, tmp_path, monkeypatch):
+    folder = tmp_path / "killed"
+    journal = folder / "journal-0.jsonl"
+    command = [sys.executable, "scripts/run_ose.py", *flags_of(data, folder, repeats=2)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        while not journal.exists() or len(journal.read_text().splitlines()) < 3:
+            time.sleep(0.01)
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    before = journal.read_text()
+    calls = []
+    isolated = ose_training.run_isolated
+    monkeypatch.setattr(
+        ose_training, "run_isolated", lambda f, *rest: calls.append(f.args) or isolated(f, *rest)
+    )
+    continued = run_ose.main(flags_of(data, folder, repeats=2))
+    assert len(candidates_in(calls)) == 2  # of four
+    assert journal.read_text().startswith(before)
+    assert not list(folder.glob(".candidate-*"))
+    assert continued == run_ose.main(flags_of(data, tmp_path / "undisturbed", repeats=2))
+
+
+@pytest.mark.distributed
+def test_ranks_find_the_table_of_one_process(data, tmp_path):
+    command = ["python", "scripts/run_ose.py"]
+    flags = flags_of(data, tmp_path / "2")
+    at = flags.index("--workers")
+    horovodrun(2, *command, *flags[:at], *flags[at + 2 :])
+    alone = run_ose.main(flags_of(data, tmp_path / "1"))
+    reports = [json.loads((tmp_path / n / "ose.json").read_text())["table"] for n in "12"]
+    for rows in reports:
+        for row in rows:
+            del row["seconds"]
+    assert reports[0] == reports[1]
+    assert len(alone.table) == 3
+    assert (tmp_path / "2" / "journal-1.jsonl").exists()

@@ -1,0 +1,143 @@
+"""Pretraining on two ranks under Horovod, against one rank that sees the same global batches."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.pretraining.helpers import (
+    arguments,
+    assert_same_training,
+    finished_run,
+    horovodrun,
+    teacher_flags,
+    write_data,
+)
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 20
+# Rank 1 alone is told to stop, in its seventh step.
+STOPPED_DOOR = """
+    import os, signal, sys
+    from bort.pretraining import run as pretraining
+    from run_pretraining_distillation_hvd import main
+
+    rate_of = pretraining.learning_rate
+
+    def warned(step, *rest):
+        if step == 7 and os.environ["HOROVOD_RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate_of(step, *rest)
+
+    pretraining.learning_rate = warned
+    main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def run_flags(data: Path) -> dict[str, object]:
+    return {
+        "data_eval": data / "test",
+        **teacher_flags(data),
+        "num_steps": STEPS,
+        "ckpt_interval": 5,
+        "keep_checkpoints": 10,
+        "eval_interval": 10,
+        "dropout": 0.1,
+        "lr": 0.001,
+        "seed": 9,
+    }
+
+
+def two_ranks(data: Path, folder: Path, door="run_pretraining_distillation_hvd.py", **flags):
+    """Train on two ranks; rank r keeps what it writes in <folder>/<r>."""
+    line = arguments(data, **{**run_flags(data), **flags})
+    words = " ".join(map(shlex.quote, ["python", str(door), *line]))
+    own_folder = f'--ckpt_dir {shlex.quote(str(folder))}/"$HOROVOD_RANK"'
+    horovodrun(2, "bash", "-c", f"exec {words} {own_folder}")
+
+
+def stored(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """Return the parameters and the optimiser's state of a checkpoint."""
+    from mxnet import nd
+
+    from bort import checkpoint
+
+    found = checkpoint.at_step(str(folder), step)
+    parameters = {name: array.asnumpy() for name, array in nd.load(found.model_path).items()}
+    return {**parameters, **found.trainer_arrays()}
+
+
+def assert_agree(folder: Path, other: Path) -> None:
+    """Compare the metrics and the last weights of two runs to 1e-5."""
+    assert_same_training(folder, weights(folder), other, weights(other))
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """Return the parameters of the last checkpoint."""
+    arrays = stored(folder, STEPS)
+    return {n: a for n, a in arrays.items() if not n.startswith(("mean.", "variance."))}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(data, tmp_path_factory) -> Path:
+    """Return the folder of an undisturbed run on two ranks; rank r's files are in <r>/."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    two_ranks(data, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(data, tmp_path_factory) -> Path:
+    """Return the folder of the same run on one rank that accumulates two micro-batches."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    finished_run(data, ckpt_dir=folder, accumulate=2, **run_flags(data))
+    return folder
+
+
+def test_two_ranks_train_like_one_that_accumulates_two_micro_batches(on_two_ranks, on_one_rank):
+    assert_agree(on_two_ranks / "0", on_one_rank)
+
+
+def test_only_rank_0_writes(on_two_ranks):
+    assert [path.name for path in on_two_ranks.iterdir()] == ["0"]
+
+
+def test_two_ranks_go_on_from_one(data, tmp_path, on_one_rank, on_two_ranks):
+    shutil.copytree(on_one_rank, tmp_path / "0", symlinks=True)
+    two_ranks(data, tmp_path, start_step=10)
+    assert_agree(tmp_path / "0", on_two_ranks / "0")
+
+
+def test_one_rank_goes_on_from_two(data, tmp_path, on_two_ranks):
+    folder = tmp_path / "run"
+    shutil.copytree(on_two_ranks / "0", folder, symlinks=True)
+    finished_run(data, ckpt_dir=folder, start_step=10, **run_flags(data))
+    assert_agree(folder, on_two_ranks / "0")
+
+
+def test_told_to_stop_on_one_rank_and_resumed_two_ranks_end_bit_for_bit_alike(
+    data, tmp_path, on_two_ranks
+):
+    door = tmp_path / "stopped.py"
+    door.write_text(textwrap.dedent(STOPPED_DOOR))
+    folder = tmp_path / "run"
+    two_ranks(data, folder, door=door)
+    assert (folder / "0" / "checkpoint_last").resolve().name == "step-0000007"
+    two_ranks(data, folder, resume=True)
+    ours, undisturbed = stored(folder / "0", STEPS), stored(on_two_ranks / "0", STEPS)
+    assert ours.keys() == undisturbed.keys()
+    assert all((ours[name] == undisturbed[name]).all() for name in ours)
+    assert [path.name for path in folder.iterdir()] == ["0"]

@@ -1,0 +1,592 @@
+"""The pretraining loop on tiny runs: what it computes, and that interruptions change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bort.errors import UserError
+from tests import reference
+from tests.pretraining.helpers import (
+    SHAPE,
+    arguments,
+    arrays_of,
+    assert_same_training,
+    digest,
+    finished_run,
+    make_run,
+    metrics,
+    teacher_flags,
+    write_data,
+    write_shards,
+)
+from tests.reference import parameters_of
+
+HEADS = 2
+TEMPERATURE = 2.0  # the default of --distillation_temperature
+DOOR = Path(__file__).resolve().parents[2] / "run_pretraining_distillation.py"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside this process."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+# ---- what is computed --------------------------------------------------------------------------
+
+
+def test_losses_at_a_fixed_seed(data, tmp_path):
+    """Golden numbers, to 1e-3: another CPU rounds differently, and 20 steps at this rate amplify.
+
+    They change only with the data, the order, the initial weights, dropout, loss or update.
+    """
+    run = make_run(data, ckpt_dir=tmp_path, data_eval=data / "test", seed=7, **teacher_flags(data))
+    evaluations = run.run()
+    losses = [line["loss"] for line in metrics(tmp_path) if line["phase"] == "train"]
+    assert losses == pytest.approx([0.75071, 0.67635, 0.64503, 0.59919], rel=1e-3)
+    assert [line["kl"] for line in evaluations] == pytest.approx([0.75291, 0.43040], rel=1e-3)
+
+
+def numpy_evaluation(run, shards) -> dict[str, float]:
+    """Evaluate sequence by sequence in float64, without batches or padding."""
+    student, teacher = map(parameters_of, (run.student, run.teacher.network))
+    sums = dict.fromkeys(("mlm_loss", "accuracy", "kl", "teacher_accuracy"), 0.0)
+    positions = 0
+    for index in range(shards.num_sequences):
+        ids, places, labels = shards.sequence(index)
+        logits, taught = (
+            reference.decode(model, reference.encode(model, HEADS, ids)[places])
+            for model in (student, teacher)
+        )
+        sums["mlm_loss"] += reference.cross_entropy(logits, labels).sum()
+        sums["kl"] += reference.distillation_kl(logits, taught, TEMPERATURE).sum()
+        sums["accuracy"] += (logits.argmax(axis=1) == labels).sum()
+        sums["teacher_accuracy"] += (taught.argmax(axis=1) == labels).sum()
+        positions += len(labels)
+    return {name: value / positions for name, value in sums.items()}
+
+
+class OneOfTwo:
+    """Rank `rank` of two, for evaluation only: its sum is its own part."""
+
+    size = 2
+
+    def __init__(self, rank):
+        self.rank = rank
+        self.local_rank = rank
+        self.part = None
+
+    def sum(self, values):
+        self.part = values
+        return values
+
+
+def test_evaluation_is_that_of_float64_numpy_whatever_the_batches_and_ranks(data, tmp_path):
+    from bort.communicator import SingleProcess
+    from bort.pretraining.evaluation import evaluate
+    from data.shards import open_shards
+
+    flags = {"ckpt_dir": tmp_path, "data_eval": data / "test", **teacher_flags(data)}
+    expected = None
+    for cut in ({"batch_size_eval": 3, "num_buckets": 4}, {"batch_size_eval": 100}):
+        run = make_run(data, **flags, **cut)
+        reference.redraw(run.student, seed=11, deviation=0.2)
+        expected = expected or numpy_evaluation(run, open_shards(str(data / "test")))
+        found = (run.student, run.teacher, run.held_out, TEMPERATURE)
+        alone = evaluate(*found, SingleProcess(), run.devices[0])
+        assert alone == pytest.approx(expected, rel=1e-5)
+        parts = []
+        for rank in range(2):
+            parts.append(OneOfTwo(rank))
+            evaluate(*found, parts[-1], run.devices[0])
+        mlm, correct, kl, teacher_correct, positions = parts[0].part + parts[1].part
+        together = np.array([mlm, correct, kl, teacher_correct]) / positions
+        assert dict(zip(expected, together)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_student_equal_to_its_teacher_is_at_no_distance_from_it(data, tmp_path):
+    run = make_run(
+        data,
+        ckpt_dir=tmp_path,
+        data_eval=data / "test",
+        student_parameters=data / "teacher.params",
+        num_steps=1,
+        **teacher_flags(data),
+    )
+    first = run.run()[0]
+    assert first["kl"] == pytest.approx(0, abs=1e-9)
+    assert first["accuracy"] == first["teacher_accuracy"]
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(data, tmp_path):
+    run = make_run(
+        data,
+        ckpt_dir=tmp_path,
+        data_eval=data / "test",
+        num_steps=60,
+        eval_interval=60,
+        ckpt_interval=60,
+        mlm_weight=0.0,
+        teacher_ce_weight=1.0,
+        **teacher_flags(data),
+    )
+    before, after = run.run()
+    assert after["kl"] < 0.7 * before["kl"]  # over six seeds 0.45 to 0.61
+
+
+def test_masked_language_modelling_alone_learns_the_shards(data, tmp_path):
+    run = make_run(data, ckpt_dir=tmp_path, num_steps=100, mlm_weight=1.0, dropout=0.0)
+    run.run()
+    lines = metrics(tmp_path)
+    assert {line["phase"] for line in lines} == {"train"}, "nothing is held out"
+    losses = [line["mlm_loss"] for line in lines]
+    # 4.03 nats is a guess among the 56 words.
+    assert losses[0] > 3.9
+    assert np.mean(losses[-3:]) < 3.3
+
+
+def test_the_teacher_stays_as_it_was_loaded(data, tmp_path):
+    run = make_run(data, ckpt_dir=tmp_path, **teacher_flags(data))
+    before = parameters_of(run.teacher.network)
+    run.run()
+    after = parameters_of(run.teacher.network)
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_micro_batches_are_averaged_by_their_masked_positions(data, tmp_path):
+    """Five micro-batches with unequal numbers of masks train like the one batch of them all."""
+    flags = {"num_buckets": 1, "dropout": 0.0, "num_steps": 4, "log_interval": 1, "lr": 0.001}
+    folders = tmp_path / "whole", tmp_path / "parts"
+    whole = finished_run(data, ckpt_dir=folders[0], batch_size=25, **flags)
+    parts = finished_run(data, ckpt_dir=folders[1], batch_size=5, accumulate=5, **flags)
+    assert len({len(parts.source(number).labels) for number in range(5)}) > 1
+    assert_same_training(
+        folders[0], parameters_of(whole.student), folders[1], parameters_of(parts.student)
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_devices_in_one_process_train_like_one_that_accumulates(data, tmp_path, accumulate):
+    flags = {**teacher_flags(data), "data_eval": data / "test", "lr": 0.001, "num_steps": 12}
+    folders = tmp_path / "one", tmp_path / "two"
+    one = finished_run(data, ckpt_dir=folders[0], accumulate=2 * accumulate, **flags)
+    two = finished_run(data, ckpt_dir=folders[1], accumulate=accumulate, cpu_contexts=2, **flags)
+    assert_same_training(
+        folders[0], parameters_of(one.student), folders[1], parameters_of(two.student)
+    )
+    for parameter in two.student.collect_params().values():
+        first, second = parameter.list_data()
+        assert (first.asnumpy() == second.asnumpy()).all(), parameter.name
+
+
+def test_a_run_keeps_its_global_batches_on_another_number_of_devices(data, tmp_path):
+    flags = {"num_steps": 12, "ckpt_interval": 6, "keep_checkpoints": 5, "lr": 0.001}
+    undisturbed = finished_run(data, ckpt_dir=tmp_path / "one", accumulate=2, **flags)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "one", moved, symlinks=True)
+    resumed = finished_run(data, ckpt_dir=moved, cpu_contexts=2, start_step=6, **flags)
+    assert_same_training(
+        tmp_path / "one", parameters_of(undisturbed.student), moved, parameters_of(resumed.student)
+    )
+    crowded = make_run(data, ckpt_dir=moved, cpu_contexts=3, resume=True, **flags)
+    with pytest.raises(UserError, match="2 micro-batches, too few for 3 workers"):
+        crowded.run()
+
+
+# ---- what is used ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accumulate", "use_avg_len"), [(1, False), (2, False), (3, True)])
+def test_every_batch_of_every_shard_is_used(data, tmp_path, monkeypatch, accumulate, use_avg_len):
+    from bort.pretraining import run as pretraining
+    from data.shards import open_shards
+
+    used = []
+    to_device = pretraining.to_device
+
+    def recording(batch, device):
+        for ids, length in zip(batch.input_ids, batch.valid_length):
+            used.append(tuple(ids[:length]))
+        return to_device(batch, device)
+
+    monkeypatch.setattr(pretraining, "to_device", recording)
+    flags = {"accumulate": accumulate, "use_avg_len": use_avg_len, "seed": 3}
+    flags["batch_size"] = 50 if use_avg_len else 4
+    per_epoch = make_run(data, ckpt_dir=tmp_path, **flags).source.order.batches_per_epoch
+    epochs = 2 * accumulate
+    steps = epochs * per_epoch // accumulate
+    finished_run(data, ckpt_dir=tmp_path, num_steps=steps, **flags)
+    shards = open_shards(str(data / "train"))
+    there = [tuple(shards.sequence(index)[0]) for index in range(shards.num_sequences)]
+    assert len(set(there)) == shards.num_sequences == 25
+    assert sorted(used) == sorted(there * epochs)
+
+
+def test_the_run_leaves_its_settings_metrics_and_checkpoints(data, tmp_path):
+    finished_run(
+        data, ckpt_dir=tmp_path, data_eval=data / "test", eval_interval=6, ckpt_interval=7, seed=5
+    )
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["RunSettings"]["seed"] == 5
+    assert settings["DataSettings"]["data"] == str(data / "train")
+    lines = [(line["phase"], line["step"]) for line in metrics(tmp_path)]
+    assert [step for phase, step in lines if phase == "train"] == [5, 10, 15, 20]
+    assert [step for phase, step in lines if phase == "eval"] == [0, 6, 12, 18, 20]
+
+
+def test_every_metric_line_says_where_the_time_went(data, tmp_path):
+    finished_run(data, ckpt_dir=tmp_path, num_steps=12, log_interval=5, **teacher_flags(data))
+    written = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in map(json.loads, written) if line["phase"] == "train"]
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    phases = ("data", "teacher", "student", "communication", "update")
+    for line in lines:
+        shares = [line[f"{phase}_share"] for phase in phases]
+        assert sum(shares) == pytest.approx(1)
+        assert min(shares) >= 0
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(data, tmp_path):
+    from bort import checkpoint
+
+    # The rate is far too high towards the end: the best is not the last.
+    finished_run(
+        data,
+        ckpt_dir=tmp_path,
+        data_eval=data / "test",
+        eval_interval=2,
+        keep_checkpoints=1,
+        lr=0.5,
+    )
+    best = checkpoint.load(str(tmp_path / "checkpoint_best")).state
+    held_out = [line for line in metrics(tmp_path) if line["phase"] == "eval" and line["step"]]
+    lowest = min(held_out, key=lambda line: line["mlm_loss"])
+    assert best["step"] == lowest["step"]
+    assert best["best_score"] == -lowest["mlm_loss"]
+    assert {path.name for path in tmp_path.glob("step-*")} == {
+        f"step-{lowest['step']:07d}",
+        "step-0000020",
+    }
+
+
+def test_a_resumed_run_remembers_its_best(data, tmp_path):
+    flags = {
+        "data_eval": data / "test",
+        "eval_interval": 2,
+        "keep_checkpoints": 1,
+        "lr": 0.5,
+        "seed": 1,
+    }
+    finished_run(data, ckpt_dir=tmp_path / "undisturbed", **flags)
+    run_killed_at(data, tmp_path / "resumed", 11, **flags)
+    finished_run(data, ckpt_dir=tmp_path / "resumed", resume=True, **flags)
+    one, other = ((tmp_path / name) for name in ("undisturbed", "resumed"))
+    best = os.readlink(one / "checkpoint_best")
+    assert best < "step-0000010", "nothing to remember"
+    assert os.readlink(other / "checkpoint_best") == best
+    assert sorted(os.listdir(one)) == sorted(os.listdir(other))
+
+
+# ---- exact resume ------------------------------------------------------------------------------
+
+STEPS = 18
+CONFIGURATIONS = {
+    "plain": {},
+    "teacher": {"with_teacher": True},
+    "accumulating": {"accumulate": 3},
+    "tokens": {"use_avg_len": True, "batch_size": 60},
+}
+
+
+def resumable_flags(data: Path, configuration: str) -> dict[str, object]:
+    """Return the flags of a run with dropout whose intervals all differ."""
+    flags = dict(CONFIGURATIONS[configuration])
+    if flags.pop("with_teacher", False):
+        flags.update(teacher_flags(data))
+    common = {"num_steps": STEPS, "ckpt_interval": 4, "log_interval": 5, "eval_interval": 6}
+    return {**common, "data_eval": data / "test", "dropout": 0.1, "seed": 9, **flags}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """Return a function: configuration -> (digest, metrics) of a run without interruption."""
+    done = {}
+
+    def get(configuration):
+        if configuration not in done:
+            folder = tmp_path_factory.mktemp(configuration)
+            run = finished_run(data, ckpt_dir=folder, **resumable_flags(data, configuration))
+            done[configuration] = digest(run), metrics(folder)
+        return done[configuration]
+
+    return get
+
+
+def kill_at_batch(monkeypatch, batches: int) -> None:
+    """Let the run die when it is about to use a training batch after `batches` of them."""
+    from bort.pretraining import run as pretraining
+
+    used = []
+    forward_backward = pretraining.Pretraining._forward_backward
+
+    def dying(self, number, *rest):
+        if len(used) == batches:
+            raise Killed
+        used.append(number)
+        return forward_backward(self, number, *rest)
+
+    monkeypatch.setattr(pretraining.Pretraining, "_forward_backward", dying)
+
+
+def run_killed_at(data, folder, batches, **flags) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at_batch(patch, batches)
+        with pytest.raises(Killed):
+            finished_run(data, ckpt_dir=folder, **flags)
+
+
+@pytest.mark.parametrize(
+    ("configuration", "batches"),
+    [
+        ("plain", 2),  # before the first checkpoint
+        ("plain", 8),  # just after a checkpoint
+        ("plain", 11),  # between checkpoints, a metric line and half an interval after one
+        ("teacher", 14),
+        ("accumulating", 3 * 9),  # between two accumulation groups
+        ("accumulating", 3 * 6 + 2),  # inside one
+        ("tokens", 11),
+    ],
+)
+def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(
+    data, tmp_path, undisturbed, configuration, batches
+):
+    flags = resumable_flags(data, configuration)
+    run_killed_at(data, tmp_path, batches, **flags)
+    resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
+    assert (digest(resumed), metrics(tmp_path)) == undisturbed(configuration)
+
+
+def test_resumed_again_and_again_across_the_ends_of_epochs(data, tmp_path, undisturbed):
+    flags = resumable_flags(data, "plain")
+    run_killed_at(data, tmp_path, 5, **flags)
+    for _ in range(2):
+        run_killed_at(data, tmp_path, 7, resume=True, **flags)
+    resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
+    per_epoch = resumed.source.order.batches_per_epoch
+    # Killed in steps 6, 12 and 16; checkpoints, and ends of epochs, lie in between.
+    assert [step // per_epoch for step in (4, 8, 12, 15, STEPS)] == [0, 1, 1, 2, 2]
+    assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
+
+
+def test_dropout_and_seed_matter_to_the_bits(data, tmp_path, undisturbed):
+    flags = resumable_flags(data, "plain")
+    for name, other in (("dropout", 0.0), ("seed", 10)):
+        run = finished_run(data, ckpt_dir=tmp_path / name, **{**flags, name: other})
+        assert digest(run) != undisturbed("plain")[0]
+
+
+def test_start_step_goes_on_from_that_step_and_forgets_the_later_ones(data, tmp_path, undisturbed):
+    flags = {**resumable_flags(data, "plain"), "keep_checkpoints": 10}
+    run_killed_at(data, tmp_path, 13, **flags)
+    run_killed_at(data, tmp_path, 1, start_step=8, **flags)
+    names = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert names == ["step-0000004", "step-0000006", "step-0000008"]
+    resumed = finished_run(data, ckpt_dir=tmp_path, start_step=6, **flags)
+    assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
+
+
+def test_a_finished_run_resumed_does_nothing_more(data, tmp_path, undisturbed):
+    flags = resumable_flags(data, "plain")
+    finished_run(data, ckpt_dir=tmp_path, **flags)
+    assert (
+        digest(finished_run(data, ckpt_dir=tmp_path, resume=True, **flags))
+        == (undisturbed("plain")[0])
+    )
+    assert metrics(tmp_path) == undisturbed("plain")[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"batch_size": 5}, "--batch_size 5: the checkpoint was made with 4"),
+        ({"num_buckets": 2}, "--num_buckets 2"),
+        ({"use_avg_len": True}, "--use_avg_len True"),
+        ({"seed": 1}, "--seed 1"),
+        ({"data": "test"}, "--data test: not the checkpoint's shards"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_batches(data, tmp_path, monkeypatch, changed, named):
+    finished_run(data, ckpt_dir=tmp_path, num_steps=1)
+    monkeypatch.chdir(data)
+    with pytest.raises(UserError, match=named):
+        finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True, **changed)
+
+
+def test_a_run_does_not_go_on_in_the_order_of_another_version(data, tmp_path, monkeypatch):
+    finished_run(data, ckpt_dir=tmp_path, num_steps=4)
+    monkeypatch.setattr("bort.training.loop.ORDER", 99)
+    with pytest.raises(UserError, match="drawn in the order of another version; begin a new run"):
+        make_run(data, ckpt_dir=tmp_path, num_steps=8, resume=True).run()
+
+
+def test_a_moved_run_goes_on_from_moved_shards(data, tmp_path):
+    finished_run(data, ckpt_dir=tmp_path / "here", num_steps=1)
+    shutil.copytree(data / "train", tmp_path / "shards")
+    (tmp_path / "here").rename(tmp_path / "there")
+    flags = {"ckpt_dir": tmp_path / "there", "data": tmp_path / "shards", "num_steps": 2}
+    assert finished_run(data, resume=True, **flags).step == 2
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, undisturbed):
+    flags = resumable_flags(data, "plain")
+    run_killed_at(data, tmp_path, 11, **flags)
+    damaged = tmp_path / "step-0000008" / "trainer.npz"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"step-0000008/trainer\.npz"):
+        resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
+    assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
+
+
+def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(data, tmp_path, undisturbed):
+    from bort import checkpoint
+    from bort.pretraining import run as pretraining
+
+    flags = resumable_flags(data, "plain")
+    before = signal.getsignal(signal.SIGTERM)
+    rate_of = pretraining.learning_rate
+
+    def warned(step, *rest):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate_of(step, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "learning_rate", warned)
+        stopped = finished_run(data, ckpt_dir=tmp_path, **flags)
+    assert stopped.step == 7
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.latest(str(tmp_path)).state["step"] == 7
+    resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
+    assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
+
+
+def start(data: Path, folder: Path, **flags: object) -> subprocess.Popen:
+    command = [sys.executable, str(DOOR), *arguments(data, ckpt_dir=folder, **flags)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 60
+    path = folder / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and any(line["step"] >= step for line in metrics(folder)):
+            return
+        time.sleep(0.005)
+    pytest.fail(f"step {step} was not reached: {process.stderr.read().decode()}")
+
+
+def test_processes_told_to_stop_and_killed_leave_the_bits_of_an_undisturbed_run(data, tmp_path):
+    flags = {"num_steps": 240, "ckpt_interval": 20, "log_interval": 2, "seed": 4}
+    expected = finished_run(data, ckpt_dir=tmp_path / "expected", **flags)
+    folder = tmp_path / "disturbed"
+
+    told = start(data, folder, **flags)
+    wait_for_step(folder, told, 30)
+    told.send_signal(signal.SIGTERM)
+    assert told.wait(timeout=60) == 0, told.stderr.read().decode()
+    stopped_at = int(os.readlink(folder / "checkpoint_last")[len("step-") :])
+    assert 30 <= stopped_at < 240
+
+    killed = start(data, folder, resume=True, **flags)
+    wait_for_step(folder, killed, stopped_at + 25)
+    killed.kill()
+    assert killed.wait(timeout=60) == -signal.SIGKILL
+
+    resumed = finished_run(data, ckpt_dir=folder, resume=True, **flags)
+    assert digest(resumed) == digest(expected)
+    assert metrics(folder) == metrics(tmp_path / "expected")
+
+
+# ---- mistakes of the user ----------------------------------------------------------------------
+
+
+def complaint(capsys, status: int, line: list[str]) -> str:
+    """Return the one line that the program leaves on stderr."""
+    from run_pretraining_distillation import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(line)
+    assert stopped.value.code == status
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 1
+    assert shown[0].startswith("error: ")
+    return shown[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"teacher_model": SHAPE}, "--teacher_ckpt_dir"),
+        ({"teacher_ckpt_dir": "teacher.params"}, "--teacher_model"),
+        ({"data": "absent"}, "absent"),
+        ({"data_eval": "absent"}, "absent"),
+        ({"data_eval": "other"}, "--data_eval other: made with another tokenizer"),
+        ({"teacher_model": SHAPE, "teacher_ckpt_dir": "absent"}, "absent"),
+        ({"teacher_model": "bert", "teacher_ckpt_dir": "teacher.params"}, "--teacher_model"),
+        ({"teacher_model": "bort_2_2_32_32", "teacher_ckpt_dir": "teacher.params"}, "missing"),
+        ({"teacher_model": SHAPE, "teacher_ckpt_dir": "foreign"}, "another tokenizer"),
+        ({"student_model": "bort_1_3_32_32"}, "bort_1_3_32_32"),
+        ({"student_parameters": "absent"}, "absent"),
+        ({"start_step": 3}, "--start_step 3"),
+        ({"ckpt_dir": "foreign"}, "--ckpt_dir foreign"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"dropout": 1.0}, "--dropout 1.0"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(data, tmp_path, monkeypatch, capsys, flags, named):
+    monkeypatch.chdir(tmp_path)
+    write_shards("other", sizes=(3,), seed=1, fingerprint="another")
+    foreign = {"data": "other", "ckpt_dir": "foreign", "num_steps": 1}
+    finished_run(data, **foreign)
+    os.symlink(data / "teacher.params", "teacher.params")
+    capsys.readouterr()
+    line = arguments(data, **{"ckpt_dir": "run", **flags})
+    assert named in complaint(capsys, 1, line)
+    assert not os.path.exists("run"), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"), [(["--lr", "1"], "--data"), (["--data", "x", "--lr", "fast"], "--lr")]
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(capsys, line, named):
+    assert named in complaint(capsys, 2, line)
+
+
+def test_the_checkpoints_hold_what_the_run_has(data, tmp_path):
+    from bort import checkpoint
+    from bort.parameters import load_parameters
+
+    run = finished_run(data, ckpt_dir=tmp_path, num_steps=3)
+    found = checkpoint.latest(str(tmp_path))
+    other = make_run(data, ckpt_dir=tmp_path / "other")
+    load_parameters(other.student, found.model_path)
+    other.trainer.load_state(found.trainer_arrays())
+    mine, theirs = arrays_of(run), arrays_of(other)
+    assert mine.keys() == theirs.keys()
+    assert all((mine[name] == theirs[name]).all() for name in mine)
+    assert any(array.any() for name, array in mine.items() if name.startswith("variance"))

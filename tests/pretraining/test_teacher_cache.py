@@ -1,0 +1,404 @@
+"""The teacher's stored outputs: equal to the live teacher's, restartable, refused when wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bort.communicator import SingleProcess
+from bort.errors import UserError
+from scripts.build_teacher_cache import main as build
+from tests import reference
+from tests.pretraining.helpers import (
+    ROOT,
+    SHAPE,
+    VOCAB_SIZE,
+    arguments,
+    horovodrun,
+    make_run,
+    write_shards,
+)
+
+# float16 has 11 significant bits: a hidden state is off by at most 2^-12 of its value, and so,
+# within a small factor, are logits, loss and gradient.
+FLOAT16_BOUND = 1e-3
+# Another batch than the cache was built in: other row counts round differently in float32.
+COMPOSITION_BOUND = 1e-6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Return a folder with shards in train/ and test/, and a teacher's weights."""
+    from bort.bort import get_bort_model
+    from bort.parameters import save_parameters
+
+    folder = tmp_path_factory.mktemp("data")
+    write_shards(folder / "train", sizes=(11, 5, 9), seed=1)
+    write_shards(folder / "test", sizes=(7,), seed=2)
+    for name, seed in (("teacher", 3), ("other", 4)):
+        teacher, _ = get_bort_model(SHAPE, vocab=range(VOCAB_SIZE))
+        reference.redraw(teacher, seed=seed, deviation=0.2)
+        save_parameters(teacher, str(folder / f"{name}.params"))
+    return folder
+
+
+def build_line(source: Path, folder: Path, **flags: object) -> list[str]:
+    settings = {
+        "data": f"{source}/train,{source}/test",
+        "output_dir": folder,
+        "teacher_model": SHAPE,
+        "teacher_ckpt_dir": source / "teacher.params",
+        "dtype": "float32",
+        "batch_size": 4,
+        **flags,
+    }
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def cache(data, tmp_path_factory) -> Path:
+    """Return the folder of a float32 cache; not to be changed."""
+    folder = tmp_path_factory.mktemp("cache") / "float32"
+    build(build_line(data, folder))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a cache; of the projection, that of its arrays."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".npz":  # a zip file holds the time it was made
+            with np.load(path) as arrays:
+                content = b"".join(arrays[name].tobytes() for name in arrays.files)
+        else:
+            content = path.read_bytes()
+        sums[path.name] = hashlib.sha256(content).hexdigest()
+    return sums
+
+
+def copy_of(cache: Path, folder: Path) -> Path:
+    shutil.copytree(cache, folder)
+    return folder
+
+
+def rows_file(cache: Path, data: Path, shard: int = 0) -> Path:
+    from bort.pretraining.teacher_cache import rows_path
+    from data.shards import read_manifest
+
+    return Path(rows_path(str(cache), read_manifest(str(data / "train")).shards[shard]))
+
+
+# ---- equal to the live teacher -----------------------------------------------------------------
+
+
+def one_step(source: Path, folder: Path, **flags: object) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Make one update; return (sums of the losses, gradients of all parameters)."""
+    run = make_run(source, ckpt_dir=folder, log_interval=100, **flags)
+    run.begin()
+    batches = run.batches()
+    run.train_step(batches)
+    batches.close()
+    gradients = [p.list_grad()[0].asnumpy() for p in run.student.collect_params().values()]
+    return np.array(run._interval.state()), gradients
+
+
+def live(data: Path) -> dict[str, object]:
+    return {"teacher_model": SHAPE, "teacher_ckpt_dir": data / "teacher.params"}
+
+
+def distance(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    """Return the norm of the difference of two gradients relative to that of the first."""
+    squares = sum(float(((a - b) ** 2).sum()) for a, b in zip(one, other))
+    return (squares / sum(float((a**2).sum()) for a in one)) ** 0.5
+
+
+def test_float32_is_the_live_teacher_bit_for_bit_in_a_batch_of_the_same_sequences(data, tmp_path):
+    flags = {"data": data / "test", "batch_size": 7, "num_buckets": 1, "dropout": 0.1}
+    build(build_line(data, tmp_path / "cache", data=data / "test", batch_size=7))
+    sums, gradients = one_step(data, tmp_path / "live", **flags, **live(data))
+    cached_sums, cached = one_step(
+        data, tmp_path / "cached", **flags, teacher_cache=tmp_path / "cache"
+    )
+    np.testing.assert_array_equal(cached_sums, sums)
+    assert all((mine == theirs).all() for mine, theirs in zip(cached, gradients))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", COMPOSITION_BOUND), ("float16", FLOAT16_BOUND)]
+)
+def test_in_any_batch_loss_and_gradient_are_the_live_teachers_within_the_bound(
+    data, tmp_path, dtype, bound
+):
+    build(build_line(data, tmp_path / "cache", dtype=dtype, batch_size=3))
+    sums, gradients = one_step(data, tmp_path / "live", **live(data))
+    cached_sums, cached = one_step(data, tmp_path / "cached", teacher_cache=tmp_path / "cache")
+    assert sums[2] > 0, "the teacher tells something"
+    np.testing.assert_allclose(cached_sums, sums, rtol=bound)
+    assert distance(gradients, cached) < bound
+    if dtype == "float16":
+        assert distance(gradients, cached) > COMPOSITION_BOUND, "it is float16 that was used"
+
+
+def test_the_evaluation_is_the_live_teachers(data, tmp_path, cache):
+    from bort.pretraining.evaluation import evaluate
+
+    found = []
+    for name, flags in (("live", live(data)), ("cached", {"teacher_cache": cache})):
+        run = make_run(data, ckpt_dir=tmp_path / name, data_eval=data / "test", **flags)
+        found.append(
+            evaluate(run.student, run.teacher, run.held_out, 2.0, SingleProcess(), run.devices[0])
+        )
+    assert found[1] == pytest.approx(found[0], rel=COMPOSITION_BOUND)
+    assert found[0]["teacher_accuracy"] == found[1]["teacher_accuracy"]
+
+
+def test_a_float16_cache_takes_half_the_space_and_says_how_much(data, tmp_path, cache, capsys):
+    size = build(build_line(data, tmp_path / "cache", dtype="float16"))
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'cache'}: 0.0 MB for 32 sequences")
+    rows = sum(len(np.load(path)) for path in cache.glob("*.npy"))
+    headers = 4 * 128
+    assert size == rows * 32 * 2 + headers
+    assert sum(path.stat().st_size for path in cache.glob("*.npy")) == rows * 32 * 4 + headers
+
+
+# ---- interrupted, repeated, shared ---------------------------------------------------------------
+
+# Dies, as by kill -9, when it has written so many batches.
+DYING_BUILD = """
+    import os, signal, sys
+    from bort.pretraining import teacher_cache
+    from scripts.build_teacher_cache import main
+
+    rows_of, batches = teacher_cache._teacher_rows, int(sys.argv[1])
+
+    def dying(*given):
+        global batches
+        for rows in rows_of(*given):
+            if batches == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            batches -= 1
+            yield rows
+
+    teacher_cache._teacher_rows = dying
+    # Unbuffered, or nothing of a shard this small would have reached the disk.
+    teacher_cache.open = lambda path, mode: open(path, mode, 0 if mode == "ab" else -1)
+    main(sys.argv[2:])
+"""
+
+
+def partials(folder: Path) -> list[Path]:
+    return list(folder.glob("*.partial"))
+
+
+def test_a_build_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(data, tmp_path, cache):
+    door = tmp_path / "dying.py"
+    door.write_text(textwrap.dedent(DYING_BUILD))
+    folder = tmp_path / "cache"
+    killed = subprocess.run(
+        [sys.executable, str(door), "2", *build_line(data, folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert len(partials(folder)) == 1
+    assert partials(folder)[0].stat().st_size > 128 + 8 * 32 * 4
+    build(build_line(data, folder))
+    assert contents(folder) == contents(cache)
+
+
+@pytest.mark.parametrize(
+    ("batches", "more", "start"),
+    [(0, -200, 0), (0, -60, 0), (0, 0, 0), (0, 1, 0), (1, 7, 4), (2, -1, 4), (2, 0, 8)],
+)
+def test_goes_on_from_a_file_cut_anywhere(data, tmp_path, cache, monkeypatch, batches, more, start):
+    """The file ends `more` bytes after that number of whole batches of 4."""
+    from bort.pretraining import teacher_cache
+    from data.shards import open_shards
+
+    folder = copy_of(cache, tmp_path / "cache")
+    victim = rows_file(folder, data)
+    rows = int(open_shards(str(data / "train")).shards[0].masked_offsets[4 * batches])
+    kept = max(0, 128 + rows * 32 * 4 + more)
+    Path(f"{victim}.partial").write_bytes(victim.read_bytes()[:kept])
+    victim.unlink()
+    starts = []
+    rows_of = teacher_cache._teacher_rows
+
+    def recording(shard, first, *rest):
+        starts.append(first)
+        return rows_of(shard, first, *rest)
+
+    monkeypatch.setattr(teacher_cache, "_teacher_rows", recording)
+    build(build_line(data, folder))
+    assert starts == [start], "whole batches are kept, and only those"
+    assert contents(folder) == contents(cache)
+
+
+def test_a_finished_shard_is_not_made_again(data, tmp_path, cache, monkeypatch):
+    from bort.pretraining import teacher_cache
+
+    folder = tmp_path / "cache"
+    build(build_line(data, folder, data=data / "train"))
+    made = []
+    rows_of = teacher_cache._teacher_rows
+    monkeypatch.setattr(teacher_cache, "_teacher_rows", lambda *a: made.append(a) or rows_of(*a))
+    build(build_line(data, folder, data=f"{data}/train,{data}/test,{data}/train"))
+    assert len(made) == 1
+    assert contents(folder) == contents(cache)
+
+
+@pytest.mark.distributed
+def test_two_ranks_share_the_shards_and_write_the_same_bytes(data, tmp_path, cache):
+    folder = tmp_path / "cache"
+    said = horovodrun(2, "python", "scripts/build_teacher_cache.py", *build_line(data, folder))
+    assert contents(folder) == contents(cache)
+    assert said.count("sequences") == 1, "rank 0 alone reports"
+
+
+# ---- refused -------------------------------------------------------------------------------------
+
+
+def complaint(capsys, main, line: list[str]) -> str:
+    """Return the one line that a program leaves on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        main(line)
+    assert stopped.value.code == 1
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 1
+    return shown[0]
+
+
+def refused(capsys, source: Path, folder: Path, **flags: object) -> str:
+    """Return what training on a cache complains of."""
+    from run_pretraining_distillation import main
+
+    run = folder.parent / "run"
+    line = arguments(source, ckpt_dir=run, teacher_cache=folder, **flags)
+    said = complaint(capsys, main, line)
+    assert not run.exists()
+    return said
+
+
+def keep_bytes(path: Path, count: int) -> None:
+    path.write_bytes(path.read_bytes()[:count])
+
+
+def short_rows(path: Path) -> None:
+    np.save(path, np.load(path)[:-1])
+
+
+def narrow_rows(path: Path) -> None:
+    np.save(path, np.load(path).astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (os.remove, "missing, the rows of shard part-00000.npz; run"),
+        (short_rows, "where shard part-00000.npz needs float32"),
+        (narrow_rows, "holds float16"),
+        (lambda path: keep_bytes(path, -1), "cannot be read"),
+        (lambda path: keep_bytes(path, 100), "cannot be read"),
+        (lambda path: keep_bytes(path, 0), "cannot be read"),
+        (lambda path: path.write_text("no array"), "cannot be read"),
+    ],
+)
+def test_damaged_rows_are_named_with_the_cure(data, tmp_path, cache, capsys, damage, what):
+    folder = copy_of(cache, tmp_path / "cache")
+    path = rows_file(folder, data)
+    damage(path)
+    said = refused(capsys, data, folder)
+    assert said.startswith(f"error: {path}: ")
+    assert what in said
+    assert "run scripts/build_teacher_cache.py" in said
+    path.unlink(missing_ok=True)
+    build(build_line(data, folder))
+    assert contents(folder) == contents(cache), "the cure cures"
+
+
+def test_pickled_rows_are_never_unpickled(data, tmp_path, cache, capsys):
+    folder = copy_of(cache, tmp_path / "cache")
+    np.save(rows_file(folder, data), np.array([{}], dtype=object), allow_pickle=True)
+    assert "cannot be read" in refused(capsys, data, folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (os.remove, "missing"),
+        (lambda path: keep_bytes(path, -1), "cannot be read"),
+        (lambda path: keep_bytes(path, 0), "cannot be read"),
+        (lambda path: np.savez(path, weight=np.zeros((VOCAB_SIZE, 32))), "cannot be read"),
+        (lambda path: np.savez(path, weight=np.zeros((9, 8)), bias=np.zeros(9)), "(9, 8)"),
+    ],
+)
+def test_a_damaged_projection_is_named_with_the_cure(data, tmp_path, cache, capsys, damage, what):
+    folder = copy_of(cache, tmp_path / "cache")
+    damage(folder / "projection.npz")
+    said = refused(capsys, data, folder)
+    assert said.startswith(f"error: {folder}/projection.npz: ")
+    assert what in said
+    assert f"delete {folder}, run scripts/build_teacher_cache.py again" in said
+
+
+def test_what_is_no_cache_is_refused(data, tmp_path, cache, capsys):
+    for folder in (tmp_path / "absent", data):
+        assert f"--teacher_cache {folder}: is no teacher cache; scripts/build" in refused(
+            capsys, data, folder
+        )
+    folder = copy_of(cache, tmp_path / "future")
+    manifest = (folder / "manifest.json").read_text()
+    for text in (manifest.replace('"format_version": 1', '"format_version": 2'), "[]"):
+        (folder / "manifest.json").write_text(text)
+        assert "another format version" in refused(capsys, data, folder)
+
+
+def test_a_cache_of_another_tokenizer_or_for_other_shards_is_refused(data, tmp_path, cache, capsys):
+    write_shards(tmp_path / "foreign", sizes=(3,), seed=1, fingerprint="another")
+    said = refused(capsys, data, cache, data=tmp_path / "foreign")
+    assert f"--teacher_cache {cache}: made for shards of another tokenizer" in said
+    write_shards(tmp_path / "new", sizes=(3,), seed=9)
+    assert "missing, the rows of shard" in refused(capsys, data, cache, data=tmp_path / "new")
+    foreign = f"{data}/train,{tmp_path}/foreign"
+    said = complaint(capsys, build, build_line(data, tmp_path / "cache", data=foreign))
+    assert f"--data {tmp_path}/foreign: made with another tokenizer than" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [({"teacher_ckpt_dir": "other.params"}, "teacher_sha256"), ({"dtype": "float16"}, "dtype")],
+)
+def test_a_build_never_mixes_two_teachers_or_types(data, cache, capsys, flags, what):
+    before = contents(cache)
+    if "teacher_ckpt_dir" in flags:
+        flags = {"teacher_ckpt_dir": data / flags["teacher_ckpt_dir"]}
+    said = complaint(capsys, build, build_line(data, cache, **flags))
+    assert said.startswith(f"error: {cache}: made with {what} ")
+    assert "give another --output_dir or delete it" in said
+    assert contents(cache) == before
+
+
+def test_a_full_disk_is_one_line_and_the_build_goes_on(data, tmp_path, cache, monkeypatch):
+    from bort.pretraining import teacher_cache
+
+    folder = tmp_path / "cache"
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache, "_teacher_rows", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            build.__wrapped__(build_line(data, folder))
+    build(build_line(data, folder))
+    assert contents(folder) == contents(cache)

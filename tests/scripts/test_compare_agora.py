@@ -1,0 +1,65 @@
+"""The table of Agora against plain fine-tuning and the best of the grid, from runs' files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bort.files import write_json
+from scripts import compare_agora
+
+
+def write_runs(folder, plain=(0.5, 0.6), grid=(0.55, 0.7), best=(0.65, 0.6), random=(0.5, 0.4)):
+    for draw, (one, two, three, four) in enumerate(zip(plain, grid, best, random)):
+        answers = {"dev": {"metrics": {"accuracy": 0.9}}, "test": {"metrics": {"accuracy": one}}}
+        contents = {"plain": {"answers": answers, "seconds": 2.0 + draw}}
+        for name, score in (("agora", three), ("random", four)):
+            contents[name] = {
+                "rounds": [{"seconds": 10.0}, {"seconds": 4.0 + draw}],
+                "best_of_grid": {"test": {"accuracy": two}},
+                "best": {"test": {"accuracy": score}, "dev": {"accuracy": 0.9}},
+                "timaeus": {"source": "labels", "test": {"accuracy": 0.8}},
+            }
+        for name, content in contents.items():
+            path = folder / name / str(draw) / "SST-2"
+            path.mkdir(parents=True)
+            write_json(str(path / f"{'metrics' if name == 'plain' else 'agora'}.json"), content)
+    return [
+        word
+        for name in ("plain", "agora", "random")
+        for word in (f"--{name}", *(str(folder / name / str(draw)) for draw in range(len(plain))))
+    ]
+
+
+def test_means_spreads_and_draws_won(tmp_path, capsys):
+    columns = compare_agora.main(["SST-2", *write_runs(tmp_path)])
+    found = {column.name: column for column in columns}
+    assert list(found) == ["plain", "best of grid", "Agora", "random images", "Timaeus"]
+    assert np.allclose(found["Agora"].scores, [0.65, 0.6])
+    seconds = {name: column.seconds for name, column in found.items()}
+    assert seconds == {
+        "plain": 2.5, "best of grid": 10.0, "Agora": 14.5, "random images": 14.5, "Timaeus": None,
+    }  # fmt: skip
+    given = write_runs(tmp_path / "again")
+    without = compare_agora.main(["SST-2", *given[: given.index("--random")]])
+    assert [column.name for column in without] == ["plain", "best of grid", "Agora", "Timaeus"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == (
+        "| SST-2 | 0.550 ± 0.071 | 0.625 ± 0.106 | 0.625 ± 0.035 | 0.450 ± 0.071 | 0.800 ± 0.000 "
+        "| 0.000 ± 0.141 | 1 of 2 |"
+    )
+    assert lines[3] == "| seconds of fits | 2 | 10 | 14 | 14 |  |  |  |"
+
+
+def test_mistakes_are_named(tmp_path, capsys):
+    given = write_runs(tmp_path)
+    with pytest.raises(SystemExit):
+        compare_agora.main(["SST-2", *given, str(tmp_path / "random" / "0")])
+    assert "give as many runs of each" in capsys.readouterr().err
+    path = str(tmp_path / "agora" / "1" / "SST-2" / "agora.json")
+    content = compare_agora.read_json(path)
+    content["best"]["test"] = None
+    write_json(path, content)
+    with pytest.raises(SystemExit):
+        compare_agora.main(["SST-2", *given])
+    assert f"{tmp_path / 'agora' / '1'}: has no metrics of a test set" in capsys.readouterr().err

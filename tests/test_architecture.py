@@ -1,0 +1,54 @@
+"""Who may import whom: base modules and data no subpackage, subpackages only those below them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+SUBPACKAGES = ("training", "pretraining", "finetuning", "inference", "huggingface", "agora", "ose")
+MAY_IMPORT = {
+    "training": set(),
+    "pretraining": {"training"},
+    "finetuning": {"training"},
+    "inference": set(),
+    "huggingface": set(),
+    "agora": {"finetuning"},
+    "ose": {"pretraining"},
+}
+# Two documented names of an earlier layout; they hold nothing but an import.
+COMPATIBILITY = {"bort/predict.py", "bort/runtime.py"}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the names of all modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_follow_the_architecture() -> None:
+    wrong = []
+    for path in sorted([*ROOT.glob("bort/**/*.py"), *ROOT.glob("data/*.py")]):
+        name = path.relative_to(ROOT).as_posix()
+        package = name.split("/")[1] if name.count("/") == 2 else ""
+        allowed = MAY_IMPORT.get(package, set()) | {package}
+        for other in imported(path):
+            parts = other.split(".")
+            target = parts[1] if parts[0] == "bort" and len(parts) > 1 else ""
+            outside = target in SUBPACKAGES and target not in allowed
+            if parts[0] in ("scripts", "tests") or (outside and name not in COMPATIBILITY):
+                wrong.append(f"{name} imports {other}")
+            if package == "" and name.startswith("bort/") and parts[0] == "data":
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
+def test_every_subpackage_has_its_place_in_the_architecture() -> None:
+    folders = {path.parent.name for path in ROOT.glob("bort/*/__init__.py")}
+    assert folders == set(SUBPACKAGES) == set(MAY_IMPORT)
