@@ -6,14 +6,14 @@ from __future__ import annotations
 from typing import Optional, Sequence
 
 from bort.config import parse
-from bort.errors import door
+from bort.errors import entry_point
 from bort.tokenization import TokenizerSettings
 from data.masking import MaskingSettings, SequenceSettings
 from data.preparation import CorpusSettings, prepare
 from data.shards import Manifest
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Manifest:
     """Make the shards that the flags ask for and return their manifest."""
     corpus, tokenizer, sequences, masking = parse(

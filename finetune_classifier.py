@@ -14,11 +14,11 @@ from typing import Any, Sequence
 
 from bort.communicator import communicator_of_environment
 from bort.config import parse
-from bort.errors import door
+from bort.errors import entry_point
 from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
 
 
-@door
+@entry_point
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; returns the content of metrics.json."""
     from bort.finetuning.run import finetune

@@ -14,11 +14,11 @@ from typing import Sequence
 
 from bort.communicator import Horovod
 from bort.config import parse
-from bort.errors import door
+from bort.errors import entry_point
 from bort.pretraining.config import SETTINGS_CLASSES, ElasticSettings, PretrainingSettings
 
 
-@door
+@entry_point
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     """Run the program; returns the held-out evaluations, the first before training.
 

@@ -1,32 +1,95 @@
-"""The one exception for mistakes a user can mend, and the door that turns it into one line."""
+"""UserError, and the entry-point decorator that turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import sys
-from typing import Callable, Optional, Sequence, TypeVar
+from contextlib import suppress
+from typing import Any, Callable, NoReturn, Optional, Sequence, TypeVar
 
 Result = TypeVar("Result")
 Main = Callable[[Optional[Sequence[str]]], Result]
 
+QUOTED_CHARACTERS = 200
+
 
 class UserError(Exception):
-    """A mistake of the user's: names the file, line or flag, what is wrong, and the cure."""
+    """A mistake the user can fix: names the file, line or flag, what is wrong, and the cure."""
 
 
-def door(main: Main[Result]) -> Main[Result]:
-    """Wrap an entry point: a `UserError` becomes one line on stderr and exit status 1.
+class Stopped(Exception):  # noqa: N818  (not an error: the program did as it was told)
+    """The program was told to stop by a signal and has saved its state."""
 
-    Anything else keeps its traceback, because then the mistake is ours.
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def quoted(value: Any, characters: int = QUOTED_CHARACTERS) -> str:
+    """Return `repr(value)`, shortened: a message never repeats a whole file."""
+    text = repr(value)
+    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
+def entry_point(main: Main[Result]) -> Main[Result]:
+    """Wrap the `main` of a program: what a user or the system causes is one line on stderr.
+
+    Exit status: 1 for `UserError`, a failed read or write and lack of memory; 128 + its number for
+    a signal (130 for Ctrl-C, 141 for a closed pipe, which is silent). Any other exception keeps
+    its traceback, because it is a bug.
     """
 
     @functools.wraps(main)
-    def entered(argv: Sequence[str] | None = None) -> Result:
+    def wrapped(argv: Sequence[str] | None = None) -> Result:
+        _open_closed_streams()
         try:
-            return main(argv)
-        except UserError as error:
+            result = main(argv)
             sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
+            return result
+        except UserError as error:
+            _exit(1, f"error: {error}")
+        except Stopped as stop:
+            _exit(128 + stop.signum, str(stop))
+        except KeyboardInterrupt:
+            _exit(128 + signal.SIGINT, "interrupted")
+        except BrokenPipeError:
+            _exit(128 + signal.SIGPIPE)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            where = error.filename if error.filename is not None else "a file or standard output"
+            _exit(1, f"error: {os.fsdecode(where)}: {reason}")
+        except MemoryError:
+            _exit(1, "error: out of memory; use smaller batches or fewer processes")
 
-    return entered
+    return wrapped
+
+
+def _exit(status: int, line: str = "") -> NoReturn:
+    """Exit with one line on stderr; never with a second error while stdout is flushed."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        # The interpreter flushes again as it ends, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if line:
+        text = " ".join(line.splitlines())
+        with suppress(OSError, ValueError):
+            print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
+
+
+def _open_closed_streams() -> None:
+    """Open what the shell closed (`2>&-`): a file opened later would otherwise take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            mode = "r" if number == 0 else "w"
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (stays)
+            setattr(sys, name, stream)

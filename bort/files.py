@@ -1,53 +1,212 @@
-"""Files: atomic writes, checksums, JSON and YAML."""
+"""Files and folders: atomic writes, locks, checksums, JSON and YAML."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from typing import Any, Iterator
+import socket
+import stat
+import sys
+from typing import IO, Any, Iterator, TypeVar
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
+
+Value = TypeVar("Value")
+
+LOCK_FILE = ".lock"
+MAX_YAML_BYTES = 1 << 20
+_COPY_BYTES = 1 << 20
+# What a full disk, a quota or a failing one answers to a write.
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: str) -> Iterator[str]:
+    """Give a new path beside `path`; what is written there becomes `path` when all went well.
+
+    A reader sees the old content or the new one, whole. Symbolic links are followed. For writers
+    that take a path; see `atomic_write` for the others.
+
+    Raises `UserError` when `path` is no regular file or the file cannot be written.
+    """
+    target = os.path.realpath(path)
+    _refuse_special_file(path, target)
+    temporary = _temporary_name(target)
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(os.path.dirname(target))
+    except OSError as error:
+        if error.filename in (temporary, None) or error.errno in _WRITE_ERRORS:
+            raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that becomes `path` when all went well; text is UTF-8.
+
+    A device or a FIFO is written to as it is: there is nothing to replace.
+
+    Raises `UserError` when `path` is a folder or the file cannot be written.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    if is_stream(path):
+        with open(path, mode, encoding=encoding) as stream:
+            yield stream
+        return
+    with atomic_path(path) as temporary:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with open(handle, mode, encoding=encoding) as file:
+            yield file
+
+
+def is_stream(path: str) -> bool:
+    """Tell whether a path is there and neither a regular file nor a folder: a device, a FIFO."""
+    try:
+        kind = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(kind) and not stat.S_ISDIR(kind)
+
+
+def _refuse_special_file(path: str, target: str) -> None:
+    if os.path.isdir(target):
+        raise UserError(f"{path}: is a folder; name a file")
+    if is_stream(target):
+        raise UserError(f"{path}: is not a regular file; name another one")
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise UserError(f"{path}: there is no folder {folder}; make it first")
+
+
+def _temporary_name(path: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in _WRITE_ERRORS:  # another code: no fsync of folders here
+            raise
+    finally:
+        os.close(handle)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error).strip().splitlines()[0]
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write `content` as JSON under `path`, whole or not at all."""
+    """Write `content` as JSON under `path`, atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as handle:
+    with atomic_write(path) as handle:
         handle.write(f"{text}\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
-def read_json(path: str) -> Any:
-    """Read a JSON file; raises `UserError` when it is missing or not JSON."""
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """Give a folder to fill that becomes `path` when all went well, and is removed otherwise.
+
+    Raises `UserError` when `path` is there already or cannot be made.
+    """
+    path = os.path.normpath(path)
+    if os.path.lexists(path):
+        raise UserError(f"--output {path}: already exists; name a new folder")
+    temporary = _temporary_name(path)
     try:
-        with open(path, encoding="utf-8") as handle:
-            return json.load(handle)
+        os.makedirs(temporary)
+        yield temporary
+        os.rename(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
+        raise UserError(f"--output {path}: cannot be written ({_reason(error)})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_yaml(path: str) -> Any:
-    """Read a YAML file; raises `UserError` when it is missing or not YAML."""
-    import yaml
+# ---- one writer per folder -----------------------------------------------------------------------
 
+
+@contextlib.contextmanager
+def lock_folder(folder: str, flag: str = "") -> Iterator[None]:
+    """Make a folder, unless it is there, and keep every other writer out of it.
+
+    The lock is on a file that is open for writing, as NFS requires (flock(2)); it ends with the
+    process, however that ends. An empty folder is not left behind. `flag` is the one that named
+    the folder, for messages.
+
+    Raises `UserError` when another process holds the lock, which it names, or when the folder
+    cannot be made.
+    """
+    shown = f"{flag} {folder}".strip()
+    path = os.path.join(folder, LOCK_FILE)
     try:
-        with open(path, encoding="utf-8") as handle:
-            return yaml.safe_load(handle)
+        os.makedirs(folder, exist_ok=True)
+        handle = _locked(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(f"{shown}: cannot be written ({_reason(error)})") from None
+    if handle is None:
+        raise UserError(f"{shown}: {_owner(path)} is writing there; wait for it or stop it")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        os.close(handle)
+        with contextlib.suppress(OSError):  # raised unless the folder is empty
+            os.rmdir(folder)
 
 
-_COPY_BYTES = 1 << 20
+def _locked(path: str) -> int | None:
+    """Return the open and locked file, or None when another process holds the lock."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                os.close(handle)
+                raise
+            print(f"warning: {path}: this file system has no locks", file=sys.stderr)
+        # The holder before may have removed the file between our two calls.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                os.ftruncate(handle, 0)
+                owner = {"pid": os.getpid(), "host": socket.gethostname()}
+                os.pwrite(handle, json.dumps(owner).encode(), 0)
+                return handle
+        os.close(handle)
+
+
+def _owner(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            owner = json.load(file)
+        return f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def sha256_of(path: str) -> str:
@@ -59,23 +218,96 @@ def sha256_of(path: str) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def new_folder(path: str) -> Iterator[str]:
-    """Give a folder to fill that becomes `path` when all went well, and vanishes otherwise.
-
-    Raises `UserError` when `path` is there already or cannot be made.
-    """
-    path = os.path.normpath(path)
-    if os.path.lexists(path):
-        raise UserError(f"--output {path}: is there already; name a new folder")
-    above, name = os.path.split(path)
-    temporary = os.path.join(above, f".{name}.{os.getpid()}.tmp")
+def _content(path: str) -> bytes:
     try:
-        os.makedirs(temporary)
-        yield temporary
-        os.rename(temporary, path)
+        with open(path, "rb") as handle:
+            return handle.read()
     except OSError as error:
-        reason = error.strerror or str(error).strip().splitlines()[0]
-        raise UserError(f"--output {path}: cannot be written ({reason})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file; raises `UserError` when it is missing or not JSON."""
+    try:
+        return json.loads(_content(path).decode("utf-8"))
+    except RecursionError:
+        raise UserError(f"{path}: is not JSON that can be read (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({quoted(str(error))[1:-1]})") from None
+
+
+def read_json_as(path: str, expected: type[Value]) -> Value:
+    """Read a JSON file into a dataclass, NamedTuple or other annotated type.
+
+    Keys that the type does not have are ignored: a later version may have written them.
+
+    Raises `UserError` that names the key when a value is missing or of another type.
+    """
+    return decode_json(_content(path), expected, path)
+
+
+def decode_json(content: bytes, expected: type[Value], where: str) -> Value:
+    """Decode JSON into an annotated type; `where` is the file, or file:line, for messages.
+
+    Raises `UserError` when it is not JSON or not of the type.
+    """
+    import msgspec
+
+    try:
+        return msgspec.json.decode(content, type=expected)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where}: {quoted(str(error))[1:-1]}") from None
+    except RecursionError:
+        raise UserError(f"{where}: is not JSON that can be read (nested too deeply)") from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise UserError(f"{where}: is not JSON ({quoted(str(error))[1:-1]})") from None
+
+
+def read_yaml(path: str) -> Any:
+    """Read a YAML file of plain values.
+
+    Anchors and aliases are refused: a few lines of them expand to gigabytes. So is a key that
+    stands twice in one mapping.
+
+    Raises `UserError` when the file is missing, too large or not such YAML.
+    """
+    import yaml
+
+    content = _content(path)
+    if len(content) > MAX_YAML_BYTES:
+        raise UserError(f"{path}: has {len(content)} bytes; a YAML file may have {MAX_YAML_BYTES}")
+    try:
+        return yaml.load(content.decode("utf-8-sig"), _plain_loader())
+    except RecursionError:
+        raise UserError(f"{path}: is not YAML that can be read (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError) as error:
+        reason = quoted(" ".join(str(error).split()))[1:-1]
+        raise UserError(f"{path}: is not YAML ({reason})") from None
+
+
+def _plain_loader() -> Any:
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        """SafeLoader without aliases and repeated keys."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                line = self.peek_event().start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: aliases (*name) are not allowed")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            lines: dict[Any, int] = {}
+            for key_node, _ in node.value:
+                key, line = key_node.value, key_node.start_mark.line + 1
+                if not isinstance(key, str):
+                    raise yaml.YAMLError(f"line {line}: a key must be a plain value")
+                if key in lines:
+                    raise yaml.YAMLError(
+                        f"key {quoted(key)} stands on line {lines[key]} and again on line {line}"
+                    )
+                lines[key] = line
+            return super().construct_mapping(node, deep)
+
+    return PlainLoader

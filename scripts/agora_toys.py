@@ -20,7 +20,7 @@ import numpy as np
 
 from bort.agora import algorithm as agora
 from bort.config import option, parse
-from bort.errors import door
+from bort.errors import entry_point
 from bort.types import Hyperparameters
 
 TRAIN, DEV, TIMAEUS, TEST = 40, 100, 30, 2000  # rows
@@ -191,7 +191,7 @@ def plot(accuracies: dict[str, np.ndarray], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-@door
+@entry_point
 def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Compare the methods on every task; print, and if asked write, the table and the plot."""
     (settings,) = parse(__doc__ or "", argv, ToySettings)

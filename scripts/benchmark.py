@@ -14,10 +14,10 @@ from typing import Any, Optional, Sequence
 import benchmarks
 
 from bort.config import OneLineParser
-from bort.errors import door
+from bort.errors import entry_point
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Any:
     """Run the benchmark that the first argument names; return what its `main` returns."""
     names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))

@@ -15,7 +15,7 @@ from typing import Optional, Sequence
 
 from bort.communicator import communicator_of_environment
 from bort.config import option, parse, required
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 from data.shards import ShardEntry, ShardSet, open_shards
 
 
@@ -32,7 +32,7 @@ class CacheSettings:
     gpus: Optional[str] = option(None, "device number; without: the CPU")
 
 
-@door
+@entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the cache; returns its size in bytes."""
     from bort.devices import devices_of

@@ -18,7 +18,7 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.config import OneLineParser
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 from bort.files import read_json
 from data.task import Task
 from data.tasks import get_task
@@ -32,7 +32,7 @@ class Column(NamedTuple):
     seconds: Optional[float] = None
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[Column]:
     """Print the table; returns its columns."""
     parser = OneLineParser(description=str(__doc__))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from bort.config import build, parser_for, required
-from bort.errors import door
+from bort.errors import entry_point
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FromHuggingFaceSettings:
     output: str = required("the folder to make")
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
     """Convert a folder; returns the greatest difference of logits, None where none was measured."""
     from bort.files import new_folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from bort.config import build, option, parser_for, required
-from bort.errors import door
+from bort.errors import entry_point
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ToHuggingFaceSettings:
     )
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
     """Convert a model; returns the greatest difference of logits, None where none was measured."""
     from bort.files import new_folder

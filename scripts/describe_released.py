@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import Optional, Sequence
 
 from bort.config import OneLineParser
-from bort.errors import door
+from bort.errors import entry_point
 from bort.saved_model import MASKED_LM, Card, save_card
 from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
 
 MODEL, SHAPE = "model/bort.params", "bort_4_8_768_1024"
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Card:
     """Write card and tokenizer; returns the card."""
     OneLineParser(description=__doc__).parse_args(argv)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from bort.config import OneLineParser
-from bort.errors import door
+from bort.errors import entry_point
 from data.download import SERVER, download
 from data.task import default_data_dir
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Path:
     """Fetch what is named on the command line and return the folder that it lies in."""
     parser = OneLineParser(description=__doc__)

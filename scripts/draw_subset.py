@@ -22,7 +22,7 @@ import numpy as np
 
 from bort.agora.algorithm import generator_for
 from bort.config import option, parse, required
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 from data.rows import read_lines
 from data.task import Task
 from data.tasks import get_task
@@ -56,7 +56,7 @@ class Pool(NamedTuple):
     lines: list[bytes]
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[str]:
     """Draw the sets; returns the files written."""
     (settings,) = parse(str(__doc__), argv, SubsetSettings)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from bort.config import build, option, parser_for
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class OnnxSettings:
     )
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> float:
     """Export a model; returns the largest difference between ONNX Runtime and MXNet."""
     from bort import saved_model

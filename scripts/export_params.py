@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from bort.config import build, option, parser_for, required
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ExportSettings:
     dtype: str = option("float32", "type of the values", choices=("float32", "float16"))
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[str]:
     """Export a model; returns the names in the file."""
     import mxnet as mx

@@ -16,7 +16,7 @@ from typing import Iterator, Optional, Sequence
 import numpy as np
 
 from bort.config import build, check_limits, option, parser_for
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 from bort.tokenization import Tokenizer, TokenizerSettings, load_tokenizer
 from data.shards import Manifest, Shard, ShardSet, open_shards
 
@@ -54,7 +54,7 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / max(whole, 1):.2f} %"
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Statistics:
     """Print the report on one folder and return its statistics."""
     parser = parser_for(str(__doc__), InspectSettings, TokenizerSettings)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 
 from bort import checkpoint
 from bort.config import option, parse, required
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 
 DOOR = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "run_pretraining_distillation.py"
@@ -78,7 +78,7 @@ class Moment(NamedTuple):
         return f"{self.seconds:.3f} s after {after}"
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the test; returns the number of kills survived."""
     (settings,) = parse(str(__doc__), argv, KillTestSettings)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from bort.config import OneLineParser
-from bort.errors import door
+from bort.errors import entry_point
 from data.submission import Entry, gather, write_archive
 from data.tasks import LEADERBOARDS
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[Entry]:
     """Check every file, write the archive, and return its entries."""
     parser = OneLineParser(description=__doc__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Sequence
 
 from bort.config import build, option, parser_for
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 
 FILE = "metrics.jsonl"
 # Name in the file, title, unit of the vertical axis.
@@ -64,7 +64,7 @@ class Run(NamedTuple):
         return Curve([step for step, _ in points], [value for _, value in points])
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> str:
     """Draw the runs; returns the path of the picture."""
     parser = parser_for(str(__doc__), PlotSettings)

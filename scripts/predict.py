@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Optional, Sequence
 
 from bort.config import option, parse, required
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 from bort.inference.prediction_files import INPUT_FORMATS, OUTPUT_FORMATS
 from bort.inference.runtime import RUNTIMES
 
@@ -55,7 +55,7 @@ class PredictSettings:
             raise UserError(f"--runtime {self.runtime}: --fill_mask runs in mxnet alone")
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Answer every line of the input; returns the number of answers."""
     from bort.inference.prediction_files import opened, written

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Sequence
 
 from bort.config import build, option, parser_for
-from bort.errors import door
+from bort.errors import entry_point
 
 MOST_LOST = 0.5
 
@@ -32,7 +32,7 @@ class QuantizeSettings:
     batch_size: int = option(32, "examples per batch of the comparison", minimum=1)
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[Any]:
     """Quantise a classifier; returns a `bort.inference.quantization.Check` for each runtime."""
     from bort.inference.quantization import Quantization

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from bort.config import OneLineParser
-from bort.errors import door
+from bort.errors import entry_point
 from bort.finetuning.run_report import RunReport, as_markdown, report
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[RunReport]:
     """Print one line per task of every run, and return them."""
     parser = OneLineParser(description=__doc__)

@@ -15,7 +15,7 @@ from typing import Any, Optional, Sequence
 
 from bort.agora.config import AGORA_CLASSES, AgoraTextSettings
 from bort.config import parse
-from bort.errors import door
+from bort.errors import entry_point
 
 
 def say(message: Warning | str, category: type[Warning], *_: Any) -> None:
@@ -23,7 +23,7 @@ def say(message: Warning | str, category: type[Warning], *_: Any) -> None:
     print(f"warning: {category.__name__}: {message}", file=sys.stderr)
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> dict[str, Any]:
     """Run Agora as the flags say; returns the content of agora.json."""
     settings = AgoraTextSettings(*parse(str(__doc__), argv, *AGORA_CLASSES))

@@ -20,7 +20,7 @@ import numpy as np
 
 from bort.communicator import Communicator, SingleProcess, communicator_of_environment
 from bort.config import as_dict, option, parse
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 from bort.mxnet_setup import usable_cores
 from bort.ose.bert_family import (
     SPACES,
@@ -115,7 +115,7 @@ class Errors(NamedTuple):
     options: Mapping[str, Any] = {}  # more arguments of `extract`
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Optional[OseResult]:
     """Do what the flags say; return the search's result when there was a search."""
     description = (__doc__ or "").strip()

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from bort.config import OneLineParser
-from bort.errors import door
+from bort.errors import entry_point
 from bort.finetuning.scoreboard import SuiteScore, as_table, read_scores, suite_score
 from data.tasks import SUITES
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> dict[str, SuiteScore]:
     """Print one table per suite that has a run, and return them by suite."""
     parser = OneLineParser(description=__doc__)

@@ -14,12 +14,12 @@ from __future__ import annotations
 from typing import Optional, Sequence
 
 from bort.config import parse
-from bort.errors import door
+from bort.errors import entry_point
 from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
 from bort.finetuning.sweep import Row, SweepSettings, sweep
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[Row]:
     """Run the sweep; returns the table's rows, best first."""
     *base, settings = parse(str(__doc__), argv, *FINETUNING_CLASSES, SweepSettings)

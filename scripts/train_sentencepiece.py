@@ -17,7 +17,7 @@ from random import Random
 from typing import Iterator, Optional, Sequence
 
 from bort.config import option, parse, required
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 from bort.tokenization import SPECIAL_TOKENS
 from data.corpus import MAX_DOCUMENT_BYTES, find_inputs, read_documents, survey
 
@@ -41,7 +41,7 @@ class SentencePieceSettings:
     random_seed: int = option(0, "seed of that draw", minimum=0)
 
 
-@door
+@entry_point
 def main(argv: Optional[Sequence[str]] = None) -> str:
     """Train the model that the flags describe; returns the path of its file."""
     (settings,) = parse("Train a SentencePiece model.", argv, SentencePieceSettings)

@@ -2,18 +2,19 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from typing import Any, Sequence
 
 import pytest
 
-from bort.errors import UserError, door
+from bort.errors import Stopped, UserError, entry_point, quoted
 from tests.conftest import ROOT
 
 
 def test_a_user_error_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
-    @door
+    @entry_point
     def main(argv: Sequence[str] | None = None) -> None:
         print("so far so good")
         raise UserError(f"{argv[0]}: no such file; give another" if argv else "")
@@ -26,11 +27,11 @@ def test_a_user_error_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str
     assert printed.out == "so far so good\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), KeyboardInterrupt(), SystemExit(2)])
+@pytest.mark.parametrize("error", [ValueError("ours"), SystemExit(2)])
 def test_everything_else_passes_through(
     error: BaseException, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @door
+    @entry_point
     def main(argv: Sequence[str] | None = None) -> None:
         raise error
 
@@ -41,7 +42,7 @@ def test_everything_else_passes_through(
 
 
 def test_the_result_and_the_arguments_pass_through() -> None:
-    @door
+    @entry_point
     def main(argv: Sequence[str] | None = None) -> Any:
         """Do nothing."""
         return argv
@@ -52,9 +53,9 @@ def test_the_result_and_the_arguments_pass_through() -> None:
 
 
 SCRIPT = """
-from bort.errors import UserError, door
+from bort.errors import UserError, entry_point
 
-@door
+@entry_point
 def main(argv=None):
     print("before")
     raise {error}("it broke")
@@ -83,3 +84,67 @@ def test_a_process_ends_with_status_1_and_a_traceback_only_if_the_mistake_is_our
     assert ended.returncode == 1
     assert ended.stdout == "before\n"
     assert re.fullmatch(stderr, ended.stderr, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Stopped(15, "stopped at step 7"), 143, "stopped at step 7\n"),
+        (BrokenPipeError(), 141, ""),
+        (PermissionError(13, "Permission denied", "a.txt"), 1, "error: a.txt: Permission denied\n"),
+        (OSError(28, "No space left on device"), 1, "No space left on device\n"),
+        (MemoryError(), 1, "out of memory"),
+        (UserError("a\nb\udc80"), 1, "error: a b\\udc80\n"),
+    ],
+)
+def test_what_a_user_or_the_system_causes_is_one_line(error, status, line, capsys):
+    @entry_point
+    def main(argv: Sequence[str] | None = None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == status
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == (1 if line else 0)
+
+
+def shell(command: str) -> subprocess.CompletedProcess:
+    script = """
+from bort.errors import entry_point
+
+@entry_point
+def main(argv=None):
+    for number in range(100_000):
+        print(number)
+
+main()
+"""
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} {command}"
+    return subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_closed_pipe_is_silent():
+    ended = shell("| head -n 1; exit ${PIPESTATUS[0]}")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (141, "0\n", "")
+
+
+def test_a_full_disk_behind_standard_output_is_one_line():
+    ended = shell("> /dev/full")
+    assert ended.returncode == 1
+    assert ended.stderr == "error: a file or standard output: No space left on device\n"
+
+
+def test_closed_streams_change_nothing():
+    ended = shell("<&- 2>&-")
+    assert ended.returncode == 0
+    assert ended.stdout.endswith("99999\n")
+
+
+def test_long_values_are_shortened():
+    assert quoted("a" * 500) == "'" + "a" * 199 + "... (502 characters)"
+    assert quoted(1) == "1"

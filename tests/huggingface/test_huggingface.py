@@ -518,7 +518,7 @@ def test_what_cannot_go_there_is_one_line(tmp_path, sample, capsys):
     assert "absent: not found" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "extra"]
     said = complaint(capsys, convert, tmp_path / "bare", "--output", tmp_path / "bare")
-    assert "is there already; name a new folder" in said
+    assert "already exists; name a new folder" in said
     said = complaint(capsys, convert, tmp_path / "bare", "--output", "/dev/null/there")
     assert "--output /dev/null/there: cannot be written (" in said
 

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from bort import files
+from bort.errors import UserError
+from tests.conftest import ROOT
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with files.atomic_write(str(path)) as handle:
+        handle.write("né")
+        assert path.read_text() == "old"
+    assert path.read_bytes() == "né".encode()
+    assert left(tmp_path) == ["x.txt"]
+
+
+def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with contextlib.suppress(RuntimeError), files.atomic_write(str(path)) as handle:
+        handle.write("new")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert left(tmp_path) == ["x.txt"]
+
+
+def test_a_full_disk_is_a_user_error_and_leaves_nothing(tmp_path):
+    path = str(tmp_path / "x.txt")
+
+    def fill() -> None:
+        with files.atomic_write(path) as handle:
+            handle.write("new")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"x.txt: cannot be written \(No space left"):
+        fill()
+    assert left(tmp_path) == []
+
+
+def test_an_error_of_another_file_is_not_taken_for_this_one(tmp_path):
+    with pytest.raises(FileNotFoundError), files.atomic_write(str(tmp_path / "x")):
+        os.stat(tmp_path / "missing")
+
+
+def test_symbolic_links_are_followed(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    files.write_json(str(tmp_path / "link"), [1])
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "target").read_text()) == [1]
+
+
+def test_a_fifo_is_written_to_and_stays(tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(path.read_text()))
+    reader.start()
+    with files.atomic_write(str(path)) as handle:
+        handle.write("through")
+    reader.join()
+    assert read == ["through"]
+    assert path.is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(".", "is a folder"), ("no/x", "there is no folder"), ("fifo", "not a regular file")],
+)
+def test_what_cannot_be_replaced_is_refused(tmp_path, name, message):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match=message), files.atomic_path(str(tmp_path / name)):
+        pass
+
+
+def test_a_planted_link_at_a_guessed_temporary_name_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("x.tmp", ".x.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    with files.atomic_write(str(tmp_path / "x")) as handle:
+        handle.write("new")
+    assert victim.read_text() == "mine"
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with contextlib.suppress(RuntimeError), files.new_folder(str(tmp_path / "a")) as folder:
+        Path(folder, "file").touch()
+        raise RuntimeError
+    assert left(tmp_path) == []
+    with files.new_folder(str(tmp_path / "a")) as folder:
+        Path(folder, "file").touch()
+    assert left(tmp_path / "a") == ["file"]
+    with pytest.raises(UserError, match="already exists"), files.new_folder(str(tmp_path / "a")):
+        pass
+
+
+# ---- locks ---------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from bort.files import lock_folder
+
+with lock_folder(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_by_name_until_the_first_has_ended(tmp_path):
+    folder = str(tmp_path / "run")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        message = f"--ckpt_dir {folder}: process {holder.pid} on .* is writing there"
+        with pytest.raises(UserError, match=message), files.lock_folder(folder, "--ckpt_dir"):
+            pass
+        holder.kill()
+    with files.lock_folder(folder):
+        Path(folder, "file").touch()
+    assert left(Path(folder)) == ["file"]
+
+
+def test_an_empty_folder_is_not_left_behind(tmp_path):
+    with files.lock_folder(str(tmp_path / "run")):
+        pass
+    assert left(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "run")
+    message = "cannot be written"
+    with pytest.raises(UserError, match=message), files.lock_folder(folder, "--ckpt_dir"):
+        pass
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    file: str
+    size: int
+
+
+@dataclass
+class Listing:
+    entries: list  # type: ignore[type-arg]
+    total: int
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "is not JSON"),
+        ("[" * 100_000, "Expected `str`"),
+        ('{"file": "a"}', "Expected `array`"),
+        ('["a", "b"]', "Expected `int`"),
+        ('["a", ' + "9" * 5000 + "]", r"JSON|out of range|Expected"),
+    ],
+)
+def test_json_of_another_shape_is_refused(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        files.read_json_as(str(path), Entry)
+
+
+def test_json_that_is_not_utf_8_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(b'["\xff", 1]')
+    for read in (files.read_json, lambda name: files.read_json_as(name, Entry)):
+        with pytest.raises(UserError, match=r"x\.json: "):
+            read(str(path))
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        files.read_json(str(path))
+
+
+def test_typed_json(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_json(str(path), {"entries": [1], "total": 2, "of a later version": 3})
+    assert files.read_json_as(str(path), Listing) == Listing([1], 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "key 'a' stands on line 1 and again on line 3"),
+        ("a: &x [1]\nb: *x\n", r"line 2: aliases \(\*name\) are not allowed"),
+        ("a: [", "is not YAML"),
+        ("[" * 50_000, "nested too deeply"),
+        ("? [1]\n: 2\n", "a key must be a plain value"),
+        ("#" * (files.MAX_YAML_BYTES + 1), "a YAML file may have"),
+    ],
+)
+def test_yaml_that_is_not_plain_is_refused(tmp_path, content, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        files.read_yaml(str(path))
+
+
+def test_plain_yaml(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("\ufefflr: [1e-5, 0.1]\nseed: [1]\n", encoding="utf-8")
+    assert files.read_yaml(str(path)) == {"lr": ["1e-5", 0.1], "seed": [1]}
