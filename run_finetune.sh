@@ -1,49 +1,52 @@
 #!/usr/bin/env bash
-# Fine-tunes Bort on a task of GLUE or SuperGLUE or on RACE, or predicts one of the diagnostic sets.
+# Fine-tunes Bort on a task of GLUE or SuperGLUE or on RACE, or predicts a diagnostic set.
 #
-#   ./run_finetune.sh <task>           by the task's script in scripts/finetune/, with its settings
-#   ./run_finetune.sh TEST1|TEST2      one task of GLUE, one of SuperGLUE, on the rows in test_data/
+#   ./run_finetune.sh <task> [flags of finetune_classifier.py]
+#   ./run_finetune.sh TEST1|TEST2 [flags]
 #
-# Settings, by environment variables: see scripts/finetune/common.sh. HOROVODRUN_FLAGS holds flags
-# of horovodrun.
+# The first form runs the script of the task in scripts/finetune/, which has the defaults of the
+# task. Flags override them:
+#   ./run_finetune.sh CoLA --lr 1e-5 --seed 3 --extra_layer
+# TEST1 trains on a GLUE task and TEST2 on a SuperGLUE task, on the rows in test_data/.
+# Environment variables: see scripts/finetune/common.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# As in --task_name: case, dots, dashes and underscores do not matter.
-plain() { tr -cd '[:alnum:]' <<<"${1,,}"; }
+# Task names are compared as --task_name does: without case, dots, dashes and underscores.
+normalise() { tr -cd '[:alnum:]' <<<"${1,,}"; }
 
 script_of() {
     local wanted script name
-    wanted=$(plain "$1")
+    wanted=$(normalise "$1")
     for script in scripts/finetune/*.sh; do
         name=$(basename "$script" .sh)
-        if [[ $name != common && $(plain "$name") == "$wanted" ]]; then
+        if [[ $name != common && $(normalise "$name") == "$wanted" ]]; then
             echo "$script"
         fi
     done
 }
 
-# embedded_run <task> <suite>: a small shape, from random weights.
-embedded_run() {
-    export DATA_DIR=test_data/$2 OUTPUT_DIR=runs/$name PRETRAINED_PARAMETERS=none
-    export MODEL_NAME=bort_2_4_128_64 EPOCHS=5
+# run_test <test> <task> <suite> [flags...]: a small network, from random weights.
+run_test() {
+    export DATA_DIR=test_data/$3 OUTPUT_DIR=runs/$1 PRETRAINED_PARAMETERS=none
     rm -rf "${OUTPUT_DIR:?}"
-    "scripts/finetune/$1.sh"
+    exec "scripts/finetune/$2.sh" --model_name bort_2_4_128_64 --epochs 5 "${@:4}"
 }
 
+usage() {
+    echo "usage: $0 <task> [flags], TEST1 or TEST2; the tasks are" \
+        "$(cd scripts/finetune && ls -- *.sh | sed '/common/d; s/\.sh$//' | paste -s -d ' ')" >&2
+    exit 2
+}
+
+[[ ${2:--} == -* ]] || usage
 name=${1:-}
 case ${name^^} in
-    TEST1) embedded_run mrpc glue ;;
-    TEST2) embedded_run cb superglue ;;
-    SST) scripts/finetune/sst-2.sh ;;
-    DIAGNOSTIC) scripts/finetune/ax.sh ;;
-    *)
-        script=$(script_of "$name")
-        if [[ $# -ne 1 || -z $script ]]; then
-            echo "usage: $0 <task>, TEST1 or TEST2; the tasks are" \
-                "$(cd scripts/finetune && ls -- *.sh | sed '/common/d; s/\.sh$//' | paste -s -d ' ')" >&2
-            exit 2
-        fi
-        "$script"
-        ;;
+    TEST1) run_test "$name" mrpc glue "${@:2}" ;;
+    TEST2) run_test "$name" cb superglue "${@:2}" ;;
+    SST) script=scripts/finetune/sst-2.sh ;;
+    DIAGNOSTIC) script=scripts/finetune/ax.sh ;;
+    *) script=$(script_of "$name") ;;
 esac
+[[ -n $script ]] || usage
+exec "$script" "${@:2}"

@@ -1,24 +1,113 @@
-# Sourced by the scripts that train, in the project's folder: starts a program on several workers.
-# HOROVODRUN_FLAGS holds flags of horovodrun, such as --timeline-filename or --fusion-threshold-mb.
+# Sourced by the scripts that train, in the project's folder: runs programs, alone or on several
+# workers, passes signals on to them and keeps their exit status.
 # shellcheck shell=bash
+
+# Number of the first signal that was passed on; empty before.
+signal_received=
+
+# supervise [--group] <command...>: runs a command, waits for it and returns its exit status.
+# SIGTERM, SIGINT and SIGHUP that reach this shell go to the command, with --group to all its
+# processes. After a signal, no further command is started.
+supervise() {
+    local child group='' interrupted=yes status=0
+    if [[ $1 == --group ]]; then
+        group=-
+        shift
+    fi
+    [[ -z $signal_received ]] || exit $((128 + signal_received))
+    # In a session of its own, the command gets a Ctrl-C once, from here, and not from the terminal,
+    # too. Bash makes its background processes ignore SIGINT; the traps of the subshell undo that.
+    (
+        trap - INT QUIT TERM HUP
+        exec setsid "$@"
+    ) <&0 &
+    child=$!
+    trap 'pass_on TERM 15' TERM
+    trap 'pass_on INT 2' INT
+    trap 'pass_on HUP 1' HUP
+    # A trapped signal ends `wait` early.
+    while [[ -n $interrupted ]]; do
+        interrupted=
+        status=0
+        wait "$child" || status=$?
+    done
+    trap - TERM INT HUP
+    return "$status"
+}
+
+# pass_on <signal> <number>: the traps of supervise, whose variables it uses.
+pass_on() {
+    interrupted=yes
+    signal_received=${signal_received:-$2}
+    kill -s "$1" -- "$group$child" 2>/dev/null || kill -s "$1" "$child" 2>/dev/null || true
+}
+
+# through <filter> <command...>: runs a command with stdout and stderr piped through a filter that
+# no signal stops; returns the exit status of the command after the filter has written everything.
+through() {
+    local filter=$1 status=0 output filter_pid
+    shift
+    exec {output}> >(
+        trap '' TERM INT HUP
+        "$filter"
+    )
+    filter_pid=$!
+    "$@" >&"$output" 2>&1 || status=$?
+    exec {output}>&-
+    wait "$filter_pid" 2>/dev/null || true
+    return "$status"
+}
 
 # Horovod marks each line with its rank; only rank 0 prints, unless something fails.
 without_rank_0_mark() { sed -u 's/^\[0\]<std\(out\|err\)>: \{0,1\}//'; }
 
 # launch <workers> <program> <program for horovodrun> <flags...>: one process, or one per worker.
+# HOROVODRUN_FLAGS holds flags of horovodrun, such as --timeline-filename or --fusion-threshold-mb.
 launch() {
     local workers=$1 alone=$2 together=$3 gpus=()
     shift 3
-    # The set-up may have chosen the CPU on a machine with a GPU that MXNet cannot use.
+    # Set-up may choose the CPU on a machine with a GPU that MXNet cannot use.
     if [[ $(<.venv/made-for) != *" cpu" ]] && nvidia-smi -L >/dev/null 2>&1; then
         gpus=(--gpus "$(seq -s, 0 $((workers - 1)))")
     fi
     if ((workers == 1)); then
-        .venv/bin/python "$alone" "$@" "${gpus[@]}"
+        supervise .venv/bin/python "$alone" "${gpus[@]}" "$@"
     else
         # shellcheck disable=SC2086  # HOROVODRUN_FLAGS holds several words
-        PATH="$PWD/.venv/bin:$PATH" horovodrun -np "$workers" -H "localhost:$workers" \
-            ${HOROVODRUN_FLAGS:-} python -u "$together" "$@" "${gpus[@]}" 2>&1 |
-            without_rank_0_mark
+        PATH="$PWD/.venv/bin:$PATH" through without_rank_0_mark supervise \
+            horovodrun -np "$workers" -H "localhost:$workers" \
+            ${HOROVODRUN_FLAGS:-} python -u "$together" "${gpus[@]}" "$@"
     fi
+}
+
+# flag_value <flag> <flags...>: prints the last value that a flag has among others, if any.
+flag_value() {
+    local flag=$1 value=
+    shift
+    while (($#)); do
+        case $1 in
+            "$flag") value=${2:-} ;;
+            "$flag="*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s' "$value"
+}
+
+# refuse_variables <names...>: environment variables that earlier versions of the scripts read. To
+# ignore them in silence would train with other settings than the caller expects.
+refuse_variables() {
+    local name flag
+    for name; do
+        flag=--${name,,}
+        case $name in
+            EXTRA_FLAGS) flag="these flags" ;;
+            TEMPERATURE) flag=--distillation_temperature ;;
+        esac
+        if [[ -n ${!name:-} ]]; then
+            echo "error: the environment variable $name is no longer read: unset it and give" \
+                "$flag at the end of the command" >&2
+            exit 2
+        fi
+    done
 }

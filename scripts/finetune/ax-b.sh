@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# AX-b: SuperGLUE's broad-coverage diagnostics, answered with a model of superglue-rte.sh.
+# AX-b: the broad-coverage diagnostic set of SuperGLUE, predicted with the model of
+# superglue-rte.sh.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-predict AX-b SuperGLUERTE
+predict AX-b SuperGLUERTE "$@"

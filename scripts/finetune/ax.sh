@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# AX: GLUE's diagnostic set, answered with a model that mnli.sh has made.
+# AX: the diagnostic set of GLUE, predicted with the model of mnli.sh.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-predict AX MNLI
+predict AX MNLI "$@"

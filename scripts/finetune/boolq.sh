@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# BoolQ: a yes/no question about a passage; 9,427 rows to train on.
-: "${EPOCHS:=50}" "${BATCH_SIZE:=8}" "${MAX_LEN:=512}"
+# BoolQ: yes/no questions about a passage; 9,427 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune BoolQ
+finetune BoolQ --epochs 50 --batch_size 8 --max_len 512 "$@"

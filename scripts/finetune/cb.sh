@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# CB: is the clause in the premise believed? 250 rows to train on.
-: "${EPOCHS:=100}" "${BATCH_SIZE:=8}" "${MAX_LEN:=256}"
+# CB: does the premise commit its speaker to the hypothesis? 250 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune CB
+finetune CB --epochs 100 --batch_size 8 --max_len 256 "$@"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# CoLA: is the sentence acceptable English? 8,551 rows to train on. --extra_layer, through
-# EXTRA_FLAGS, puts one more dense layer before the head.
-: "${EPOCHS:=50}" "${BATCH_SIZE:=8}" "${MAX_LEN:=64}"
+# CoLA: is the sentence acceptable English? 8,551 training examples. The flag --extra_layer adds a
+# dense layer before the classification head.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune CoLA
+finetune CoLA --epochs 50 --batch_size 8 --max_len 64 "$@"

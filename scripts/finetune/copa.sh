@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# COPA: which is the cause or the effect? 400 rows to train on, two inputs each.
-: "${EPOCHS:=100}" "${BATCH_SIZE:=8}" "${MAX_LEN:=64}"
+# COPA: which of two sentences is the cause or the effect? 400 training examples, two inputs each.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune COPA
+finetune COPA --epochs 100 --batch_size 8 --max_len 64 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# MRPC: do two sentences from the news say the same? 3,668 rows to train on.
-: "${EPOCHS:=50}" "${BATCH_SIZE:=8}" "${MAX_LEN:=128}"
+# MRPC: do two sentences from the news have the same meaning? 3,668 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune MRPC
+finetune MRPC --epochs 50 --batch_size 8 --max_len 128 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# MultiRC: which answers to a question about a paragraph are right? 27,243 inputs to train on.
-: "${EPOCHS:=20}" "${BATCH_SIZE:=16}" "${MAX_LEN:=512}"
+# MultiRC: which answers to a question about a paragraph are correct? 27,243 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune MultiRC
+finetune MultiRC --epochs 20 --batch_size 16 --max_len 512 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# QNLI: does the sentence answer the question? 104,743 rows to train on.
-: "${EPOCHS:=20}" "${BATCH_SIZE:=16}" "${MAX_LEN:=256}"
+# QNLI: does the sentence contain the answer to the question? 104,743 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune QNLI
+finetune QNLI --epochs 20 --batch_size 16 --max_len 256 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# QQP: are two questions the same? 363,846 rows to train on.
-: "${EPOCHS:=10}" "${BATCH_SIZE:=16}" "${MAX_LEN:=128}"
+# QQP: do two questions have the same meaning? 363,846 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune QQP
+finetune QQP --epochs 10 --batch_size 16 --max_len 128 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# RACE-H: questions for high schools; 62,445 to train on, four inputs each.
-: "${EPOCHS:=20}" "${BATCH_SIZE:=8}" "${MAX_LEN:=512}"
+# RACE-H: high-school reading comprehension; 62,445 training examples, four inputs each.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune RACE-H
+finetune RACE-H --epochs 20 --batch_size 8 --max_len 512 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# RACE-M: questions for middle schools; 25,421 to train on, four inputs each.
-: "${EPOCHS:=20}" "${BATCH_SIZE:=8}" "${MAX_LEN:=512}"
+# RACE-M: middle-school reading comprehension; 25,421 training examples, four inputs each.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune RACE-M
+finetune RACE-M --epochs 20 --batch_size 8 --max_len 512 "$@"

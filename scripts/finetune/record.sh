@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# ReCoRD: which entity fills the gap? 100,730 queries to train on.
-: "${EPOCHS:=10}" "${BATCH_SIZE:=16}" "${MAX_LEN:=512}"
+# ReCoRD: which entity fills the gap in the sentence? 100,730 training queries.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune ReCoRD
+finetune ReCoRD --epochs 10 --batch_size 16 --max_len 512 "$@"

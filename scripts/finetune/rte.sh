@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# RTE: does the first text entail the second? GLUE's files, 2,490 rows to train on.
-: "${EPOCHS:=100}" "${BATCH_SIZE:=8}" "${MAX_LEN:=256}"
+# RTE: does the premise entail the hypothesis? GLUE's files, 2,490 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune RTE
+finetune RTE --epochs 100 --batch_size 8 --max_len 256 "$@"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# SuperGLUERTE: does the first text entail the second? SuperGLUE's files, 2,490 rows to
-# train on. Predicts AX-b and AX-g, too.
-: "${EPOCHS:=100}" "${BATCH_SIZE:=8}" "${MAX_LEN:=256}"
+# SuperGLUERTE: does the premise entail the hypothesis? SuperGLUE's files, 2,490 training examples.
+# ax-b.sh and ax-g.sh use this model.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune SuperGLUERTE
+finetune SuperGLUERTE --epochs 100 --batch_size 8 --max_len 256 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# WiC: does a word mean the same in two sentences? 5,428 rows to train on.
-: "${EPOCHS:=50}" "${BATCH_SIZE:=8}" "${MAX_LEN:=128}"
+# WiC: does a word have the same meaning in two sentences? 5,428 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune WiC
+finetune WiC --epochs 50 --batch_size 8 --max_len 128 "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# WNLI: Winograd schemas as inference; 635 rows to train on.
-: "${EPOCHS:=100}" "${BATCH_SIZE:=8}" "${MAX_LEN:=128}"
+# WNLI: Winograd schemas as inference; 635 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune WNLI
+finetune WNLI --epochs 100 --batch_size 8 --max_len 128 "$@"

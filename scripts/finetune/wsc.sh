@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-# WSC: does the pronoun mean the noun? 554 rows to train on.
-: "${EPOCHS:=100}" "${BATCH_SIZE:=8}" "${MAX_LEN:=128}"
+# WSC: does the pronoun refer to the noun? 554 training examples.
 source "${BASH_SOURCE[0]%/*}/common.sh"
-finetune WSC
+finetune WSC --epochs 100 --batch_size 8 --max_len 128 "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from bort.config import parse
 from bort.files import read_json
 from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
+from bort.pretraining.config import SETTINGS_CLASSES, PretrainingSettings
 from data.submission import check_submission
 from data.tasks import get_task, task_names
 
@@ -63,9 +65,9 @@ class Project:
         assert run.stdout.startswith("set up")
         return (self.folder / "calls").read_text().splitlines()
 
-    def settings(self, task: str, **environment: str) -> FinetuningSettings:
-        """Run a task's script; return the settings that finetune_classifier.py understands."""
-        program, file, *flags = self.call(task, **environment)
+    def settings(self, task: str, *given: str, **environment: str) -> FinetuningSettings:
+        """Run a task's script; return the settings that finetune_classifier.py parses."""
+        program, file, *flags = self.call(task, *given, **environment)
         assert (program, file) == ("python", "finetune_classifier.py")
         settings = FinetuningSettings(*parse("", flags, *FINETUNING_CLASSES))
         settings.check()
@@ -105,34 +107,59 @@ def test_settings_of_a_task(project, script):
     assert settings.run.seed == 0
 
 
-def test_the_environment_overrides(project):
+def test_the_environment_variables(project):
     settings = project.settings(
-        "MRPC",
-        PRETRAINED_PARAMETERS="runs/a body", DATA_DIR="my data", OUTPUT_DIR="out", EPOCHS="3",
-        RAMP_UP_EPOCHS="2", EARLY_STOP="4", BATCH_SIZE="16", ACCUMULATE="2", MAX_LEN="64",
-        LR="1e-5", WEIGHT_DECAY="350", WARMUP_RATIO="0.5", SEED="4",
-        EXTRA_FLAGS="--resume --extra_layer",
+        "MRPC", PRETRAINED_PARAMETERS="runs/a body", DATA_DIR="my data", OUTPUT_DIR="my runs"
+    )
+    assert settings.task.data_dir == "my data"
+    assert settings.run.output_dir == "my runs"
+    assert settings.classifier.pretrained_parameters == "runs/a body"
+    assert settings.tokenizer.dataset_name is None, "these weights have a vocabulary of their own"
+
+
+def test_flags_go_to_the_program_and_override_the_defaults(project):
+    settings = project.settings(
+        "MRPC", "--epochs", "3", "--ramp_up_epochs", "2", "--early_stop", "4", "--batch_size=16",
+        "--accumulate", "2", "--max_len", "64", "--lr", "1e-5", "--weight_decay", "350",
+        "--warmup_ratio", "0.5", "--seed", "4", "--resume", "--extra_layer",
+        "--pretrained_parameters", "runs/a body", "--data_dir", "my data", "--output_dir=my runs",
+        DATA_DIR="other", OUTPUT_DIR="other", PRETRAINED_PARAMETERS="other",
     )  # fmt: skip
     task, tokenizer, classifier, optimizer, run = settings
     assert (task.data_dir, task.max_len) == ("my data", 64)
-    assert tokenizer.dataset_name is None, "weights of ours bring their vocabulary along"
+    assert tokenizer.dataset_name is None
     assert classifier.pretrained_parameters == "runs/a body"
     assert classifier.extra_layer
     assert (optimizer.epochs, optimizer.ramp_up_epochs, optimizer.early_stop) == (3, 2, 4)
     assert (optimizer.batch_size, optimizer.accumulate) == (16, 2)
     assert (optimizer.lr, optimizer.weight_decay, optimizer.warmup_ratio) == (1e-5, 350, 0.5)
-    assert (run.output_dir, run.seed, run.resume) == ("out", 4, True)
+    assert (run.output_dir, run.seed, run.resume) == ("my runs", 4, True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [("LR", "--lr"), ("MODEL_PARAMETERS", "--model_parameters"), ("EXTRA_FLAGS", "these flags")],
+)
+def test_a_variable_that_is_no_longer_read_is_refused(project, variable, hint):
+    run = project.run("CoLA", **{variable: "1"})
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
+    assert f" {variable} " in run.stderr
+    assert f" {hint} " in run.stderr
+    assert not (project.folder / "calls").exists()
 
 
 def test_random_weights_and_another_model(project):
     (project.folder / "model/bort.params").unlink()
-    classifier = project.settings("CB", PRETRAINED_PARAMETERS="none", MODEL_NAME="bort_2_4_8_8")[2]
+    classifier = project.settings(
+        "CB", "--model_name", "bort_2_4_8_8", PRETRAINED_PARAMETERS="none"
+    ).classifier
     assert classifier.pretrained_parameters is None
     assert classifier.model_name == "bort_2_4_8_8"
-    answered = project.settings("AX", OUTPUT_DIR="out").classifier
-    assert answered.model_parameters == "out/MNLI"
-    answered = project.settings("AX", MODEL_PARAMETERS="my/model").classifier
-    assert answered.model_parameters == "my/model"
+    predicted = project.settings("AX", OUTPUT_DIR="out").classifier
+    assert predicted.model_parameters == "out/MNLI"
+    predicted = project.settings("AX", "--model_parameters", "my/model").classifier
+    assert predicted.model_parameters == "my/model"
 
 
 def test_without_the_released_model(project):
@@ -166,7 +193,23 @@ def test_several_workers(project):
     (project.folder / ".venv/made-for").write_text("a project cu117\n")
     path = f"{project.folder}:{os.environ['PATH']}"
     words = project.call("rte", WORKERS="2", PATH=path)
-    assert words[-2:] == ["--gpus", "0,1"]
+    assert words[words.index("finetune_classifier.py") + 1 :][:2] == ["--gpus", "0,1"]
+
+
+def pretraining_call(project: Project, *arguments: str, **environment: str) -> str:
+    """Run the pretraining script; return the words that it called a program with."""
+    run = project.run(*arguments, script="run_pretraining_distillation", **environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return (project.folder / "calls").read_text().replace("\n", " ")
+
+
+def pretraining_settings(
+    project: Project, *arguments: str, **environment: str
+) -> PretrainingSettings:
+    """Run the pretraining script; return the settings that its program parses."""
+    pretraining_call(project, *arguments, **environment)
+    flags = (project.folder / "calls").read_text().splitlines()[2:]
+    return PretrainingSettings(*parse("", flags, *SETTINGS_CLASSES))
 
 
 @pytest.mark.parametrize(
@@ -175,10 +218,177 @@ def test_several_workers(project):
      ("2", "horovodrun -np 2 -H localhost:2 python -u run_pretraining_distillation_hvd.py")],
 )  # fmt: skip
 def test_pretraining_starts_its_workers_in_the_same_way(project, workers, program):
-    run = project.run(workers, "train", "test", script="run_pretraining_distillation")
-    assert run.returncode == 0, run.stdout + run.stderr
-    words = (project.folder / "calls").read_text().split()
-    assert " ".join(words).startswith(f"{program} --data train --data_eval test")
+    words = pretraining_call(project, workers, "train", "test")
+    assert words.startswith(f"{program} --data train --data_eval test")
+
+
+def test_defaults_of_pretraining(project):
+    settings = pretraining_settings(project, "1", "train", "test")
+    assert settings.teacher.teacher_ckpt_dir is None
+    assert settings.loss.mlm_weight == 1
+    assert settings.student.student_model == "bort_4_8_768_1024"
+    assert (settings.optimizer.num_steps, settings.optimizer.lr) == (2_000_000, 1e-4)
+    assert (settings.data.batch_size, settings.data.batch_size_eval) == (1024, 1024)
+    assert settings.run.ckpt_dir == "runs/pretraining"
+    assert (project.folder / "runs/pretraining/train.log").exists()
+
+
+def test_pretraining_with_a_teacher_flags_and_variables(project):
+    settings = pretraining_settings(
+        project, "1", "train", "test", "my teacher", "--num_steps", "5", "--lr=2e-4", "--resume",
+        "--teacher_ce_weight", "0.7",
+        STUDENT_MODEL="bort_1_2_8_8", TEACHER_MODEL="bort_2_2_8_8", BATCH_SIZE="64", CKPT_DIR="out",
+    )  # fmt: skip
+    assert settings.teacher.teacher_ckpt_dir == "my teacher"
+    assert settings.teacher.teacher_model == "bort_2_2_8_8"
+    assert (settings.loss.mlm_weight, settings.loss.teacher_ce_weight) == (0.1, 0.7)
+    assert settings.student.student_model == "bort_1_2_8_8"
+    assert (settings.optimizer.num_steps, settings.optimizer.lr) == (5, 2e-4)
+    assert (settings.data.batch_size, settings.data.batch_size_eval) == (64, 64)
+    assert (settings.run.ckpt_dir, settings.run.resume) == ("out", True)
+    assert (project.folder / "out/train.log").exists()
+
+
+def test_the_log_lies_in_the_folder_that_the_flag_names(project):
+    settings = pretraining_settings(
+        project, "1", "train", "test", "--ckpt_dir", "my run", "--teacher_ckpt_dir", "t",
+        CKPT_DIR="other",
+    )  # fmt: skip
+    assert (settings.run.ckpt_dir, settings.loss.mlm_weight) == ("my run", 0.1)
+    assert (project.folder / "my run/train.log").exists()
+    assert not (project.folder / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("1",), ("0", "train", "test"), ("two", "TEST"), ("1", "train"), ("1", "TEST", "test"),
+     ("1", "train", "--resume"), ("1", "train", "test", "teacher", "another")],
+)  # fmt: skip
+def test_usage_of_pretraining(project, arguments):
+    run = project.run(*arguments, script="run_pretraining_distillation")
+    assert run.returncode == 2
+    assert run.stderr.startswith("usage: ")
+    assert not (project.folder / "calls").exists()
+
+
+def test_pretraining_refuses_a_variable_that_is_no_longer_read(project):
+    run = project.run("1", "a", "b", script="run_pretraining_distillation", TEMPERATURE="2")
+    assert run.returncode == 2
+    assert "TEMPERATURE" in run.stderr
+    assert "--distillation_temperature" in run.stderr
+    assert not (project.folder / "runs").exists()
+
+
+# Reports its start, counts the signals it gets, and takes a while to end after the first.
+STOPPABLE = """
+import signal, sys, time
+received = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: received.append(int(number)))
+print("started", flush=True)
+while not received:
+    time.sleep(0.01)
+time.sleep(0.4)
+print("saved after", received, flush=True)
+sys.exit(7)
+"""
+SCRIPTS_AND_ARGUMENTS = [
+    ("run_finetune", ("cola",), "runs/finetuning"),
+    ("run_pretraining_distillation", ("1", "train", "test"), "runs/pretraining"),
+    ("run_pretraining_distillation", ("2", "train", "test"), "runs/pretraining"),
+]
+
+
+class Running:
+    """A script that runs in the background, in a process group of its own."""
+
+    def __init__(self, project: Project, script: str, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [str(project.folder / f"{script}.sh"), *arguments],
+            env={"PATH": os.environ["PATH"], "HOME": str(project.folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, line: str) -> None:
+        assert self.process.stdout is not None
+        while (read := self.process.stdout.readline().rstrip("\n")) != line:
+            assert read, f"the script ended before it printed {line!r}"
+
+    def end(self) -> tuple[int, str]:
+        """Return the exit status and what was printed since the last line that was waited for."""
+        output, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, output
+
+
+def make_stoppable(project: Project, *programs: str) -> None:
+    (project.folder / "stoppable.py").write_text(STOPPABLE)
+    for program in programs:
+        project.program(program, f"exec {sys.executable} stoppable.py")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("script", "arguments", "folder"), SCRIPTS_AND_ARGUMENTS)
+def test_a_signal_reaches_the_program_and_its_status_is_kept(
+    project, script, arguments, folder, number
+):
+    make_stoppable(project, ".venv/bin/python", ".venv/bin/horovodrun")
+    running = Running(project, script, *arguments)
+    running.wait_for("started")
+    running.process.send_signal(number)
+    status, output = running.end()
+    assert status == 7
+    assert f"saved after [{int(number)}]" in output
+    if script == "run_pretraining_distillation":
+        assert "saved after" in (project.folder / folder / "train.log").read_text()
+
+
+def test_ctrl_c_reaches_the_program_once(project):
+    # The terminal sends SIGINT to the whole process group, tee included.
+    make_stoppable(project, ".venv/bin/python")
+    running = Running(project, "run_pretraining_distillation", "1", "train", "test")
+    running.wait_for("started")
+    os.killpg(running.process.pid, signal.SIGINT)
+    status, output = running.end()
+    assert status == 7
+    assert output == f"saved after [{int(signal.SIGINT)}]\n"
+    assert (project.folder / "runs/pretraining/train.log").read_text().endswith(output)
+
+
+def test_a_signal_during_set_up_stops_it_and_starts_nothing(project):
+    make_stoppable(project, "scripts/setup_env.sh")
+    running = Running(project, "run_finetune", "cola")
+    running.wait_for("started")
+    running.process.send_signal(signal.SIGTERM)
+    status, _ = running.end()
+    assert status == 7
+    assert not (project.folder / "calls").exists()
+
+
+def test_no_step_of_the_pipeline_follows_a_signal(project):
+    (project.folder / "test_data").mkdir()
+    (project.folder / "test_data/sample_text.txt").write_text("One.\n\nTwo.\n")
+    stops_well = STOPPABLE.replace("sys.exit(7)", "sys.exit(0)")
+    make_stoppable(project, ".venv/bin/python")
+    (project.folder / "stoppable.py").write_text(stops_well)
+    running = Running(project, "run_pretraining_distillation", "1", "TEST")
+    running.wait_for("started")
+    running.process.send_signal(signal.SIGTERM)
+    status, output = running.end()
+    assert status == 128 + signal.SIGTERM
+    assert output.count("saved after") == 1
+    assert "started" not in output
+
+
+@pytest.mark.parametrize(("script", "arguments", "folder"), SCRIPTS_AND_ARGUMENTS)
+def test_the_status_of_the_program_is_that_of_the_script(project, script, arguments, folder):
+    for program in ("python", "horovodrun"):
+        project.program(f".venv/bin/{program}", "echo failed >&2; exit 5")
+    run = project.run(*arguments, script=script)
+    assert run.returncode == 5
+    assert "failed" in run.stdout + run.stderr
 
 
 def embedded_run(project: Project, test: str, name: str, **environment: str) -> str:
