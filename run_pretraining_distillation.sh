@@ -74,7 +74,7 @@ split() {
 
 # make_shards <text> <folder> <copies>: with the vocabulary in test_data/.
 make_shards() {
-    supervise .venv/bin/python create_pretraining_data.py --input_file "$1" --output_dir "$2" \
+    supervise command .venv/bin/python create_pretraining_data.py --input_file "$1" --output_dir "$2" \
         --dupe_factor "$3" --num_outputs 2 --max_seq_length 128 --num_workers 1
 }
 
@@ -109,7 +109,7 @@ else
 fi
 refuse_variables NUM_STEPS ACCUMULATE NUM_BUCKETS LR WARMUP_RATIO MLM_WEIGHT TEACHER_CE_WEIGHT \
     TEMPERATURE CKPT_INTERVAL EVAL_INTERVAL LOG_INTERVAL SEED EXTRA_FLAGS
-supervise --group scripts/setup_env.sh
+supervise group scripts/setup_env.sh
 if [[ $2 == TEST ]]; then
     run_pipeline "$1" "${@:3}"
 else

@@ -5,15 +5,12 @@
 # Number of the first signal that was passed on; empty before.
 signal_received=
 
-# supervise [--group] <command...>: runs a command, waits for it and returns its exit status.
-# SIGTERM, SIGINT and SIGHUP that reach this shell go to the command, with --group to all its
-# processes. After a signal, no further command is started.
+# supervise <recipient> <command...>: runs a command, waits for it and returns its exit status.
+# SIGTERM, SIGINT and SIGHUP that reach this shell go to the recipient: `command`, `group` (all its
+# processes) or a file with the process ids of its ranks. After a signal, no further command starts.
 supervise() {
-    local child group='' interrupted=yes status=0
-    if [[ $1 == --group ]]; then
-        group=-
-        shift
-    fi
+    local child recipient=$1 interrupted=yes status=0
+    shift
     [[ -z $signal_received ]] || exit $((128 + signal_received))
     # In a session of its own, the command gets a Ctrl-C once, from here, and not from the terminal,
     # too. Bash makes its background processes ignore SIGINT; the traps of the subshell undo that.
@@ -37,9 +34,16 @@ supervise() {
 
 # pass_on <signal> <number>: the traps of supervise, whose variables it uses.
 pass_on() {
+    local processes=("$child")
     interrupted=yes
     signal_received=${signal_received:-$2}
-    kill -s "$1" -- "$group$child" 2>/dev/null || kill -s "$1" "$child" 2>/dev/null || true
+    if [[ $recipient == group ]]; then
+        processes=("-$child")
+    elif [[ $1 == TERM && -s $recipient ]]; then
+        # From horovodrun, the ranks would have 5 seconds to save a checkpoint before it kills them.
+        mapfile -t processes <"$recipient"
+    fi
+    kill -s "$1" -- "${processes[@]}" 2>/dev/null || kill -s "$1" "$child" 2>/dev/null || true
 }
 
 # through <filter> <command...>: runs a command with stdout and stderr piped through a filter that
@@ -64,19 +68,23 @@ without_rank_0_mark() { sed -u 's/^\[0\]<std\(out\|err\)>: \{0,1\}//'; }
 # launch <workers> <program> <program for horovodrun> <flags...>: one process, or one per worker.
 # HOROVODRUN_FLAGS holds flags of horovodrun, such as --timeline-filename or --fusion-threshold-mb.
 launch() {
-    local workers=$1 alone=$2 together=$3 gpus=()
+    local workers=$1 alone=$2 together=$3 gpus=() ranks status=0
     shift 3
     # Set-up may choose the CPU on a machine with a GPU that MXNet cannot use.
     if [[ $(<.venv/made-for) != *" cpu" ]] && nvidia-smi -L >/dev/null 2>&1; then
         gpus=(--gpus "$(seq -s, 0 $((workers - 1)))")
     fi
     if ((workers == 1)); then
-        supervise .venv/bin/python "$alone" "${gpus[@]}" "$@"
+        supervise command .venv/bin/python "$alone" "${gpus[@]}" "$@"
     else
-        # shellcheck disable=SC2086  # HOROVODRUN_FLAGS holds several words
-        PATH="$PWD/.venv/bin:$PATH" through without_rank_0_mark supervise \
-            horovodrun -np "$workers" -H "localhost:$workers" \
-            ${HOROVODRUN_FLAGS:-} python -u "$together" "${gpus[@]}" "$@"
+        ranks=$(mktemp)
+        # shellcheck disable=SC2016,SC2086  # a rank's $$; HOROVODRUN_FLAGS holds several words
+        PATH="$PWD/.venv/bin:$PATH" through without_rank_0_mark supervise "$ranks" \
+            horovodrun -np "$workers" -H "localhost:$workers" ${HOROVODRUN_FLAGS:-} \
+            bash -c 'echo $$ >>"$0" && exec python -u "$@"' "$ranks" \
+            "$together" "${gpus[@]}" "$@" || status=$?
+        rm -f "$ranks"
+        return "$status"
     fi
 }
 

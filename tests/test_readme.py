@@ -159,7 +159,7 @@ def test_every_program_has_a_table(readme):
 
 @pytest.mark.parametrize(
     ("script", "number"),
-    [("run_pretraining_distillation.sh", 10), ("scripts/finetune/common.sh", 18),
+    [("run_pretraining_distillation.sh", 4), ("scripts/finetune/common.sh", 4),
      ("scripts/launch.sh", 1)],
 )  # fmt: skip
 def test_settings_of_the_shell_scripts_are_named(readme, script, number):

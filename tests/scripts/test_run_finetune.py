@@ -187,8 +187,8 @@ def test_usage(project, arguments):
 
 def test_several_workers(project):
     words = project.call("rte", WORKERS="2", HOROVODRUN_FLAGS="--timeline-filename t.json")
-    expected = "horovodrun -np 2 -H localhost:2 --timeline-filename t.json python -u"
-    assert " ".join(words).startswith(f"{expected} finetune_classifier.py --task_name RTE")
+    assert " ".join(words[:7]) == "horovodrun -np 2 -H localhost:2 --timeline-filename t.json"
+    assert " finetune_classifier.py --task_name RTE" in " ".join(words[7:])
     project.program("nvidia-smi", "echo GPU 0")
     (project.folder / ".venv/made-for").write_text("a project cu117\n")
     path = f"{project.folder}:{os.environ['PATH']}"
@@ -214,12 +214,12 @@ def pretraining_settings(
 
 @pytest.mark.parametrize(
     ("workers", "program"),
-    [("1", "python run_pretraining_distillation.py"),
-     ("2", "horovodrun -np 2 -H localhost:2 python -u run_pretraining_distillation_hvd.py")],
+    [("1", r"python run_pretraining_distillation\.py"),
+     ("2", r"horovodrun -np 2 -H localhost:2 .* run_pretraining_distillation_hvd\.py")],
 )  # fmt: skip
 def test_pretraining_starts_its_workers_in_the_same_way(project, workers, program):
     words = pretraining_call(project, workers, "train", "test")
-    assert words.startswith(f"{program} --data train --data_eval test")
+    assert re.match(f"{program} --data train --data_eval test", words)
 
 
 def test_defaults_of_pretraining(project):
@@ -343,6 +343,20 @@ def test_a_signal_reaches_the_program_and_its_status_is_kept(
     assert f"saved after [{int(number)}]" in output
     if script == "run_pretraining_distillation":
         assert "saved after" in (project.folder / folder / "train.log").read_text()
+
+
+def test_sigterm_reaches_the_ranks_and_not_horovodrun(project):
+    # horovodrun kills ranks that take more than 5 seconds to save a checkpoint.
+    make_stoppable(project, ".venv/bin/python")
+    horovodrun = """trap "echo horovodrun was stopped" TERM
+        shift 4; "$@" & first=$!; "$@" & wait $first; status=$?; wait $!; exit $status"""
+    project.program(".venv/bin/horovodrun", horovodrun)
+    running = Running(project, "run_pretraining_distillation", "2", "train", "test")
+    running.wait_for("started")
+    running.wait_for("started")
+    running.process.send_signal(signal.SIGTERM)
+    status, output = running.end()
+    assert (status, output) == (7, f"saved after [{int(signal.SIGTERM)}]\n" * 2)
 
 
 def test_ctrl_c_reaches_the_program_once(project):
