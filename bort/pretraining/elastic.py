@@ -83,7 +83,9 @@ def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[di
     `UserError` when `horovodrun` was not told how to find hosts.
     """
     if os.environ.get("HOROVOD_ELASTIC") != "1":
-        raise UserError("--elastic: horovodrun needs --host-discovery-script, see the README")
+        raise UserError(
+            "--elastic: horovodrun needs --host-discovery-script: see scripts/README.md"
+        )
     state = ElasticState(Pretraining(settings, communicator))
     return elastic.run_fn(_train, communicator.rejoin)(state)
 
