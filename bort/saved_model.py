@@ -1,7 +1,7 @@
 """A saved model carries all that its use needs: weights, shape, task, labels and tokenizer.
 
     <folder>/<name>.params   parameters, MXNet's format, the tied matrix once
-             <name>.json     the card: what the network is and what it answers
+             <name>.json     the model_config: what the network is and what it answers
              tokenizer/      the files of its vocabulary
 
 Fine-tuning writes `best`, a pretraining checkpoint holds `model`.
@@ -26,7 +26,7 @@ MASKED_LM = "masked_lm"
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelConfig:
     """What a saved network is.
 
     model: a shape's name, or roberta_12_768_12 or roberta_24_1024_16.
@@ -57,27 +57,31 @@ class SavedModel(NamedTuple):
     """A network that was loaded, what it is, and its tokenizer (None if none was saved)."""
 
     network: Any
-    card: Card
+    model_config: ModelConfig
     tokenizer: Optional[Tokenizer]
 
 
-def save_model(path: str, network: Any, card: Card, tokenizer: Optional[Tokenizer]) -> None:
-    """Write a network to `path`, which ends in .params, with its card and its tokenizer.
+def save_model(
+    path: str, network: Any, model_config: ModelConfig, tokenizer: Optional[Tokenizer]
+) -> None:
+    """Write a network to `path`, which ends in .params, with its model config and its tokenizer.
 
-    The parameters come last and in one rename: a file that is there has its card beside it.
+    The parameters come last and in one rename: a file that is there has its model config beside it.
     """
-    save_card(path, card, tokenizer)
+    save_model_config(path, model_config, tokenizer)
     save_parameters(network, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
-def save_card(path: str, card: Card, tokenizer: Optional[Tokenizer]) -> None:
-    """Write what belongs beside a .params file: its card and its tokenizer."""
+def save_model_config(path: str, model_config: ModelConfig, tokenizer: Optional[Tokenizer]) -> None:
+    """Write what belongs beside a .params file: its model config and its tokenizer."""
     folder = os.path.dirname(path)
     os.makedirs(folder or ".", exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
-    write_json(card_path(path), {"format": FORMAT_VERSION, **dataclasses.asdict(card)})
+    write_json(
+        model_config_path(path), {"format": FORMAT_VERSION, **dataclasses.asdict(model_config)}
+    )
 
 
 def load_model(
@@ -89,40 +93,40 @@ def load_model(
     Raises `UserError` when it is absent, damaged, or was saved without a card.
     """
     found = parameter_file(path)
-    card = read_card(found)
+    model_config = read_model_config(found)
     folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
     with ThreadPoolExecutor(1) as pool:  # while the parameters are read from the disk
         tokenizer = pool.submit(load_tokenizer_folder, folder)
-        network = build_network(card, ctx, dropout, draw=False, gradients=gradients)
+        network = build_network(model_config, ctx, dropout, draw=False, gradients=gradients)
         load_parameters(network, found)
-        return SavedModel(network, card, tokenizer.result())
+        return SavedModel(network, model_config, tokenizer.result())
 
 
-def read_card(path: str) -> Card:
-    """Read the card beside a .params file.
+def read_model_config(path: str) -> ModelConfig:
+    """Read the model config beside a .params file.
 
-    Raises `UserError` when there is none, and for a card of another format.
+    Raises `UserError` when there is none, and for a model config of another format.
     """
-    name = card_path(path)
+    name = model_config_path(path)
     if not os.path.exists(name):
         raise UserError(f"{path}: no {os.path.basename(name)} beside it says what it is")
     content = read_json(name)
-    fields = {field.name for field in dataclasses.fields(Card)}
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT_VERSION:
-        raise UserError(f"{name}: is not the card of a model, format {FORMAT_VERSION}")
+        raise UserError(f"{name}: is not the model config of a model, format {FORMAT_VERSION}")
     if not {"model", "vocab_size", "tokenizer_fingerprint", "kind"} <= set(content) <= fields:
-        raise UserError(f"{name}: lacks entries of a card or has others; restore the file")
-    return Card(**{**content, "labels": tuple(content.get("labels", ()))})
+        raise UserError(f"{name}: lacks entries of a model config or has others; restore the file")
+    return ModelConfig(**{**content, "labels": tuple(content.get("labels", ()))})
 
 
 def build_network(
-    card: Card,
+    model_config: ModelConfig,
     ctx: Any = None,
     dropout: float = 0.0,
     draw: bool = True,
     gradients: bool = True,
 ) -> Any:
-    """Build the network that a card describes, with random weights or, without `draw`, zeros.
+    """Build the network of a model config, with random weights or, without `draw`, zeros.
 
     Without `gradients` it cannot be trained.
     """
@@ -130,11 +134,15 @@ def build_network(
 
     from bort import bort
 
-    masked_lm = card.kind == MASKED_LM
-    body = bort.build_network(card.model, card.vocab_size, ctx, masked_lm, dropout, draw, gradients)
+    masked_lm = model_config.kind == MASKED_LM
+    body = bort.build_network(
+        model_config.model, model_config.vocab_size, ctx, masked_lm, dropout, draw, gradients
+    )
     if masked_lm:
         return body
-    classifier = bort.BortClassifier(body, card.num_outputs, dropout, card.extra_layer)
+    classifier = bort.BortClassifier(
+        body, model_config.num_outputs, dropout, model_config.extra_layer
+    )
     if draw:
         bort.initialize(classifier, ctx, gradients=gradients)
     else:  # the body is initialised
@@ -145,6 +153,6 @@ def build_network(
     return classifier
 
 
-def card_path(path: str) -> str:
-    """Return where the card of a .params file lies."""
+def model_config_path(path: str) -> str:
+    """Return where the model config of a .params file lies."""
     return f"{path[: -len('.params')] if path.endswith('.params') else path}.json"

@@ -36,14 +36,14 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
     parser.add_argument("folder", metavar="FOLDER", help="config.json, weights and tokenizer")
     parsed = vars(parser.parse_args(argv))
     settings = build(FromHuggingFaceSettings, parsed)
-    network, card, tokenizer = read(parsed["folder"])
-    name = f"{card.model}.params"
+    network, model_config, tokenizer = read(parsed["folder"])
+    name = f"{model_config.model}.params"
     with new_folder(settings.output) as folder:
         path = os.path.join(folder, name)
-        save_model(path, network, card, tokenizer)
+        save_model(path, network, model_config, tokenizer)
         size = os.path.getsize(path) / 1e6
         comparison = huggingface_check.compare(load_model(path), parsed["folder"])
-    print(f"{os.path.join(settings.output, name)}: {card.kind}, {size:,.1f} MB")
+    print(f"{os.path.join(settings.output, name)}: {model_config.kind}, {size:,.1f} MB")
     return huggingface_check.report(comparison)
 
 

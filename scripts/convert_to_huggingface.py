@@ -3,7 +3,7 @@
 
     python scripts/convert_to_huggingface.py MODEL --output FOLDER [--family bert]
 
-MODEL is a .params file with its card, its folder, or a pretraining checkpoint or run. Where torch
+MODEL is a saved model: its .params file or folder, or a pretraining checkpoint or run. Where torch
 and transformers are installed, the folder is loaded and its logits and tokens compared with ours.
 """
 
@@ -44,7 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
         architecture = write(folder, saved, settings.family)
         size = sum(one.stat().st_size for one in os.scandir(folder)) / 1e6
         comparison = huggingface_check.compare(saved, folder)
-    print(f"{settings.output}: {architecture.name} of {saved.card.model}, {size:,.1f} MB")
+    print(f"{settings.output}: {architecture.name} of {saved.model_config.model}, {size:,.1f} MB")
     return huggingface_check.report(comparison)
 
 

@@ -12,20 +12,20 @@ from typing import Optional, Sequence
 
 from bort.config import OneLineParser
 from bort.errors import entry_point
-from bort.saved_model import MASKED_LM, Card, save_card
+from bort.saved_model import MASKED_LM, ModelConfig, save_model_config
 from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
 
 MODEL, SHAPE = "model/bort.params", "bort_4_8_768_1024"
 
 
 @entry_point
-def main(argv: Optional[Sequence[str]] = None) -> Card:
-    """Write card and tokenizer; returns the card."""
+def main(argv: Optional[Sequence[str]] = None) -> ModelConfig:
+    """Write model config and tokenizer; returns the card."""
     OneLineParser(description=__doc__).parse_args(argv)
     tokenizer = load_tokenizer(TokenizerSettings(RELEASED_DATASET))
-    card = Card(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM)
-    save_card(MODEL, card, tokenizer)
-    return card
+    model_config = ModelConfig(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM)
+    save_model_config(MODEL, model_config, tokenizer)
+    return model_config
 
 
 if __name__ == "__main__":

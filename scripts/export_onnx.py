@@ -43,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
     source = parameter_file(parsed["model"])
     path = build(OnnxSettings, parsed).output or runtime.onnx_file(source)
     saved = saved_model.load_model(source)
-    notes = runtime.notes_of(source, saved.card)
+    notes = runtime.notes_of(source, saved.model_config)
     graph = onnx_export.build(saved.network, notes=notes)
     session = runtime.onnx_session(graph.SerializeToString())
     difference, largest = onnx_export.difference(saved.network, session)
@@ -53,9 +53,10 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
             "written. Are the parameters finite?"
         )
     onnx_export.write(graph, path)
+    megabytes = os.path.getsize(path) / 1e6
     print(
-        f"{path}: {saved.card.kind} of {saved.card.model}, {len(graph.graph.node)} nodes, opset "
-        f"{onnx_export.OPSET}, {os.path.getsize(path) / 1e6:,.1f} MB"
+        f"{path}: {saved.model_config.kind} of {saved.model_config.model}, "
+        f"{len(graph.graph.node)} nodes, opset {onnx_export.OPSET}, {megabytes:,.1f} MB"
     )
     print(
         f"largest difference from MXNet {difference:.1e}, of values up to {largest:.2f}, on random "

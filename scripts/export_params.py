@@ -37,7 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> list[str]:
     parser.add_argument("model", metavar="MODEL", help="a saved model, a checkpoint or a run")
     parsed = vars(parser.parse_args(argv))
     settings = build(ExportSettings, parsed)
-    model, card, _ = load_model(parsed["model"])
+    model, model_config, _ = load_model(parsed["model"])
     model.cast(settings.dtype)
     temporary = f"{settings.output}.tmp"
     try:
@@ -51,7 +51,7 @@ def main(argv: Optional[Sequence[str]] = None) -> list[str]:
     names = sorted(model._collect_params_with_prefix())
     size = os.path.getsize(settings.output) / 1e6
     print(
-        f"{settings.output}: {len(names)} arrays of {card.model}, {card.kind}, "
+        f"{settings.output}: {len(names)} arrays of {model_config.model}, {model_config.kind}, "
         f"{settings.dtype}, {size:,.1f} MB"
     )
     return names

@@ -183,7 +183,7 @@ def _compare(undisturbed: str, killed: str) -> None:
         checkpoint.load(os.path.join(folder, checkpoint.LAST)).state["sha256"]
         for folder in (undisturbed, killed)
     ]
-    # The card may differ: it says by which command it was made.
+    # The model config may differ: it says by which command it was made.
     names = (checkpoint.MODEL, checkpoint.TRAINER)
     different = [name for name in names if sums[0][name] != sums[1][name]]
     if different:

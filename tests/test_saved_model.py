@@ -13,7 +13,7 @@ from mxnet import nd
 from bort.bort import BortClassifier, get_bort_model
 from bort.bort import build_network as build_body
 from bort.errors import UserError
-from bort.saved_model import Card, build_network, load_model, read_card, save_model
+from bort.saved_model import ModelConfig, build_network, load_model, read_model_config, save_model
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from scripts import describe_released
 from tests.pretraining.helpers import SHAPE, finished_run, write_data
@@ -28,7 +28,7 @@ def tokenizer() -> Any:
     return load_tokenizer(TokenizerSettings())
 
 
-def card_of(tokenizer: Any, **others: Any) -> Card:
+def card_of(tokenizer: Any, **others: Any) -> ModelConfig:
     values = {
         "model": SHAPE,
         "vocab_size": tokenizer.vocab_size,
@@ -39,18 +39,20 @@ def card_of(tokenizer: Any, **others: Any) -> Card:
         "num_outputs": 2,
         "max_len": 64,
     }
-    return Card(**{**values, **others})
+    return ModelConfig(**{**values, **others})
 
 
 @pytest.mark.parametrize("extra_layer", [False, True])
 def test_a_classifier_comes_back_whole(tmp_path, tokenizer, extra_layer):
-    card = card_of(tokenizer, extra_layer=extra_layer, details={"metrics": {"accuracy": 0.5}})
-    network = build_network(card)
+    model_config = card_of(
+        tokenizer, extra_layer=extra_layer, details={"metrics": {"accuracy": 0.5}}
+    )
+    network = build_network(model_config)
     redraw(network, seed=1)
-    save_model(str(tmp_path / "best.params"), network, card, tokenizer)
+    save_model(str(tmp_path / "best.params"), network, model_config, tokenizer)
     for path in (tmp_path, tmp_path / "best.params"):
         loaded = load_model(str(path))
-        assert loaded.card == card
+        assert loaded.model_config == model_config
         assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
         expected, found = (one(IDS, LENGTHS).asnumpy() for one in (network, loaded.network))
         np.testing.assert_array_equal(found, expected)
@@ -59,8 +61,8 @@ def test_a_classifier_comes_back_whole(tmp_path, tokenizer, extra_layer):
 
 @pytest.mark.parametrize("kind", ["classification", "masked_lm"])
 def test_gradients_are_for_those_who_train(tmp_path, tokenizer, kind):
-    card = card_of(tokenizer, kind=kind)
-    save_model(str(tmp_path / "best.params"), build_network(card), card, tokenizer)
+    model_config = card_of(tokenizer, kind=kind)
+    save_model(str(tmp_path / "best.params"), build_network(model_config), model_config, tokenizer)
     for gradients, kept in ((False, "null"), (True, "write")):
         network = load_model(str(tmp_path), gradients=gradients).network
         assert {p.grad_req for p in network.collect_params().values()} == {kept}
@@ -91,11 +93,11 @@ def test_a_roberta_classifier_is_saved_alike(tmp_path, tokenizer, monkeypatch):
         return nlp.model.RoBERTaModel(encoder, use_decoder=use_decoder, **size), vocab
 
     monkeypatch.setattr(teacher.nlp.model, "get_model", small)
-    card = card_of(tokenizer, model="roberta_12_768_12")
-    network = build_network(card)
+    model_config = card_of(tokenizer, model="roberta_12_768_12")
+    network = build_network(model_config)
     assert type(network.bort) is nlp.model.RoBERTaModel
     assert isinstance(network, BortClassifier)
-    save_model(str(tmp_path / "best.params"), network, card, tokenizer)
+    save_model(str(tmp_path / "best.params"), network, model_config, tokenizer)
     loaded = load_model(str(tmp_path))
     found = loaded.network(IDS, LENGTHS).asnumpy()
     np.testing.assert_array_equal(found, network(IDS, LENGTHS).asnumpy())
@@ -106,10 +108,10 @@ def test_a_pretraining_run_is_a_saved_model(tmp_path, where):
     write_data(tmp_path / "data")
     run = finished_run(tmp_path / "data", ckpt_dir=tmp_path / "run", num_steps=4)
     loaded = load_model(str(tmp_path / "run" / where))
-    assert (loaded.card.kind, loaded.card.model) == ("masked_lm", SHAPE)
+    assert (loaded.model_config.kind, loaded.model_config.model) == ("masked_lm", SHAPE)
     assert loaded.tokenizer is None  # these shards have none
-    assert loaded.card.details["data"] == str(tmp_path / "data" / "train")
-    command = loaded.card.details["command"]
+    assert loaded.model_config.details["data"] == str(tmp_path / "data" / "train")
+    command = loaded.model_config.details["command"]
     assert command.startswith(f"python run_pretraining_distillation.py --data {tmp_path}")
     assert "--num_steps 4" in command
     expected = run.student.word_embed[0].weight.data().asnumpy()
@@ -117,37 +119,37 @@ def test_a_pretraining_run_is_a_saved_model(tmp_path, where):
 
 
 def test_loading_draws_no_random_numbers(tmp_path, tokenizer):
-    card = card_of(tokenizer, extra_layer=True)
-    save_model(str(tmp_path / "best.params"), build_network(card), card, tokenizer)
+    model_config = card_of(tokenizer, extra_layer=True)
+    save_model(str(tmp_path / "best.params"), build_network(model_config), model_config, tokenizer)
     mx.random.seed(3)
     expected = nd.random.uniform(shape=4).asnumpy()
     mx.random.seed(3)
     load_model(str(tmp_path))
     np.testing.assert_array_equal(nd.random.uniform(shape=4).asnumpy(), expected)
-    empty = build_network(card, draw=False)
+    empty = build_network(model_config, draw=False)
     ours = (name for name in empty.collect_params() if not name.endswith("gamma"))
     assert not any(empty.collect_params()[name].data().asnumpy().any() for name in ours)
 
 
 def test_what_is_no_saved_model_is_refused(tmp_path, tokenizer):
-    card = card_of(tokenizer)
+    model_config = card_of(tokenizer)
     path = tmp_path / "best.params"
     with pytest.raises(UserError, match=r"holds no parameters"):
         load_model(str(tmp_path))
-    save_model(str(path), build_network(card), card, tokenizer)
+    save_model(str(path), build_network(model_config), model_config, tokenizer)
     written = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
     for content in ([], {**written, "format": 2}, {**written, "more": 1}, {"format": 1}):
         (tmp_path / "best.json").write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(UserError, match=r"best\.json"):
-            read_card(str(path))
+            read_model_config(str(path))
     (tmp_path / "best.json").unlink()
     with pytest.raises(UserError, match=r"no best\.json beside it"):
         load_model(str(path))
 
 
 def test_another_shape_than_the_cards_is_refused(tmp_path, tokenizer):
-    card = card_of(tokenizer)
-    save_model(str(tmp_path / "best.params"), build_network(card), card, tokenizer)
+    model_config = card_of(tokenizer)
+    save_model(str(tmp_path / "best.params"), build_network(model_config), model_config, tokenizer)
     other = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
     (tmp_path / "best.json").write_text(json.dumps({**other, "model": "bort_1_2_32_64"}))
     with pytest.raises(UserError, match="shape"):
@@ -164,9 +166,9 @@ def test_the_released_model_gets_a_card(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(describe_released, "load_tokenizer", lambda settings: tokenizer)
     monkeypatch.setattr(describe_released, "MODEL", str(tmp_path / "model" / "bort.params"))
     monkeypatch.setattr(describe_released, "SHAPE", SHAPE)
-    card = describe_released.main([])
+    model_config = describe_released.main([])
     network, _ = get_bort_model(SHAPE, vocab=tokenizer)
     network.save_parameters(str(tmp_path / "model" / "bort.params"))
     loaded = load_model(str(tmp_path / "model"))
-    assert (loaded.card, card.kind) == (card, "masked_lm")
+    assert (loaded.model_config, model_config.kind) == (model_config, "masked_lm")
     assert loaded.tokenizer.fingerprint == tokenizer.fingerprint

@@ -221,7 +221,7 @@ class _Run:
         if path is None:
             raise UserError("--tau infill needs --tau_model: a pretrained model")
         saved = load_model(path)
-        if saved.card.kind != "masked_lm" or saved.tokenizer is None:
+        if saved.model_config.kind != "masked_lm" or saved.tokenizer is None:
             raise UserError(f"{path}: is no pretrained model with its tokenizer; --tau needs one")
         return masked_model(saved, self.settings.tau.tau_samples)
 
@@ -263,13 +263,13 @@ class _Run:
             "command": command_of("scripts/run_agora.py", *self.settings),
             "metrics": outcome._asdict(),
         }
-        card = dataclasses.replace(classifier.card, details=details)
+        model_config = dataclasses.replace(classifier.model_config, details=details)
         path = os.path.join(self.folder, BEST)
-        save_model(path, classifier.network, card, classifier.tokenizer)
+        save_model(path, classifier.network, model_config, classifier.tokenizer)
         answers = answer(classifier, self.data.task, settings, SingleProcess(), self.folder)
         metrics = {
-            "task": card.task,
-            "model": card.model,
+            "task": model_config.task,
+            "model": model_config.model,
             "selected_on": self.data.task.dev[0],
             "answers": answers,
         }

@@ -1,4 +1,4 @@
-"""Classifiers as fine-tuning uses them: built on a body, or loaded; with card and tokenizer."""
+"""The classifier to fine-tune: built on a pretrained body, or loaded from a saved model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bort.devices import devices_of
 from bort.errors import UserError
 from bort.finetuning.config import FinetuningSettings
 from bort.parameters import load_parameters, parameter_file
-from bort.saved_model import Card, card_path, load_model, read_card
+from bort.saved_model import ModelConfig, load_model, model_config_path, read_model_config
 from bort.tokenization import (
     TOKENIZER_FOLDER,
     Tokenizer,
@@ -40,7 +40,7 @@ class Classifier(NamedTuple):
     """A network with a head, what it is, and the tokenizer of its vocabulary."""
 
     network: Any
-    card: Card
+    model_config: ModelConfig
     tokenizer: Tokenizer
 
 
@@ -65,31 +65,38 @@ def load_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> C
     """Load a fine-tuned classifier whose answers are those of a task."""
     path = str(settings.classifier.model_parameters)
     trained = not settings.run.only_inference
-    network, card, tokenizer = load_model(path, devices, settings.classifier.dropout, trained)
-    if (card.kind, card.labels, card.num_outputs) != (task.kind, task.labels, task.num_outputs):
+    network, model_config, tokenizer = load_model(
+        path, devices, settings.classifier.dropout, trained
+    )
+    if (model_config.kind, model_config.labels, model_config.num_outputs) != (
+        task.kind,
+        task.labels,
+        task.num_outputs,
+    ):
         raise UserError(
-            f"--model_parameters {path}: a model of {card.task or card.kind}, whose answers are "
-            f"not those of {task.name}; give one of {task.model_task or task.name}"
+            f"--model_parameters {path}: a model of "
+            f"{model_config.task or model_config.kind}, whose answers are not "
+            f"those of {task.name}; give one of {task.model_task or task.name}"
         )
     if tokenizer is None:
         raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
     if trained:
         details = {"command": command_of(PROGRAM, *settings)}
-        card = dataclasses.replace(
-            card, task=task.name, max_len=settings.task.max_len, details=details
+        model_config = dataclasses.replace(
+            model_config, task=task.name, max_len=settings.task.max_len, details=details
         )
-    return Classifier(network, card, tokenizer)
+    return Classifier(network, model_config, tokenizer)
 
 
 def new_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> Classifier:
     """Build a body, from pretrained weights if they are given, with a new head."""
     given = settings.classifier
     path = parameter_file(given.pretrained_parameters) if given.pretrained_parameters else None
-    origin = read_card(path) if path and os.path.exists(card_path(path)) else None
+    origin = read_model_config(path) if path and os.path.exists(model_config_path(path)) else None
     if origin and given.model_name not in (None, origin.model):
         raise UserError(f"--model_name {given.model_name}: the weights are of {origin.model}")
     tokenizer = _tokenizer(settings.tokenizer, path, origin)
-    card = Card(
+    model_config = ModelConfig(
         model=given.model_name or (origin.model if origin else DEFAULT_MODEL),
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -103,16 +110,16 @@ def new_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> Cl
         details={"command": command_of(PROGRAM, *settings)},
     )
     mx.random.seed(settings.run.seed)
-    network = saved_model.build_network(card, devices, given.dropout)
+    network = saved_model.build_network(model_config, devices, given.dropout)
     network.classifier.initialize(
         HEAD_INITIALIZERS[given.init](given.prob), ctx=devices, force_reinit=True
     )
     if path:
         load_parameters(network.bort, path, ignore_prefixes=("decoder.",))
-    return Classifier(network, card, tokenizer)
+    return Classifier(network, model_config, tokenizer)
 
 
-def _tokenizer(flags: TokenizerSettings, path: str | None, origin: Card | None) -> Tokenizer:
+def _tokenizer(flags: TokenizerSettings, path: str | None, origin: ModelConfig | None) -> Tokenizer:
     """Return the tokenizer that the flags name, else the one beside the weights."""
     named = any(dataclasses.asdict(flags).values())
     folder = os.path.join(os.path.dirname(path or ""), TOKENIZER_FOLDER)

@@ -59,16 +59,16 @@ def scores_of(
     communicator: Communicator,
 ) -> np.ndarray:
     """Score examples [n, classes or options] with a classifier, split over the ranks."""
-    network, card, tokenizer = classifier
+    network, model_config, tokenizer = classifier
     encoded = encode_examples(
-        examples, tokenizer, card.max_len, settings.task.cache_dir, communicator
+        examples, tokenizer, model_config.max_len, settings.task.cache_dir, communicator
     )
     optimizer = settings.optimizer
     source = ClassifierSource(
         encoded, optimizer.dev_batch_size, optimizer.num_buckets, tokenizer.pad_id, None
     )
     device = devices_of(settings.run.gpus, settings.run.cpu_contexts, communicator)[0]
-    return score_set(network, source, card.kind, device, communicator)
+    return score_set(network, source, model_config.kind, device, communicator)
 
 
 def write_answers(

@@ -163,8 +163,8 @@ class FineTuning(Training):
         self.network.bort.word_embed[0].weight.zero_grad()
 
     def _subject(self) -> str:
-        card = self.classifier.card
-        return f"{card.model} on {card.task}, {len(self.data.train):,} examples"
+        model_config = self.classifier.model_config
+        return f"{model_config.model} on {model_config.task}, {len(self.data.train):,} examples"
 
     def _to_device(self, batch: ClassifierBatch, device: Any) -> DeviceExamples:
         return to_device(batch, device)
@@ -245,12 +245,12 @@ class FineTuning(Training):
         return self.position % self.source.batches_per_epoch == 0
 
     def _identity(self) -> dict[str, Any]:
-        card = self.classifier.card
+        model_config = self.classifier.model_config
         return {
-            "model": card.model,
-            "task": card.task,
-            "vocab_size": card.vocab_size,
-            "tokenizer_fingerprint": card.tokenizer_fingerprint,
+            "model": model_config.model,
+            "task": model_config.task,
+            "vocab_size": model_config.vocab_size,
+            "tokenizer_fingerprint": model_config.tokenizer_fingerprint,
             "examples": len(self.data.train),
             "batches_per_epoch": self.source.batches_per_epoch,
         }
@@ -270,11 +270,13 @@ class FineTuning(Training):
                 raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
 
     def _write_model(self, path: str) -> None:
-        save_model(path, self.network, self.classifier.card, self.classifier.tokenizer)
+        save_model(path, self.network, self.classifier.model_config, self.classifier.tokenizer)
 
     def _write_best(self) -> None:
-        card = self.classifier.card
-        best = dataclasses.replace(card, details={**card.details, "metrics": self.history[-1]})
+        model_config = self.classifier.model_config
+        best = dataclasses.replace(
+            model_config, details={**model_config.details, "metrics": self.history[-1]}
+        )
         path = os.path.join(self.folder, BEST)
         save_model(path, self.network, best, self.classifier.tokenizer)
 
@@ -314,10 +316,10 @@ def infer(
 ) -> dict[str, Any]:
     """Evaluate and predict once with a fine-tuned classifier."""
     classifier = build_classifier(settings, task, communicator)
-    if classifier.card.task not in (task.name, task.model_task):
+    if classifier.model_config.task not in (task.name, task.model_task):
         raise UserError(
             f"--model_parameters {settings.classifier.model_parameters}: a model of "
-            f"{classifier.card.task}; give one of {task.model_task or task.name}"
+            f"{classifier.model_config.task}; give one of {task.model_task or task.name}"
         )
     with explained_memory_errors():
         results = answer(classifier, task, settings, communicator, folder)
@@ -387,7 +389,7 @@ def conclude(run: FineTuning, rows: dict[str, Any]) -> dict[str, Any]:
     seconds = run.seconds
     metrics = {
         "task": data.task.name,
-        "model": run.classifier.card.model,
+        "model": run.classifier.model_config.model,
         **rows,
         "train_examples": len(data.train),
         "steps": run.step,

@@ -23,7 +23,7 @@ from bort.files import read_json, write_json
 from bort.huggingface import tokenizer as huggingface_tokenizer
 from bort.huggingface import weights as huggingface
 from bort.huggingface.weights import Architecture
-from bort.saved_model import MASKED_LM, Card, SavedModel, build_network
+from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, build_network
 from bort.shapes import MAX_LENGTH, Shape, body_shape
 from bort.tokenization import Tokenizer
 
@@ -68,24 +68,24 @@ model = {architecture}.from_pretrained("FOLDER")
 Take `AutoTokenizer`: it puts one `</s>` between two texts, as in training, where the tokenizers of
 RoBERTa put two. An input of more than two texts, `<s> A </s> B </s> C </s>`, is joined from ids.
 """
-_CONSTANT_CARD = ("model", "kind", "task", "labels", "max_len", "race_cast")
+_CONSTANT_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast")
 
 
 # ---- there -------------------------------------------------------------------------------------
 
 
-def architecture_for(card: Card, family: str) -> Architecture:
+def architecture_for(model_config: ModelConfig, family: str) -> Architecture:
     """Return the architecture that computes what a saved model does.
 
     Raises `UserError` for the extra dense layer, which none of them has.
     """
-    if card.extra_layer:
+    if model_config.extra_layer:
         raise UserError(
             "the classifier was trained with --extra_layer: no architecture of transformers has a "
             "second dense layer before its head; fine-tune without it to convert the model"
         )
     heads = {MASKED_LM: "MaskedLM", "multiple_choice": "MultipleChoice"}
-    return Architecture(family, heads.get(card.kind, "SequenceClassification"))
+    return Architecture(family, heads.get(model_config.kind, "SequenceClassification"))
 
 
 def write(folder: str, saved: SavedModel, family: str) -> Architecture:
@@ -95,8 +95,8 @@ def write(folder: str, saved: SavedModel, family: str) -> Architecture:
     """
     from safetensors.numpy import save_file
 
-    card, tokenizer = saved.card, saved.tokenizer
-    architecture = architecture_for(card, family)
+    model_config, tokenizer = saved.model_config, saved.tokenizer
+    architecture = architecture_for(model_config, family)
     if tokenizer is None:
         raise UserError(
             "the model has no tokenizer/ beside it; it was trained on shards made before they "
@@ -107,45 +107,61 @@ def write(folder: str, saved: SavedModel, family: str) -> Architecture:
     arrays = huggingface.to_huggingface(parameters, architecture, tokenizer.pad_id)
     # transformers asks for the format, and loads no file without it.
     save_file(arrays, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-    write_json(os.path.join(folder, CONFIG), _config(card, tokenizer, architecture))
+    write_json(os.path.join(folder, CONFIG), _config(model_config, tokenizer, architecture))
     tokenizer.save(folder)
     described = huggingface_tokenizer.describe(
-        folder, card.max_len, reads_special=card.kind == MASKED_LM
+        folder, model_config.max_len, reads_special=model_config.kind == MASKED_LM
     )
     for name, content in described.items():
         write_json(os.path.join(folder, name), content)
     with open(os.path.join(folder, README), "w", encoding="utf-8") as handle:
-        handle.write(model_card(card, architecture))
+        handle.write(model_card(model_config, architecture))
     return architecture
 
 
-def _config(card: Card, tokenizer: Tokenizer, architecture: Architecture) -> dict[str, Any]:
+def _config(
+    model_config: ModelConfig, tokenizer: Tokenizer, architecture: Architecture
+) -> dict[str, Any]:
     ids = {"bos": tokenizer.bos_id, "pad": tokenizer.pad_id, "eos": tokenizer.eos_id}
-    config = huggingface.configuration(body_shape(card.model), architecture, ids, card.vocab_size)
+    config = huggingface.configuration(
+        body_shape(model_config.model), architecture, ids, model_config.vocab_size
+    )
     if architecture.head == "SequenceClassification":
-        labels = card.labels or (card.task or "score",)
-        problem = "regression" if card.kind == "regression" else "single_label_classification"
+        labels = model_config.labels or (model_config.task or "score",)
+        problem = (
+            "regression" if model_config.kind == "regression" else "single_label_classification"
+        )
         config |= {
             "id2label": {str(number): label for number, label in enumerate(labels)},
             "label2id": {label: number for number, label in enumerate(labels)},
             "problem_type": problem,
         }
-    return {**config, OURS: {entry: getattr(card, entry) for entry in _CONSTANT_CARD}}
+    return {**config, OURS: {entry: getattr(model_config, entry) for entry in _CONSTANT_ENTRIES}}
 
 
-def model_card(card: Card, architecture: Architecture) -> str:
+def model_card(model_config: ModelConfig, architecture: Architecture) -> str:
     """Return README.md: what the model is, and its data, metrics and command."""
     uses = {"MaskedLM": "fill-mask", "MultipleChoice": "multiple-choice"}
-    details, unknown = dict(card.details), "not recorded"
+    details, unknown = dict(model_config.details), "not recorded"
     command = details.pop("command", unknown)
-    official = f"the official data of {card.task}, as the command says" if card.task else unknown
-    task = f"{card.task} ({card.kind})" if card.task else "masked language modelling"
+    official = (
+        f"the official data of {model_config.task}, as the command says"
+        if model_config.task
+        else unknown
+    )
+    task = (
+        f"{model_config.task} ({model_config.kind})"
+        if model_config.task
+        else "masked language modelling"
+    )
     return _MODEL_CARD.format(
         use=uses.get(architecture.head, "text-classification"),
-        title=f"{card.model}, {card.task}" if card.task else card.model,
-        task=f"{task}, labels {', '.join(card.labels)}" if card.labels else task,
+        title=f"{model_config.model}, {model_config.task}"
+        if model_config.task
+        else model_config.model,
+        task=f"{task}, labels {', '.join(model_config.labels)}" if model_config.labels else task,
         data=_told(details.pop("data", official)),
-        max_len=card.max_len,
+        max_len=model_config.max_len,
         metrics=_table(details.pop("metrics", {})),
         command=command if isinstance(command, str) else shlex.join(map(str, command)),
         details=f"## Details\n\n{_table(details)}\n" if details else "",
@@ -175,7 +191,7 @@ def _flat(values: Any, above: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def read(folder: str) -> SavedModel:
-    """Build the network of a folder of Hugging Face's, with its card and tokenizer.
+    """Build the network of a folder of Hugging Face's, with its model config and tokenizer.
 
     Raises `UserError` naming the file and what in it stands for another computation than ours.
     """
@@ -186,13 +202,13 @@ def read(folder: str) -> SavedModel:
     try:
         architecture, shape = huggingface.shape_in(config)
         tokenizer = huggingface_tokenizer.tokenizer_of(folder)
-        card = _card(config, architecture, shape, tokenizer)
+        model_config = _model_config(config, architecture, shape, tokenizer)
         arrays = huggingface.from_huggingface(
             _tensors(folder), architecture, shape.layers, tokenizer.pad_id
         )
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    network = build_network(card)
+    network = build_network(model_config)
     for name, parameter in network._collect_params_with_prefix().items():
         if name not in arrays:  # the second name of the tied matrix
             continue
@@ -202,7 +218,7 @@ def read(folder: str) -> SavedModel:
                 f"{parameter.shape}"
             )
         parameter.set_data(_nd_array(arrays[name]))
-    return SavedModel(network, card, tokenizer)
+    return SavedModel(network, model_config, tokenizer)
 
 
 def _nd_array(values: np.ndarray) -> Any:
@@ -211,10 +227,10 @@ def _nd_array(values: np.ndarray) -> Any:
     return nd.array(values, dtype="float32")
 
 
-def _card(
+def _model_config(
     config: Mapping[str, Any], architecture: Architecture, shape: Shape, tokenizer: Tokenizer
-) -> Card:
-    """Return the card of a folder, from what it says of itself and what was ours in it."""
+) -> ModelConfig:
+    """Return the model config of a folder, from what it says of itself and what was ours in it."""
     ours = config[OURS] if isinstance(config.get(OURS), dict) else {}
     size, pad_id = tokenizer.vocab_size, tokenizer.pad_id
     if (config.get("vocab_size"), config["pad_token_id"]) != (size, pad_id):
@@ -232,7 +248,7 @@ def _card(
     name = ours.get("model")
     if name is None or body_shape(name) != shape:
         name = huggingface.TEACHERS.get(shape, shape.name)
-    return Card(
+    return ModelConfig(
         model=name,
         vocab_size=size,
         tokenizer_fingerprint=tokenizer.fingerprint,

@@ -65,15 +65,15 @@ def describe(network: Any) -> Network:
     )
 
 
-def describe_file(path: str, card: Any) -> Network:
-    """Read the classifier of a parameter file and its card (bort.saved_model.Card), without MXNet.
+def describe_file(path: str, model_config: Any) -> Network:
+    """Read the classifier of a parameter file without MXNet; `model_config`: a ModelConfig.
 
-    Raises `UserError` when the file cannot be read and when it is not of the card's network.
+    Raises `UserError` when the file cannot be read or does not fit the model config.
     """
-    shape = body_shape(card.model)
-    body = array_shapes(shape, card.vocab_size)
-    square, outputs = (shape.hidden, shape.hidden), (card.num_outputs, shape.hidden)
-    head = {"extra": square} if card.extra_layer else {}
+    shape = body_shape(model_config.model)
+    body = array_shapes(shape, model_config.vocab_size)
+    square, outputs = (shape.hidden, shape.hidden), (model_config.num_outputs, shape.hidden)
+    head = {"extra": square} if model_config.extra_layer else {}
     head |= {"classifier.1": square, "classifier.3": outputs}
     expected = {f"bort.{name}": size for name, size in body.items()}
     for name, size in head.items():
@@ -83,7 +83,8 @@ def describe_file(path: str, card: Any) -> Network:
     wrong = sorted({name for name, _ in expected.items() ^ sizes.items()})
     if wrong:
         raise UserError(
-            f"{path}: does not hold the parameters of {card.model}: see {', '.join(wrong[:4])}"
+            f"{path}: does not hold the parameters of {model_config.model}: "
+            f"see {', '.join(wrong[:4])}"
         )
     values = {name: array.astype(np.float32, copy=False) for name, array in arrays.items()}
     return Network(

@@ -112,7 +112,7 @@ def fill_mask(
 ) -> Iterator[tuple[Word, ...]]:
     """Yield the five most probable words of each `<mask>` of each text, in order.
 
-    model: a pretraining run, checkpoint or parameter file with its card, or a loaded `MaskFiller`.
+    model: a pretraining run, a checkpoint, a saved model, or a loaded `MaskFiller`.
     Raises `UserError` for a path that holds no pretrained model and for a text without a mask.
     """
     if isinstance(model, str):
@@ -188,11 +188,11 @@ class Question(NamedTuple):
 class Classifier:
     """A loaded classifier.
 
-    card: what it is (bort.saved_model.Card). runtime: a bort.inference.runtime.Runtime.
-    task: the task of its card, or one that is predicted with it; None for a model of no task.
+    model_config: a bort.saved_model.ModelConfig. runtime: a bort.inference.runtime.Runtime.
+    task: the model's task, or another that it can predict; None for a model of no task.
     """
 
-    card: Any
+    model_config: Any
     tokenizer: Tokenizer
     runtime: Any
     task: Optional[Task]
@@ -201,12 +201,12 @@ class Classifier:
     @property
     def fields(self) -> int:
         """Return of how many texts an input is made; of candidates there may be more."""
-        if self.card.kind == "multiple_choice":
-            return 1 + len(self.card.labels)
-        if self.card.kind == "candidates":
+        if self.model_config.kind == "multiple_choice":
+            return 1 + len(self.model_config.labels)
+        if self.model_config.kind == "candidates":
             return 3
-        if self.card.race_cast == "joined":
-            return 1 + len(self.card.labels)
+        if self.model_config.race_cast == "joined":
+            return 1 + len(self.model_config.labels)
         return len(self.task.text_columns) or 2 if self.task else 1
 
     @property
@@ -236,17 +236,17 @@ class Classifier:
         if self.task is None:
             raise BadRowError(f"has no {self.columns[0]!r}")
         examples = self.task.cast_row(row, 0)
-        if self.card.kind == "candidates":
+        if self.model_config.kind == "candidates":
             queries = groupby(examples, lambda one: _query(one.uid))
             groups = [list(query) for _, query in queries]
             return [
                 Question([e.inputs[0] for e in group], [e.candidate for e in group])
                 for group in groups
             ]
-        return [Question(example.inputs, self.card.labels) for example in examples]
+        return [Question(example.inputs, self.model_config.labels) for example in examples]
 
     def _question(self, texts: Sequence[str]) -> Question:
-        kind, labels = self.card.kind, self.card.labels
+        kind, labels = self.model_config.kind, self.model_config.labels
         least = self.fields
         if len(texts) < least or (len(texts) > least and kind != "candidates"):
             raise BadRowError(
@@ -266,7 +266,7 @@ class Classifier:
     def answer(self, window: Sequence[list[Question]]) -> list[list[Answer]]:
         """Return the answers to a window's questions."""
         inputs = [one for asked in window for question in asked for one in question.inputs]
-        scores = self._scores(encode_inputs(self.tokenizer, inputs, self.card.max_len))
+        scores = self._scores(encode_inputs(self.tokenizer, inputs, self.model_config.max_len))
         found: list[list[Answer]] = []
         start = 0
         for asked in window:
@@ -278,17 +278,19 @@ class Classifier:
         return found
 
     def _scores(self, rows: Sequence[np.ndarray]) -> np.ndarray:
-        scores = np.empty((len(rows), self.card.num_outputs))
-        for batch in batches(rows, self.batch_size, self.card.max_len, self.tokenizer.pad_id):
+        scores = np.empty((len(rows), self.model_config.num_outputs))
+        for batch in batches(
+            rows, self.batch_size, self.model_config.max_len, self.tokenizer.pad_id
+        ):
             scores[batch.rows] = self.runtime.scores(batch.ids, batch.valid_length)
         return scores
 
     def _decide(self, question: Question, scores: np.ndarray) -> Answer:
         """Turn the scores [inputs, outputs] of one question into its answer."""
-        if self.card.kind == "regression":
+        if self.model_config.kind == "regression":
             value = self.task.predict(scores) if self.task else scores[:, 0]
             return Answer(None, float(value[0]), {})
-        if self.card.kind == "candidates":
+        if self.model_config.kind == "candidates":
             best = int((scores[:, 1] - scores[:, 0]).argmax())
             probabilities = softmax(scores)[:, 1]
         else:
@@ -332,32 +334,34 @@ def load_classifier(
     from bort.inference.runtime import load_runtime, runtime_of
 
     found = parameter_file(path)
-    card = saved_model.read_card(found)
-    if card.kind == saved_model.MASKED_LM:
+    model_config = saved_model.read_model_config(found)
+    if model_config.kind == saved_model.MASKED_LM:
         raise UserError(
             f"{path}: a pretrained model, which has no answers of its own: fine-tune it with "
             "finetune_classifier.py, or give --fill_mask"
         )
-    asked = _task(path, card, task)
+    asked = _task(path, model_config, task)
     if runtime == "mxnet":  # loads the tokenizer beside the parameters, at the same time
-        network, card, tokenizer = saved_model.load_model(found)
+        network, model_config, tokenizer = saved_model.load_model(found)
         loaded = runtime_of(network, runtime)
     else:
         tokenizer = load_tokenizer_folder(os.path.join(os.path.dirname(found), TOKENIZER_FOLDER))
         loaded = load_runtime(found, runtime)
-    return Classifier(card, _present(tokenizer, path), loaded, asked, batch_size)
+    return Classifier(model_config, _present(tokenizer, path), loaded, asked, batch_size)
 
 
-def _task(path: str, card: Any, name: Optional[str]) -> Optional[Task]:
+def _task(path: str, model_config: Any, name: Optional[str]) -> Optional[Task]:
     """Return the task to read rows of; raises `UserError` when the model is not of it."""
-    if not (name or card.task):
+    if not (name or model_config.task):
         return None
     try:
-        task = get_task(name or card.task, race_cast=card.race_cast or "choices")
+        task = get_task(name or model_config.task, race_cast=model_config.race_cast or "choices")
     except UserError as error:
         raise UserError(str(error).replace("--task_name", "--task")) from None
-    if card.task not in (task.name, task.model_task):
-        raise UserError(f"--task {task.name}: {path} is a model of {card.task or 'no task'}")
+    if model_config.task not in (task.name, task.model_task):
+        raise UserError(
+            f"--task {task.name}: {path} is a model of {model_config.task or 'no task'}"
+        )
     return task
 
 
@@ -374,7 +378,7 @@ def _present(tokenizer: Optional[Tokenizer], path: str) -> Tokenizer:
 class MaskFiller:
     """A loaded pretrained model."""
 
-    card: Any
+    model_config: Any
     tokenizer: Tokenizer
     network: Any
     batch_size: int = BATCH
@@ -396,15 +400,17 @@ class MaskFiller:
         if MASK not in content:
             raise BadRowError(f"has no {MASK} where a word is missing")
         ids = mask_ids(self.tokenizer, content.strip())
-        if len(ids) > self.card.max_len:
-            raise BadRowError(f"has {len(ids)} tokens, where the model takes {self.card.max_len}")
+        if len(ids) > self.model_config.max_len:
+            raise BadRowError(
+                f"has {len(ids)} tokens, where the model takes {self.model_config.max_len}"
+            )
         return ids
 
     def answer(self, window: Sequence[np.ndarray]) -> list[list[tuple[Word, ...]]]:
         """Return, for each text, the words of each mask."""
         found: list[list[tuple[Word, ...]]] = [[] for _ in window]
         pad_id = self.tokenizer.pad_id
-        for batch in batches(window, self.batch_size, self.card.max_len, pad_id):
+        for batch in batches(window, self.batch_size, self.model_config.max_len, pad_id):
             rows, columns = np.nonzero(batch.ids == self.tokenizer.mask_id)
             positions = rows * batch.ids.shape[1] + columns
             probabilities = mask_probabilities(
@@ -450,14 +456,15 @@ def load_mask_filler(path: str, batch_size: int = BATCH) -> MaskFiller:
     from bort import saved_model
 
     found = parameter_file(path)
-    card = saved_model.read_card(found)
-    if card.kind != saved_model.MASKED_LM:
+    model_config = saved_model.read_model_config(found)
+    if model_config.kind != saved_model.MASKED_LM:
         raise UserError(
-            f"--fill_mask: {path} is a model of {card.task or card.kind}; give a pretrained one"
+            f"--fill_mask: {path} is a model of {model_config.task or model_config.kind}; "
+            "give a pretrained one"
         )
-    network, card, tokenizer = saved_model.load_model(found)
+    network, model_config, tokenizer = saved_model.load_model(found)
     network.encoder.hybridize()
-    return MaskFiller(card, _present(tokenizer, path), network, batch_size)
+    return MaskFiller(model_config, _present(tokenizer, path), network, batch_size)
 
 
 def mask_probabilities(

@@ -130,12 +130,14 @@ class Quantization:
         Raises `UserError` when it is no classifier or has no tokenizer.
         """
         self.path = parameter_file(path)
-        self.network, self.card, tokenizer = load_model(self.path)
-        check_classifier(self.path, self.card)
+        self.network, self.model_config, tokenizer = load_model(self.path)
+        check_classifier(self.path, self.model_config)
         if tokenizer is None:
             raise UserError(f"{self.path}: no tokenizer beside it; restore the folder `tokenizer`")
         self.tokenizer = tokenizer
-        self.task = get_task(self.card.task, race_cast=self.card.race_cast or "choices")
+        self.task = get_task(
+            self.model_config.task, race_cast=self.model_config.race_cast or "choices"
+        )
         self._data_dir = data_dir
 
     def quantize(self, calibration_inputs: int, batch_size: int) -> list[Check]:
@@ -161,7 +163,7 @@ class Quantization:
         split = str(self.task.train)
         pad_id = self.tokenizer.pad_id
         ids, lengths = padded_batch(self._encoded(split)[0], calibration_inputs, pad_id)
-        notes = notes_of(self.path, self.card)
+        notes = notes_of(self.path, self.model_config)
         write(onnx_export.build(self.network, "int8", notes), files.onnx)
         int8_in_mxnet(self.network, ids, lengths).export(files.mxnet)
         checks = self.compare(files, batch_size)
@@ -196,13 +198,13 @@ class Quantization:
                 runtime = int8_runtime(files, name, positions)
             else:
                 runtime = runtime_of(self.network, name)
-            scores = score_examples(runtime, source, self.card.kind)
+            scores = score_examples(runtime, source, self.model_config.kind)
             expected = expected if checks else scores
-            values = scores[:, 0] if self.card.kind == REGRESSION else scores
+            values = scores[:, 0] if self.model_config.kind == REGRESSION else scores
             points = 100 * self.task.score(self.task.metrics(examples, values))
             checks.append(Check(name, points, _cosine(scores, expected)))
         return checks
 
     def _encoded(self, split: str) -> tuple[EncodedSet, list[Example]]:
         examples = self.task.read(self._data_dir, split).examples
-        return encode_examples(examples, self.tokenizer, self.card.max_len), examples
+        return encode_examples(examples, self.tokenizer, self.model_config.max_len), examples

@@ -182,19 +182,19 @@ def load_runtime(path: str, name: str, threads: int | None = None) -> Runtime:
     from bort import saved_model
 
     found = parameter_file(path)
-    card = saved_model.read_card(found)
-    check_classifier(found, card)
+    model_config = saved_model.read_model_config(found)
+    check_classifier(found, model_config)
     if name.endswith("int8"):
         return _int8(found, name, threads)
     if name == "onnx":
-        return _float32(found, card, threads)
+        return _float32(found, model_config, threads)
     return runtime_of(saved_model.load_model(found).network, name, threads)
 
 
-def check_classifier(path: str, card: Any) -> None:
+def check_classifier(path: str, model_config: Any) -> None:
     """Raise `UserError` when a saved model is no classifier."""
-    if not card.num_outputs:
-        raise UserError(f"{path}: a {card.kind} network; fine-tune it on a task first")
+    if not model_config.num_outputs:
+        raise UserError(f"{path}: a {model_config.kind} network; fine-tune it on a task first")
 
 
 def _of_onnx_file(path: str, name: str, threads: int | None) -> OnnxRuntime:
@@ -209,7 +209,7 @@ def _of_onnx_file(path: str, name: str, threads: int | None) -> OnnxRuntime:
     return found
 
 
-def _float32(parameters: str, card: Any, threads: int | None) -> OnnxRuntime:
+def _float32(parameters: str, model_config: Any, threads: int | None) -> OnnxRuntime:
     """Take the exported file while it is of these parameters, else make the graph anew."""
     if os.path.exists(onnx_file(parameters)):
         exported = OnnxRuntime(onnx_file(parameters), threads)
@@ -217,7 +217,7 @@ def _float32(parameters: str, card: Any, threads: int | None) -> OnnxRuntime:
             return exported
     from bort.inference.onnx_graph import build, describe_file
 
-    graph = build(describe_file(parameters, card))
+    graph = build(describe_file(parameters, model_config))
     return OnnxRuntime(graph.SerializeToString(), threads)
 
 
@@ -254,9 +254,9 @@ def symbol_block(prefix: str) -> Any:
     return block
 
 
-def notes_of(path: str, card: Any) -> dict[str, str]:
+def notes_of(path: str, model_config: Any) -> dict[str, str]:
     """Return what an ONNX file says of the saved model it was made from."""
     return {
         "parameters_sha256": sha256_of(path),
-        "card": json.dumps(dataclasses.asdict(card), ensure_ascii=False),
+        "model config": json.dumps(dataclasses.asdict(model_config), ensure_ascii=False),
     }

@@ -21,7 +21,7 @@ from bort.pretraining.evaluation import evaluate
 from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
 from bort.pretraining.teacher import LiveTeacher, Teacher, load_teacher
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
-from bort.saved_model import Card, save_model
+from bort.saved_model import ModelConfig, save_model
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.training.loop import Training
 from bort.training.optimization import learning_rate
@@ -151,7 +151,7 @@ class Pretraining(Training):
         }
 
     def _write_model(self, path: str) -> None:
-        card = Card(
+        model_config = ModelConfig(
             model=self.settings.student.student_model,
             vocab_size=self.manifest.vocab_size,
             tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
@@ -160,7 +160,7 @@ class Pretraining(Training):
             details=self._details(),
         )
         tokenizer = os.path.join(self.settings.data.data, TOKENIZER_FOLDER)
-        save_model(path, self.student, card, load_tokenizer_folder(tokenizer))
+        save_model(path, self.student, model_config, load_tokenizer_folder(tokenizer))
 
     def _details(self) -> dict[str, Any]:
         command = command_of("run_pretraining_distillation.py", *self.settings)

@@ -90,7 +90,7 @@ def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[],
     from bort.communicator import SingleProcess
     from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
     from bort.finetuning.run import Classifier, FineTuning, TaskData
-    from bort.saved_model import Card, build_network
+    from bort.saved_model import ModelConfig, build_network
     from data.task import Example
     from data.tasks import get_task
 
@@ -98,12 +98,14 @@ def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[],
     flags.update(cache_dir=os.path.join(folder, "encoded"), log_interval=10**6, epochs=10**6)
     given = FinetuningSettings(*(build(cls, flags) for cls in FINETUNING_CLASSES))
     tokenizer: Any = RandomTokenizer(settings)
-    card = Card(settings.model, settings.vocab_size, "random", "classification", "SST-2", LABELS, 2)
-    network = build_network(card, dropout=0.1)
+    model_config = ModelConfig(
+        settings.model, settings.vocab_size, "random", "classification", "SST-2", LABELS, 2
+    )
+    network = build_network(model_config, dropout=0.1)
     network.bort.encoder.hybridize(static_alloc=True)
     examples = [Example(n, ((str(n),),), n % 2) for n in range(EXAMPLES)]
     data = TaskData(get_task("SST-2"), examples, {})
-    classifier = Classifier(network, card, tokenizer)
+    classifier = Classifier(network, model_config, tokenizer)
     run = FineTuning(given, SingleProcess(), classifier, data, os.path.join(folder, "run"))
     with contextlib.redirect_stdout(io.StringIO()):
         run.begin()
@@ -123,10 +125,12 @@ class StockStep:
         import mxnet as mx
         from mxnet import nd
 
-        from bort.saved_model import Card, build_network
+        from bort.saved_model import ModelConfig, build_network
 
-        card = Card(settings.model, settings.vocab_size, "random", "classification", num_outputs=2)
-        self.network = build_network(card, dropout=0.1)
+        model_config = ModelConfig(
+            settings.model, settings.vocab_size, "random", "classification", num_outputs=2
+        )
+        self.network = build_network(model_config, dropout=0.1)
         self.network.hybridize(static_alloc=True)
         optimizer = nlp.optimizer.BERTAdam(learning_rate=5e-5, wd=0.01)
         self.trainer = mx.gluon.Trainer(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bort.bort import get_bort_model
-from bort.saved_model import Card, build_network, load_model, save_model
+from bort.saved_model import ModelConfig, build_network, load_model, save_model
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.tasks import get_task
 from scripts import run_agora
@@ -28,7 +28,7 @@ SPACE = "lr: [1e-2, 1e-3]\nbatch_size: [4]\nepochs: [1]\n"
 
 def save(path, kind, task=None):
     tokenizer = load_tokenizer(TokenizerSettings())
-    card = Card(
+    model_config = ModelConfig(
         SHAPE,
         tokenizer.vocab_size,
         tokenizer.fingerprint,
@@ -39,11 +39,11 @@ def save(path, kind, task=None):
         max_len=48,
     )
     if task:
-        network = build_network(card)
+        network = build_network(model_config)
     else:
         network, _ = get_bort_model(SHAPE, vocab=tokenizer)
     redraw(network, seed=4)
-    save_model(str(path), network, card, tokenizer)
+    save_model(str(path), network, model_config, tokenizer)
     return str(path)
 
 
@@ -78,7 +78,10 @@ def check_layout(folder, task, content):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["answers"][task.dev[0]]["metrics"] == pytest.approx(content["best"]["dev"])
     saved = load_model(str(folder))
-    assert (saved.card.task, saved.card.details["theta"]) == (task.name, content["best"]["theta"])
+    assert (saved.model_config.task, saved.model_config.details["theta"]) == (
+        task.name,
+        content["best"]["theta"],
+    )
     assert json.loads(json.dumps(content)) == json.loads((folder / "agora.json").read_text())
     first = content["rounds"][0]
     assert (first["images"]["made"] > 0) == bool(first["mistakes"])  # none where all is right

@@ -70,24 +70,24 @@ def test_the_head_starts_as_asked(reviews, tmp_path, init):
 
 
 def test_a_pretrained_body_brings_weights_shape_and_vocabulary(reviews, tmp_path):
-    from bort.saved_model import Card, build_network, save_model
+    from bort.saved_model import ModelConfig, build_network, save_model
     from bort.tokenization import SAMPLE_MODEL, TokenizerSettings, load_tokenizer
 
     tokenizer = load_tokenizer(TokenizerSettings())
-    card = Card(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "masked_lm")
-    body = build_network(card)
-    save_model(str(tmp_path / "body" / "model.params"), body, card, tokenizer)
+    model_config = ModelConfig(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "masked_lm")
+    body = build_network(model_config)
+    save_model(str(tmp_path / "body" / "model.params"), body, model_config, tokenizer)
     given = {"pretrained_parameters": tmp_path / "body", "model_name": None}
     run = make_run(reviews, tmp_path, **given)
     expected = body.word_embed[0].weight.data().asnumpy()
     found = run.network.bort.word_embed[0].weight.data().asnumpy()
     np.testing.assert_array_equal(found, expected)
-    assert run.classifier.card.model == SHAPE
+    assert run.classifier.model_config.model == SHAPE
     assert not [name for name in run.network._collect_params_with_prefix() if "decoder" in name]
     with pytest.raises(UserError, match="--model_name bort_1_4_32_32: the weights are of"):
         make_run(reviews, tmp_path, **{**given, "model_name": "bort_1_4_32_32"})
     other = tmp_path / "other.params"
-    save_model(str(other), body, Card(SHAPE, 1000, "another", "masked_lm"), None)
+    save_model(str(other), body, ModelConfig(SHAPE, 1000, "another", "masked_lm"), None)
     with pytest.raises(UserError, match="trained with another vocabulary"):
         make_run(reviews, tmp_path, pretrained_parameters=other, sentencepiece=SAMPLE_MODEL)
 
@@ -306,7 +306,7 @@ def test_inference_gives_the_answers_of_the_run(reviews, tmp_path, monkeypatch, 
         only_inference=True,
         model_parameters=tmp_path / "trained" / "SST-2",
         model_name=None,
-        max_len=8,  # the card knows better
+        max_len=8,  # the model config knows better
     )
     assert not calls
     printed = capsys.readouterr().out.splitlines()[-4:]
@@ -356,8 +356,12 @@ def test_races_joined_cast_is_one_input_of_four_classes(tmp_path):
     found = finetuned(
         TEST_DATA / "race", tmp_path, task_name="RACE-H", race_cast="joined", epochs=1, lr=1e-4
     )
-    card = json.loads((tmp_path / "RACE-H" / "best.json").read_text())
-    assert (card["num_outputs"], card["race_cast"], card["kind"]) == (4, "joined", "classification")
+    model_config = json.loads((tmp_path / "RACE-H" / "best.json").read_text())
+    assert (model_config["num_outputs"], model_config["race_cast"], model_config["kind"]) == (
+        4,
+        "joined",
+        "classification",
+    )
     assert found["steps"] > 0
 
 

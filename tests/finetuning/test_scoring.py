@@ -18,7 +18,7 @@ from bort.finetuning.scoring import (
     score_set,
     to_device,
 )
-from bort.saved_model import Card, build_network
+from bort.saved_model import ModelConfig, build_network
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.encoding import ClassifierSource, encode_examples
 from data.task import Example
@@ -32,7 +32,7 @@ def tokenizer() -> Any:
 
 def network_of(tokenizer: Any, kind: str, outputs: int) -> Any:
     network = build_network(
-        Card("bort_1_2_32_32", tokenizer.vocab_size, "", kind, num_outputs=outputs)
+        ModelConfig("bort_1_2_32_32", tokenizer.vocab_size, "", kind, num_outputs=outputs)
     )
     redraw(network, seed=4)
     return network

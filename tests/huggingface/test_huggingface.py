@@ -25,7 +25,7 @@ from bort.huggingface import weights as huggingface
 from bort.huggingface.tokenizer import describe, tokenizer_of
 from bort.huggingface.weights import Architecture, architecture_of, from_huggingface, to_huggingface
 from bort.pretraining.teacher import load_teacher
-from bort.saved_model import Card, build_network, load_model, save_model
+from bort.saved_model import ModelConfig, build_network, load_model, save_model
 from bort.shapes import Shape
 from bort.tokenization import ByteLevelBPE, TokenizerSettings, load_tokenizer
 from data.encoding import encode_inputs
@@ -68,19 +68,19 @@ def bpe() -> ByteLevelBPE:
     return ByteLevelBPE(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], merges)
 
 
-def card_of(kind: str, tokenizer: Any, **others: Any) -> Card:
+def card_of(kind: str, tokenizer: Any, **others: Any) -> ModelConfig:
     values = {"model": MODEL, "kind": kind, "max_len": 40, **KINDS[kind], **others}
-    return Card(
+    return ModelConfig(
         vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint, **values
     )
 
 
 def saved(folder: Path, kind: str, tokenizer: Any, **others: Any) -> Any:
     """Save a network of drawn values as `best` in a folder; returns it."""
-    card = card_of(kind, tokenizer, **others)
-    network = build_network(card)
+    model_config = card_of(kind, tokenizer, **others)
+    network = build_network(model_config)
     redraw(network, seed=3)
-    save_model(str(folder / "best.params"), network, card, tokenizer)
+    save_model(str(folder / "best.params"), network, model_config, tokenizer)
     return network
 
 
@@ -442,10 +442,10 @@ def test_there_and_back_keeps_every_bit_and_the_card(tmp_path, sample, kind, fam
     assert said.count("not compared: needs torch and transformers") == 2
     loaded = load_model(str(again / f"{MODEL}.params"))
     assert_same_bits(arrays_of(loaded.network), arrays_of(network))
-    origin = huggingface_folder.architecture_for(loaded.card, family).name
+    origin = huggingface_folder.architecture_for(loaded.model_config, family).name
     assert f"there: {origin} of {MODEL}" in said
     expected = card_of(kind, sample, details={"converted_from": origin})
-    assert loaded.card == expected
+    assert loaded.model_config == expected
     assert loaded.tokenizer.fingerprint == sample.fingerprint
     assert sorted(one.name for one in tmp_path.iterdir()) == ["again", "model", "there"]
 
@@ -469,7 +469,7 @@ def test_the_byte_level_folder_has_the_usual_files(tmp_path, bpe):
         "tokenizer_config.json",
         "vocab.json",
     ]
-    card = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
+    model_config = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
     for part in (
         f"# {MODEL}, MNLI\n",
         "- Task: MNLI (classification), labels a, b, c\n",
@@ -478,19 +478,25 @@ def test_the_byte_level_folder_has_the_usual_files(tmp_path, bpe):
         "\n    python finetune_classifier.py --task_name MNLI\n",
         "RobertaForSequenceClassification.from_pretrained",
     ):
-        assert part in card
+        assert part in model_config
     config = json.loads((tmp_path / "there" / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
     assert config["problem_type"] == "single_label_classification"
 
 
 def test_the_model_card_says_what_is_not_known():
-    card = Card(model=MODEL, vocab_size=9, tokenizer_fingerprint="f", kind="masked_lm")
-    text = huggingface_folder.model_card(card, Architecture("bert", "MaskedLM"))
+    model_config = ModelConfig(
+        model=MODEL, vocab_size=9, tokenizer_fingerprint="f", kind="masked_lm"
+    )
+    text = huggingface_folder.model_card(model_config, Architecture("bert", "MaskedLM"))
     assert "- Task: masked language modelling\n- Data: not recorded\n" in text
     assert "## Metrics\n\nnot recorded\n\n## Command\n\n    not recorded\n\n## Use\n" in text
-    card = dataclasses.replace(card, kind="regression", task="STS-B", details={"step": 7})
-    text = huggingface_folder.model_card(card, Architecture("bert", "SequenceClassification"))
+    model_config = dataclasses.replace(
+        model_config, kind="regression", task="STS-B", details={"step": 7}
+    )
+    text = huggingface_folder.model_card(
+        model_config, Architecture("bert", "SequenceClassification")
+    )
     assert "- Data: the official data of STS-B, as the command says\n" in text
     assert "## Details\n\n| what | value |\n| --- | --- |\n| step | 7 |\n\n## Use\n" in text
 
@@ -576,9 +582,17 @@ def test_a_folder_of_others_is_named_by_its_shape(tmp_path, folder):
     del content["bort"]
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
     bring_back([str(folder), "--output", str(tmp_path / "back")])
-    card = load_model(str(tmp_path / "back")).card
-    assert (card.model, card.kind, card.task) == (MODEL, "classification", "")
-    assert (card.labels, card.num_outputs, card.max_len) == (("a", "b", "c"), 3, 512)
+    model_config = load_model(str(tmp_path / "back")).model_config
+    assert (model_config.model, model_config.kind, model_config.task) == (
+        MODEL,
+        "classification",
+        "",
+    )
+    assert (model_config.labels, model_config.num_outputs, model_config.max_len) == (
+        ("a", "b", "c"),
+        3,
+        512,
+    )
 
 
 # ---- transformers itself -------------------------------------------------------------------------
@@ -716,7 +730,7 @@ def test_what_transformers_saves_again_comes_back_to_the_bit(
     loaded = load_model(str(tmp_path / "back"))
     assert_same_bits(arrays_of(loaded.network), arrays_of(network))
     details = {"converted_from": name}
-    assert loaded.card == dataclasses.replace(card_of(kind, bpe), details=details)
+    assert loaded.model_config == dataclasses.replace(card_of(kind, bpe), details=details)
 
 
 @pytest.mark.slow

@@ -75,10 +75,10 @@ def test_a_file_is_described_as_its_network_is(extra_layer, dtype, tmp_path):
     network, path = classifier(extra_layer), str(tmp_path / "best.params")
     network.cast(dtype)
     save_parameters(network, path)
-    card = saved_model.Card(
+    model_config = saved_model.ModelConfig(
         SHAPE, VOCAB_SIZE, "", "classification", num_outputs=3, extra_layer=extra_layer
     )
-    found, expected = onnx_export.describe_file(path, card), onnx_export.describe(network)
+    found, expected = onnx_export.describe_file(path, model_config), onnx_export.describe(network)
     assert found[1:4] == expected[1:4]
     np.testing.assert_equal(found.parameters, dict(expected.parameters))
     assert len(found.head) == 2 + extra_layer
@@ -86,7 +86,7 @@ def test_a_file_is_described_as_its_network_is(extra_layer, dtype, tmp_path):
         np.testing.assert_equal(one[0], other[0].astype(np.float32))
         np.testing.assert_equal(one[1], other[1].astype(np.float32))
         assert one[2] == other[2]
-    wider = dataclasses.replace(card, num_outputs=2, model="bort_3_4_24_16")
+    wider = dataclasses.replace(model_config, num_outputs=2, model="bort_3_4_24_16")
     with pytest.raises(UserError, match=r"not hold the parameters of bort_3_4_24_16: see"):
         onnx_export.describe_file(path, wider)
 
@@ -200,13 +200,13 @@ def test_a_matrix_is_rounded_to_half_a_step_of_each_column():
 def saved(tmp_path_factory) -> Path:
     """Return the .params file of a saved classifier."""
     tokenizer = load_tokenizer(TokenizerSettings())
-    card = saved_model.Card(
+    model_config = saved_model.ModelConfig(
         SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "classification", "CoLA", ("0", "1"), 2
     )
-    network = saved_model.build_network(card)
+    network = saved_model.build_network(model_config)
     reference.redraw(network, seed=3)
     path = tmp_path_factory.mktemp("CoLA") / "best.params"
-    saved_model.save_model(str(path), network, card, tokenizer)
+    saved_model.save_model(str(path), network, model_config, tokenizer)
     return path
 
 
@@ -224,7 +224,7 @@ def test_a_saved_classifier_is_written_beside_its_parameters(saved, capsys):
     assert said[1].startswith(f"largest difference from MXNet {difference:.1e}, of values up to ")
     notes = {one.key: one.value for one in onnx.load(str(file)).metadata_props}
     assert notes["parameters_sha256"] == sha256_of(str(saved))
-    assert '"task": "CoLA"' in notes["card"]
+    assert '"task": "CoLA"' in notes["model config"]
     assert notes["positions"] == "512"
 
 

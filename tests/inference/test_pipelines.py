@@ -29,7 +29,7 @@ from bort.inference.pipelines import (
     windows,
 )
 from bort.inference.prediction_files import Inputs, Lines
-from bort.saved_model import MASKED_LM, Card, SavedModel, build_network, save_model
+from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, build_network, save_model
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.encoding import ClassifierSource, encode_examples
 from data.tasks import get_task
@@ -50,7 +50,7 @@ def tokenizer() -> Any:
 def saved(folder: Path, tokenizer: Any, name: str = "SST-2", race_cast: str = "") -> SavedModel:
     """Save a classifier of a task, with weights that make answers differ."""
     task = get_task(name, race_cast=race_cast or "choices")
-    card = Card(
+    model_config = ModelConfig(
         model=SHAPE,
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -61,19 +61,21 @@ def saved(folder: Path, tokenizer: Any, name: str = "SST-2", race_cast: str = ""
         max_len=64,
         race_cast=race_cast,
     )
-    return _saved(folder / "best.params", card, tokenizer)
+    return _saved(folder / "best.params", model_config, tokenizer)
 
 
 def saved_masked_lm(folder: Path, tokenizer: Any) -> SavedModel:
-    card = Card(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM, max_len=64)
-    return _saved(folder / "bort.params", card, tokenizer)
+    model_config = ModelConfig(
+        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM, max_len=64
+    )
+    return _saved(folder / "bort.params", model_config, tokenizer)
 
 
-def _saved(path: Path, card: Card, tokenizer: Any) -> SavedModel:
-    network = build_network(card)
+def _saved(path: Path, model_config: ModelConfig, tokenizer: Any) -> SavedModel:
+    network = build_network(model_config)
     reference.redraw(network, seed=4, deviation=0.5)
-    save_model(str(path), network, card, tokenizer)
-    return SavedModel(network, card, tokenizer)
+    save_model(str(path), network, model_config, tokenizer)
+    return SavedModel(network, model_config, tokenizer)
 
 
 def run(capfdbinary: Any, folder: Path, *flags: str) -> list[str]:
@@ -107,7 +109,7 @@ def test_every_text_is_answered_in_order(tmp_path, tokenizer):
 def expected_answers(task: Any, model: SavedModel, split: str) -> list[Any]:
     """Return what finetuning answers to the rows of a task's file."""
     examples = task.read(DATA, split).examples
-    encoded = encode_examples(examples, model.tokenizer, model.card.max_len)
+    encoded = encode_examples(examples, model.tokenizer, model.model_config.max_len)
     source = ClassifierSource(encoded, 8, 3, model.tokenizer.pad_id, None)
     scores = score_set(model.network, source, task.kind, nd.array([0]).context)
     if task.kind == "candidates":

@@ -34,7 +34,7 @@ def save_classifier(folder: Path, kind: str = "classification", task: str = "SST
     """Save a classifier of drawn values; returns its .params file."""
     tokenizer = load_tokenizer(TokenizerSettings())
     labels = ("0", "1") if kind == "classification" else ()
-    card = saved_model.Card(
+    model_config = saved_model.ModelConfig(
         SHAPE,
         tokenizer.vocab_size,
         tokenizer.fingerprint,
@@ -44,9 +44,9 @@ def save_classifier(folder: Path, kind: str = "classification", task: str = "SST
         num_outputs=max(1, len(labels)),
         max_len=64,
     )
-    network = saved_model.build_network(card)
+    network = saved_model.build_network(model_config)
     reference.redraw(network, seed=3)
-    saved_model.save_model(str(folder / "best.params"), network, card, tokenizer)
+    saved_model.save_model(str(folder / "best.params"), network, model_config, tokenizer)
     return folder / "best.params"
 
 
@@ -153,9 +153,11 @@ def test_what_cannot_be_run_is_one_line(quantized, tmp_path):
     damaged.write_bytes(int8.read_bytes()[:1000])
     assert "damaged.onnx': ONNX Runtime cannot load it (" in refusal(damaged, "onnx-int8")
     tokenizer = load_tokenizer(TokenizerSettings())
-    card = saved_model.Card(SHAPE, 1000, tokenizer.fingerprint, saved_model.MASKED_LM)
-    network = saved_model.build_network(card)
-    saved_model.save_model(str(tmp_path / "lm" / "bort.params"), network, card, tokenizer)
+    model_config = saved_model.ModelConfig(
+        SHAPE, 1000, tokenizer.fingerprint, saved_model.MASKED_LM
+    )
+    network = saved_model.build_network(model_config)
+    saved_model.save_model(str(tmp_path / "lm" / "bort.params"), network, model_config, tokenizer)
     assert "a masked_lm network; fine-tune it on a task first" in refusal(tmp_path / "lm", "onnx")
     export_onnx([str(tmp_path / "lm")])
     assert "is no classifier" in refusal(tmp_path / "lm" / "bort.onnx", "onnx")

@@ -16,13 +16,13 @@ from mxnet import gluon, nd
 from bort import checkpoint
 from bort.bort import get_bort_model
 from bort.parameters import load_parameters
-from bort.saved_model import Card, build_network, load_model, save_model
+from bort.saved_model import ModelConfig, build_network, load_model, save_model
 from scripts.export_params import main
 from tests import reference
 
 SHAPE = "bort_4_2_24_32"  # the released model's number of layers
 VOCAB_SIZE = 50
-CARD = Card(model=SHAPE, vocab_size=VOCAB_SIZE, tokenizer_fingerprint="f", kind="masked_lm")
+CARD = ModelConfig(model=SHAPE, vocab_size=VOCAB_SIZE, tokenizer_fingerprint="f", kind="masked_lm")
 EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
 
 
@@ -39,7 +39,7 @@ def run(trained, tmp_path) -> Path:
     """Return the folder of a run with a checkpoint of the model."""
     folder = tmp_path / "run"
     folder.mkdir()
-    write = partial(save_model, network=trained, card=CARD, tokenizer=None)
+    write = partial(save_model, network=trained, model_config=CARD, tokenizer=None)
     checkpoint.save(str(folder), 12, write, {"mean.0": np.zeros(2)}, {})
     return folder
 
@@ -153,10 +153,10 @@ IDS, LENGTHS = nd.array([[0, 7, 9, 30, 2], [0, 8, 2, 1, 1]]), nd.array([5, 3])
 @pytest.fixture
 def classifier(tmp_path) -> Any:
     """Return a classifier of ours whose values are all drawn, saved in a folder."""
-    card = dataclasses.replace(CARD, kind="classification", num_outputs=3)
-    network = build_network(card)
+    model_config = dataclasses.replace(CARD, kind="classification", num_outputs=3)
+    network = build_network(model_config)
     reference.redraw(network, seed=6)
-    save_model(str(tmp_path / "run" / "best.params"), network, card, None)
+    save_model(str(tmp_path / "run" / "best.params"), network, model_config, None)
     return network
 
 
@@ -187,7 +187,9 @@ def test_we_load_what_the_originals_classifier_writes(classifier, tmp_path):
     original.initialize()
     original(IDS, LENGTHS)
     reference.redraw(original, seed=7)
-    original.save_parameters(str(tmp_path / "run" / "best.params"))  # our card stays beside it
+    original.save_parameters(
+        str(tmp_path / "run" / "best.params")
+    )  # our model config stays beside it
     ours = load_model(str(tmp_path / "run")).network
     found, expected = (one(IDS, LENGTHS).asnumpy() for one in (ours, original))
     np.testing.assert_array_equal(found, expected)
