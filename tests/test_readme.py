@@ -203,6 +203,11 @@ def test_links_and_anchors_lead_somewhere(document):
             assert anchor in anchors(path), target
 
 
+def test_requirements_files_exist(document):
+    named = set(re.findall(r"\brequirements[\w-]*\.txt", text_of(document)))
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def anchors(path: Path) -> set[str]:
     """Return the anchors of a Markdown file's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.M)
