@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 # The version of the order: a run cannot go on in another one.
-ORDER = 2
+SAMPLER_VERSION = 2
 # Batches of a bucket among which its shuffled sequences are sorted by length, at most half of the
 # bucket's: more would pad a little less (SST-2: 1.02 tokens for each real one, with 100 batches
 # 1.002), and would let the same sequences meet in every epoch.
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
         return int(self.valid_length.sum())
 
 
-class BatchOrder:
+class BucketSampler:
     """Decides which sequences form which micro-batch.
 
     Sequences of similar length share a bucket, and are sorted by length within it, so that a batch
@@ -116,7 +116,7 @@ def collate(shards: ShardSet | Shard, rows: np.ndarray, pad_id: int) -> Batch:
     return Batch(input_ids, valid_length, np.concatenate(positions), np.concatenate(labels))
 
 
-class BatchSource:
+class PretrainingLoader:
     """Makes micro-batches of a set of shards by their number in the endless stream.
 
     `teacher_rows` are the rows of a teacher's cache, one array [masked positions, hidden] a shard.
@@ -125,23 +125,23 @@ class BatchSource:
     def __init__(
         self,
         shards: ShardSet,
-        order: BatchOrder,
+        order: BucketSampler,
         pad_id: int,
         teacher_rows: Optional[Sequence[np.ndarray]] = None,
     ) -> None:
         self._shards = shards
-        self.order = order
+        self.sampler = order
         self._pad_id = pad_id
         self._teacher_rows = teacher_rows
 
     @property
     def batches_per_epoch(self) -> int:
         """Return the number of micro-batches that use every sequence once."""
-        return self.order.batches_per_epoch
+        return self.sampler.batches_per_epoch
 
     def __call__(self, position: int) -> Batch:
         """Return micro-batch `position`."""
-        rows = self.order.rows(position)
+        rows = self.sampler.rows(position)
         batch = collate(self._shards, rows, self._pad_id)
         if self._teacher_rows is None:
             return batch
@@ -149,7 +149,7 @@ class BatchSource:
         return batch._replace(teacher_hidden=np.concatenate(hidden))
 
 
-def prefetched(
+def prefetch(
     make: Callable[[Item], Made], items: Iterable[Item], depth: int = 2
 ) -> Generator[Made, None, None]:
     """Yield make(item) for each item in order, made up to `depth` ahead in a thread.

@@ -17,7 +17,7 @@ import numpy as np
 from bort.communicator import Communicator
 from bort.errors import UserError
 from bort.tokenization import Tokenizer
-from data.batches import BatchOrder
+from data.batches import BucketSampler
 from data.task import Example
 
 # Examples in one file of the cache: what one rank encodes at a time.
@@ -58,7 +58,7 @@ class ClassifierBatch(NamedTuple):
         return int(self.valid_length.sum())
 
 
-class ClassifierSource:
+class ClassifierLoader:
     """Makes micro-batches of an encoded set by their number in an endless stream.
 
     seed None shuffles nothing, for evaluation.
@@ -68,17 +68,17 @@ class ClassifierSource:
         self, encoded: EncodedSet, batch_size: int, num_buckets: int, pad_id: int, seed: int | None
     ) -> None:
         self.encoded = encoded
-        self.order = BatchOrder(encoded.lengths, batch_size, num_buckets, seed=seed)
+        self.sampler = BucketSampler(encoded.lengths, batch_size, num_buckets, seed=seed)
         self._pad_id = pad_id
 
     @property
     def batches_per_epoch(self) -> int:
         """Return the number of micro-batches that use every example once."""
-        return self.order.batches_per_epoch
+        return self.sampler.batches_per_epoch
 
     def __call__(self, position: int) -> ClassifierBatch:
         """Return micro-batch `position`."""
-        encoded, rows = self.encoded, self.order.rows(position)
+        encoded, rows = self.encoded, self.sampler.rows(position)
         inputs = (rows[:, None] * encoded.width + np.arange(encoded.width)).reshape(-1)
         lengths = np.diff(encoded.offsets)[inputs]
         ids = np.full((len(inputs), lengths.max()), self._pad_id, np.int32)

@@ -14,7 +14,7 @@ from bort.devices import devices_of
 from bort.finetuning.classifier import Classifier
 from bort.finetuning.config import FinetuningSettings
 from bort.finetuning.scoring import score_set
-from data.encoding import ClassifierSource, encode_examples
+from data.encoding import ClassifierLoader, encode_examples
 from data.submission import write_submission
 from data.task import MULTIPLE_CHOICE, REGRESSION, Example, Task, is_labelled
 from data.tasks import get_task, task_names
@@ -64,7 +64,7 @@ def scores_of(
         examples, tokenizer, model_config.max_len, settings.task.cache_dir, communicator
     )
     optimizer = settings.optimizer
-    source = ClassifierSource(
+    source = ClassifierLoader(
         encoded, optimizer.dev_batch_size, optimizer.num_buckets, tokenizer.pad_id, None
     )
     device = devices_of(settings.run.gpus, settings.run.cpu_contexts, communicator)[0]

@@ -42,7 +42,7 @@ from bort.parameters import load_parameters
 from bort.saved_model import save_model
 from bort.training.loop import Training
 from bort.training.optimization import learning_rate
-from data.encoding import ClassifierBatch, ClassifierSource, encode_examples
+from data.encoding import ClassifierBatch, ClassifierLoader, encode_examples
 from data.task import REGRESSION, Example, Task
 from data.tasks import get_task
 
@@ -108,13 +108,13 @@ class FineTuning(Training):
         seed: int | None,
         settings: FinetuningSettings,
         communicator: Communicator,
-    ) -> ClassifierSource:
+    ) -> ClassifierLoader:
         tokenizer = self.classifier.tokenizer
         encoded = encode_examples(
             examples, tokenizer, settings.task.max_len, settings.task.cache_dir, communicator
         )
         buckets = settings.optimizer.num_buckets
-        return ClassifierSource(encoded, batch_size, buckets, tokenizer.pad_id, seed)
+        return ClassifierLoader(encoded, batch_size, buckets, tokenizer.pad_id, seed)
 
     @property
     def folder(self) -> str:

@@ -9,7 +9,7 @@ from mxnet import nd
 
 from bort.bort import EmbeddingRows, encode, encode_rows
 from bort.communicator import Communicator, SingleProcess
-from data.encoding import ClassifierBatch, ClassifierSource
+from data.encoding import ClassifierBatch, ClassifierLoader
 from data.task import MULTIPLE_CHOICE, REGRESSION
 
 
@@ -53,7 +53,7 @@ def classification_loss(scores: Any, labels: Any, kind: str) -> Any:
 
 def score_set(
     network: Any,
-    source: ClassifierSource,
+    source: ClassifierLoader,
     kind: str,
     device: Any,
     communicator: Communicator | None = None,

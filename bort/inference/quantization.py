@@ -32,7 +32,7 @@ from bort.inference.runtime import (
 )
 from bort.parameters import parameter_file
 from bort.saved_model import load_model
-from data.encoding import ClassifierSource, EncodedSet, encode_examples
+from data.encoding import ClassifierLoader, EncodedSet, encode_examples
 from data.task import MULTIPLE_CHOICE, REGRESSION, Example
 from data.tasks import get_task
 
@@ -106,7 +106,7 @@ def _run(network: Any) -> Any:
     return network
 
 
-def score_examples(runtime: Runtime, source: ClassifierSource, kind: str) -> np.ndarray:
+def score_examples(runtime: Runtime, source: ClassifierLoader, kind: str) -> np.ndarray:
     """Score a set: float64 [examples, classes or options]."""
     found, rows = [], []
     for number in range(source.batches_per_epoch):
@@ -189,7 +189,7 @@ class Quantization:
         """Score the (first) development set in every runtime, MXNet in float32 first."""
         encoded, examples = self._encoded(self.task.dev[0])
         pad_id = self.tokenizer.pad_id
-        source = ClassifierSource(encoded, batch_size, NUM_BUCKETS, pad_id, seed=None)
+        source = ClassifierLoader(encoded, batch_size, NUM_BUCKETS, pad_id, seed=None)
         positions = self.network.bort.encoder._max_length
         checks: list[Check] = []
         expected = np.empty(0)

@@ -11,13 +11,13 @@ from bort.communicator import Communicator
 from bort.pretraining.distillation import correct_predictions, distillation_kl, masked_lm_loss
 from bort.pretraining.mlm import masked_logits, to_device
 from bort.pretraining.teacher import Teacher
-from data.batches import BatchSource
+from data.batches import PretrainingLoader
 
 
 def evaluate(
     student: Any,
     teacher: Teacher | None,
-    source: BatchSource,
+    source: PretrainingLoader,
     temperature: float,
     communicator: Communicator,
     device: Any,
@@ -28,7 +28,7 @@ def evaluate(
     teacher_accuracy and kl, which is temperature^2 * KL(teacher || student) at the temperature.
     """
     sums = np.zeros(5)
-    for number in range(communicator.rank, source.order.batches_per_epoch, communicator.size):
+    for number in range(communicator.rank, source.batches_per_epoch, communicator.size):
         batch = to_device(source(number), device)
         logits = masked_logits(student, batch)
         parts = [masked_lm_loss(logits, batch.labels).sum()]

@@ -123,7 +123,7 @@ class Preflight:
     def _data(self) -> list[Row]:
         source, held_out, manifest = open_data(self.settings)
         accumulate = self.settings.data.accumulate
-        updates = source.order.batches_per_epoch / (accumulate * self._workers())
+        updates = source.batches_per_epoch / (accumulate * self._workers())
         epochs = self.settings.optimizer.num_steps / updates
         tokenizer = manifest.tokenizer.get("name", "tokenizer")
         rows = [
@@ -131,14 +131,12 @@ class Preflight:
             Row("vocabulary", f"{manifest.vocab_size:,}"),
             Row("sequences", f"{manifest.totals['sequences']:,}"),
             Row("tokens", f"{manifest.totals['tokens']:,}"),
-            Row("micro-batches an epoch", f"{source.order.batches_per_epoch:,}"),
+            Row("micro-batches an epoch", f"{source.batches_per_epoch:,}"),
             Row("updates an epoch", f"{updates:,.1f}"),
             Row("epochs planned", f"{epochs:,.2f}"),
         ]
         if held_out is not None:
-            rows.append(
-                Row("held out", f"{held_out.order.batches_per_epoch:,} batches, same tokenizer")
-            )
+            rows.append(Row("held out", f"{held_out.batches_per_epoch:,} batches, same tokenizer"))
         return rows
 
     def _folder(self) -> list[Row]:

@@ -25,7 +25,7 @@ from bort.saved_model import ModelConfig, save_model
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.training.loop import Training
 from bort.training.optimization import learning_rate
-from data.batches import Batch, BatchOrder, BatchSource
+from data.batches import Batch, BucketSampler, PretrainingLoader
 from data.shards import Manifest, ShardSet, open_shards
 
 # What the micro-batch of a number depends on, besides the shards.
@@ -195,11 +195,13 @@ def shards_sha256(manifest: Manifest) -> str:
     return hashlib.sha256(" ".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
 
 
-def open_data(settings: PretrainingSettings) -> tuple[BatchSource, BatchSource | None, Manifest]:
+def open_data(
+    settings: PretrainingSettings,
+) -> tuple[PretrainingLoader, PretrainingLoader | None, Manifest]:
     """Open the training and held-out shards; raises `UserError` when their tokenizers differ."""
     data = settings.data
     shards = open_shards(data.data)
-    order = BatchOrder(
+    order = BucketSampler(
         shards.lengths, data.batch_size, data.num_buckets, data.use_avg_len, settings.run.seed
     )
     training = _source(shards, order, settings.teacher.teacher_cache)
@@ -210,13 +212,15 @@ def open_data(settings: PretrainingSettings) -> tuple[BatchSource, BatchSource |
         raise UserError(
             f"--data_eval {data.data_eval}: made with another tokenizer than --data {data.data}"
         )
-    order = BatchOrder(held_out.lengths, data.batch_size_eval, data.num_buckets, data.use_avg_len)
+    order = BucketSampler(
+        held_out.lengths, data.batch_size_eval, data.num_buckets, data.use_avg_len
+    )
     return training, _source(held_out, order, settings.teacher.teacher_cache), shards.manifest
 
 
-def _source(shards: ShardSet, order: BatchOrder, teacher_cache: str | None) -> BatchSource:
+def _source(shards: ShardSet, order: BucketSampler, teacher_cache: str | None) -> PretrainingLoader:
     rows = open_rows(teacher_cache, shards) if teacher_cache else None
-    return BatchSource(shards, order, shards.manifest.pad_id, rows)
+    return PretrainingLoader(shards, order, shards.manifest.pad_id, rows)
 
 
 def build_student(settings: PretrainingSettings, manifest: Manifest, devices: list[Any]) -> Any:

@@ -24,7 +24,7 @@ from bort.files import write_json
 from bort.parameters import load_parameters
 from bort.training.optimization import LossScale, Trainer
 from bort.training.reporting import Interval, PhaseTimer, Reporter, Stopwatch
-from data.batches import ORDER, prefetched
+from data.batches import SAMPLER_VERSION, prefetch
 
 MASK_31_BITS = 0x7FFFFFFF
 
@@ -191,7 +191,7 @@ class Training(abc.ABC):
         found = self._wanted_checkpoint() if self._first else None
         if found is None:
             return
-        if found.state.get("order") != ORDER:
+        if found.state.get("order") != SAMPLER_VERSION:
             raise UserError(
                 f"{self.folder}: its batches were drawn in the order of another version; begin a "
                 "new run from its parameters, in another folder"
@@ -289,7 +289,7 @@ class Training(abc.ABC):
 
     def batches(self) -> Generator[MicroBatch, None, None]:
         """Yield the micro-batches that fall to this rank, without end, prepared ahead."""
-        return prefetched(
+        return prefetch(
             lambda place: MicroBatch(place[0], place[1], self.source(place[0])), self._places()
         )
 
@@ -458,7 +458,7 @@ class Training(abc.ABC):
         state = {
             **self.progress(),
             "interval": interval,
-            "order": ORDER,
+            "order": SAMPLER_VERSION,
             **self._identity(),
             "settings": as_dict(*self.settings),
         }

@@ -8,14 +8,14 @@ import time
 import numpy as np
 import pytest
 
-from data.batches import BatchOrder, BatchSource, collate, prefetched
+from data.batches import BucketSampler, PretrainingLoader, collate, prefetch
 from data.shards import open_shards
 from tests.pretraining.helpers import MASK, PAD, write_shards
 
 LENGTHS = np.random.default_rng(0).integers(5, 60, size=101)
 
 
-def epoch(order: BatchOrder, number: int) -> list[np.ndarray]:
+def epoch(order: BucketSampler, number: int) -> list[np.ndarray]:
     start = number * order.batches_per_epoch
     return [order.rows(place) for place in range(start, start + order.batches_per_epoch)]
 
@@ -25,14 +25,14 @@ def epoch(order: BatchOrder, number: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("num_buckets", [1, 3, 10, 200])
 @pytest.mark.parametrize("batch_size", [1, 7, 100, 101, 1000])
 def test_an_epoch_holds_every_sequence_exactly_once(batch_size, num_buckets, use_avg_len, seed):
-    order = BatchOrder(LENGTHS, batch_size, num_buckets, use_avg_len, seed)
+    order = BucketSampler(LENGTHS, batch_size, num_buckets, use_avg_len, seed)
     for number in (0, 1, 5):
         rows = np.concatenate(epoch(order, number))
         assert sorted(rows) == list(range(len(LENGTHS)))
 
 
 def test_the_order_is_a_pure_function_of_seed_and_epoch():
-    one, other = (BatchOrder(LENGTHS, 8, 4, seed=3) for _ in range(2))
+    one, other = (BucketSampler(LENGTHS, 8, 4, seed=3) for _ in range(2))
     forward = [one.rows(place) for place in range(3 * one.batches_per_epoch)]
     # Asked backwards, epochs apart, of another object: the same batches.
     for place in reversed(range(len(forward))):
@@ -41,7 +41,7 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch():
 
 def test_epochs_and_seeds_differ_and_evaluation_does_not():
     def flat(seed, number):
-        return np.concatenate(epoch(BatchOrder(LENGTHS, 8, 4, seed=seed), number)).tolist()
+        return np.concatenate(epoch(BucketSampler(LENGTHS, 8, 4, seed=seed), number)).tolist()
 
     assert flat(3, 0) != flat(3, 1)
     assert flat(3, 0) != flat(4, 0)
@@ -49,7 +49,7 @@ def test_epochs_and_seeds_differ_and_evaluation_does_not():
 
 
 def test_shuffling_mixes_the_buckets_and_the_rows_inside_them():
-    order = BatchOrder(LENGTHS, 8, 4, seed=3)
+    order = BucketSampler(LENGTHS, 8, 4, seed=3)
     longest = [LENGTHS[rows].max() for rows in epoch(order, 0)]
     assert longest != sorted(longest)
     assert any((np.diff(rows) < 0).any() for rows in epoch(order, 0))
@@ -59,8 +59,8 @@ def test_shuffling_mixes_the_buckets_and_the_rows_inside_them():
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_the_ranks_together_take_the_stream_whatever_their_number(ranks):
-    stream = BatchOrder(LENGTHS, 8, 4, seed=3)
-    each = [BatchOrder(LENGTHS, 8, 4, seed=3) for _ in range(ranks)]
+    stream = BucketSampler(LENGTHS, 8, 4, seed=3)
+    each = [BucketSampler(LENGTHS, 8, 4, seed=3) for _ in range(ranks)]
     for step in range(2 * stream.batches_per_epoch):
         for rank, order in enumerate(each):
             position = step * ranks + rank
@@ -68,25 +68,25 @@ def test_the_ranks_together_take_the_stream_whatever_their_number(ranks):
 
 
 def test_a_batch_stays_within_its_bucket():
-    order = BatchOrder(np.array([10, 11, 29, 30, 50]), batch_size=8, num_buckets=2, seed=0)
+    order = BucketSampler(np.array([10, 11, 29, 30, 50]), batch_size=8, num_buckets=2, seed=0)
     assert order.widths.tolist() == [30, 50]
     assert sorted(sorted(rows) for rows in epoch(order, 0)) == [[0, 1, 2, 3], [4]]
 
 
 def test_a_bucket_without_a_sequence_is_none():
-    order = BatchOrder(np.array([10, 50, 50]), batch_size=8, num_buckets=5, seed=0)
+    order = BucketSampler(np.array([10, 50, 50]), batch_size=8, num_buckets=5, seed=0)
     assert order.widths.tolist() == [18, 50]
     assert sorted(sorted(rows) for rows in epoch(order, 0)) == [[0], [1, 2]]
 
 
 def test_evaluation_sorts_each_bucket_by_length():
-    lengths = [LENGTHS[rows] for rows in epoch(BatchOrder(LENGTHS, 8, 4), 0)]
+    lengths = [LENGTHS[rows] for rows in epoch(BucketSampler(LENGTHS, 8, 4), 0)]
     assert (np.diff(np.concatenate(lengths)) >= 0).all()
 
 
 def test_training_sorts_pools_of_batches_by_length_and_pads_little():
     lengths = np.random.default_rng(1).integers(5, 60, size=4000)
-    order = BatchOrder(lengths, 8, 1, seed=3)
+    order = BucketSampler(lengths, 8, 1, seed=3)
     batches = epoch(order, 0)
     assert all((np.diff(lengths[rows]) >= 0).all() for rows in batches)
     spread = [np.ptp(lengths[rows]) for rows in batches]
@@ -100,7 +100,7 @@ def test_training_sorts_pools_of_batches_by_length_and_pads_little():
 
 def test_buckets_are_at_most_as_many_as_asked_for_and_cover_every_length():
     for num_buckets in (1, 2, 7, 60, 500):
-        order = BatchOrder(LENGTHS, 8, num_buckets)
+        order = BucketSampler(LENGTHS, 8, num_buckets)
         assert len(order.widths) <= num_buckets
         assert order.widths[-1] == LENGTHS.max()
         for rows in epoch(order, 0):
@@ -110,7 +110,7 @@ def test_buckets_are_at_most_as_many_as_asked_for_and_cover_every_length():
 
 def test_use_avg_len_gives_every_batch_about_the_same_number_of_tokens():
     lengths = np.repeat([16, 64, 128, 500], 400)
-    order = BatchOrder(lengths, batch_size=512, num_buckets=8, use_avg_len=True, seed=0)
+    order = BucketSampler(lengths, batch_size=512, num_buckets=8, use_avg_len=True, seed=0)
     sizes = {}
     for rows in epoch(order, 0):
         sizes.setdefault(int(lengths[rows][0]), set()).add(len(rows))
@@ -121,18 +121,18 @@ def test_use_avg_len_gives_every_batch_about_the_same_number_of_tokens():
 
 
 def test_a_sequence_longer_than_the_token_budget_still_gets_a_batch():
-    order = BatchOrder(np.array([300, 300]), batch_size=64, num_buckets=3, use_avg_len=True)
+    order = BucketSampler(np.array([300, 300]), batch_size=64, num_buckets=3, use_avg_len=True)
     assert [rows.tolist() for rows in epoch(order, 0)] == [[0], [1]]
 
 
 def test_one_length_makes_one_bucket():
-    order = BatchOrder(np.full(10, 128), batch_size=4, num_buckets=10, seed=0)
+    order = BucketSampler(np.full(10, 128), batch_size=4, num_buckets=10, seed=0)
     assert order.widths.tolist() == [128]
     assert sorted(len(rows) for rows in epoch(order, 0)) == [2, 4, 4]
 
 
 def test_a_batch_size_above_the_data_makes_one_batch_an_epoch():
-    order = BatchOrder(np.array([5, 9, 7]), batch_size=100, num_buckets=1, seed=0)
+    order = BucketSampler(np.array([5, 9, 7]), batch_size=100, num_buckets=1, seed=0)
     assert order.batches_per_epoch == 1
     assert sorted(order.rows(0)) == sorted(order.rows(41)) == [0, 1, 2]
 
@@ -140,8 +140,8 @@ def test_a_batch_size_above_the_data_makes_one_batch_an_epoch():
 def test_masked_positions_point_to_the_masks_of_the_flattened_grid(tmp_path):
     write_shards(tmp_path, sizes=(6, 3, 4), seed=5)
     shards = open_shards(str(tmp_path))
-    order = BatchOrder(shards.lengths, batch_size=4, num_buckets=3, seed=1)
-    source = BatchSource(shards, order, PAD)
+    order = BucketSampler(shards.lengths, batch_size=4, num_buckets=3, seed=1)
+    source = PretrainingLoader(shards, order, PAD)
     seen = 0
     for number in range(order.batches_per_epoch):
         rows, batch = order.rows(number), source(number)
@@ -188,7 +188,7 @@ def test_prefetching_keeps_the_order_and_runs_ahead():
         made.append(item)
         return item * item
 
-    results = prefetched(make, iter(range(20)), depth=2)
+    results = prefetch(make, iter(range(20)), depth=2)
     assert next(results) == 0
     deadline = time.monotonic() + 5
     while len(made) < 3 and time.monotonic() < deadline:
@@ -206,7 +206,7 @@ def test_prefetching_hands_on_an_error_at_its_place_and_ends_its_thread():
             raise ValueError("batch 3 is broken")
         return item
 
-    results = prefetched(make, iter(range(10)))
+    results = prefetch(make, iter(range(10)))
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="batch 3 is broken"):
         next(results)
@@ -215,7 +215,7 @@ def test_prefetching_hands_on_an_error_at_its_place_and_ends_its_thread():
 
 def test_closing_early_ends_the_thread_of_an_endless_stream():
     before = threads()
-    results = prefetched(lambda item: item, iter(int, 1))
+    results = prefetch(lambda item: item, iter(int, 1))
     assert next(results) == 0
     results.close()
     assert threads() == before

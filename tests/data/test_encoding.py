@@ -11,7 +11,7 @@ from bort.communicator import SingleProcess
 from bort.errors import UserError
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data import encoding
-from data.encoding import ClassifierSource, encode_examples, encode_inputs
+from data.encoding import ClassifierLoader, encode_examples, encode_inputs
 from data.task import Example
 
 PAIR = ("a warm and funny story", "the cast is a delight")
@@ -141,7 +141,7 @@ def test_what_cannot_be_encoded_is_said(tokenizer, tmp_path):
 @pytest.mark.parametrize("seed", [None, 5])
 def test_batches_use_every_example_once(tokenizer, width, seed):
     encoded = encode_examples(examples(23, width), tokenizer, 32)
-    source = ClassifierSource(encoded, 4, 3, tokenizer.pad_id, seed)
+    source = ClassifierLoader(encoded, 4, 3, tokenizer.pad_id, seed)
     batches = [source(number) for number in range(source.batches_per_epoch)]
     assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(23))
     for batch in batches:

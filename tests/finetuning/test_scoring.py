@@ -20,7 +20,7 @@ from bort.finetuning.scoring import (
 )
 from bort.saved_model import ModelConfig, build_network
 from bort.tokenization import TokenizerSettings, load_tokenizer
-from data.encoding import ClassifierSource, encode_examples
+from data.encoding import ClassifierLoader, encode_examples
 from data.task import Example
 from tests.reference import redraw
 
@@ -38,13 +38,13 @@ def network_of(tokenizer: Any, kind: str, outputs: int) -> Any:
     return network
 
 
-def source_of(tokenizer: Any, width: int, batch_size: int = 3) -> ClassifierSource:
+def source_of(tokenizer: Any, width: int, batch_size: int = 3) -> ClassifierLoader:
     made = [
         Example(n, tuple((f"story {n} {k}", "more " * (n % 4)) for k in range(width)), n % 2)
         for n in range(11)
     ]
     encoded = encode_examples(made, tokenizer, 32)
-    return ClassifierSource(encoded, batch_size, 3, tokenizer.pad_id, None)
+    return ClassifierLoader(encoded, batch_size, 3, tokenizer.pad_id, None)
 
 
 def cross_entropy(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from bort.inference.pipelines import (
 from bort.inference.prediction_files import Inputs, Lines
 from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, build_network, save_model
 from bort.tokenization import TokenizerSettings, load_tokenizer
-from data.encoding import ClassifierSource, encode_examples
+from data.encoding import ClassifierLoader, encode_examples
 from data.tasks import get_task
 from scripts import predict as program
 from tests import reference
@@ -110,7 +110,7 @@ def expected_answers(task: Any, model: SavedModel, split: str) -> list[Any]:
     """Return what finetuning answers to the rows of a task's file."""
     examples = task.read(DATA, split).examples
     encoded = encode_examples(examples, model.tokenizer, model.model_config.max_len)
-    source = ClassifierSource(encoded, 8, 3, model.tokenizer.pad_id, None)
+    source = ClassifierLoader(encoded, 8, 3, model.tokenizer.pad_id, None)
     scores = score_set(model.network, source, task.kind, nd.array([0]).context)
     if task.kind == "candidates":
         return [json.loads(line)["label"] for line in task.submission(examples, scores)]

@@ -94,7 +94,7 @@ def test_a_good_run_is_described(data, tmp_path, capsys):
     assert (rows["MXNet"], rows["GluonNLP"]) == (mxnet.__version__, gluonnlp.__version__)
     assert rows["NumPy"] == np.__version__
     assert rows["sequences"] == "25"
-    per_epoch = make_run(data, ckpt_dir=folder).source.order.batches_per_epoch
+    per_epoch = make_run(data, ckpt_dir=folder).source.batches_per_epoch
     assert number(rows["micro-batches an epoch"]) == per_epoch
     assert number(rows["updates an epoch"]) == per_epoch / 2
     assert number(rows["epochs planned"]) == pytest.approx(10**7 * 2 / per_epoch, abs=0.005)

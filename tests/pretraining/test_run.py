@@ -227,7 +227,7 @@ def test_every_batch_of_every_shard_is_used(data, tmp_path, monkeypatch, accumul
     monkeypatch.setattr(pretraining, "to_device", recording)
     flags = {"accumulate": accumulate, "use_avg_len": use_avg_len, "seed": 3}
     flags["batch_size"] = 50 if use_avg_len else 4
-    per_epoch = make_run(data, ckpt_dir=tmp_path, **flags).source.order.batches_per_epoch
+    per_epoch = make_run(data, ckpt_dir=tmp_path, **flags).source.batches_per_epoch
     epochs = 2 * accumulate
     steps = epochs * per_epoch // accumulate
     finished_run(data, ckpt_dir=tmp_path, num_steps=steps, **flags)
@@ -387,7 +387,7 @@ def test_resumed_again_and_again_across_the_ends_of_epochs(data, tmp_path, undis
     for _ in range(2):
         run_killed_at(data, tmp_path, 7, resume=True, **flags)
     resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
-    per_epoch = resumed.source.order.batches_per_epoch
+    per_epoch = resumed.source.batches_per_epoch
     # Killed in steps 6, 12 and 16; checkpoints, and ends of epochs, lie in between.
     assert [step // per_epoch for step in (4, 8, 12, 15, STEPS)] == [0, 1, 1, 2, 2]
     assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
@@ -439,7 +439,7 @@ def test_a_run_does_not_go_on_with_other_batches(data, tmp_path, monkeypatch, ch
 
 def test_a_run_does_not_go_on_in_the_order_of_another_version(data, tmp_path, monkeypatch):
     finished_run(data, ckpt_dir=tmp_path, num_steps=4)
-    monkeypatch.setattr("bort.training.loop.ORDER", 99)
+    monkeypatch.setattr("bort.training.loop.SAMPLER_VERSION", 99)
     with pytest.raises(UserError, match="drawn in the order of another version; begin a new run"):
         make_run(data, ckpt_dir=tmp_path, num_steps=8, resume=True).run()
 
