@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Fetches the released, pretrained Bort (some 300 MB) to model/bort.params.
+# Downloads the released, pretrained Bort (about 300 MB) to model/bort.params.
 #
 #   ./scripts/download_model.sh
 #
-# With the AWS command line where it runs, else from the bucket's https address. A file that is
-# there already is left alone. Where .venv is set up, card and tokenizer are laid beside it.
+# Uses the AWS command line if it is installed, or else the bucket's HTTPS address with curl or
+# wget. An existing parameter file is kept. If .venv is set up, the script also writes the model
+# card and the tokenizer beside the parameters.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +13,7 @@ S3=s3://alexa-saif-bort/bort.params
 HTTPS=https://alexa-saif-bort.s3.amazonaws.com/bort.params
 TARGET=model/bort.params
 
-# Parameter files of MXNet begin with this number; the error page of a proxy does not.
+# MXNet's parameter files begin with this number; the error page of a proxy does not.
 is_parameter_file() {
     [[ "$(head -c 8 "$1" 2>/dev/null | od -An -tx1 | tr -d ' \n')" == 1201000000000000 ]]
 }
@@ -25,11 +26,11 @@ fetch() {
     local tool
     for tool in aws curl wget; do
         if command -v "$tool" >/dev/null; then
-            echo "fetching $TARGET with $tool"
+            echo "downloading $TARGET with $tool"
             if "with_$tool" "$1" && is_parameter_file "$1"; then
                 return
             fi
-            echo "$tool brought no parameter file" >&2
+            echo "$tool did not download a parameter file" >&2
         fi
     done
     return 1
@@ -38,7 +39,7 @@ fetch() {
 finish() {
     echo "$TARGET is in place"
     if [[ ! -x .venv/bin/python ]]; then
-        echo "to predict with it, call this again after ./scripts/setup_env.sh: it lacks its card"
+        echo "it has no model card: to predict with it, run this again after ./scripts/setup_env.sh"
     elif [[ ! -f ${TARGET%.params}.json ]]; then
         .venv/bin/python scripts/describe_released.py
     fi
@@ -49,12 +50,12 @@ if is_parameter_file "$TARGET"; then
     exit
 fi
 mkdir -p model
-# Beside the target, so that putting it in place is a rename: no half file ever has its name.
+# The download is renamed to the target only when it is complete: no partial file has that name.
 partial=$(mktemp "$TARGET.XXXXXX")
 trap 'rm -f "$partial"' EXIT
 if ! fetch "$partial"; then
-    echo "error: could not fetch $S3 or $HTTPS. Fetch it where the network allows and put it in" \
-        "$TARGET, or make your own by distillation: ./run_pretraining_distillation.sh" >&2
+    echo "error: could not download $S3 or $HTTPS. Download it on a machine with access and copy" \
+        "it to $TARGET, or distil your own: ./run_pretraining_distillation.sh" >&2
     exit 1
 fi
 chmod 644 "$partial"

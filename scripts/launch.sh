@@ -28,6 +28,10 @@ supervise() {
         status=0
         wait "$child" || status=$?
     done
+    # Processes of a group may outlive the first one: they are about to end.
+    while [[ $recipient == group && -n $signal_received ]] && kill -0 -- "-$child" 2>/dev/null; do
+        sleep 0.1
+    done
     trap - TERM INT HUP
     return "$status"
 }

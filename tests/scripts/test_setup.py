@@ -435,7 +435,7 @@ def test_download_of_the_model(machine, content, status):
     files = [path.name for path in (machine.project / "model").iterdir()]
     assert files == (["bort.params"] if status == 0 else [])
     if status == 0:
-        assert "call this again after ./scripts/setup_env.sh" in run.stdout
+        assert "run this again after ./scripts/setup_env.sh" in run.stdout
         (machine.bin / "curl").unlink()
         (machine.project / ".venv/bin").mkdir(parents=True)
         machine.command("python", "echo python $*")
