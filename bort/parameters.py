@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import math
 import os
@@ -11,18 +12,19 @@ import numpy as np
 
 from bort import checkpoint
 from bort.errors import UserError
+from bort.types import Block
 
-# What MXNet calls its types by.
-_TYPES = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i8"}
+# The numbers that stand for dtypes in the format.
+_DTYPES = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i8"}
 _FILE, _ARRAY, _DENSE = 0x112, 0xF993FAC9, 0
 # The matrix that embedding and decoder share has two names, and a file may hold it under either.
 EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
 
 
 def parameter_file(path: str) -> str:
-    """Find the parameter file that a path given for a teacher or a student means.
+    """Return the parameter file of a path: a file, a checkpoint, or the folder of a run or model.
 
-    Raises `UserError` when nothing is there or several files are.
+    Raises `UserError` when there is none or several.
     """
     for candidate in (path, os.path.join(path, checkpoint.LAST)):
         model = os.path.join(candidate, checkpoint.MODEL)
@@ -36,13 +38,13 @@ def parameter_file(path: str) -> str:
     if not found:
         raise UserError(f"{path}: holds no parameters (*.params)")
     if len(found) > 1:
-        names = ", ".join(os.path.basename(one) for one in found)
+        names = ", ".join(map(os.path.basename, found))
         raise UserError(f"{path}: holds several parameter files ({names}); name one of them")
     return found[0]
 
 
 def read_arrays(path: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a file by their names, read-only; they stay on the disk until used.
+    """Return the arrays of a file by name, read-only and memory-mapped.
 
     Raises `UserError` when MXNet 1.5 or later did not write it.
     """
@@ -53,65 +55,78 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
 
 
 class _Reader:
-    """Reads the bytes of a parameter file from their beginning to their end."""
+    """Reads the bytes of a parameter file from start to end."""
 
     def __init__(self, content: np.ndarray) -> None:
-        self._content, self._place = content, 0
+        self._content, self._offset = content, 0
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all arrays by name; raises `ValueError` or `KeyError` for another format."""
-        kind, _, count = self._take("<u8", 3)
-        if kind != _FILE:
+        magic, _, count = self._take("<u8", 3)
+        if magic != _FILE:
             raise ValueError("another format")
         arrays = [self._array() for _ in range(count)]
-        names = [self._take("u1", self._one("<u8")).tobytes() for _ in range(self._one("<u8"))]
+        names = [self._name() for _ in range(self._number("<u8"))]
         if len(names) != len(arrays):
             raise ValueError("not as many names as arrays")
-        return {name.decode(): array for name, array in zip(names, arrays)}
+        if len(set(names)) != len(names):
+            raise ValueError("a name is repeated")
+        if self._offset != len(self._content):
+            raise ValueError("bytes follow the last name")
+        return dict(zip(names, arrays))
+
+    def _name(self) -> str:
+        return self._take("u1", self._number("<u8")).tobytes().decode()
 
     def _array(self) -> np.ndarray:
-        kind, storage, dimensions = self._one("<u4"), self._one("<i4"), self._one("<i4")
-        if (kind, storage) != (_ARRAY, _DENSE):
+        magic, storage = self._number("<u4"), self._number("<i4")
+        if (magic, storage) != (_ARRAY, _DENSE):
             raise ValueError("an array of another format")
+        dimensions = self._number("<i4")
         shape = self._take("<i8", dimensions).tolist()
         if min(shape, default=0) < 0:
             raise ValueError("an array of negative size")
-        _device, _number, number = self._take("<i4", 3)
-        return self._take(_TYPES[int(number)], math.prod(shape)).reshape(shape)
+        *_device, dtype = self._take("<i4", 3).tolist()
+        if dtype not in _DTYPES:
+            raise ValueError(f"an array of dtype {dtype}")
+        return self._take(_DTYPES[dtype], math.prod(shape)).reshape(shape)
 
-    def _one(self, kind: str) -> int:
-        return int(self._take(kind, 1)[0])
+    def _number(self, dtype: str) -> int:
+        return int(self._take(dtype, 1)[0])
 
-    def _take(self, kind: str, count: int) -> np.ndarray:
-        start, size = self._place, count * np.dtype(kind).itemsize
-        self._place += size
-        if size < 0 or self._place > len(self._content):
+    def _take(self, dtype: str, count: int) -> np.ndarray:
+        start, size = self._offset, int(count) * np.dtype(dtype).itemsize
+        self._offset += size
+        if size < 0 or self._offset > len(self._content):
             raise ValueError("it ends too soon")
-        return self._content[start : self._place].view(kind)
+        return self._content[start : self._offset].view(dtype)
 
 
-def save_parameters(model: Any, path: str) -> None:
-    """Write the parameters in MXNet's format, the tied embedding matrix once."""
+def save_parameters(model: Block, path: str) -> None:
+    """Write the parameters in MXNet's format, the tied embedding matrix once.
+
+    Raises `OSError` when the disk is full: MXNet does not say so.
+    """
     model.save_parameters(path, deduplicate=True)
+    try:
+        read_arrays(path)
+    except UserError:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from None
 
 
-def load_parameters(model: Any, path: str, ignore_prefixes: Sequence[str] = ()) -> None:
-    """Load a parameter file by name: ours or the released one; float16 is cast.
+def load_parameters(model: Block, path: str, ignore_prefixes: Sequence[str] = ()) -> None:
+    """Load a parameter file by name, ours or the released one; float16 is cast.
 
     The tied matrix may be stored under one of its names or under both. Parameters of the file that
-    begin with one of `ignore_prefixes` are passed over.
+    begin with one of `ignore_prefixes` are not loaded.
+
+    The file is read by `read_arrays`, not by MXNet, which a damaged file can crash.
 
     Raises `UserError` for an unreadable file and for missing, surplus or misshapen parameters.
     """
-    import mxnet as mx
+    from mxnet import nd
 
-    try:
-        stored = mx.nd.load(path)
-    except (mx.MXNetError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: cannot be read as a parameter file ({reason})") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path}: holds arrays without names; expected a Gluon parameter file")
+    stored = read_arrays(path)
     if PROJECTION in stored:
         stored.setdefault(EMBEDDING, stored[PROJECTION])
     stored = {n: v for n, v in stored.items() if not n.startswith(tuple(ignore_prefixes))}
@@ -124,10 +139,10 @@ def load_parameters(model: Any, path: str, ignore_prefixes: Sequence[str] = ()) 
         raise UserError(f"{path}: parameters do not fit this model: {'; '.join(listing)}")
     values = [_stored_value(path, stored, parameter, names) for parameter, names in tied]
     for (parameter, _), value in zip(tied, values):
-        parameter.set_data(value)
+        parameter.set_data(nd.array(value, dtype=value.dtype))
 
 
-def _tied_names(model: Any) -> list[tuple[Any, list[str]]]:
+def _tied_names(model: Block) -> list[tuple[Any, list[str]]]:
     """Return each distinct parameter with all names it has in a file."""
     tied: dict[int, tuple[Any, list[str]]] = {}
     for name, parameter in model._collect_params_with_prefix().items():
@@ -135,7 +150,9 @@ def _tied_names(model: Any) -> list[tuple[Any, list[str]]]:
     return list(tied.values())
 
 
-def _stored_value(path: str, stored: dict[str, Any], parameter: Any, names: list[str]) -> Any:
+def _stored_value(
+    path: str, stored: dict[str, np.ndarray], parameter: Any, names: list[str]
+) -> np.ndarray:
     values = [stored[name] for name in names if name in stored]
     for value in values:
         if value.shape != parameter.shape:
@@ -144,9 +161,9 @@ def _stored_value(path: str, stored: dict[str, Any], parameter: Any, names: list
                 "is it of another shape or vocabulary?"
             )
     first, *others = values
-    if any((first != other).max().asscalar() for other in others):
+    if not all(np.array_equal(first, other) for other in others):
         raise UserError(f"{path}: {' and '.join(names)} are tied but differ in the file")
-    return first.astype(parameter.dtype, copy=False)
+    return first.astype(np.dtype(parameter.dtype), copy=False)
 
 
 def _listing(names: Any, most: int = 8) -> str:

@@ -1,7 +1,7 @@
 """A saved model carries all that its use needs: weights, shape, task, labels and tokenizer.
 
     <folder>/<name>.params   parameters, MXNet's format, the tied matrix once
-             <name>.json     the model_config: what the network is and what it answers
+             <name>.json     the model config: shape, task, labels, SHA-256 of the parameters
              tokenizer/      the files of its vocabulary
 
 Fine-tuning writes `best`, a pretraining checkpoint holds `model`.
@@ -15,29 +15,33 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Tuple
 
-from bort.errors import UserError
-from bort.files import read_json, write_json
+from bort.errors import UserError, quoted
+from bort.files import atomic_path, read_json_as, sha256_of, write_json
 from bort.parameters import load_parameters, parameter_file, save_parameters
-from bort.shapes import MAX_LENGTH
+from bort.shapes import MAX_LENGTH, body_shape
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
+from bort.types import Block
 
 FORMAT_VERSION = 1
 MASKED_LM = "masked_lm"
+KINDS = (MASKED_LM, "classification", "regression", "multiple_choice", "candidates")
+MAX_VOCABULARY = 10_000_000
+MAX_OUTPUTS = 100_000
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a saved network is.
+    """What a saved network is; the content of <name>.json.
 
     model: a shape's name, or roberta_12_768_12 or roberta_24_1024_16.
-    vocab_size, tokenizer_fingerprint: of the vocabulary it was trained with.
-    kind: masked_lm, or a kind of `data.task.Task`: classification, regression, multiple_choice,
-        candidates.
+    vocab_size, tokenizer_fingerprint: of the vocabulary that the network was trained with.
+    kind: masked_lm, or the kind of the task (data.task).
     task, labels, num_outputs: of a classifier; empty and 0 for masked_lm.
-    max_len: tokens that an input is cut to.
-    extra_layer: a dense layer stands between the network and the classifier.
+    max_len: tokens that an input is truncated to.
+    extra_layer: a dense layer stands between the body and the classifier.
     race_cast: how RACE's options are cast; empty for other tasks.
-    details: metrics, data and command, for whoever reads it.
+    details: metrics, data and command, for people.
+    sha256: of the parameter file; empty where it was not recorded (models saved before 0.2).
     """
 
     model: str
@@ -51,37 +55,50 @@ class ModelConfig:
     extra_layer: bool = False
     race_cast: str = ""
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sha256: str = dataclasses.field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class _StoredConfig(ModelConfig):
+    """A model config as it stands in the file."""
+
+    format: int = 0
 
 
 class SavedModel(NamedTuple):
-    """A network that was loaded, what it is, and its tokenizer (None if none was saved)."""
+    """A loaded network, its model config, and its tokenizer (None if none was saved)."""
 
-    network: Any
+    network: Block
     model_config: ModelConfig
     tokenizer: Optional[Tokenizer]
 
 
 def save_model(
-    path: str, network: Any, model_config: ModelConfig, tokenizer: Optional[Tokenizer]
+    path: str, network: Block, model_config: ModelConfig, tokenizer: Optional[Tokenizer]
 ) -> None:
     """Write a network to `path`, which ends in .params, with its model config and its tokenizer.
 
-    The parameters come last and in one rename: a file that is there has its model config beside it.
+    The parameters come last and in one rename: a file that is there has its config beside it.
     """
-    save_model_config(path, model_config, tokenizer)
-    save_parameters(network, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with atomic_path(path) as temporary:
+        save_parameters(network, temporary)
+        _save_config(path, model_config, tokenizer, sha256_of(temporary))
 
 
 def save_model_config(path: str, model_config: ModelConfig, tokenizer: Optional[Tokenizer]) -> None:
-    """Write what belongs beside a .params file: its model config and its tokenizer."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder or ".", exist_ok=True)
+    """Write what belongs beside the parameter file `path`: its model config and its tokenizer."""
+    sha256 = sha256_of(path) if os.path.exists(path) else ""
+    _save_config(path, model_config, tokenizer, sha256)
+
+
+def _save_config(
+    path: str, model_config: ModelConfig, tokenizer: Optional[Tokenizer], sha256: str
+) -> None:
     if tokenizer is not None:
-        tokenizer.save(os.path.join(folder, TOKENIZER_FOLDER))
-    write_json(
-        model_config_path(path), {"format": FORMAT_VERSION, **dataclasses.asdict(model_config)}
-    )
+        tokenizer.save(os.path.join(os.path.dirname(path), TOKENIZER_FOLDER))
+    content = dataclasses.asdict(dataclasses.replace(model_config, sha256=sha256))
+    write_json(model_config_path(path), {"format": FORMAT_VERSION, **content})
 
 
 def load_model(
@@ -89,34 +106,84 @@ def load_model(
 ) -> SavedModel:
     """Load a saved model: its .params file, its folder, or a pretraining checkpoint or run.
 
-    `dropout` and `gradients` are for whoever trains it further.
-    Raises `UserError` when it is absent, damaged, or was saved without a card.
+    `dropout` and `gradients` are for training it further.
+
+    Raises `UserError` when it is absent or damaged, was saved without a model config, or has
+    another tokenizer beside it than the one it was trained with.
     """
     found = parameter_file(path)
     model_config = read_model_config(found)
-    folder = os.path.join(os.path.dirname(found), TOKENIZER_FOLDER)
-    with ThreadPoolExecutor(1) as pool:  # while the parameters are read from the disk
-        tokenizer = pool.submit(load_tokenizer_folder, folder)
+    with ThreadPoolExecutor(2) as pool:  # while the parameters are read from the disk
+        tokenizer = pool.submit(load_model_tokenizer, found, model_config)
+        verified = pool.submit(verify_parameters, found, model_config)
         network = build_network(model_config, ctx, dropout, draw=False, gradients=gradients)
         load_parameters(network, found)
+        verified.result()
         return SavedModel(network, model_config, tokenizer.result())
+
+
+def load_model_tokenizer(path: str, model_config: ModelConfig) -> Optional[Tokenizer]:
+    """Return the tokenizer beside a .params file; None when there is none.
+
+    Raises `UserError` when it is not the one that the network was trained with: every id would
+    stand for another token.
+    """
+    folder = os.path.join(os.path.dirname(path), TOKENIZER_FOLDER)
+    tokenizer = load_tokenizer_folder(folder)
+    if tokenizer and tokenizer.fingerprint != model_config.tokenizer_fingerprint:
+        raise UserError(
+            f"{folder}: is another tokenizer than the one that {os.path.basename(path)} was "
+            "trained with; restore the folder"
+        )
+    return tokenizer
+
+
+def verify_parameters(path: str, model_config: ModelConfig) -> None:
+    """Raise `UserError` when a .params file is not the one that its model config was written for.
+
+    Costs one reading of the file: about 0.2 s for Bort. A config without a SHA-256 verifies
+    nothing.
+    """
+    if model_config.sha256 and sha256_of(path) != model_config.sha256:
+        raise UserError(
+            f"{path}: its SHA-256 is not that in {os.path.basename(model_config_path(path))}; the "
+            "file is damaged or of another model: restore it"
+        )
 
 
 def read_model_config(path: str) -> ModelConfig:
     """Read the model config beside a .params file.
 
-    Raises `UserError` when there is none, and for a model config of another format.
+    Raises `UserError` when there is none, and for one of another format or with impossible values.
     """
     name = model_config_path(path)
     if not os.path.exists(name):
         raise UserError(f"{path}: no {os.path.basename(name)} beside it says what it is")
-    content = read_json(name)
-    fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT_VERSION:
-        raise UserError(f"{name}: is not the model config of a model, format {FORMAT_VERSION}")
-    if not {"model", "vocab_size", "tokenizer_fingerprint", "kind"} <= set(content) <= fields:
-        raise UserError(f"{name}: lacks entries of a model config or has others; restore the file")
-    return ModelConfig(**{**content, "labels": tuple(content.get("labels", ()))})
+    stored = read_json_as(name, _StoredConfig)
+    if stored.format != FORMAT_VERSION:
+        raise UserError(f"{name}: is not a model config of format {FORMAT_VERSION}")
+    values = {field.name: getattr(stored, field.name) for field in dataclasses.fields(ModelConfig)}
+    try:
+        _check(ModelConfig(**values))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return ModelConfig(**values)
+
+
+def _check(model_config: ModelConfig) -> None:
+    """Raise `UserError` for a value that no saved model has, before anything is built of it."""
+    body_shape(model_config.model)
+    limits = {
+        "vocab_size": (1, MAX_VOCABULARY),
+        "num_outputs": (0, MAX_OUTPUTS),
+        "max_len": (1, MAX_LENGTH),
+    }
+    for name, (low, high) in limits.items():
+        value = getattr(model_config, name)
+        if not low <= value <= high:
+            raise UserError(f"{name} is {quoted(value)}, expected {low} to {high}")
+    if model_config.kind not in KINDS:
+        raise UserError(f"kind is {quoted(model_config.kind)}, expected one of {', '.join(KINDS)}")
 
 
 def build_network(
@@ -154,5 +221,5 @@ def build_network(
 
 
 def model_config_path(path: str) -> str:
-    """Return where the model config of a .params file lies."""
+    """Return the path of the model config of a .params file."""
     return f"{path[: -len('.params')] if path.endswith('.params') else path}.json"

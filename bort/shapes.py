@@ -1,4 +1,4 @@
-"""The shapes of our networks: their names, and the shapes of their parameters.
+"""The shapes of the networks: their names, and the shapes of their parameters.
 
 A name reads `bort_<layers>_<heads>_<intermediate>_<hidden>`: `bort_4_8_768_1024` has hidden size
 (units) 1024 and intermediate size 768, the width inside the feed-forward layers, which GluonNLP
@@ -11,9 +11,11 @@ import re
 from types import MappingProxyType
 from typing import Mapping, NamedTuple
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 
 MAX_LENGTH = 512
+# Beyond any network that a machine can train: a damaged file, or a slip of the keyboard.
+MAX_LAYERS, MAX_SIZE = 1000, 1_000_000
 LAYER_NORM_EPS = 1e-5
 
 
@@ -56,16 +58,21 @@ def shape_of(model_name: str) -> Shape:
     if model_name in PREDEFINED_SHAPES:
         return PREDEFINED_SHAPES[model_name]
     # No leading zeros: a shape has one name, and no number is 0.
-    spelled = re.fullmatch("bort" + 4 * "_([1-9][0-9]*)", model_name)
+    spelled = re.fullmatch("bort" + 4 * "_([1-9][0-9]{0,9})", model_name)
     if not spelled:
         raise UserError(
-            f"model name {model_name!r}: expected bort_<layers>_<heads>_<intermediate>_<hidden>, "
-            "such as bort_4_8_768_1024"
+            f"model name {quoted(model_name)}: expected "
+            "bort_<layers>_<heads>_<intermediate>_<hidden>, such as bort_4_8_768_1024"
         )
     shape = Shape(*map(int, spelled.groups()))
+    if shape.layers > MAX_LAYERS or max(shape) > MAX_SIZE:
+        raise UserError(
+            f"model name {quoted(model_name)}: at most {MAX_LAYERS} layers and sizes of "
+            f"{MAX_SIZE:,} are supported"
+        )
     if shape.hidden % shape.heads:
         raise UserError(
-            f"model name {model_name!r}: hidden size {shape.hidden} is not divisible by "
+            f"model name {quoted(model_name)}: hidden size {shape.hidden} is not divisible by "
             f"{shape.heads} heads"
         )
     return shape

@@ -138,7 +138,15 @@ def test_what_is_no_saved_model_is_refused(tmp_path, tokenizer):
         load_model(str(tmp_path))
     save_model(str(path), build_network(model_config), model_config, tokenizer)
     written = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
-    for content in ([], {**written, "format": 2}, {**written, "more": 1}, {"format": 1}):
+    for content in (
+        [],
+        {**written, "format": 2},
+        {"format": 1},
+        {**written, "vocab_size": "x"},
+        {**written, "model": "bort_1999999999_2_16_16"},
+        {**written, "num_outputs": 10**9},
+        {**written, "kind": "poem"},
+    ):
         (tmp_path / "best.json").write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(UserError, match=r"best\.json"):
             read_model_config(str(path))
@@ -172,3 +180,30 @@ def test_the_released_model_gets_a_card(tmp_path, tokenizer, monkeypatch):
     loaded = load_model(str(tmp_path / "model"))
     assert (loaded.model_config, model_config.kind) == (model_config, "masked_lm")
     assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_a_flipped_bit_of_the_parameters_is_named(tmp_path, tokenizer):
+    model_config = card_of(tokenizer)
+    path = tmp_path / "best.params"
+    save_model(str(path), build_network(model_config), model_config, tokenizer)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"best\.params: its SHA-256 is not that in best\.json"):
+        load_model(str(tmp_path))
+
+
+def test_a_model_saved_without_a_sha_256_is_loaded(tmp_path, tokenizer):
+    model_config = card_of(tokenizer)
+    save_model(str(tmp_path / "best.params"), build_network(model_config), model_config, tokenizer)
+    written = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    del written["sha256"]
+    (tmp_path / "best.json").write_text(json.dumps({**written, "of a later version": 1}))
+    assert load_model(str(tmp_path)).model_config == model_config
+
+
+def test_another_tokenizer_of_equal_size_is_refused(tmp_path, tokenizer):
+    model_config = card_of(tokenizer, tokenizer_fingerprint="0" * 64)
+    save_model(str(tmp_path / "best.params"), build_network(model_config), model_config, tokenizer)
+    with pytest.raises(UserError, match=r"another tokenizer than the one that best\.params was"):
+        load_model(str(tmp_path))

@@ -114,6 +114,8 @@ def new_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> Cl
     network.classifier.initialize(
         HEAD_INITIALIZERS[given.init](given.prob), ctx=devices, force_reinit=True
     )
+    if path and origin:
+        saved_model.verify_parameters(path, origin)
     if path:
         load_parameters(network.bort, path, ignore_prefixes=("decoder.",))
     return Classifier(network, model_config, tokenizer)

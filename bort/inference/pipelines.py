@@ -9,7 +9,6 @@ before the next is read. The first windows are small, and none waits for what is
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from itertools import groupby
 from typing import (
@@ -30,7 +29,7 @@ import numpy as np
 
 from bort.errors import UserError
 from bort.parameters import parameter_file
-from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
+from bort.tokenization import TOKENIZER_FOLDER, Tokenizer
 from data.encoding import encode_inputs
 from data.rows import BadRowError, member
 from data.task import Task
@@ -345,7 +344,7 @@ def load_classifier(
         network, model_config, tokenizer = saved_model.load_model(found)
         loaded = runtime_of(network, runtime)
     else:
-        tokenizer = load_tokenizer_folder(os.path.join(os.path.dirname(found), TOKENIZER_FOLDER))
+        tokenizer = saved_model.load_model_tokenizer(found, model_config)
         loaded = load_runtime(found, runtime)
     return Classifier(model_config, _present(tokenizer, path), loaded, asked, batch_size)
 
@@ -449,7 +448,7 @@ def mask_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def load_mask_filler(path: str, batch_size: int = BATCH) -> MaskFiller:
-    """Load a pretrained model: a run, a checkpoint, or a parameter file with its card.
+    """Load a pretrained model: a run, a checkpoint, or a saved model.
 
     Raises `UserError` when there is none.
     """

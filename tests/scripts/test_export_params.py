@@ -16,7 +16,14 @@ from mxnet import gluon, nd
 from bort import checkpoint
 from bort.bort import get_bort_model
 from bort.parameters import load_parameters
-from bort.saved_model import ModelConfig, build_network, load_model, save_model
+from bort.saved_model import (
+    ModelConfig,
+    build_network,
+    load_model,
+    read_model_config,
+    save_model,
+    save_model_config,
+)
 from scripts.export_params import main
 from tests import reference
 
@@ -187,9 +194,9 @@ def test_we_load_what_the_originals_classifier_writes(classifier, tmp_path):
     original.initialize()
     original(IDS, LENGTHS)
     reference.redraw(original, seed=7)
-    original.save_parameters(
-        str(tmp_path / "run" / "best.params")
-    )  # our model config stays beside it
+    path = str(tmp_path / "run" / "best.params")
+    original.save_parameters(path)
+    save_model_config(path, read_model_config(path), None)  # of the new file
     ours = load_model(str(tmp_path / "run")).network
     found, expected = (one(IDS, LENGTHS).asnumpy() for one in (ours, original))
     np.testing.assert_array_equal(found, expected)
