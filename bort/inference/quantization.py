@@ -20,9 +20,9 @@ from bort.inference import onnx_graph as onnx_export
 from bort.inference.onnx_graph import write
 from bort.inference.runtime import (
     DATA_NAMES,
-    RUNTIMES,
     Int8Files,
     Runtime,
+    available_runtimes,
     check_classifier,
     int8_folder,
     int8_runtime,
@@ -193,7 +193,7 @@ class Quantization:
         positions = self.network.bort.encoder._max_length
         checks: list[Check] = []
         expected = np.empty(0)
-        for name in RUNTIMES:
+        for name in available_runtimes():
             if name.endswith("int8"):
                 runtime = int8_runtime(files, name, positions)
             else:

@@ -10,9 +10,11 @@ parameters. All take as many threads as OMP_NUM_THREADS says, or one for each us
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import warnings
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +25,8 @@ from bort.mxnet_setup import cpu_threads
 from bort.parameters import parameter_file
 
 RUNTIMES = ("mxnet", "mxnet-bfloat16", "mxnet-int8", "onnx", "onnx-int8")
+# What oneDNN needs for bfloat16 (its "avx512_core"); without it MXNet fails in the first layer.
+BFLOAT16_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl"))
 INT8_FOLDER = "int8"
 DATA_NAMES = ("data0", "data1")  # of token ids and lengths in an exported MXNet symbol
 
@@ -93,6 +97,36 @@ def onnx_session(model: bytes | str, threads: int | None = None) -> Any:
         raise UserError(f"{model!r:.200}: ONNX Runtime cannot load it ({reason})") from None
 
 
+# ---- the processor -------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets of the first core, as Linux names them; empty if unknown."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() == "flags":
+                return frozenset(value.split())
+    return frozenset()
+
+
+def available_runtimes() -> tuple[str, ...]:
+    """Return those of `RUNTIMES` that this processor can run."""
+    can = processor_flags() >= BFLOAT16_FLAGS
+    return tuple(name for name in RUNTIMES if can or name != "mxnet-bfloat16")
+
+
+def require_processor(name: str) -> None:
+    """Raise `UserError` when this processor cannot run the named runtime."""
+    if name not in available_runtimes():
+        flags = ", ".join(sorted(BFLOAT16_FLAGS))
+        raise UserError(
+            f"runtime {name}: needs a processor with AVX-512 ({flags}); "
+            f"use one of {', '.join(available_runtimes())}"
+        )
+
+
 # ---- from a network in memory --------------------------------------------------------------------
 
 
@@ -100,7 +134,10 @@ def runtime_of(network: Any, name: str, threads: int | None = None) -> Runtime:
     """Return a runtime of a BortClassifier; not mxnet-int8, which needs data to calibrate with.
 
     `threads` counts for ONNX Runtime alone: those of MXNet are fixed when it is imported.
+
+    Raises `UserError` for a runtime that this processor cannot run.
     """
+    require_processor(name)
     if name.startswith("onnx"):
         from bort.inference.onnx_graph import build
 
@@ -177,6 +214,7 @@ def load_runtime(path: str, name: str, threads: int | None = None) -> Runtime:
     """
     if name not in RUNTIMES:
         raise UserError(f"runtime {name!r}: unknown; there are {', '.join(RUNTIMES)}")
+    require_processor(name)
     if path.endswith(".onnx"):
         return _of_onnx_file(path, name, threads)
     from bort import saved_model

@@ -28,7 +28,7 @@ import numpy as np
 
 from bort.config import option, parse
 from bort.errors import UserError
-from bort.inference.runtime import RUNTIMES
+from bort.inference.runtime import RUNTIMES, available_runtimes
 
 # Layers, heads, width inside the feed-forward layers, hidden size; vocabulary.
 SHAPES = {
@@ -130,7 +130,8 @@ def _rows(networks: list[str], threads: list[str]) -> list[tuple[Way, str]]:
     if unknown:
         raise UserError(f"--networks: {', '.join(sorted(unknown))} unknown; {', '.join(SHAPES)}")
     pytorch = all(map(importlib.util.find_spec, ("torch", "transformers")))
-    ways = [way for way in WAYS if way.network in networks and (pytorch or way.engine != PYTORCH)]
+    left_out = {*RUNTIMES} - {*available_runtimes()} | ({PYTORCH} if not pytorch else set())
+    ways = [way for way in WAYS if way.network in networks and way.engine not in left_out]
     rows = [(way, one) for way in ways for one in threads]
     return rows + [(way, DEFAULT) for way in ways if way.engine == GLUONNLP]
 

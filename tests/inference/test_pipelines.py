@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from bort.finetuning.scoring import score_set
 from bort.inference.pipelines import (
     MASK,
     WINDOW,
+    Answer,
     answers,
     fill_mask,
     load_classifier,
@@ -167,6 +168,14 @@ def test_text_and_tables_and_json_say_the_same(tmp_path, tokenizer, capfdbinary)
         assert run(capfdbinary, tmp_path, "--input", str(path)) == expected, name
 
 
+def assert_same(found: Iterable[Answer], expected: Iterable[Answer]) -> None:
+    """Compare answers; those of other batches may differ in the last bits."""
+    for one, other in itertools.zip_longest(found, expected):
+        assert one.label == other.label
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
+        assert one.value == one.probabilities[one.label]
+
+
 def test_choices_and_candidates_as_plain_texts(tmp_path, tokenizer):
     copa, record = tmp_path / "copa", tmp_path / "record"
     saved(copa, tokenizer, "COPA")
@@ -177,7 +186,7 @@ def test_choices_and_candidates_as_plain_texts(tmp_path, tokenizer):
         "question": "effect",
     }
     texts = ("It rained.", "so it got wet", "so I ran")
-    assert list(predict(str(copa), [row])) == list(predict(str(copa), [texts]))
+    assert_same(predict(str(copa), [row]), predict(str(copa), [texts]))
     saved(record, tokenizer, "ReCoRD")
     passage = {
         "text": "Ann saw Bob.",
@@ -187,7 +196,7 @@ def test_choices_and_candidates_as_plain_texts(tmp_path, tokenizer):
     texts = ("Ann saw Bob.", "@placeholder sat.", "Ann", "Bob")
     numbered = {f"text{number}": text for number, text in enumerate(texts, 1)}
     first, *others = predict(str(record), [row, texts, numbered])
-    assert others == [first, first]
+    assert_same(others, [first, first])
     assert set(first.probabilities) == {"Ann", "Bob"}
 
 
