@@ -12,7 +12,10 @@ import secrets
 import shutil
 import socket
 import stat
+import struct
 import sys
+import zipfile
+import zlib
 from typing import IO, Any, Iterator, TypeVar
 
 from bort.errors import UserError, quoted
@@ -111,6 +114,14 @@ def _sync(path: str) -> None:
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error).strip().splitlines()[0]
+
+
+# What reading a damaged .npz file raises, by NumPy's and zipfile's releases: found by flipping bits
+# and cutting files. NotImplementedError, for an unknown compression, is a RuntimeError.
+NPZ_ERRORS = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+    *(struct.error, zlib.error, zipfile.BadZipFile),
+)
 
 
 def write_json(path: str, content: Any) -> None:

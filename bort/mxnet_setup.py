@@ -2,9 +2,11 @@
 
 MXNet 1.9.1 predates NumPy 1.24 and the pip packages of CUDA, and it starts half as many OpenMP
 threads as the machine has logical CPUs. `install` puts a hook in front of the import of MXNet, so
-that the preparation costs nothing to programs that never import it. The set-up script calls it
-from a .pth file of the virtual environment: `horovodrun` imports MXNet itself, before any code of
-ours runs.
+that the preparation costs nothing to programs that never import it.
+
+`horovodrun` imports MXNet itself, before any code of ours runs. So scripts/setup_env.py copies this
+file into the environment as the module `bort_mxnet_hook`, which a .pth file starts with Python.
+Hence this file imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -128,9 +130,11 @@ class _BeforeMXNet(MetaPathFinder):
 
 
 def install() -> None:
-    """Prepare the stack just before the first `import mxnet`; a second call changes nothing."""
-    ready = "mxnet" in sys.modules or any(
-        isinstance(finder, _BeforeMXNet) for finder in sys.meta_path
-    )
-    if not ready:
+    """Prepare the stack just before the first `import mxnet`; a second call changes nothing.
+
+    A hook that the environment's start-up file installed, perhaps another version's, is replaced.
+    """
+    name = _BeforeMXNet.__name__
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != name]
+    if "mxnet" not in sys.modules:
         sys.meta_path.insert(0, _BeforeMXNet())

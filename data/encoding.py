@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from typing import Iterable, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from bort.communicator import Communicator
 from bort.errors import UserError
+from bort.files import NPZ_ERRORS
 from bort.tokenization import Tokenizer
 from data.batches import BucketSampler
 from data.task import Example
@@ -169,8 +169,8 @@ def _encoded_part(
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return arrays["ids"], arrays["lengths"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass  # damaged: made again
+        except NPZ_ERRORS:
+            pass  # encoded again, and written again
     rows = encode_inputs(tokenizer, (one for e in part for one in e.inputs), max_len)
     ids, lengths = np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
     if path:

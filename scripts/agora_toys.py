@@ -12,11 +12,15 @@ Timaeus itself. Socrates is a small network; needs scikit-learn and matplotlib.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.agora import algorithm as agora
 from bort.config import option, parse

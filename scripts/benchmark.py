@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import benchmarks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import OneLineParser
 from bort.errors import entry_point

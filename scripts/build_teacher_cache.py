@@ -9,9 +9,13 @@ Interrupted, the same command goes on where it stopped. Under horovodrun the ran
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.communicator import communicator_of_environment
 from bort.config import option, parse, required

@@ -21,8 +21,8 @@ fail() {
 install_set() {
     "$PYTHON" -m venv "$WORK/venv"
     "$PY" -m pip install -qq -r "$ROOT/requirements-build.txt"
-    "$PY" -m pip install -qq --no-cache-dir --no-build-isolation \
-        -r "$ROOT/requirements-cu117.txt"
+    (cd "$ROOT" && "$PY" -m pip install -qq --no-cache-dir --no-build-isolation \
+        -r requirements-cu117.txt)
     "$PY" -m pip list --format=freeze | grep -E '^(mxnet|nvidia|numpy|gluonnlp)'
 }
 

@@ -13,9 +13,13 @@ selected on; the draws that Agora wins against the best of its grid; seconds of 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import OneLineParser
 from bort.errors import UserError, entry_point

@@ -10,8 +10,12 @@ classes and this arithmetic, RoBERTa-base and RoBERTa-large among them: those se
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, parser_for, required
 from bort.errors import entry_point

@@ -10,8 +10,12 @@ and transformers are installed, the folder is loaded and its logits and tokens c
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for, required
 from bort.errors import entry_point

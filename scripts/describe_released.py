@@ -8,7 +8,11 @@ scripts/download_model.sh calls it. The vocabulary comes from GluonNLP's cache o
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import OneLineParser
 from bort.errors import entry_point

@@ -14,11 +14,14 @@ in two of the sets, but for train and dev of different draws. Each set lies in t
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.agora.algorithm import generator_for
 from bort.config import option, parse, required

@@ -13,8 +13,12 @@ returns logits [masks, vocabulary].
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for
 from bort.errors import UserError, entry_point

@@ -10,9 +10,13 @@ the matrix that embedding and decoder share under both its names, as GluonNLP's 
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for, required
 from bort.errors import UserError, entry_point

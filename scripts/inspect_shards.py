@@ -9,11 +9,15 @@ flags.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Iterator, Optional, Sequence
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, check_limits, option, parser_for
 from bort.errors import UserError, entry_point

@@ -11,8 +11,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for
 from bort.errors import UserError, entry_point

@@ -10,8 +10,12 @@ they were made and what they scored, go into a folder `int8` beside it, where th
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for
 from bort.errors import entry_point

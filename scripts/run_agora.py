@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.agora.config import AGORA_CLASSES, AgoraTextSettings
 from bort.config import parse

@@ -14,9 +14,12 @@ import csv
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.communicator import Communicator, SingleProcess, communicator_of_environment
 from bort.config import as_dict, option, parse

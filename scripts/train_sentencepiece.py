@@ -12,9 +12,13 @@ import io
 import itertools
 import os
 import string
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Iterator, Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point

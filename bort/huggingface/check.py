@@ -66,7 +66,7 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
 def report(comparison: Optional[Comparison]) -> Optional[float]:
     """Print what was measured; returns the greatest difference of logits."""
     if comparison is None:
-        print("not compared: needs torch and transformers (requirements-huggingface.txt)")
+        print("not compared: needs torch and transformers (pip install -e '.[huggingface]')")
         return None
     print(
         f"logits of random inputs with padding differ by at most {comparison.difference:.1e} "

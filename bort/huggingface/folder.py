@@ -295,7 +295,7 @@ def _torch_tensors(folder: str) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(
-            f"has no {WEIGHTS}: {OLD_WEIGHTS} needs torch (requirements-huggingface.txt)"
+            f"has no {WEIGHTS}: {OLD_WEIGHTS} needs torch (pip install -e '.[huggingface]')"
         ) from None
     if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE_TORCH:
         raise UserError(f"{OLD_WEIGHTS}: torch {torch.__version__} is no safe reader; 2.6 is")

@@ -17,7 +17,6 @@ import hashlib
 import io
 import os
 import sys
-import zipfile
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess
 from bort.encoder import join_projections
 from bort.errors import UserError
-from bort.files import read_json, write_json
+from bort.files import NPZ_ERRORS, read_json, write_json
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
 from data.batches import collate
 from data.shards import Shard, ShardEntry, ShardSet
@@ -130,7 +129,7 @@ def _read_projection(folder: str, manifest: CacheManifest) -> tuple[np.ndarray, 
             weight, bias = arrays["weight"], arrays["bias"]
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {cure}") from None
-    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         raise UserError(f"{path}: cannot be read ({error}); {cure}") from None
     expected = (manifest.vocab_size, manifest.hidden)
     if weight.shape != expected or bias.shape != expected[:1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -93,15 +94,28 @@ def test_encoded_examples_come_from_the_cache(tokenizer, tmp_path, monkeypatch):
     assert encode_examples(relabelled, tokenizer, 32, str(tmp_path)).labels.tolist() == [1.0] * 10
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", "cut"])
-def test_a_damaged_file_of_the_cache_is_made_again(tokenizer, tmp_path, damage):
+def flipped(content: bytes, position: int, bit: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :]
+
+
+def test_a_damaged_file_of_the_cache_is_replaced(tokenizer, tmp_path):
     first = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else damage)
-    again = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
-    np.testing.assert_array_equal(first.ids, again.ids)
-    assert path.read_bytes() == whole
+    array = io.BytesIO()
+    np.save(array, first.ids)
+    without = io.BytesIO()
+    np.savez(without, ids=first.ids)
+    # Offset 6 of a member's header holds the flag of encryption, 8 its compression.
+    member = whole.index(b"PK\x01\x02")
+    damaged = [b"", b"nonsense", whole[: len(whole) // 2], whole[:-1], array.getvalue()]
+    damaged += [without.getvalue(), flipped(whole, member + 8, 1), flipped(whole, member + 10, 64)]
+    damaged += [flipped(whole, position, 255) for position in range(0, len(whole), 37)]
+    for damage in damaged:
+        path.write_bytes(damage)
+        again = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
+        np.testing.assert_array_equal(first.ids, again.ids)
+        np.testing.assert_array_equal(first.offsets, again.offsets)
 
 
 class Rank(SingleProcess):

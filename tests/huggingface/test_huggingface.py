@@ -600,8 +600,8 @@ def test_a_folder_of_others_is_named_by_its_shape(tmp_path, folder):
 
 @pytest.fixture
 def transformers() -> Any:
-    pytest.importorskip("torch", reason="needs requirements-huggingface.txt")
-    return pytest.importorskip("transformers", reason="needs requirements-huggingface.txt")
+    pytest.importorskip("torch", reason="needs the extra huggingface")
+    return pytest.importorskip("transformers", reason="needs the extra huggingface")
 
 
 @EVERY
