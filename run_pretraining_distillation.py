@@ -25,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     With --check it only prints what is known before the run, and there are none.
     """
     from bort.pretraining.preflight import preflight
-    from bort.pretraining.run import Pretraining
+    from bort.pretraining.run import pretrain
 
     settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES))
     if settings.run.check:
         preflight(settings, SingleProcess())
         return []
-    return Pretraining(settings, SingleProcess()).run()
+    return pretrain(settings, SingleProcess())
 
 
 if __name__ == "__main__":

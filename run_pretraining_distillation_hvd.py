@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     With --check it only prints what is known before the run, and there are none.
     """
     from bort.pretraining.preflight import preflight
-    from bort.pretraining.run import Pretraining
+    from bort.pretraining.run import pretrain
 
     *parsed, elasticity = parse(__doc__, argv, *SETTINGS_CLASSES, ElasticSettings)
     settings = PretrainingSettings(*parsed)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
         from bort.pretraining.elastic import run_elastic
 
         return run_elastic(settings, Horovod())
-    return Pretraining(settings, Horovod()).run()
+    return pretrain(settings, Horovod())
 
 
 if __name__ == "__main__":

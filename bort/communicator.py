@@ -22,7 +22,7 @@ class Communicator(Protocol):
     def broadcast(self, arrays: Sequence[Any]) -> None:
         """Overwrite the NDArrays with those of rank 0; waits for the others."""
 
-    def sum_in_place(self, arrays: Sequence[Any], compression: str = "none") -> None:
+    def allreduce_(self, arrays: Sequence[Any], compression: str = "none") -> None:
         """Overwrite each NDArray with its sum over all ranks, without waiting.
 
         A place in the sequence has to hold the same array at every call: the sums of one call may
@@ -30,13 +30,13 @@ class Communicator(Protocol):
         `compression` fp16 halves what travels of all but the last, which counts positions.
         """
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def allreduce(self, values: np.ndarray) -> np.ndarray:
         """Return the sum over all ranks of a small NumPy array; waits for the others."""
 
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value: plain data, a few megabytes at most."""
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """Return the value of every rank, in their order; waits for the others."""
 
     def barrier(self) -> None:
@@ -53,10 +53,10 @@ class SingleProcess:
     def broadcast(self, arrays: Sequence[Any]) -> None:
         """Nothing to overwrite: this is rank 0."""
 
-    def sum_in_place(self, arrays: Sequence[Any], compression: str = "none") -> None:
+    def allreduce_(self, arrays: Sequence[Any], compression: str = "none") -> None:
         """Nothing to add."""
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def allreduce(self, values: np.ndarray) -> np.ndarray:
         """Return the values."""
         return values
 
@@ -64,7 +64,7 @@ class SingleProcess:
         """Return the value."""
         return value
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """Return the value, the only one."""
         return [value]
 
@@ -87,7 +87,7 @@ class Horovod:
         self.size: int = self._hvd.size()
         self.local_rank: int = self._hvd.local_rank()
 
-    def rejoin(self) -> None:
+    def reinit(self) -> None:
         """Leave, and meet the processes there are now: rank and size change.
 
         Under elastic Horovod only, after a process was lost or before a new one is let in.
@@ -103,7 +103,7 @@ class Horovod:
         for array in arrays:
             array.wait_to_read()
 
-    def sum_in_place(self, arrays: Sequence[Any], compression: str = "none") -> None:
+    def allreduce_(self, arrays: Sequence[Any], compression: str = "none") -> None:
         """Overwrite each NDArray with its sum over all ranks, fused into few messages."""
         last = len(arrays) - 1
         for number, array in enumerate(arrays):
@@ -115,7 +115,7 @@ class Horovod:
             else:
                 self._hvd.allreduce_(array, average=False, name=name, priority=-number)
 
-    def sum(self, values: np.ndarray) -> np.ndarray:
+    def allreduce(self, values: np.ndarray) -> np.ndarray:
         """Return the sum over all ranks; float64 goes over the wire unrounded."""
         from mxnet import nd
 
@@ -127,13 +127,13 @@ class Horovod:
         # Named here: Horovod's own name would be that of the type, which differs between ranks.
         return self._hvd.broadcast_object(value, root_rank=0, name="object")
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Any) -> list[Any]:
         """Return the value of every rank."""
         return self._hvd.allgather_object(value, name="objects")
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
-        self.sum(np.zeros(1))
+        self.allreduce(np.zeros(1))
 
 
 def communicator_of_environment() -> Communicator:

@@ -329,7 +329,7 @@ def map_of(training: TrainingSettings, communicator: Communicator) -> Map:
     if communicator.size > 1:
         if training.workers:
             raise UserError("--workers: horovodrun has spread the search; leave the flag out")
-        spread = rank_map(communicator.rank, communicator.size, communicator.sum)
+        spread = rank_map(communicator.rank, communicator.size, communicator.allreduce)
         return told(spread) if communicator.rank == 0 else spread
     workers = training.workers or max(1, usable_cores() // training.threads)
     return told(process_map(workers) if workers > 1 else map)

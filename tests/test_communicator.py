@@ -41,12 +41,12 @@ TWO_RANKS = """
     for call in range(20):
         for place, array in enumerate(held):
             array[:] = call + place + 100 * rank
-        communicator.sum_in_place(held)
+        communicator.allreduce_(held)
         lag()
         sums.append(nd.concat(held[0][:1], held[1], dim=0))
-    found["sum_in_place"] = nd.stack(*sums).asnumpy().tolist()
+    found["allreduce_"] = nd.stack(*sums).asnumpy().tolist()
 
-    found["sum"] = communicator.sum(np.array([1 / 3, rank, 2.0**53])).tolist()
+    found["sum"] = communicator.allreduce(np.array([1 / 3, rank, 2.0**53])).tolist()
     found["object"] = communicator.broadcast_object({"step": 7, "rank": rank, "none": None})
     start = time.monotonic()
     time.sleep(rank)
@@ -64,7 +64,7 @@ def test_a_single_process_is_rank_0_of_1_and_changes_nothing():
     assert alone.broadcast_object({"step": 7}) == {"step": 7}
     array = np.ones(3)
     alone.broadcast([array])
-    alone.sum_in_place([array])
+    alone.allreduce_([array])
     alone.barrier()
     assert (array == 1).all()
 
@@ -80,7 +80,7 @@ def test_two_ranks_one_of_them_slow(tmp_path):
     assert ranks[0] == ranks[1]
     expected = [100 * call + 10 * place for call in range(20) for place in range(3)]
     assert ranks[0]["broadcast"] == expected, "rank 0's values everywhere"
-    assert ranks[0]["sum_in_place"] == [[2 * call + 100, 2 * call + 102] for call in range(20)]
+    assert ranks[0]["allreduce_"] == [[2 * call + 100, 2 * call + 102] for call in range(20)]
     assert ranks[0]["sum"] == [1 / 3 + 1 / 3, 1.0, 2.0**54], "in float64"
     assert ranks[0]["object"] == {"step": 7, "rank": 0, "none": None}
     assert ranks[0]["size"] == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -13,13 +12,9 @@ from bort.errors import UserError
 from bort.finetuning.config import (
     ClassifierSettings,
     FinetuningOptimizerSettings,
-    FinetuningRunSettings,
-    FinetuningSettings,
     TaskSettings,
 )
 from bort.tokenization import TokenizerSettings
-
-NEVER = 10**9  # no checkpoint inside a fit
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,6 @@ class AgoraTextSettings(NamedTuple):
     tokenizer: TokenizerSettings
     classifier: ClassifierSettings
     optimizer: FinetuningOptimizerSettings
-
-    @property
-    def finetuning(self) -> FinetuningSettings:
-        """Return the settings of the fits: one that diverges must not end the others."""
-        optimizer = dataclasses.replace(self.optimizer, on_nonfinite="skip")
-        run = FinetuningRunSettings(
-            output_dir=self.run.output_dir, gpus=self.run.gpus, ckpt_interval=NEVER
-        )
-        return FinetuningSettings(self.task, self.tokenizer, self.classifier, optimizer, run)
 
 
 AGORA_CLASSES = (

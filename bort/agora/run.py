@@ -31,25 +31,34 @@ from bort.agora.tau import Change, make_tau, masked_model
 from bort.agora.text import FittedText, TextData
 from bort.communicator import Communicator, SingleProcess
 from bort.config import as_dict, command_of
+from bort.devices import devices_of
 from bort.errors import UserError
 from bort.files import read_json, write_json
-from bort.finetuning.classifier import Classifier, build_classifier
+from bort.finetuning.classifier import (
+    Classifier,
+    for_task,
+    load_classifier,
+    new_classifier,
+    prepared,
+)
 from bort.finetuning.config import (
     ClassifierSettings,
+    FinetuningOptimizerSettings,
     FinetuningRunSettings,
-    FinetuningSettings,
     TaskSettings,
 )
-from bort.finetuning.predictions import answer, scores_of
-from bort.finetuning.run import BEST, METRICS, FineTuning, TaskData
+from bort.finetuning.predictions import Predicting, Scoring, answer, scores_of
+from bort.finetuning.run import BEST, METRICS, FinetuningOptions, TaskData, finetuning_loop
 from bort.finetuning.search_space import read_space, with_values
 from bort.parameters import load_parameters
 from bort.saved_model import load_model, save_model
-from bort.tokenization import TOKENIZER_FOLDER
-from bort.types import Hyperparameters
+from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
+from bort.training.reporting import FolderReporter
+from bort.types import Context, Hyperparameters
 from data.task import Example, Task
 from data.tasks import get_task
 
+NEVER = 10**9  # no checkpoint inside a fit
 # What may differ when a run goes on: where it ends, and who does the work.
 FREE = {"AgoraSettings": ("max_rounds",), "AgoraRunSettings": ("workers", "gpus")}
 
@@ -58,9 +67,13 @@ FREE = {"AgoraSettings": ("max_rounds",), "AgoraRunSettings": ("workers", "gpus"
 class FineTuner:
     """Fine-tuning as `bort.agora.text.Tuner`: the best epoch by dev is taken, as always."""
 
-    settings: FinetuningSettings
     task: Task
     dev: Sequence[Example]
+    inputs: TaskSettings
+    tokenizer: TokenizerSettings
+    classifier: ClassifierSettings
+    optimizer: FinetuningOptimizerSettings
+    gpus: Optional[str] = None
 
     def fit(
         self, rows: Sequence[Example], theta: Hyperparameters, start: Optional[str], folder: str
@@ -69,38 +82,88 @@ class FineTuner:
 
         Returns its scores of dev, which are no numbers when no epoch's were.
         """
-        settings = FinetuningSettings(*with_values(self.settings, theta))
-        if start:
-            body = ClassifierSettings(
-                model_parameters=os.path.join(start, BEST), dropout=settings.classifier.dropout
-            )
-            settings = settings._replace(classifier=body)
-        alone, dev = SingleProcess(), {self.task.dev[0]: self.dev}
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            classifier = build_classifier(settings, self.task, alone)
-            run = FineTuning(settings, alone, classifier, TaskData(self.task, rows, dev), folder)
-            run.run()
-        if not run.ended:
-            raise UserError("stopped; the same command goes on from here")
-        if run.best_step is None:
+        alone = SingleProcess()
+        classifier_flags, optimizer, run = with_values(
+            (self.classifier, self.optimizer, FinetuningRunSettings()), theta
+        )
+        devices = devices_of(self.gpus, run.cpu_contexts, alone)
+        classifier = self._starting_point(classifier_flags, run.seed, theta, start, devices)
+        options = FinetuningOptions(
+            folder,
+            self.inputs.max_len,
+            self.inputs.cache_dir,
+            run.seed,
+            run.log_interval,
+            ckpt_interval=NEVER,
+            config={"Fit": dict(theta)},
+        )
+        data = TaskData(self.task, rows, {self.task.dev[0]: self.dev})
+        reporter = FolderReporter(folder, alone, quiet=True)
+        loop = finetuning_loop(
+            prepared(classifier, optimizer.dtype),
+            data,
+            optimizer,
+            options,
+            alone,
+            devices,
+            reporter,
+        ).loop
+        loop.run()
+        if not loop.finished():
+            raise UserError("interrupted; rerun the same command to resume")
+        if loop.progress.best_step is None:
             save_model(os.path.join(folder, BEST), *classifier)
             return np.full((len(self.dev), max(2, self.task.num_outputs)), np.nan)
-        load_parameters(run.network, os.path.join(folder, BEST))
+        load_parameters(classifier.network, os.path.join(folder, BEST))
         keep_model_only(folder)
-        return scores_of(classifier, self.dev, settings, alone)
+        return scores_of(classifier, self.dev, self._scoring(optimizer, devices))
+
+    def _starting_point(
+        self,
+        flags: ClassifierSettings,
+        seed: int,
+        theta: Hyperparameters,
+        start: Optional[str],
+        devices: Sequence[Context],
+    ) -> Classifier:
+        details, max_len = {"theta": dict(theta)}, self.inputs.max_len
+        if start:
+            path = os.path.join(start, BEST)
+            loaded = load_classifier(path, self.task, devices, flags.dropout, trained=True)
+            return for_task(loaded, self.task, max_len, details)
+        return new_classifier(
+            flags,
+            self.tokenizer,
+            self.task,
+            devices,
+            seed=seed,
+            max_len=max_len,
+            race_cast=self.inputs.race_cast,
+            details=details,
+        )
+
+    def _scoring(
+        self, optimizer: FinetuningOptimizerSettings, devices: Sequence[Context]
+    ) -> Scoring:
+        return Scoring(
+            optimizer.dev_batch_size,
+            optimizer.num_buckets,
+            self.inputs.cache_dir,
+            devices[0],
+            SingleProcess(),
+        )
 
     def score(self, folder: str, rows: Sequence[Example]) -> np.ndarray:
         """Return the scores of rows by the model in a folder."""
-        classifier, settings = self.load(os.path.join(folder, BEST))
-        return scores_of(classifier, rows, settings, SingleProcess())
+        classifier, scoring = self.load(os.path.join(folder, BEST))
+        return scores_of(classifier, rows, scoring)
 
-    def load(self, path: str) -> tuple[Classifier, FinetuningSettings]:
-        """Load a model that answers for the task, with the settings it needs to do so."""
-        settings = self.settings._replace(
-            classifier=ClassifierSettings(model_parameters=path),
-            run=dataclasses.replace(self.settings.run, only_inference=True),
-        )
-        return build_classifier(settings, self.task, SingleProcess()), settings
+    def load(self, path: str) -> tuple[Classifier, Scoring]:
+        """Load a model that predicts the task, and how it scores."""
+        devices = devices_of(self.gpus, 1, SingleProcess())
+        classifier = load_classifier(path, self.task, devices)
+        scoring = self._scoring(self.optimizer, devices)
+        return prepared(classifier, self.optimizer.dtype), scoring
 
 
 def keep_model_only(folder: str) -> None:
@@ -143,13 +206,22 @@ class _Run:
         self.settings, self.map_fits = settings, map_fits
         task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
         self.folder = os.path.join(settings.run.output_dir, task.name)
-        fixed = settings.finetuning
+        # A fit that diverges must not end the others.
+        optimizer = dataclasses.replace(settings.optimizer, on_nonfinite="skip")
         self.space = read_space(
-            settings.run.search_space, fixed.optimizer, fixed.classifier, FinetuningRunSettings()
+            settings.run.search_space, optimizer, settings.classifier, FinetuningRunSettings()
         )
         self.data = read_rows(task, settings.task)
         fits = os.path.join(self.folder, "fits")
-        self.tuner = FineTuner(fixed, task, self.data.dev)
+        self.tuner = FineTuner(
+            task,
+            self.data.dev,
+            settings.task,
+            settings.tokenizer,
+            settings.classifier,
+            optimizer,
+            settings.run.gpus,
+        )
         dev = [row.inputs for row in self.data.dev]
         self.socrates = agora_text.TextSocrates(self.tuner, task, dev, fits)
 
@@ -232,12 +304,12 @@ class _Run:
             wanted = os.path.join(self.folder, "to_label.jsonl")
             return agora_text.FileTimaeus(task, run.timaeus_labels, wanted), run.timaeus_labels
         try:
-            classifier, settings = self.tuner.load(str(run.timaeus))
+            classifier, scoring = self.tuner.load(str(run.timaeus))
         except UserError as error:
             raise UserError(f"--timaeus {run.timaeus}: {error}") from None
 
         def score(rows: Sequence[Example]) -> np.ndarray:
-            return scores_of(classifier, rows, settings, SingleProcess())
+            return scores_of(classifier, rows, scoring)
 
         return agora_text.ModelTimaeus(task, score), str(run.timaeus)
 
@@ -256,7 +328,7 @@ class _Run:
 
     def write_best(self, result: AgoraResult) -> Outcome:
         """Write the best model and its answers in the layout of fine-tuning."""
-        classifier, settings = self.tuner.load(os.path.join(result.best.model.folder, BEST))
+        classifier, scoring = self.tuner.load(os.path.join(result.best.model.folder, BEST))
         outcome = self.outcome_of(result.best.model)
         details = {
             "theta": dict(result.best.theta),
@@ -266,7 +338,11 @@ class _Run:
         model_config = dataclasses.replace(classifier.model_config, details=details)
         path = os.path.join(self.folder, BEST)
         save_model(path, classifier.network, model_config, classifier.tokenizer)
-        answers = answer(classifier, self.data.task, settings, SingleProcess(), self.folder)
+        inputs = self.settings.task
+        predicting = Predicting(
+            inputs.data_dir, inputs.skip_bad_rows, self.settings.run.output_dir, scoring
+        )
+        answers = answer(classifier, self.data.task, predicting, self.folder)
         metrics = {
             "task": model_config.task,
             "model": model_config.model,

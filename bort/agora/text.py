@@ -362,7 +362,7 @@ def wave(communicator: Communicator, work: Any) -> list[Any]:
         return []
     function, tasks = work
     mine = function(tasks[communicator.rank]) if communicator.rank < len(tasks) else None
-    return [fit for fit in communicator.gather_objects(mine) if fit is not None]
+    return [fit for fit in communicator.allgather_object(mine) if fit is not None]
 
 
 def serve(communicator: Communicator) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import mxnet as mx
 
 from bort import saved_model
-from bort.communicator import Communicator
 from bort.config import command_of
-from bort.devices import devices_of
 from bort.errors import UserError
-from bort.finetuning.config import FinetuningSettings
+from bort.finetuning.config import ClassifierSettings, FinetuningSettings
 from bort.parameters import load_parameters, parameter_file
 from bort.saved_model import ModelConfig, load_model, model_config_path, read_model_config
 from bort.tokenization import (
@@ -23,6 +21,7 @@ from bort.tokenization import (
     load_tokenizer,
     load_tokenizer_folder,
 )
+from bort.types import Block, Context
 from data.task import Task
 
 DEFAULT_MODEL = "bort_4_8_768_1024"
@@ -39,35 +38,55 @@ HEAD_INITIALIZERS: Mapping[str, Callable[[float], Any]] = {
 class Classifier(NamedTuple):
     """A network with a head, what it is, and the tokenizer of its vocabulary."""
 
-    network: Any
+    network: Block
     model_config: ModelConfig
     tokenizer: Tokenizer
 
 
 def build_classifier(
-    settings: FinetuningSettings, task: Task, communicator: Communicator
+    settings: FinetuningSettings, task: Task, devices: Sequence[Context]
 ) -> Classifier:
-    """Build the network on its devices: a fine-tuned one, or a body with a new head.
+    """Build the network of a run on its devices: a fine-tuned one, or a body with a new head.
 
     Raises `UserError` when weights, shape, vocabulary or task do not go together.
     """
-    devices = devices_of(settings.run.gpus, settings.run.cpu_contexts, communicator)
-    if settings.classifier.model_parameters:
-        classifier = load_classifier(settings, task, devices)
+    given, max_len = settings.classifier, settings.task.max_len
+    details = {"command": command_of(PROGRAM, *settings)}
+    if given.model_parameters:
+        trained = not settings.run.only_inference
+        classifier = load_classifier(given.model_parameters, task, devices, given.dropout, trained)
+        if trained:
+            classifier = for_task(classifier, task, max_len, details)
     else:
-        classifier = new_classifier(settings, task, devices)
-    classifier.network.cast(settings.optimizer.dtype)
+        classifier = new_classifier(
+            given,
+            settings.tokenizer,
+            task,
+            devices,
+            seed=settings.run.seed,
+            max_len=max_len,
+            race_cast=settings.task.race_cast,
+            details=details,
+        )
+    return prepared(classifier, settings.optimizer.dtype)
+
+
+def prepared(classifier: Classifier, dtype: str) -> Classifier:
+    """Cast the network to a dtype and hybridize its encoder; returns the classifier."""
+    classifier.network.cast(dtype)
     classifier.network.bort.encoder.hybridize(static_alloc=True)
     return classifier
 
 
-def load_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> Classifier:
-    """Load a fine-tuned classifier whose answers are those of a task."""
-    path = str(settings.classifier.model_parameters)
-    trained = not settings.run.only_inference
-    network, model_config, tokenizer = load_model(
-        path, devices, settings.classifier.dropout, trained
-    )
+def load_classifier(
+    path: str,
+    task: Task,
+    devices: Sequence[Context],
+    dropout: float = 0.0,
+    trained: bool = False,
+) -> Classifier:
+    """Load a fine-tuned classifier whose labels are those of a task; `trained`: with gradients."""
+    network, model_config, tokenizer = load_model(path, devices, dropout, trained)
     if (model_config.kind, model_config.labels, model_config.num_outputs) != (
         task.kind,
         task.labels,
@@ -80,39 +99,54 @@ def load_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> C
         )
     if tokenizer is None:
         raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
-    if trained:
-        details = {"command": command_of(PROGRAM, *settings)}
-        model_config = dataclasses.replace(
-            model_config, task=task.name, max_len=settings.task.max_len, details=details
-        )
     return Classifier(network, model_config, tokenizer)
 
 
-def new_classifier(settings: FinetuningSettings, task: Task, devices: Any) -> Classifier:
+def for_task(
+    classifier: Classifier, task: Task, max_len: int, details: Mapping[str, Any]
+) -> Classifier:
+    """Return a loaded classifier as one that is trained further on a task."""
+    model_config = dataclasses.replace(
+        classifier.model_config, task=task.name, max_len=max_len, details=dict(details)
+    )
+    return classifier._replace(model_config=model_config)
+
+
+def new_classifier(
+    settings: ClassifierSettings,
+    tokenizer_flags: TokenizerSettings,
+    task: Task,
+    devices: Sequence[Context],
+    *,
+    seed: int,
+    max_len: int,
+    race_cast: str,
+    details: Mapping[str, Any],
+) -> Classifier:
     """Build a body, from pretrained weights if they are given, with a new head."""
-    given = settings.classifier
-    path = parameter_file(given.pretrained_parameters) if given.pretrained_parameters else None
+    pretrained = settings.pretrained_parameters
+    path = parameter_file(pretrained) if pretrained else None
     origin = read_model_config(path) if path and os.path.exists(model_config_path(path)) else None
-    if origin and given.model_name not in (None, origin.model):
-        raise UserError(f"--model_name {given.model_name}: the weights are of {origin.model}")
-    tokenizer = _tokenizer(settings.tokenizer, path, origin)
+    if origin and settings.model_name not in (None, origin.model):
+        raise UserError(f"--model_name {settings.model_name}: the weights are of {origin.model}")
+    tokenizer = _tokenizer(tokenizer_flags, path, origin)
     model_config = ModelConfig(
-        model=given.model_name or (origin.model if origin else DEFAULT_MODEL),
+        model=settings.model_name or (origin.model if origin else DEFAULT_MODEL),
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,
         kind=task.kind,
         task=task.name,
         labels=task.labels,
         num_outputs=task.num_outputs,
-        max_len=settings.task.max_len,
-        extra_layer=given.extra_layer,
-        race_cast=settings.task.race_cast if task.suite == "race" else "",
-        details={"command": command_of(PROGRAM, *settings)},
+        max_len=max_len,
+        extra_layer=settings.extra_layer,
+        race_cast=race_cast if task.suite == "race" else "",
+        details=dict(details),
     )
-    mx.random.seed(settings.run.seed)
-    network = saved_model.build_network(model_config, devices, given.dropout)
+    mx.random.seed(seed)
+    network = saved_model.build_network(model_config, devices, settings.dropout)
     network.classifier.initialize(
-        HEAD_INITIALIZERS[given.init](given.prob), ctx=devices, force_reinit=True
+        HEAD_INITIALIZERS[settings.init](settings.prob), ctx=list(devices), force_reinit=True
     )
     if path and origin:
         saved_model.verify_parameters(path, origin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from bort.config import option, required
 from bort.errors import UserError
@@ -93,10 +93,6 @@ class FinetuningRunSettings:
     seed: int = option(0, "of the head, the order of the data and the dropout", minimum=0)
     gpus: Optional[str] = option(None, "device numbers such as 0,1; without: the CPU")
     cpu_contexts: int = option(1, "replicas of the model in one process on the CPU", minimum=1)
-
-    # What `bort.training.loop` asks for beside the flags: one checkpoint is kept, the newest.
-    keep_checkpoints: ClassVar[int] = 1
-    start_step: ClassVar[int] = 0
 
 
 class FinetuningSettings(NamedTuple):

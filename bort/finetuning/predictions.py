@@ -5,70 +5,77 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from bort.communicator import Communicator
-from bort.devices import devices_of
 from bort.finetuning.classifier import Classifier
-from bort.finetuning.config import FinetuningSettings
 from bort.finetuning.scoring import score_set
+from bort.types import Context
 from data.encoding import ClassifierLoader, encode_examples
 from data.submission import write_submission
 from data.task import MULTIPLE_CHOICE, REGRESSION, Example, Task, is_labelled
 from data.tasks import get_task, task_names
 
 
-def answer(
-    classifier: Classifier,
-    task: Task,
-    settings: FinetuningSettings,
-    communicator: Communicator,
-    folder: str,
-) -> dict[str, Any]:
-    """Answer the dev and test sets that are there, and those of the tasks this one predicts.
+class Scoring(NamedTuple):
+    """How examples are encoded, batched and scored."""
 
-    Returns, by split, rows and what is known of the answers: metrics and the file they are in;
-    and what is wrong with rows that were passed over.
+    batch_size: int
+    num_buckets: int
+    cache_dir: str
+    device: Context
+    communicator: Communicator
+
+
+class Predicting(NamedTuple):
+    """Where the sets of a task are read from, and where the predictions go."""
+
+    data_dir: Optional[str]
+    skip_bad_rows: bool
+    output_dir: str  # of the tasks this one predicts, each in a folder of its name
+    scoring: Scoring
+
+
+def answer(
+    classifier: Classifier, task: Task, predicting: Predicting, folder: str
+) -> dict[str, Any]:
+    """Predict the dev and test sets that are there, and those of the tasks this one predicts.
+
+    Returns, by split, rows and what is known of the predictions: metrics and the file they are in;
+    and what is wrong with rows that were skipped.
     """
     results: dict[str, Any] = {}
     dependent = [other for other in map(get_task, task_names()) if other.model_task == task.name]
-    for one in (task, *dependent):
-        place = folder if one is task else os.path.join(settings.run.output_dir, one.name)
-        for split in (*one.dev, *one.test):
-            if one.find(settings.task.data_dir, split) is None:
+    for each in (task, *dependent):
+        target = folder if each is task else os.path.join(predicting.output_dir, each.name)
+        for split in (*each.dev, *each.test):
+            if each.find(predicting.data_dir, split) is None:
                 continue
-            examples, skipped = one.read(
-                settings.task.data_dir, split, skip_bad_rows=settings.task.skip_bad_rows
+            examples, skipped = each.read(
+                predicting.data_dir, split, skip_bad_rows=predicting.skip_bad_rows
             )
-            scores = scores_of(classifier, examples, settings, communicator)
-            name = split if one is task else f"{one.name}/{split}"
-            results[name] = {"rows": one.count_rows(examples), "skipped": skipped}
+            scores = scores_of(classifier, examples, predicting.scoring)
+            name = split if each is task else f"{each.name}/{split}"
+            results[name] = {"rows": each.count_rows(examples), "skipped": skipped}
             if is_labelled(examples):
-                results[name]["metrics"] = one.metrics(examples, scores)
-            if communicator.rank == 0:
-                results[name]["file"] = write_answers(one, split, examples, scores, place)
+                results[name]["metrics"] = each.metrics(examples, scores)
+            if predicting.scoring.communicator.rank == 0:
+                results[name]["file"] = write_answers(each, split, examples, scores, target)
     return results
 
 
-def scores_of(
-    classifier: Classifier,
-    examples: Sequence[Example],
-    settings: FinetuningSettings,
-    communicator: Communicator,
-) -> np.ndarray:
+def scores_of(classifier: Classifier, examples: Sequence[Example], scoring: Scoring) -> np.ndarray:
     """Score examples [n, classes or options] with a classifier, split over the ranks."""
     network, model_config, tokenizer = classifier
     encoded = encode_examples(
-        examples, tokenizer, model_config.max_len, settings.task.cache_dir, communicator
+        examples, tokenizer, model_config.max_len, scoring.cache_dir, scoring.communicator
     )
-    optimizer = settings.optimizer
     source = ClassifierLoader(
-        encoded, optimizer.dev_batch_size, optimizer.num_buckets, tokenizer.pad_id, None
+        encoded, scoring.batch_size, scoring.num_buckets, tokenizer.pad_id, None
     )
-    device = devices_of(settings.run.gpus, settings.run.cpu_contexts, communicator)[0]
-    return score_set(network, source, model_config.kind, device, communicator)
+    return score_set(network, source, model_config.kind, scoring.device, scoring.communicator)
 
 
 def write_answers(

@@ -16,7 +16,8 @@ import os
 import re
 import time
 from contextlib import contextmanager
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -25,12 +26,24 @@ from mxnet import autograd, nd
 from bort import checkpoint
 from bort.bort import EmbeddingRows
 from bort.communicator import Communicator
+from bort.config import as_dict
 from bort.devices import devices_of
 from bort.errors import UserError
 from bort.files import read_json, write_json
 from bort.finetuning.classifier import Classifier, build_classifier
-from bort.finetuning.config import FinetuningSettings
-from bort.finetuning.predictions import answer, answer_lines, baseline, skipped_lines
+from bort.finetuning.config import (
+    FinetuningOptimizerSettings,
+    FinetuningSettings,
+    TaskSettings,
+)
+from bort.finetuning.predictions import (
+    Predicting,
+    Scoring,
+    answer,
+    answer_lines,
+    baseline,
+    skipped_lines,
+)
 from bort.finetuning.scoring import (
     DeviceExamples,
     class_scores,
@@ -40,8 +53,11 @@ from bort.finetuning.scoring import (
 )
 from bort.parameters import load_parameters
 from bort.saved_model import save_model
-from bort.training.loop import Training
-from bort.training.optimization import learning_rate
+from bort.training.job import Evaluation, Job, Metrics, Progress, SavePolicy, Stream
+from bort.training.loop import Loop
+from bort.training.optimization import linear_warmup_decay, make_trainer
+from bort.training.reporting import FolderReporter, PhaseTimer, Reporter
+from bort.types import Block, Context, NDArray
 from data.encoding import ClassifierBatch, ClassifierLoader, encode_examples
 from data.task import REGRESSION, Example, Task
 from data.tasks import get_task
@@ -50,7 +66,6 @@ BEST = "best.params"
 METRICS = "metrics.json"
 # Where the schedule ends and training may go on (the original's fine-tuning).
 LOWEST_RATE = 1e-7
-SUMS = ("loss", "accuracy")
 OUT_OF_MEMORY = re.compile("out of memory|memory allocat|bad_alloc|bad alloc", re.IGNORECASE)
 
 
@@ -62,267 +77,363 @@ class TaskData(NamedTuple):
     dev: Mapping[str, Sequence[Example]]
 
 
-class FineTuning(Training):
-    """One run of fine-tuning: a classifier, a task's examples, and the history of its epochs."""
+class History:
+    """The evaluations of a run and the time it has taken, interruptions left out."""
 
-    def __init__(
-        self,
-        settings: FinetuningSettings,
-        communicator: Communicator,
-        classifier: Classifier,
-        data: TaskData,
-        folder: str,
-    ) -> None:
-        run, optimizer = settings.run, settings.optimizer
-        self.classifier, self.data = classifier, data
-        self.history: list[dict[str, Any]] = []
-        self._folder = folder
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
         self._started = time.perf_counter()
         self._earlier_seconds = 0.0
-        source = self._source(data.train, optimizer.batch_size, run.seed, settings, communicator)
-        self.dev = {
-            name: self._source(examples, optimizer.dev_batch_size, None, settings, communicator)
-            for name, examples in data.dev.items()
-        }
-        devices = devices_of(run.gpus, run.cpu_contexts, communicator)
-        group = optimizer.accumulate * communicator.size * len(devices)
-        self.updates_per_epoch = -(-source.batches_per_epoch // group)
-        steps = optimizer.training_steps or optimizer.epochs * self.updates_per_epoch
-        ramp = optimizer.ramp_up_epochs
-        self._schedule = ramp * self.updates_per_epoch if ramp else steps
-        super().__init__(
-            settings,
-            communicator,
-            devices,
-            classifier.network,
-            source,
-            accumulate=optimizer.accumulate,
-            last_step=steps,
-            sums=SUMS,
-        )
-
-    def _source(
-        self,
-        examples: Sequence[Example],
-        batch_size: int,
-        seed: int | None,
-        settings: FinetuningSettings,
-        communicator: Communicator,
-    ) -> ClassifierLoader:
-        tokenizer = self.classifier.tokenizer
-        encoded = encode_examples(
-            examples, tokenizer, settings.task.max_len, settings.task.cache_dir, communicator
-        )
-        buckets = settings.optimizer.num_buckets
-        return ClassifierLoader(encoded, batch_size, buckets, tokenizer.pad_id, seed)
-
-    @property
-    def folder(self) -> str:
-        """Return the folder of checkpoints, metrics and results."""
-        return self._folder
-
-    @property
-    def epoch(self) -> float:
-        """Return how many passes over the training set have been made."""
-        return self.position / self.source.batches_per_epoch
-
-    @property
-    def examples(self) -> float:
-        """Return how many examples have been learnt from, each time anew."""
-        return self.epoch * len(self.data.train)
 
     @property
     def seconds(self) -> float:
         """Return the time the run has taken, that before interruptions included."""
         return self._earlier_seconds + time.perf_counter() - self._started
 
+    def state(self) -> dict[str, Any]:
+        """Return plain data for a checkpoint."""
+        return {"history": self.entries, "seconds": self.seconds}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.entries = list(state["history"])
+        self._earlier_seconds, self._started = state["seconds"], time.perf_counter()
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """One run of fine-tuning."""
+
+    loop: Loop
+    classifier: Classifier
+    data: TaskData
+    history: History
+
     @property
-    def ended(self) -> bool:
-        """Tell whether the run has come to its end, and was not told to stop before."""
-        return self._finished()
+    def epoch(self) -> float:
+        """Return how many passes over the training set have been made."""
+        return self.loop.progress.batches / self.loop.job.stream.source.batches_per_epoch
 
-    def progress(self) -> dict[str, Any]:
-        """Return how far the run is as plain data, with the history of its epochs and its time."""
-        return {**super().progress(), "history": self.history, "seconds": self.seconds}
 
-    def set_progress(self, progress: dict[str, Any]) -> None:
-        """Go to where the `progress` of rank 0 says."""
-        super().set_progress(progress)
-        self.history = list(progress["history"])
-        self._earlier_seconds, self._started = progress["seconds"], time.perf_counter()
+class ClassificationStep:
+    """Forward and backward pass of a classifier."""
 
-    def _numbers(self, position: int) -> range:
-        # The group at the end of an epoch may be smaller: no update mixes two epochs.
-        epoch = self.source.batches_per_epoch
-        end = (position // epoch + 1) * epoch
-        return range(position, min(position + self.micro_batches, end))
+    metric_names = ("loss", "accuracy")
 
-    def _clear_gradients(self, numbers: range) -> None:
-        super()._clear_gradients(numbers)
-        # Without a decoder no backward pass writes it: the rows of the batches are only added.
-        self.network.bort.word_embed[0].weight.zero_grad()
+    def __init__(self, network: Block, kind: str, batches_per_epoch: int) -> None:
+        self._network, self._kind = network, kind
+        self._batches_per_epoch = batches_per_epoch
 
-    def _subject(self) -> str:
-        model_config = self.classifier.model_config
-        return f"{model_config.model} on {model_config.task}, {len(self.data.train):,} examples"
-
-    def _to_device(self, batch: ClassifierBatch, device: Any) -> DeviceExamples:
+    def to_device(self, batch: ClassifierBatch, device: Context) -> DeviceExamples:
+        """Copy a micro-batch to a device."""
         return to_device(batch, device)
 
-    def _rate(self) -> float:
-        optimizer, step = self.settings.optimizer, self.step + 1
-        if step > self._schedule:
-            return min(LOWEST_RATE, optimizer.lr)
-        warmup = int(self._schedule * optimizer.warmup_ratio)
-        return max(
-            learning_rate(step, optimizer.lr, warmup, self._schedule),
-            min(LOWEST_RATE, optimizer.lr),
-        )
-
-    def _forward_backward(self, number: int, batch: DeviceExamples, tokens: int) -> None:
-        self._seed_dropout(number, batch.labels.context)
-        kind = self.data.task.kind
-        with self._timer("model"):
-            rows = EmbeddingRows(self.network.bort, batch.input_ids)
+    def __call__(self, batch: DeviceExamples, scale: float, timer: PhaseTimer) -> NDArray:
+        """Add the gradients of a micro-batch; returns the sums [2] over its examples."""
+        with timer("model"):
+            rows = EmbeddingRows(self._network.bort, batch.input_ids)
             with autograd.record():
-                scores = class_scores(self.network, batch, kind, rows)
-                loss = classification_loss(scores, batch.labels, kind).sum()
-                scaled = self._scaled(loss)
+                scores = class_scores(self._network, batch, self._kind, rows)
+                loss = classification_loss(scores, batch.labels, self._kind).sum()
+                scaled = loss if scale == 1.0 else loss * scale
             rows.backward(scaled)
-            right = (scores.argmax(axis=-1) == batch.labels).sum()
-            self._interval.add(nd.concat(loss, right, dim=0), len(batch.labels), tokens)
+            correct = (scores.argmax(axis=-1) == batch.labels).sum()
+            return nd.concat(loss, correct, dim=0)
 
-    def _figures(self, means: dict[str, float]) -> dict[str, float]:
-        shown = {"epoch": round(self.epoch, 3), **means}
-        if self.data.task.kind == REGRESSION:
+    def metrics(self, means: Metrics, progress: Progress) -> Metrics:
+        """Return what a metric line reports, from the means of an interval by name."""
+        shown = {"epoch": round(progress.batches / self._batches_per_epoch, 3), **means}
+        if self._kind == REGRESSION:
             del shown["accuracy"]
         return shown
 
-    def _evaluation_due(self) -> bool:
-        ended = self.position % self.source.batches_per_epoch == 0
-        return self.step > 0 and (ended or self.step == self.last_step)
 
-    def _evaluation(self) -> dict[str, float]:
-        task = self.data.task
-        figures: dict[str, float] = {}
-        scores = []
-        for name, source in self.dev.items():
-            found = score_set(self.network, source, task.kind, self.devices[0], self.communicator)
-            values = task.metrics(self.data.dev[name], found)
+class DevEvaluation:
+    """Scores the dev sets of a task after each epoch, and knows when patience is over."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        data: TaskData,
+        sources: Mapping[str, ClassifierLoader],
+        communicator: Communicator,
+        device: Context,
+    ) -> None:
+        self._classifier, self._data, self._sources = classifier, data, sources
+        self._communicator, self._device = communicator, device
+
+    def __call__(self) -> Metrics:
+        """Return the metrics of each dev set, and `score`, their mean over the sets."""
+        task, metrics, scores = self._data.task, {}, []
+        for name, source in self._sources.items():
+            found = score_set(
+                self._classifier.network, source, task.kind, self._device, self._communicator
+            )
+            values = task.metrics(self._data.dev[name], found)
             scores.append(task.score(values))
-            figures.update({self._figure(name, metric): v for metric, v in values.items()})
-        return {**figures, "score": float(np.mean(scores))}
+            metrics.update({self._key(name, metric): v for metric, v in values.items()})
+        return {**metrics, "score": float(np.mean(scores))}
 
-    def _figure(self, split: str, metric: str) -> str:
-        return metric if len(self.dev) == 1 else f"{split}/{metric}"
+    def _key(self, split: str, metric: str) -> str:
+        return metric if len(self._sources) == 1 else f"{split}/{metric}"
 
-    def _score(self, evaluation: dict[str, float]) -> float:
-        return evaluation["score"]
-
-    def _is_best(self, evaluation: dict[str, float]) -> bool:
-        entry = {"epoch": round(self.epoch, 3), "step": self.step, **evaluation}
-        self.history.append(entry)
-        best = super()._is_best(evaluation)
-        if best and self._first:
-            self._write_best()
-        return best
-
-    def _finished(self) -> bool:
-        return super()._finished() or self._patience_is_over()
-
-    def _patience_is_over(self) -> bool:
-        patience = self.settings.optimizer.early_stop
-        if not patience or not self.history:
+    def patience_is_over(self, entries: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+        """Tell whether the last `patience` evaluations were no better than one before."""
+        if not patience or not entries:
             return False
-        names = [self._figure(split, self.data.task.early_stop) for split in self.dev]
-        watched = [float(np.mean([entry[name] for name in names])) for entry in self.history]
+        names = [self._key(split, self._data.task.early_stop) for split in self._sources]
+        watched = [float(np.mean([entry[name] for name in names])) for entry in entries]
         return len(watched) - 1 - watched.index(max(watched)) >= patience
 
-    def _checkpoint_due(self, best: bool) -> bool:
-        interval = self.settings.run.ckpt_interval
-        if interval:
-            return self.step % interval == 0
-        return self.position % self.source.batches_per_epoch == 0
 
-    def _identity(self) -> dict[str, Any]:
-        model_config = self.classifier.model_config
-        return {
-            "model": model_config.model,
-            "task": model_config.task,
-            "vocab_size": model_config.vocab_size,
-            "tokenizer_fingerprint": model_config.tokenizer_fingerprint,
-            "examples": len(self.data.train),
-            "batches_per_epoch": self.source.batches_per_epoch,
-        }
+@dataclass(frozen=True)
+class FinetuningOptions:
+    """What a run of fine-tuning is told besides its classifier, its data and its optimizer."""
 
-    def _require_same_stream(self, state: dict[str, Any]) -> None:
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise UserError(
-                    f"--resume: the checkpoint in {self.folder} is of a run with {name} "
-                    f"{state.get(name)}, now {value}; give what it was made with, or another "
-                    "--output_dir"
-                )
-        for concern, flag in (("FinetuningRunSettings", "seed"), ("TaskSettings", "max_len")):
-            then = state["settings"][concern][flag]
-            now = getattr(self.settings.run if flag == "seed" else self.settings.task, flag)
-            if then != now:
-                raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
+    folder: str
+    max_len: int
+    cache_dir: str
+    seed: int = 0
+    log_interval: int = 10
+    ckpt_interval: Optional[int] = None  # updates; None: one at the end of each epoch
+    resume: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)  # written into config.json
 
-    def _write_model(self, path: str) -> None:
-        save_model(path, self.network, self.classifier.model_config, self.classifier.tokenizer)
 
-    def _write_best(self) -> None:
-        model_config = self.classifier.model_config
-        best = dataclasses.replace(
-            model_config, details={**model_config.details, "metrics": self.history[-1]}
+def finetuning_loop(
+    classifier: Classifier,
+    data: TaskData,
+    optimizer: FinetuningOptimizerSettings,
+    options: FinetuningOptions,
+    communicator: Communicator,
+    devices: Sequence[Context],
+    reporter: Reporter,
+) -> FineTuning:
+    """Encode the data of a run and return it, ready to start."""
+
+    def source(examples: Sequence[Example], batch_size: int, seed: int | None) -> ClassifierLoader:
+        tokenizer = classifier.tokenizer
+        encoded = encode_examples(
+            examples, tokenizer, options.max_len, options.cache_dir, communicator
         )
-        path = os.path.join(self.folder, BEST)
-        save_model(path, self.network, best, self.classifier.tokenizer)
+        return ClassifierLoader(encoded, batch_size, optimizer.num_buckets, tokenizer.pad_id, seed)
+
+    training = source(data.train, optimizer.batch_size, options.seed)
+    dev = {name: source(rows, optimizer.dev_batch_size, None) for name, rows in data.dev.items()}
+    per_update = optimizer.accumulate * communicator.size * len(devices)
+    updates_per_epoch = -(-training.batches_per_epoch // per_update)
+    max_steps = optimizer.training_steps or optimizer.epochs * updates_per_epoch
+    ramp = optimizer.ramp_up_epochs
+    schedule_steps = ramp * updates_per_epoch if ramp else max_steps
+    history = History()
+    network, model_config = classifier.network, classifier.model_config
+    evaluation = DevEvaluation(classifier, data, dev, communicator, devices[0])
+    job = Job(
+        title=f"{model_config.model} on {model_config.task}, {len(data.train):,} examples",
+        network=network,
+        # The last update of an epoch may have fewer micro-batches: none mixes two epochs.
+        stream=Stream(training, options.seed, whole_epochs=True),
+        step=ClassificationStep(network, data.task.kind, training.batches_per_epoch),
+        learning_rate=lambda step: learning_rate(step, optimizer, schedule_steps),
+        max_steps=max_steps,
+        evaluation=_evaluation(
+            classifier, evaluation, history, training, optimizer, options, max_steps
+        ),
+        saving=_save_policy(classifier, data, training, options),
+        extra=history,
+        # Without a decoder no backward pass overwrites it: the rows of the batches are added.
+        added_gradients=[network.bort.word_embed[0].weight],
+    )
+    loop = Loop(
+        job,
+        make_trainer(network, communicator, optimizer),
+        communicator,
+        devices,
+        reporter,
+        accumulate=optimizer.accumulate,
+        log_interval=options.log_interval,
+        on_nonfinite=optimizer.on_nonfinite,
+    )
+    return FineTuning(loop, classifier, data, history)
+
+
+def learning_rate(step: int, optimizer: FinetuningOptimizerSettings, schedule_steps: int) -> float:
+    """Return the rate of update `step` (1-based): warmup, linear decay, then a small constant."""
+    lowest = min(LOWEST_RATE, optimizer.lr)
+    if step > schedule_steps:
+        return lowest
+    warmup = int(schedule_steps * optimizer.warmup_ratio)
+    return max(linear_warmup_decay(step, optimizer.lr, warmup, schedule_steps), lowest)
+
+
+def _evaluation(
+    classifier: Classifier,
+    evaluation: DevEvaluation,
+    history: History,
+    training: ClassifierLoader,
+    optimizer: FinetuningOptimizerSettings,
+    options: FinetuningOptions,
+    max_steps: int,
+) -> Evaluation:
+    def due(progress: Progress) -> bool:
+        epoch_ended = progress.batches % training.batches_per_epoch == 0
+        return progress.step > 0 and (epoch_ended or progress.step == max_steps)
+
+    def record(progress: Progress, metrics: Metrics, write_best: bool) -> None:
+        epoch = round(progress.batches / training.batches_per_epoch, 3)
+        history.entries.append({"epoch": epoch, "step": progress.step, **metrics})
+        if write_best:
+            model_config = classifier.model_config
+            details = {**model_config.details, "metrics": history.entries[-1]}
+            best = dataclasses.replace(model_config, details=details)
+            path = os.path.join(options.folder, BEST)
+            save_model(path, classifier.network, best, classifier.tokenizer)
+
+    return Evaluation(
+        due=due,
+        run=evaluation,
+        score=lambda metrics: metrics["score"],
+        record=record,
+        stop_early=lambda: evaluation.patience_is_over(history.entries, optimizer.early_stop),
+    )
+
+
+def _save_policy(
+    classifier: Classifier, data: TaskData, training: ClassifierLoader, options: FinetuningOptions
+) -> SavePolicy:
+    model_config, interval = classifier.model_config, options.ckpt_interval
+
+    def due(progress: Progress, best: bool) -> bool:
+        if interval:
+            return progress.step % interval == 0
+        return progress.batches % training.batches_per_epoch == 0
+
+    identity = {
+        "model": model_config.model,
+        "task": model_config.task,
+        "vocab_size": model_config.vocab_size,
+        "tokenizer_fingerprint": model_config.tokenizer_fingerprint,
+        "examples": len(data.train),
+        "batches_per_epoch": training.batches_per_epoch,
+    }
+    return SavePolicy(
+        folder=options.folder,
+        due=due,
+        write_model=lambda path, _: save_model(
+            path, classifier.network, model_config, classifier.tokenizer
+        ),
+        identity=identity,
+        require_same_stream=lambda state: require_same_stream(
+            options.folder, identity, options.config, state
+        ),
+        settings=options.config,
+        resume=options.resume,
+    )
+
+
+def require_same_stream(
+    folder: str,
+    identity: Mapping[str, Any],
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> None:
+    """Raise `UserError` when the micro-batches are not those that a checkpoint's state counts."""
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise UserError(
+                f"--resume: the checkpoint in {folder} is of a run with {name} {state.get(name)}, "
+                f"now {value}; give what it was made with, or another --output_dir"
+            )
+    for concern, flag in (("FinetuningRunSettings", "seed"), ("TaskSettings", "max_len")):
+        then, now = (each.get(concern, {}).get(flag) for each in (state["settings"], config))
+        if then != now:
+            raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
 
 
 # ---- from flags to a run ------------------------------------------------------------------------
 
 
 def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[str, Any]:
-    """Do what the settings say; returns the content of metrics.json, empty when told to stop.
+    """Fine-tune or predict; returns the content of metrics.json, empty when told to stop.
 
-    Raises `UserError` for every mistake that the user can mend.
+    Raises `UserError` for every mistake that the user can fix.
     """
     settings.check()
+    run = settings.run
+    devices = devices_of(run.gpus, run.cpu_contexts, communicator)
     task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
-    folder = os.path.join(settings.run.output_dir, task.name)
-    if settings.run.only_inference:
-        return infer(settings, communicator, task, folder)
+    folder = os.path.join(run.output_dir, task.name)
+    if run.only_inference:
+        return infer(settings, communicator, devices, task, folder)
     finished = os.path.join(folder, METRICS)
-    if settings.run.resume and os.path.exists(finished):
+    if run.resume and os.path.exists(finished):
         if communicator.rank == 0:
             print(f"{finished}: the run has ended, nothing to do")
         return read_json(finished)
-    data, rows = read_data(task, settings)
-    classifier = build_classifier(settings, task, communicator)
-    if communicator.rank == 0 and not settings.run.resume:
+    data, rows = read_data(task, settings.task, run.seed)
+    classifier = build_classifier(settings, task, devices)
+    if communicator.rank == 0 and not run.resume:
         refuse_other_run(folder)
     with explained_memory_errors():
-        run = FineTuning(settings, communicator, classifier, data, folder)
-        run.run()
-        if not run.ended:
+        training = finetuning_run(settings, classifier, data, communicator, devices)
+        training.loop.run()
+        if not training.loop.finished():
             return {}
-        return conclude(run, rows)
+        return conclude(training, rows, predicting_of(settings, communicator, devices))
+
+
+def finetuning_run(
+    settings: FinetuningSettings,
+    classifier: Classifier,
+    data: TaskData,
+    communicator: Communicator,
+    devices: Sequence[Context],
+) -> FineTuning:
+    """Return the run of the flags, in the folder of its task, ready to start."""
+    run = settings.run
+    options = FinetuningOptions(
+        os.path.join(run.output_dir, data.task.name),
+        settings.task.max_len,
+        settings.task.cache_dir,
+        run.seed,
+        run.log_interval,
+        run.ckpt_interval,
+        run.resume,
+        as_dict(*settings),
+    )
+    reporter = FolderReporter(options.folder, communicator)
+    return finetuning_loop(
+        classifier, data, settings.optimizer, options, communicator, devices, reporter
+    )
+
+
+def predicting_of(
+    settings: FinetuningSettings, communicator: Communicator, devices: Sequence[Context]
+) -> Predicting:
+    """Return how the sets of a task are found and scored."""
+    task, optimizer = settings.task, settings.optimizer
+    scoring = Scoring(
+        optimizer.dev_batch_size, optimizer.num_buckets, task.cache_dir, devices[0], communicator
+    )
+    return Predicting(task.data_dir, task.skip_bad_rows, settings.run.output_dir, scoring)
 
 
 def infer(
-    settings: FinetuningSettings, communicator: Communicator, task: Task, folder: str
+    settings: FinetuningSettings,
+    communicator: Communicator,
+    devices: Sequence[Context],
+    task: Task,
+    folder: str,
 ) -> dict[str, Any]:
     """Evaluate and predict once with a fine-tuned classifier."""
-    classifier = build_classifier(settings, task, communicator)
+    classifier = build_classifier(settings, task, devices)
     if classifier.model_config.task not in (task.name, task.model_task):
         raise UserError(
             f"--model_parameters {settings.classifier.model_parameters}: a model of "
             f"{classifier.model_config.task}; give one of {task.model_task or task.name}"
         )
     with explained_memory_errors():
-        results = answer(classifier, task, settings, communicator, folder)
+        results = answer(classifier, task, predicting_of(settings, communicator, devices), folder)
     if not results:
         raise UserError(f"{task.name}: neither a dev nor a test set is there; see --data_dir")
     if communicator.rank == 0:
@@ -330,23 +441,20 @@ def infer(
     return results
 
 
-def read_data(task: Task, settings: FinetuningSettings) -> tuple[TaskData, dict[str, Any]]:
+def read_data(task: Task, settings: TaskSettings, seed: int) -> tuple[TaskData, dict[str, Any]]:
     """Read the training and dev sets; returns them and the rows read and skipped by split."""
-    given = settings.task
     if task.train is None:
         raise UserError(
             f"--task_name {task.name}: has no training set; fine-tune {task.model_task} and "
             "predict with --only_inference --model_parameters"
         )
     splits = {
-        name: task.read(
-            given.data_dir, name, skip_bad_rows=given.skip_bad_rows, seed=settings.run.seed
-        )
+        name: task.read(settings.data_dir, name, skip_bad_rows=settings.skip_bad_rows, seed=seed)
         for name in (task.train, *task.dev)
     }
     rows = {name: task.count_rows(split.examples) for name, split in splits.items()}
     skipped = [message for split in splits.values() for message in split.skipped]
-    train = splits.pop(task.train).examples[: given.train_rows]
+    train = splits.pop(task.train).examples[: settings.train_rows]
     data = TaskData(task, train, {name: split.examples for name, split in splits.items()})
     return data, {"rows": rows, "skipped": skipped}
 
@@ -377,41 +485,43 @@ def explained_memory_errors() -> Iterator[None]:
 # ---- what a run leaves --------------------------------------------------------------------------
 
 
-def conclude(run: FineTuning, rows: dict[str, Any]) -> dict[str, Any]:
-    """Write what the best model answers and what the run was; returns the metrics."""
-    if run.best_step is None:
-        raise UserError(f"{run.folder}: no evaluation gave a score; lower --lr")
-    if run.communicator.rank == 0:
-        load_parameters(run.network, os.path.join(run.folder, BEST))
-    run.communicator.broadcast(run.parameters())
-    data, settings = run.data, run.settings
-    answers = answer(run.classifier, data.task, settings, run.communicator, run.folder)
-    seconds = run.seconds
+def conclude(run: FineTuning, rows: dict[str, Any], predicting: Predicting) -> dict[str, Any]:
+    """Write the predictions of the best model and metrics.json; returns the metrics."""
+    loop, data, folder = run.loop, run.data, run.loop.job.saving.folder
+    best_step = loop.progress.best_step
+    if best_step is None:
+        raise UserError(f"{folder}: no evaluation gave a score; lower --lr")
+    is_first = loop.communicator.rank == 0
+    if is_first:
+        load_parameters(run.classifier.network, os.path.join(folder, BEST))
+    loop.communicator.broadcast(loop.parameters())
+    answers = answer(run.classifier, data.task, predicting, folder)
+    seconds = run.history.seconds
     metrics = {
         "task": data.task.name,
         "model": run.classifier.model_config.model,
         **rows,
         "train_examples": len(data.train),
-        "steps": run.step,
-        "best": next(one for one in run.history if one["step"] == run.best_step),
+        "steps": loop.progress.step,
+        "best": next(entry for entry in run.history.entries if entry["step"] == best_step),
         "baseline": {
             name: baseline(data.task, data.train, examples) for name, examples in data.dev.items()
         },
         "answers": answers,
-        "history": run.history,
+        "history": run.history.entries,
         "seconds": round(seconds, 1),
-        "examples_per_second": round(run.examples / seconds, 1),
+        "examples_per_second": round(run.epoch * len(data.train) / seconds, 1),
     }
-    if run.communicator.rank == 0:
-        write_json(os.path.join(run.folder, METRICS), metrics)
-        checkpoint.remove_all(run.folder)
+    if is_first:
+        write_json(os.path.join(folder, METRICS), metrics)
+        checkpoint.remove_all(folder)
         print(summary(metrics), flush=True)
-    run.communicator.barrier()
+    loop.communicator.barrier()
     return metrics
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """Return what a run came to, for the screen."""
+    """Format the summary of a run."""
     best = metrics["best"]
     first = (
         f"{metrics['task']}: best of {len(metrics['history'])} evaluations at epoch "

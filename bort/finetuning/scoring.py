@@ -73,4 +73,4 @@ def score_set(
     if scores is None:  # more ranks than batches
         width = source.encoded.width if kind == MULTIPLE_CHOICE else network.classifier[3]._units
         scores = np.zeros((len(source.encoded.labels), width))
-    return communicator.sum(scores.reshape(-1)).reshape(scores.shape)
+    return communicator.allreduce(scores.reshape(-1)).reshape(scores.shape)

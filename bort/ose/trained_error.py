@@ -22,7 +22,6 @@ import glob
 import os
 import shutil
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple, Optional, Sequence
@@ -35,18 +34,10 @@ from bort.errors import UserError
 from bort.files import read_json
 from bort.jobs import Caps, OverMemoryError, OverTimeError, run_isolated
 from bort.ose.search import MODES, CapError, hyperparameter_sets
-from bort.pretraining.config import (
-    DataSettings,
-    LossSettings,
-    OptimizerSettings,
-    PretrainingSettings,
-    RunSettings,
-    StudentSettings,
-    TeacherSettings,
-)
+from bort.pretraining.config import OptimizerSettings, PretrainingSettings, settings_of
 from bort.shapes import Shape
 from bort.types import Hyperparameters
-from data.shards import Manifest, open_shards
+from data.shards import Manifest, ShardSet, open_shards
 
 # The peak rates where none is given: SGD's gradients are clipped to norm 1, so its steps are small.
 RATES = {"theory": 0.5, "practical": 1e-3}
@@ -189,73 +180,83 @@ def candidate_run(
     seed: int,
     folder: str,
 ) -> PretrainingSettings:
-    """Return the settings of a candidate's training; diverged updates are left out."""
-    imitates = teacher is not None
-    return PretrainingSettings(
-        data=_data(settings),
-        student=StudentSettings(student_model=shape.name, dropout=settings.dropout),
-        teacher=TeacherSettings(teacher_cache=teacher.cache if teacher else None),
-        loss=LossSettings(
-            mlm_weight=float(not imitates),
-            teacher_ce_weight=float(imitates),
-            distillation_temperature=1.0,
-        ),
-        optimizer=OptimizerSettings(
-            **{"warmup_ratio": WARMUP_RATIO, **theta}, num_steps=steps, on_nonfinite="skip"
-        ),
-        run=RunSettings(
-            ckpt_dir=folder,
-            ckpt_interval=steps,
-            eval_interval=steps,
-            log_interval=steps,
-            seed=seed,
-        ),
-    )
+    """Return the run of the pretraining program that trains a candidate.
+
+    Updates whose gradient is not finite are skipped.
+    """
+    has_teacher = teacher is not None
+    flags = {
+        **_data_flags(settings),
+        "student_model": shape.name,
+        "dropout": settings.dropout,
+        "teacher_cache": teacher.cache if teacher else None,
+        "mlm_weight": float(not has_teacher),
+        "teacher_ce_weight": float(has_teacher),
+        "distillation_temperature": 1.0,
+        "warmup_ratio": WARMUP_RATIO,
+        **theta,
+        "num_steps": steps,
+        "on_nonfinite": "skip",
+        "ckpt_dir": folder,
+        "ckpt_interval": steps,
+        "eval_interval": steps,
+        "log_interval": steps,
+        "seed": seed,
+    }
+    return settings_of(**flags)
 
 
-def _data(settings: TrainingSettings) -> DataSettings:
-    return DataSettings(
-        data=str(settings.data),
-        data_eval=settings.data_eval,
-        batch_size=settings.batch_size,
-        batch_size_eval=EVALUATION_BATCH,
-        num_buckets=settings.num_buckets,
-    )
+def _data_flags(settings: TrainingSettings) -> dict[str, Any]:
+    return {
+        "data": str(settings.data),
+        "data_eval": settings.data_eval,
+        "batch_size": settings.batch_size,
+        "batch_size_eval": EVALUATION_BATCH,
+        "num_buckets": settings.num_buckets,
+    }
 
 
 def train(settings: PretrainingSettings) -> dict[str, float]:
-    """Run a candidate's training in silence; return its last held-out figures."""
-    from bort.pretraining.run import Pretraining
+    """Train a candidate without any output on the screen; returns its last held-out metrics."""
+    return _finished(settings, quiet=True)[-1]
 
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        run = Pretraining(settings, SingleProcess())
-        evaluations = run.run()
-    if run.step < settings.optimizer.num_steps:
-        raise UserError("the search was told to stop; the same command goes on where it was")
-    return evaluations[-1]
+
+def _finished(settings: PretrainingSettings, quiet: bool) -> list[dict[str, float]]:
+    """Train to the end on the CPU; returns the evaluations."""
+    from bort.devices import devices_of
+    from bort.pretraining.run import pretraining_loop
+    from bort.training.reporting import FolderReporter
+
+    alone = SingleProcess()
+    reporter = FolderReporter(settings.run.ckpt_dir, alone, quiet)
+    loop = pretraining_loop(settings, alone, devices_of(None, 1, alone), reporter)
+    evaluations = loop.run()
+    if not loop.finished():
+        raise UserError("interrupted; rerun the same command to resume")
+    return evaluations
 
 
 def teacher_run(
     settings: TrainingSettings, shape: Shape, seed: int, folder: str
 ) -> PretrainingSettings:
-    """Return the settings of T's training."""
-    return PretrainingSettings(
-        data=_data(settings),
-        student=StudentSettings(student_model=shape.name, dropout=settings.dropout),
-        teacher=TeacherSettings(),
-        loss=LossSettings(mlm_weight=1.0, teacher_ce_weight=0.0),
-        optimizer=OptimizerSettings(
-            num_steps=settings.teacher_steps, lr=settings.teacher_lr, warmup_ratio=WARMUP_RATIO
-        ),
-        run=RunSettings(
-            ckpt_dir=folder,
-            ckpt_interval=TEACHER_INTERVAL,
-            eval_interval=TEACHER_INTERVAL,
-            log_interval=TEACHER_INTERVAL,
-            resume=True,
-            seed=seed,
-        ),
-    )
+    """Return the run of the pretraining program that trains T."""
+    flags = {
+        **_data_flags(settings),
+        "student_model": shape.name,
+        "dropout": settings.dropout,
+        "mlm_weight": 1.0,
+        "teacher_ce_weight": 0.0,
+        "num_steps": settings.teacher_steps,
+        "lr": settings.teacher_lr,
+        "warmup_ratio": WARMUP_RATIO,
+        "ckpt_dir": folder,
+        "ckpt_interval": TEACHER_INTERVAL,
+        "eval_interval": TEACHER_INTERVAL,
+        "log_interval": TEACHER_INTERVAL,
+        "resume": True,
+        "seed": seed,
+    }
+    return settings_of(**flags)
 
 
 def prepare_teacher(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -> Teacher:
@@ -276,55 +277,42 @@ def _prepare(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -
     weights = settings.teacher_ckpt_dir or os.path.join(folder, "teacher")
     if not settings.teacher_ckpt_dir:
         _train_teacher(teacher_run(settings, shape, seed, weights))
-    sets = [open_shards(str(path)) for path in (settings.data, settings.data_eval)]
-    manifest = sets[0].manifest
+    training, held_out = (open_shards(str(path)) for path in (settings.data, settings.data_eval))
+    manifest = training.manifest
     network = load_teacher(
         shape.name, weights, manifest.vocab_size, manifest.tokenizer_fingerprint, [mx.cpu()]
     )
     sha256 = parameters_sha256(network)
     cache = os.path.join(folder, f"teacher_cache-{sha256[:16]}")
+    sets = [training, held_out]
     build_cache(cache, sets, network, shape.name, dtype="float32", batch_size=CACHE_BATCH)
-    return Teacher(cache, sha256, held_out_entropy(settings, cache))
+    return Teacher(cache, sha256, held_out_entropy(held_out, cache, settings.num_buckets))
 
 
 def _train_teacher(run: PretrainingSettings) -> None:
-    from bort.pretraining.run import Pretraining
-
     config = os.path.join(run.run.ckpt_dir, "config.json")
     if os.path.exists(config) and read_json(config) != as_dict(*run):
         raise UserError(
             f"{config}: T was begun with other settings; give another --output_dir, or "
             f"--teacher_ckpt_dir {run.run.ckpt_dir} to take it as it is"
         )
-    training = Pretraining(run, SingleProcess())
-    training.run()
-    if training.step < run.optimizer.num_steps:
-        raise UserError("the search was told to stop; the same command goes on where it was")
+    _finished(run, quiet=False)
 
 
-def held_out_entropy(settings: TrainingSettings, cache: str) -> float:
-    """Return the mean entropy of T's distributions at the held-out masked positions, in nats."""
+def held_out_entropy(shards: ShardSet, cache: str, num_buckets: int) -> float:
+    """Return the mean entropy of T's distributions at the masked positions of shards, in nats."""
     import mxnet as mx
     from mxnet import nd
 
     from bort.pretraining.mlm import to_device
-    from bort.pretraining.run import open_data
+    from bort.pretraining.run import held_out_source
     from bort.pretraining.teacher_cache import CachedTeacher
 
     teacher = CachedTeacher(cache, [mx.cpu()])
-    data = PretrainingSettings(
-        _data(settings),
-        StudentSettings(),
-        TeacherSettings(teacher_cache=cache),
-        LossSettings(),
-        OptimizerSettings(),
-        RunSettings(),
-    )
-    _, held_out, _ = open_data(data)
-    assert held_out is not None
+    source = held_out_source(shards, EVALUATION_BATCH, num_buckets, teacher_cache=cache)
     total, positions = 0.0, 0
-    for number in range(held_out.batches_per_epoch):
-        batch = to_device(held_out(number), mx.cpu())
+    for number in range(source.batches_per_epoch):
+        batch = to_device(source(number), mx.cpu())
         log = nd.log_softmax(teacher.logits(batch), axis=-1)
         total -= float((nd.exp(log) * log).sum().asscalar())
         positions += len(batch.labels)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
-from bort.config import option, required
+from bort.config import build, option, required
 from bort.errors import UserError
 from bort.training.config import UpdateSettings
 
@@ -155,3 +155,18 @@ SETTINGS_CLASSES = (
     OptimizerSettings,
     RunSettings,
 )
+
+
+def settings_of(**flags: Any) -> PretrainingSettings:
+    """Return the settings that these flags of the pretraining program give.
+
+    Raises `UserError` for what the program refuses.
+    """
+    return PretrainingSettings(
+        data=build(DataSettings, flags),
+        student=build(StudentSettings, flags),
+        teacher=build(TeacherSettings, flags),
+        loss=build(LossSettings, flags),
+        optimizer=build(OptimizerSettings, flags),
+        run=build(RunSettings, flags),
+    )

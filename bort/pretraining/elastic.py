@@ -20,9 +20,13 @@ from horovod.common.exceptions import HorovodInternalError
 from mxnet import nd
 
 from bort.communicator import Horovod
+from bort.devices import devices_of
 from bort.errors import UserError
 from bort.pretraining.config import PretrainingSettings
-from bort.pretraining.run import Pretraining
+from bort.pretraining.run import pretraining_loop
+from bort.training.job import Metrics
+from bort.training.loop import Loop
+from bort.training.reporting import FolderReporter
 
 # Who speaks when a sum or broadcast fails. Other errors, such as too little memory, would come
 # again after every new start.
@@ -32,14 +36,14 @@ COLLECTIVE_FAILURE = re.compile("Horovod|gloo|nccl", re.IGNORECASE)
 class ElasticState(elastic.State):
     """A run as Horovod's wrapper sees it: saved in memory, restored, made equal on all ranks."""
 
-    def __init__(self, run: Pretraining) -> None:
-        super().__init__(run.communicator.broadcast_object, lambda: run.communicator.rank)
-        self.run = run
+    def __init__(self, loop: Loop) -> None:
+        super().__init__(loop.communicator.broadcast_object, lambda: loop.communicator.rank)
+        self.loop = loop
         self._saved: tuple[dict[str, Any], list[np.ndarray]] | None = None
 
     def save(self) -> None:
         """Copy progress, parameters and optimiser's state; waits for the device."""
-        self._saved = self.run.progress(), [array.asnumpy() for array in self.run.arrays()]
+        self._saved = self.loop.state(), [array.asnumpy() for array in self.loop.arrays()]
 
     def restore(self) -> None:
         """Go back to what was saved."""
@@ -47,9 +51,9 @@ class ElasticState(elastic.State):
         with suppress(mx.MXNetError):
             nd.waitall()
         if self._saved:
-            progress, arrays = self._saved
-            self.run.set_progress(progress)
-            for array, saved in zip(self.run.arrays(), arrays):
+            state, arrays = self._saved
+            self.loop.load_state(state)
+            for array, saved in zip(self.loop.arrays(), arrays):
                 array[:] = saved
 
     def sync(self) -> None:
@@ -59,8 +63,8 @@ class ElasticState(elastic.State):
         """
         with lost_workers():
             if self._saved is None:
-                self.run.restore()
-            self.run.synchronise()
+                self.loop.load_checkpoint()
+            self.loop.broadcast_state()
             self.save()
 
 
@@ -75,8 +79,8 @@ def lost_workers() -> Iterator[None]:
         raise
 
 
-def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[dict[str, float]]:
-    """Train like `Pretraining.run`, with the workers there are at any time.
+def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[Metrics]:
+    """Train like `bort.pretraining.run.pretrain`, with the workers there are at any time.
 
     An update takes the same micro-batches whatever their number, so losing one changes nothing but
     the rounding of sums. Returns the evaluations since workers were last lost or let in. Raises
@@ -86,15 +90,18 @@ def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[di
         raise UserError(
             "--elastic: horovodrun needs --host-discovery-script: see scripts/README.md"
         )
-    state = ElasticState(Pretraining(settings, communicator))
-    return elastic.run_fn(_train, communicator.rejoin)(state)
+    run = settings.run
+    devices = devices_of(run.gpus, run.cpu_contexts, communicator)
+    reporter = FolderReporter(run.ckpt_dir, communicator)
+    state = ElasticState(pretraining_loop(settings, communicator, devices, reporter))
+    return elastic.run_fn(_train, communicator.reinit)(state)
 
 
-def _train(state: ElasticState) -> list[dict[str, float]]:
+def _train(state: ElasticState) -> list[Metrics]:
     with lost_workers():
-        state.run.enter()
-        evaluations = state.run.train(state.commit)
+        state.loop.start()
+        evaluations = state.loop.train(state.commit)
         # A broadcast does not wait on rank 0, which must not leave before the others have it.
         nd.waitall()
-        state.run.communicator.barrier()
+        state.loop.communicator.barrier()
     return evaluations

@@ -40,7 +40,7 @@ def evaluate(
         values = nd.concat(*parts, dim=0).asnumpy()
         sums[: len(values)] += values
         sums[4] += len(batch.labels)
-    mlm, correct, kl, teacher_correct, positions = communicator.sum(sums)
+    mlm, correct, kl, teacher_correct, positions = communicator.allreduce(sums)
     result = {"mlm_loss": mlm / positions, "accuracy": correct / positions}
     if teacher is not None:
         result.update(kl=kl / positions, teacher_accuracy=teacher_correct / positions)

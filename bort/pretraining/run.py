@@ -1,10 +1,10 @@
-"""Pretraining: masked language modelling, with or without a teacher."""
+"""A pretraining run: masked language modelling, with or without a teacher."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import mxnet as mx
 from mxnet import autograd, nd
@@ -15,7 +15,13 @@ from bort.config import as_dict, command_of
 from bort.devices import devices_of
 from bort.errors import UserError
 from bort.parameters import load_parameters, parameter_file
-from bort.pretraining.config import PretrainingSettings
+from bort.pretraining.config import (
+    DataSettings,
+    LossSettings,
+    PretrainingSettings,
+    StudentSettings,
+    TeacherSettings,
+)
 from bort.pretraining.distillation import correct_predictions, distillation_loss, squared_distance
 from bort.pretraining.evaluation import evaluate
 from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
@@ -23,77 +29,88 @@ from bort.pretraining.teacher import LiveTeacher, Teacher, load_teacher
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.saved_model import ModelConfig, save_model
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
-from bort.training.loop import Training
-from bort.training.optimization import learning_rate
+from bort.training.job import Evaluation, Job, Metrics, Progress, SavePolicy, Stream
+from bort.training.loop import Loop
+from bort.training.optimization import linear_warmup_decay, make_trainer
+from bort.training.reporting import FolderReporter, PhaseTimer, Reporter
+from bort.types import Block, Context, NDArray
 from data.batches import Batch, BucketSampler, PretrainingLoader
 from data.shards import Manifest, ShardSet, open_shards
 
-# What the micro-batch of a number depends on, besides the shards.
+# The micro-batch of a number depends on these, besides the shards.
 STREAM_FLAGS = {
     "DataSettings": ("batch_size", "num_buckets", "use_avg_len"),
     "RunSettings": ("seed",),
 }
-# What a metric line is made of, summed over masked positions.
-SUMS = ("loss", "mlm_loss", "kl", "accuracy", "teacher_mse")
 
 
-class Pretraining(Training):
-    """One run of pretraining: the student, its teacher if it has one, shards and held-out shards.
+def pretrain(settings: PretrainingSettings, communicator: Communicator) -> list[Metrics]:
+    """Train as the flags say; returns the held-out evaluations, the first before training."""
+    run = settings.run
+    devices = devices_of(run.gpus, run.cpu_contexts, communicator)
+    reporter = FolderReporter(run.ckpt_dir, communicator)
+    return pretraining_loop(settings, communicator, devices, reporter).run()
 
-    How far it is, is what `Training` counts.
-    """
 
-    def __init__(self, settings: PretrainingSettings, communicator: Communicator) -> None:
-        run = settings.run
-        devices = devices_of(run.gpus, run.cpu_contexts, communicator)
-        source, self.held_out, self.manifest = open_data(settings)
-        student = build_student(settings, self.manifest, devices)
-        self.teacher = build_teacher(settings, self.manifest, devices)
-        super().__init__(
-            settings,
-            communicator,
-            devices,
-            student,
-            source,
-            accumulate=settings.data.accumulate,
-            last_step=settings.optimizer.num_steps,
-            sums=SUMS,
-            weight_bound=settings.optimizer.sgd_bound,
-        )
+def pretraining_loop(
+    settings: PretrainingSettings,
+    communicator: Communicator,
+    devices: Sequence[Context],
+    reporter: Reporter,
+) -> Loop:
+    """Build student, teacher and data of a run that is ready to start."""
+    data, optimizer, run = settings.data, settings.optimizer, settings.run
+    inputs = open_data(data, run.seed, settings.teacher.teacher_cache)
+    vocab_size = inputs.manifest.vocab_size
+    student = build_student(settings.student, vocab_size, run.seed, optimizer.dtype, devices)
+    teacher = build_teacher(settings.teacher, inputs.manifest, optimizer.dtype, devices)
+    job = Job(
+        title=(
+            f"{settings.student.student_model} on {inputs.manifest.totals['sequences']:,} sequences"
+        ),
+        network=student,
+        stream=Stream(inputs.training, run.seed),
+        step=DistillationStep(student, teacher, settings.loss),
+        learning_rate=lambda step: linear_warmup_decay(
+            step, optimizer.lr, optimizer.warmup_steps, optimizer.num_steps
+        ),
+        max_steps=optimizer.num_steps,
+        evaluation=_evaluation(settings, inputs.held_out, student, teacher, communicator, devices),
+        saving=_save_policy(settings, inputs.manifest, student),
+    )
+    return Loop(
+        job,
+        make_trainer(student, communicator, optimizer, optimizer.sgd_bound),
+        communicator,
+        devices,
+        reporter,
+        accumulate=data.accumulate,
+        log_interval=run.log_interval,
+        on_nonfinite=optimizer.on_nonfinite,
+    )
 
-    @property
-    def student(self) -> Any:
-        """Return the network that is trained."""
-        return self.network
 
-    @property
-    def folder(self) -> str:
-        """Return the folder of checkpoints and metrics."""
-        return self.settings.run.ckpt_dir
+class DistillationStep:
+    """Forward and backward pass of the student, with the logits of its teacher if it has one."""
 
-    def _subject(self) -> str:
-        return (
-            f"{self.settings.student.student_model} on "
-            f"{self.manifest.totals['sequences']:,} sequences"
-        )
+    # Summed over masked positions.
+    metric_names = ("loss", "mlm_loss", "kl", "accuracy", "teacher_mse")
 
-    def _to_device(self, batch: Batch, device: Any) -> DeviceBatch:
+    def __init__(self, student: Block, teacher: Teacher | None, loss: LossSettings) -> None:
+        self.student, self.teacher = student, teacher
+        self._loss = loss
+
+    def to_device(self, batch: Batch, device: Context) -> DeviceBatch:
+        """Copy a micro-batch to a device."""
         return to_device(batch, device)
 
-    def _rate(self) -> float:
-        optimizer = self.settings.optimizer
-        return learning_rate(
-            self.step + 1, optimizer.lr, optimizer.warmup_steps, optimizer.num_steps
-        )
-
-    def _forward_backward(self, number: int, batch: DeviceBatch, tokens: int) -> None:
-        settings = self.settings.loss
+    def __call__(self, batch: DeviceBatch, scale: float, timer: PhaseTimer) -> NDArray:
+        """Add the gradients of a micro-batch; returns the sums [5] over its masked positions."""
         teacher_logits = None
         if self.teacher is not None:
-            with self._timer("teacher"):
+            with timer("teacher"):
                 teacher_logits = self.teacher.logits(batch)
-        self._seed_dropout(number, batch.labels.context)
-        with self._timer("student"):
+        with timer("student"):
             rows = EmbeddingRows(self.student, batch.input_ids)
             with autograd.record():
                 logits = masked_logits(self.student, batch, rows)
@@ -101,89 +118,103 @@ class Pretraining(Training):
                 logits,
                 batch.labels,
                 teacher_logits,
-                settings.mlm_weight,
-                settings.teacher_ce_weight,
-                settings.distillation_temperature,
+                self._loss.mlm_weight,
+                self._loss.teacher_ce_weight,
+                self._loss.distillation_temperature,
             )
-            rows.backward(logits, self._scaled(gradient))
+            rows.backward(logits, gradient if scale == 1.0 else gradient * scale)
             correct = correct_predictions(logits, batch.labels)
             square = nd.zeros_like(correct)
-            if settings.log_teacher_mse and teacher_logits is not None:
+            if self._loss.log_teacher_mse and teacher_logits is not None:
                 square = squared_distance(logits, teacher_logits).sum()
-            self._interval.add(nd.concat(*sums, correct, square, dim=0), len(batch.labels), tokens)
+            return nd.concat(*sums, correct, square, dim=0)
 
-    def _figures(self, means: dict[str, float]) -> dict[str, float]:
+    def metrics(self, means: Metrics, progress: Progress) -> Metrics:
+        """Return what a metric line reports, from the means of an interval by name."""
         shown = dict(means)
         if self.teacher is None:
             del shown["kl"]
-        if not self.settings.loss.log_teacher_mse:
+        if not self._loss.log_teacher_mse:
             del shown["teacher_mse"]
         return shown
 
-    def _evaluation(self) -> dict[str, float]:
-        if self.held_out is None:
+
+def _evaluation(
+    settings: PretrainingSettings,
+    held_out: PretrainingLoader | None,
+    student: Block,
+    teacher: Teacher | None,
+    communicator: Communicator,
+    devices: Sequence[Context],
+) -> Evaluation:
+    interval, max_steps = settings.run.eval_interval, settings.optimizer.num_steps
+    temperature = settings.loss.distillation_temperature
+
+    def run() -> Metrics:
+        if held_out is None:
             return {}
-        return evaluate(
-            self.student,
-            self.teacher,
-            self.held_out,
-            self.settings.loss.distillation_temperature,
-            self.communicator,
-            self.devices[0],
-        )
+        return evaluate(student, teacher, held_out, temperature, communicator, devices[0])
 
-    def _evaluation_due(self) -> bool:
-        return self.step % self.settings.run.eval_interval == 0 or self.step == self.last_step
+    return Evaluation(
+        due=lambda progress: progress.step % interval == 0 or progress.step == max_steps,
+        run=run,
+        score=lambda metrics: -metrics["mlm_loss"],
+    )
 
-    def _checkpoint_due(self, best: bool) -> bool:
-        due = self.step % self.settings.run.ckpt_interval == 0
-        return due or best or self.step == self.last_step
 
-    def _score(self, evaluation: dict[str, float]) -> float:
-        return -evaluation["mlm_loss"]
+def _save_policy(settings: PretrainingSettings, manifest: Manifest, student: Block) -> SavePolicy:
+    run, max_steps = settings.run, settings.optimizer.num_steps
+    recorded = as_dict(*settings)
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "model": self.settings.student.student_model,
-            "vocab_size": self.manifest.vocab_size,
-            "tokenizer_fingerprint": self.manifest.tokenizer_fingerprint,
-            "shards_sha256": shards_sha256(self.manifest),
-        }
+    def due(progress: Progress, best: bool) -> bool:
+        return best or progress.step % run.ckpt_interval == 0 or progress.step == max_steps
 
-    def _write_model(self, path: str) -> None:
+    def write_model(path: str, progress: Progress) -> None:
+        command = command_of("run_pretraining_distillation.py", *settings)
+        details = {"step": progress.step, "data": settings.data.data, "command": command}
+        if progress.best_step is not None:
+            details["metrics"] = {"lowest held-out mlm_loss": -progress.best_score}
         model_config = ModelConfig(
-            model=self.settings.student.student_model,
-            vocab_size=self.manifest.vocab_size,
-            tokenizer_fingerprint=self.manifest.tokenizer_fingerprint,
+            model=settings.student.student_model,
+            vocab_size=manifest.vocab_size,
+            tokenizer_fingerprint=manifest.tokenizer_fingerprint,
             kind="masked_lm",
-            max_len=self.student.encoder._max_length,
-            details=self._details(),
+            max_len=student.encoder._max_length,
+            details=details,
         )
-        tokenizer = os.path.join(self.settings.data.data, TOKENIZER_FOLDER)
-        save_model(path, self.student, model_config, load_tokenizer_folder(tokenizer))
+        tokenizer = os.path.join(settings.data.data, TOKENIZER_FOLDER)
+        save_model(path, student, model_config, load_tokenizer_folder(tokenizer))
 
-    def _details(self) -> dict[str, Any]:
-        command = command_of("run_pretraining_distillation.py", *self.settings)
-        details = {"step": self.step, "data": self.settings.data.data, "command": command}
-        if self.best_step is not None:
-            details["metrics"] = {"lowest held-out mlm_loss": -self.best_score}
-        return details
-
-    def _require_same_stream(self, state: dict[str, Any]) -> None:
-        require_same_stream(self.settings, self.manifest, state)
+    return SavePolicy(
+        folder=run.ckpt_dir,
+        due=due,
+        write_model=write_model,
+        identity={
+            "model": settings.student.student_model,
+            "vocab_size": manifest.vocab_size,
+            "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+            "shards_sha256": shards_sha256(manifest),
+        },
+        require_same_stream=lambda state: require_same_stream(
+            recorded, settings.data.data, manifest, state
+        ),
+        settings=recorded,
+        keep=run.keep_checkpoints,
+        resume=run.resume,
+        start_step=run.start_step,
+    )
 
 
 def require_same_stream(
-    settings: PretrainingSettings, manifest: Manifest, state: dict[str, Any]
+    settings: Mapping[str, Any], data: str, manifest: Manifest, state: Mapping[str, Any]
 ) -> None:
     """Raise `UserError` when the micro-batches are not those that a checkpoint's state counts."""
-    cure = "give what it was made with, or start anew from its weights with --student_parameters"
+    cure = "give what it was made with, or start a new run with --student_parameters"
     if shards_sha256(manifest) != state["shards_sha256"]:
-        raise UserError(f"--data {settings.data.data}: not the checkpoint's shards; {cure}")
-    now = as_dict(*settings)
+        raise UserError(f"--data {data}: not the checkpoint's shards; {cure}")
     for concern, flags in STREAM_FLAGS.items():
         for flag in flags:
-            given, made_with = now[concern][flag], state["settings"][concern][flag]
+            given, made_with = settings[concern][flag], state["settings"][concern][flag]
             if given != made_with:
                 raise UserError(
                     f"--{flag} {given}: the checkpoint was made with {made_with}; {cure}"
@@ -195,27 +226,42 @@ def shards_sha256(manifest: Manifest) -> str:
     return hashlib.sha256(" ".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
 
 
-def open_data(
-    settings: PretrainingSettings,
-) -> tuple[PretrainingLoader, PretrainingLoader | None, Manifest]:
+class Inputs(NamedTuple):
+    """The data of a run."""
+
+    training: PretrainingLoader
+    held_out: Optional[PretrainingLoader]
+    manifest: Manifest  # of the training shards
+
+
+def open_data(data: DataSettings, seed: int, teacher_cache: str | None = None) -> Inputs:
     """Open the training and held-out shards; raises `UserError` when their tokenizers differ."""
-    data = settings.data
     shards = open_shards(data.data)
-    order = BucketSampler(
-        shards.lengths, data.batch_size, data.num_buckets, data.use_avg_len, settings.run.seed
-    )
-    training = _source(shards, order, settings.teacher.teacher_cache)
+    order = BucketSampler(shards.lengths, data.batch_size, data.num_buckets, data.use_avg_len, seed)
+    training = _source(shards, order, teacher_cache)
     if not data.data_eval:
-        return training, None, shards.manifest
+        return Inputs(training, None, shards.manifest)
     held_out = open_shards(data.data_eval)
     if held_out.manifest.tokenizer_fingerprint != shards.manifest.tokenizer_fingerprint:
         raise UserError(
             f"--data_eval {data.data_eval}: made with another tokenizer than --data {data.data}"
         )
-    order = BucketSampler(
-        held_out.lengths, data.batch_size_eval, data.num_buckets, data.use_avg_len
+    evaluation = held_out_source(
+        held_out, data.batch_size_eval, data.num_buckets, data.use_avg_len, teacher_cache
     )
-    return training, _source(held_out, order, settings.teacher.teacher_cache), shards.manifest
+    return Inputs(training, evaluation, shards.manifest)
+
+
+def held_out_source(
+    shards: ShardSet,
+    batch_size: int,
+    num_buckets: int,
+    use_avg_len: bool = False,
+    teacher_cache: str | None = None,
+) -> PretrainingLoader:
+    """Return the batches of held-out shards, in an order that is always the same."""
+    order = BucketSampler(shards.lengths, batch_size, num_buckets, use_avg_len)
+    return _source(shards, order, teacher_cache)
 
 
 def _source(shards: ShardSet, order: BucketSampler, teacher_cache: str | None) -> PretrainingLoader:
@@ -223,27 +269,28 @@ def _source(shards: ShardSet, order: BucketSampler, teacher_cache: str | None) -
     return PretrainingLoader(shards, order, shards.manifest.pad_id, rows)
 
 
-def build_student(settings: PretrainingSettings, manifest: Manifest, devices: list[Any]) -> Any:
+def build_student(
+    student: StudentSettings, vocab_size: int, seed: int, dtype: str, devices: Sequence[Context]
+) -> Block:
     """Build the model that is trained, from random weights or those it is to start from."""
-    mx.random.seed(settings.run.seed)
-    student, _ = get_bort_model(
-        settings.student.student_model,
-        vocab=range(manifest.vocab_size),
-        ctx=devices,
-        dropout=settings.student.dropout,
+    mx.random.seed(seed)
+    network, _ = get_bort_model(
+        student.student_model,
+        vocab=range(vocab_size),
+        ctx=list(devices),
+        dropout=student.dropout,
     )
-    if settings.student.student_parameters:
-        load_parameters(student, parameter_file(settings.student.student_parameters))
-    student.cast(settings.optimizer.dtype)
-    student.encoder.hybridize(static_alloc=True)
-    return student
+    if student.student_parameters:
+        load_parameters(network, parameter_file(student.student_parameters))
+    network.cast(dtype)
+    network.encoder.hybridize(static_alloc=True)
+    return network
 
 
 def build_teacher(
-    settings: PretrainingSettings, manifest: Manifest, devices: list[Any]
+    teacher: TeacherSettings, manifest: Manifest, dtype: str, devices: Sequence[Context]
 ) -> Teacher | None:
     """Load the teacher, or open the cache of one; None when there is neither."""
-    teacher = settings.teacher
     if teacher.teacher_cache:
         return CachedTeacher(teacher.teacher_cache, devices)
     if not (teacher.teacher_model and teacher.teacher_ckpt_dir):
@@ -255,5 +302,5 @@ def build_teacher(
         manifest.tokenizer_fingerprint,
         devices,
     )
-    network.cast(settings.optimizer.dtype)
+    network.cast(dtype)
     return LiveTeacher(network)

@@ -32,6 +32,7 @@ from bort.encoder import join_projections
 from bort.errors import UserError
 from bort.files import NPZ_ERRORS, read_json, write_json
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
+from bort.types import Context
 from data.batches import collate
 from data.shards import Shard, ShardEntry, ShardSet
 
@@ -105,12 +106,12 @@ def _map_rows(folder: str, manifest: CacheManifest, entry: ShardEntry) -> np.nda
 class CachedTeacher:
     """A teacher that looks its hidden states up and only projects them."""
 
-    def __init__(self, folder: str, devices: list[Any]) -> None:
+    def __init__(self, folder: str, devices: Sequence[Context]) -> None:
         """Load the projection; raises `UserError` when it is missing, damaged or another's."""
         manifest = read_cache_manifest(folder)
         weight, bias = _read_projection(folder, manifest)
         layer = nn.Dense(manifest.vocab_size, in_units=manifest.hidden)
-        layer.initialize(ctx=devices)
+        layer.initialize(ctx=list(devices))
         layer.weight.set_data(nd.array(weight))
         layer.bias.set_data(nd.array(bias))
         # What `decode` wants to see of a model, so that both kinds of teacher project alike.

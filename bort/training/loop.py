@@ -1,16 +1,16 @@
-"""The training loop that pretraining and fine-tuning share: updates, log, evaluation, checkpoints;
-in one or many processes, on one or many devices, interrupted or not.
+"""The training loop that pretraining and fine-tuning share: updates, log, evaluation, checkpoints.
+
+It runs in one or many processes, on one or several devices, and resumes after interruptions.
 """
 
 from __future__ import annotations
 
-import abc
 import math
 import os
 import signal
 from contextlib import closing, contextmanager
 from types import FrameType
-from typing import Any, Callable, Generator, Iterator, NamedTuple, Protocol, Sequence
+from typing import Any, Callable, Generator, Iterator, NamedTuple, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -18,33 +18,22 @@ import numpy as np
 from bort import checkpoint
 from bort.bort import parameter_count
 from bort.communicator import Communicator
-from bort.config import as_dict
 from bort.errors import UserError
-from bort.files import write_json
 from bort.parameters import load_parameters
-from bort.training.optimization import LossScale, Trainer
-from bort.training.reporting import Interval, PhaseTimer, Reporter, Stopwatch
+from bort.training.job import Job, Metrics, Progress
+from bort.training.optimization import Trainer
+from bort.training.reporting import MetricAccumulator, PhaseTimer, Reporter, Stopwatch
+from bort.types import Context, NDArray
 from data.batches import SAMPLER_VERSION, prefetch
 
 MASK_31_BITS = 0x7FFFFFFF
 
 
-class Source(Protocol):
-    """What is learnt from: micro-batches by their number in an endless stream."""
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Return the number of micro-batches that use everything once."""
-
-    def __call__(self, position: int) -> Any:
-        """Return a NamedTuple of arrays with `tokens`, and `labels` [what the loss averages]."""
-
-
 class MicroBatch(NamedTuple):
-    """A batch, its number in the endless stream, and the device of this process it goes to."""
+    """A micro-batch, its number in the stream, and the device of this process it goes to."""
 
     number: int
-    device: Any
+    device: Context
     batch: Any
 
 
@@ -53,162 +42,88 @@ class Update(NamedTuple):
 
     step: int
     numbers: range  # of its micro-batches
-    norm: Any  # of the gradient, NDArray [1]
+    norm: NDArray  # of the gradient, [1]
 
 
-class Training(abc.ABC):
-    """One run: what it trains, from what, and how far it is.
+class Loop:
+    """Trains a job up to its last step.
 
-    `step` counts updates made, `position` the micro-batches of the endless stream that all ranks
-    together have used. Both, with the parameters and the optimiser's state, are all that a resumed
-    run needs (see data.batches). An update takes `micro_batches` of them, whatever the number of
-    ranks and devices they are shared out to.
+    An update takes `micro_batches` of the stream, whatever the number of ranks and devices they
+    are divided among.
 
     Args:
-        settings: a NamedTuple of settings with the members `run` and `optimizer`.
+        job: what is trained.
+        trainer: the optimizer of its network.
         communicator: the other processes.
         devices: of this process, each with a replica of the network.
-        network: what is trained.
-        source: what it learns from.
+        reporter: where metrics and messages go.
         accumulate: micro-batches per worker and update.
-        last_step: updates to make.
-        sums: names of the sums that `_forward_backward` adds to the interval.
-        weight_bound: with one, the optimiser is SGD and no weight leaves the bound.
+        log_interval: updates between two metric lines.
+        on_nonfinite: `stop` or `skip`, for a gradient that is not finite.
     """
 
     def __init__(
         self,
-        settings: Any,
+        job: Job,
+        trainer: Trainer,
         communicator: Communicator,
-        devices: list[Any],
-        network: Any,
-        source: Source,
-        accumulate: int,
-        last_step: int,
-        sums: Sequence[str],
-        weight_bound: float | None = None,
+        devices: Sequence[Context],
+        reporter: Reporter,
+        *,
+        accumulate: int = 1,
+        log_interval: int = 10,
+        on_nonfinite: str = "stop",
     ) -> None:
-        self.settings = settings
-        self.communicator = communicator
-        self.devices = devices
-        self.network = network
-        self.source = source
-        self.step = 0
-        self.position = 0
+        self.job, self.trainer = job, trainer
+        self.communicator, self.devices = communicator, devices
+        self.reporter = reporter
+        self.progress = Progress()
         self.micro_batches = accumulate * self._workers
-        self.last_step = last_step
-        self.best_score = -math.inf
-        self.best_step: int | None = None
-        self.stop_asked = False
-        optimizer = settings.optimizer
-        self.trainer = Trainer(
-            list(network.collect_params().values()),
-            communicator,
-            weight_decay=optimizer.weight_decay,
-            epsilon=optimizer.epsilon,
-            max_norm=optimizer.max_norm,
-            loss_scale=LossScale() if optimizer.dtype == "float16" else None,
-            compression=optimizer.compression,
-            weight_bound=weight_bound,
-        )
-        self._sums = tuple(sums)
-        self._interval = Interval(devices[0], len(sums))
-        self._update: Update | None = None
-        self._unsettled: list[Update] = []
+        self.stop_requested = False
+        self._log_interval, self._on_nonfinite = log_interval, on_nonfinite
+        self._accumulator = self._new_accumulator()
+        self._last_update: Update | None = None
+        self._pending_updates: list[Update] = []
         self._stopwatch = Stopwatch()
         self._timer = PhaseTimer()
 
-    # ---- what a kind of training says of itself ---------------------------------------------
+    # ---- set-up ---------------------------------------------------------------------------------
 
-    @property
-    @abc.abstractmethod
-    def folder(self) -> str:
-        """Return the folder of checkpoints and metrics."""
-
-    @abc.abstractmethod
-    def _forward_backward(self, number: int, batch: Any, tokens: int) -> None:
-        """Add the gradients of a micro-batch of its device, and its sums to the interval."""
-
-    @abc.abstractmethod
-    def _to_device(self, batch: Any, device: Any) -> Any:
-        """Copy a micro-batch to a device."""
-
-    @abc.abstractmethod
-    def _rate(self) -> float:
-        """Return the learning rate of the update that comes next."""
-
-    @abc.abstractmethod
-    def _figures(self, means: dict[str, float]) -> dict[str, float]:
-        """Return what a metric line says, from the interval's means."""
-
-    @abc.abstractmethod
-    def _evaluation(self) -> dict[str, float]:
-        """Return the figures on held-out data, the same on all ranks; empty without such data."""
-
-    @abc.abstractmethod
-    def _evaluation_due(self) -> bool:
-        """Tell whether the step just made is followed by an evaluation."""
-
-    @abc.abstractmethod
-    def _score(self, evaluation: dict[str, float]) -> float:
-        """Return what the best evaluation is chosen by: higher is better."""
-
-    @abc.abstractmethod
-    def _checkpoint_due(self, best: bool) -> bool:
-        """Tell whether the step just made is followed by a checkpoint; `best`: it is the best."""
-
-    @abc.abstractmethod
-    def _require_same_stream(self, state: dict[str, Any]) -> None:
-        """Raise `UserError` when the micro-batches are not those that a checkpoint counts."""
-
-    @abc.abstractmethod
-    def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint says besides the progress, for `_require_same_stream`."""
-
-    @abc.abstractmethod
-    def _write_model(self, path: str) -> None:
-        """Write the parameters to `path` of a checkpoint's folder, with what belongs to them."""
-
-    @abc.abstractmethod
-    def _subject(self) -> str:
-        """Return what is trained from what, for the first line of the log."""
-
-    # ---- the run ----------------------------------------------------------------------------
-
-    def run(self) -> list[dict[str, float]]:
+    def run(self) -> list[Metrics]:
         """Train up to the last step; returns the evaluations, of a new run the first before it."""
-        self.begin()
+        self.setup()
         return self.train()
 
-    def begin(self) -> None:
-        """Restore a checkpoint if one is asked for, make all ranks equal, open the log."""
-        self.restore()
-        self.synchronise()
-        self.enter()
+    def setup(self) -> None:
+        """Load a checkpoint if one is asked for, make all ranks equal, open the log."""
+        self.load_checkpoint()
+        self.broadcast_state()
+        self.start()
 
-    def restore(self) -> None:
+    def load_checkpoint(self) -> None:
         """Load the checkpoint that is asked for on rank 0, from which the other ranks get it."""
-        found = self._wanted_checkpoint() if self._first else None
+        saving = self.job.saving
+        found = self._requested_checkpoint() if self._is_first else None
         if found is None:
             return
         if found.state.get("order") != SAMPLER_VERSION:
             raise UserError(
-                f"{self.folder}: its batches were drawn in the order of another version; begin a "
-                "new run from its parameters, in another folder"
+                f"{saving.folder}: its batches were drawn in the order of another version; start "
+                "a new run from its parameters, in another folder"
             )
-        self._require_same_stream(found.state)
-        load_parameters(self.network, found.model_path)
+        saving.require_same_stream(found.state)
+        load_parameters(self.job.network, found.model_path)
         self.trainer.load_state(found.trainer_arrays())
-        self.set_progress(found.state)
-        checkpoint.rewind(self.folder, self.step, self.best_step)
+        self.load_state(found.state)
+        checkpoint.rewind(saving.folder, self.progress.step, self.progress.best_step)
 
-    def synchronise(self) -> None:
-        """Give every rank the progress, the parameters and the optimiser's state of rank 0."""
-        self.set_progress(self.communicator.broadcast_object(self.progress()))
+    def broadcast_state(self) -> None:
+        """Give every rank the progress, the parameters and the optimizer state of rank 0."""
+        self.load_state(self.communicator.broadcast_object(self.state()))
         self.communicator.broadcast(self.arrays())
 
-    def enter(self) -> None:
-        """Share out the micro-batches to the ranks there are, and open the log on rank 0.
+    def start(self) -> None:
+        """Divide the micro-batches among the ranks there are, and open the log on rank 0.
 
         Raises `UserError` when there are more workers than micro-batches in an update.
         """
@@ -218,176 +133,220 @@ class Training(abc.ABC):
                 f"too few for {self._workers} workers; start fewer"
             )
         gradients = "add" if self._accumulates else "write"
-        self.network.collect_params().setattr("grad_req", gradients)
-        if self._first:
-            os.makedirs(self.folder, exist_ok=True)
-            write_json(os.path.join(self.folder, "config.json"), as_dict(*self.settings))
-        self._reporter = Reporter(self.folder, self.last_step, self.step, enabled=self._first)
-        self._reporter.say(self._description())
+        self.job.network.collect_params().setattr("grad_req", gradients)
+        self.reporter.start(self.job.saving.settings, self.progress.step, self.job.max_steps)
+        self.reporter.say(self._description())
 
-    def train(self, commit: Callable[[], None] | None = None) -> list[dict[str, float]]:
-        """Train from where `enter` left the run up to the last step; returns the evaluations.
+    # ---- training -------------------------------------------------------------------------------
+
+    def train(self, commit: Callable[[], None] | None = None) -> list[Metrics]:
+        """Train from where `start` left the run up to the last step; returns the evaluations.
 
         `commit` is called between two steps, after each metric line: a moment when the sums of the
         interval are empty.
         """
-        run = self.settings.run
-        with closing(self.batches()) as batches, self._reporter, stop_on_sigterm(self):
+        job = self.job
+        with closing(self.batches()) as batches, self.reporter, stop_on_sigterm(self):
             # A resumed run has had its evaluation of this step.
-            new = not self.step and self._evaluation_due()
+            new = not self.progress.step and job.evaluation.due(self.progress)
             evaluations = [self._evaluate()] if new else []
             self._stopwatch.lap()
             stop = False
-            while not self._finished() and not stop:
-                if commit and self.step % run.log_interval == 0:
+            while not self.finished() and not stop:
+                if commit and self.progress.step % self._log_interval == 0:
                     commit()
                 self.train_step(batches)
                 stop = self._stop_agreed()
-                if self._log_due(self.step):
-                    self._log()
+                if self._log_due(self.progress.step):
+                    self._log_metrics()
                 best = False
-                if self._evaluation_due():
+                if job.evaluation.due(self.progress):
                     evaluations.append(self._evaluate())
-                    best = self._is_best(evaluations[-1])
-                if self._checkpoint_due(best) or stop:
-                    self._save(best)
+                    best = self._update_best(evaluations[-1])
+                if job.saving.due(self.progress, best) or stop:
+                    self.save(best)
         return evaluations
-
-    def progress(self) -> dict[str, Any]:
-        """Return how far the run is as plain data; `interval` counts this rank's part only."""
-        scale = self.trainer.loss_scale
-        return {
-            "step": self.step,
-            "position": self.position,
-            "micro_batches": self.micro_batches,
-            "loss_scale": [scale.value, scale.good_updates] if scale else None,
-            "best_score": self.best_score,
-            "best_step": self.best_step,
-            "interval": self._interval.state(),
-        }
-
-    def set_progress(self, progress: dict[str, Any]) -> None:
-        """Go to where the `progress` of rank 0 says; the other ranks' intervals start empty."""
-        self.step, self.position = progress["step"], progress["position"]
-        self.micro_batches = progress["micro_batches"]
-        self.best_score, self.best_step = progress["best_score"], progress["best_step"]
-        scale = self.trainer.loss_scale
-        if scale and progress["loss_scale"]:
-            scale.value, scale.good_updates = progress["loss_scale"]
-        self._interval = Interval(self.devices[0], len(self._sums))
-        if self._first:
-            self._interval.load_state(progress["interval"])
-        self._update, self._unsettled = None, []
-
-    def parameters(self) -> list[Any]:
-        """Return the arrays of the network's parameters on each device."""
-        return [a for p in self.network.collect_params().values() for a in p.list_data()]
-
-    def arrays(self) -> list[Any]:
-        """Return all that an update changes: parameters on each device, optimiser's state."""
-        return [*self.parameters(), *self.trainer.state().values()]
-
-    def batches(self) -> Generator[MicroBatch, None, None]:
-        """Yield the micro-batches that fall to this rank, without end, prepared ahead."""
-        return prefetch(
-            lambda place: MicroBatch(place[0], place[1], self.source(place[0])), self._places()
-        )
 
     def train_step(self, batches: Iterator[MicroBatch]) -> None:
         """Make one update from the next micro-batches."""
-        self._timer.measured = self._log_due(self.step + 1)
-        numbers = self._numbers(self.position)
+        job, progress = self.job, self.progress
+        self._timer.measured = self._log_due(progress.step + 1)
+        numbers = self.update_numbers(progress.batches)
         self._clear_gradients(numbers)
         count = 0
         for _ in self._own(numbers):
             with self._timer("data"):
                 number, device, batch = next(batches)
-                on_device = self._to_device(batch, device)
-            self._forward_backward(number, on_device, batch.tokens)
+                on_device = job.step.to_device(batch, device)
+            self._seed_dropout(number, device)
+            sums = job.step(on_device, self._scale, self._timer)
+            self._accumulator.add(sums, len(batch.labels), batch.tokens)
             count += len(batch.labels)
         with self._timer("communication"):
             total = self.trainer.sum_gradients(count)
         with self._timer("update"):
-            norm = self.trainer.update(total, self._rate())
-        self.step += 1
-        self._update = Update(self.step, numbers, norm)
-        self._unsettled.append(self._update)
-        self.position += len(numbers)
+            norm = self.trainer.update(total, job.learning_rate(progress.step + 1))
+        progress.step += 1
+        progress.batches += len(numbers)
+        self._last_update = Update(progress.step, numbers, norm)
+        self._pending_updates.append(self._last_update)
         # One step may wait in the device's queue, no more: a run that is told to stop ends soon.
-        self._settle(waiting=0 if self.trainer.loss_scale else 1)
-        self._reporter.advance()
+        self._wait_for_updates(waiting=0 if self.trainer.loss_scale else 1)
+        self.reporter.advance()
+
+    def batches(self) -> Generator[MicroBatch, None, None]:
+        """Yield the micro-batches of this rank, without end, prepared ahead."""
+        return prefetch(
+            lambda item: MicroBatch(item[0], item[1], self.job.stream.source(item[0])),
+            self._own_stream(),
+        )
+
+    def update_numbers(self, start: int) -> range:
+        """Return the numbers of the micro-batches of the update that starts at `start`.
+
+        With `whole_epochs` the last update of an epoch may have fewer.
+        """
+        end = start + self.micro_batches
+        if self.job.stream.whole_epochs:
+            epoch = self.job.stream.source.batches_per_epoch
+            end = min(end, (start // epoch + 1) * epoch)
+        return range(start, end)
+
+    def finished(self) -> bool:
+        """Tell whether the last step has been made, or the evaluation ends the run early."""
+        return self.progress.step >= self.job.max_steps or self.job.evaluation.stop_early()
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return how far the run is as plain data; `interval` counts this rank's part only."""
+        scale = self.trainer.loss_scale
+        return {
+            "step": self.progress.step,
+            "position": self.progress.batches,
+            "micro_batches": self.micro_batches,
+            "loss_scale": [scale.value, scale.good_updates] if scale else None,
+            "best_score": self.progress.best_score,
+            "best_step": self.progress.best_step,
+            "interval": self._accumulator.state(),
+            **self.job.extra.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore the `state` of rank 0; the other ranks' intervals start empty."""
+        self.progress = Progress(
+            state["step"], state["position"], state["best_score"], state["best_step"]
+        )
+        self.micro_batches = state["micro_batches"]
+        scale = self.trainer.loss_scale
+        if scale and state["loss_scale"]:
+            scale.value, scale.good_updates = state["loss_scale"]
+        self._accumulator = self._new_accumulator()
+        if self._is_first:
+            self._accumulator.load_state(state["interval"])
+        self._last_update, self._pending_updates = None, []
+        self.job.extra.load_state(state)
+
+    def parameters(self) -> list[NDArray]:
+        """Return the arrays of the network's parameters on each device."""
+        return [a for p in self.job.network.collect_params().values() for a in p.list_data()]
+
+    def arrays(self) -> list[NDArray]:
+        """Return all that an update changes: parameters on each device, optimizer state."""
+        return [*self.parameters(), *self.trainer.state().values()]
+
+    def save(self, best: bool) -> None:
+        """Write a checkpoint on rank 0; with `best` it becomes the best one."""
+        self._wait_for_updates()
+        with self._stopwatch.paused():
+            interval = self.communicator.allreduce(np.array(self._accumulator.state())).tolist()
+            if self._is_first:
+                self._write_checkpoint(interval, best)
+            self.communicator.barrier()
+
+    def _write_checkpoint(self, interval: list[float], best: bool) -> None:
+        saving, step = self.job.saving, self.progress.step
+        state = {
+            **self.state(),
+            "interval": interval,
+            "order": SAMPLER_VERSION,
+            **saving.identity,
+            "settings": saving.settings,
+        }
+        arrays = {name: array.asnumpy() for name, array in self.trainer.state().items()}
+        path = checkpoint.save(
+            saving.folder, step, lambda path: saving.write_model(path, self.progress), arrays, state
+        )
+        if best:
+            checkpoint.point(saving.folder, checkpoint.BEST, os.path.basename(path))
+        checkpoint.prune(saving.folder, saving.keep)
+        self.reporter.say(f"step {step:>7}  saved {path}")
+
+    def _requested_checkpoint(self) -> checkpoint.Checkpoint | None:
+        saving = self.job.saving
+        if saving.start_step:
+            return checkpoint.at_step(saving.folder, saving.start_step)
+        if saving.resume:
+            return checkpoint.latest(saving.folder)
+        checkpoint.require_none(saving.folder)
+        return None
+
+    # ---- workers --------------------------------------------------------------------------------
 
     @property
     def _workers(self) -> int:
         return self.communicator.size * len(self.devices)
 
     @property
-    def _first(self) -> bool:
+    def _is_first(self) -> bool:
         return self.communicator.rank == 0
 
     @property
     def _accumulates(self) -> bool:
         return self.micro_batches > self._workers
 
-    def _numbers(self, position: int) -> range:
-        """Return the numbers of the micro-batches of the update that starts at `position`."""
-        return range(position, position + self.micro_batches)
-
-    def _own(self, numbers: range) -> list[tuple[int, Any]]:
+    def _own(self, numbers: range) -> list[tuple[int, Context]]:
         """Return (number, device) of this rank's micro-batches: worker w has w, w + workers, ..."""
         own = []
-        for place, number in enumerate(numbers):
-            rank, device = divmod(place % self._workers, len(self.devices))
+        for index, number in enumerate(numbers):
+            rank, device = divmod(index % self._workers, len(self.devices))
             if rank == self.communicator.rank:
                 own.append((number, self.devices[device]))
         return own
 
-    def _clear_gradients(self, numbers: range) -> None:
-        """Forget the last update's gradients where the backward passes to come would not."""
-        if self._accumulates or len(numbers) < self._workers:
-            self.trainer.zero_gradients()
-
-    def _places(self) -> Iterator[tuple[int, Any]]:
-        position = self.position
+    def _own_stream(self) -> Iterator[tuple[int, Context]]:
+        start = self.progress.batches
         while True:
-            numbers = self._numbers(position)
+            numbers = self.update_numbers(start)
             yield from self._own(numbers)
-            position += len(numbers)
-
-    def _finished(self) -> bool:
-        return self.step >= self.last_step
-
-    def _log_due(self, step: int) -> bool:
-        """Tell whether a metric line follows a step, which is then measured phase by phase."""
-        return step % self.settings.run.log_interval == 0 or step == self.last_step
+            start += len(numbers)
 
     def _stop_agreed(self) -> bool:
         """Tell whether any rank was asked to stop: all have to leave after the same step."""
-        return bool(self.communicator.sum(np.array([float(self.stop_asked)]))[0])
+        return bool(self.communicator.allreduce(np.array([float(self.stop_requested)]))[0])
 
-    def _description(self) -> str:
-        return (
-            f"{self._subject()}; {parameter_count(self.network):,} parameters; "
-            f"{self.source.batches_per_epoch:,} batches an epoch; "
-            f"{self.communicator.size} rank(s) x {len(self.devices)} device(s), "
-            f"{self.micro_batches} micro-batch(es) an update; "
-            f"{os.environ.get('OMP_NUM_THREADS')} OpenMP thread(s) a rank; from step {self.step}"
-        )
+    # ---- parts of a step ------------------------------------------------------------------------
 
-    def _seed_dropout(self, number: int, device: Any) -> None:
+    @property
+    def _scale(self) -> float:
+        return self.trainer.loss_scale.value if self.trainer.loss_scale else 1.0
+
+    def _clear_gradients(self, numbers: range) -> None:
+        """Zero the gradients of the last update where the backward passes do not overwrite them."""
+        if self._accumulates or len(numbers) < self._workers:
+            self.trainer.zero_gradients()
+        for parameter in self.job.added_gradients:
+            parameter.zero_grad()
+
+    def _seed_dropout(self, number: int, device: Context) -> None:
         """Key dropout by the micro-batch: it depends neither on ranks nor on interruptions."""
-        key = np.random.SeedSequence([self.settings.run.seed, number]).generate_state(1)[0]
-        mx.random.seed(int(key) & MASK_31_BITS, ctx=device)
+        sequence = np.random.SeedSequence([self.job.stream.seed, number])
+        mx.random.seed(int(sequence.generate_state(1)[0]) & MASK_31_BITS, ctx=device)
 
-    def _scaled(self, loss: Any) -> Any:
-        """Return the loss that is differentiated, or its gradient, times the loss scale if any."""
-        scale = self.trainer.loss_scale.value if self.trainer.loss_scale else 1.0
-        return loss if scale == 1.0 else loss * scale
-
-    def _settle(self, waiting: int = 0) -> None:
+    def _wait_for_updates(self, waiting: int = 0) -> None:
         """Wait for all but the last `waiting` updates; not finite ones have changed nothing."""
-        while len(self._unsettled) > waiting:
-            update = self._unsettled.pop(0)
+        while len(self._pending_updates) > waiting:
+            update = self._pending_updates.pop(0)
             finite = math.isfinite(float(update.norm.asscalar()))
             if self.trainer.loss_scale:
                 self.trainer.loss_scale.update(overflowed=not finite)
@@ -395,98 +354,81 @@ class Training(abc.ABC):
                 self._report_nonfinite(update)
 
     def _report_nonfinite(self, update: Update) -> None:
-        path = os.path.join(self.folder, f"nonfinite-step-{update.step:07d}.npz")
-        if self._first:
-            batches = {number: self.source(number)._asdict() for number in update.numbers}
-            np.savez(
-                path,
-                **{
-                    f"{field}.{number}": array
-                    for number, batch in batches.items()
-                    for field, array in batch.items()
-                    if array is not None
-                },
-            )
+        numbers, arrays = update.numbers, {}
+        for number in numbers if self._is_first else ():
+            fields = self.job.stream.source(number)._asdict()
+            arrays.update({f"{n}.{number}": a for n, a in fields.items() if a is not None})
+        path = self.reporter.save_arrays(f"nonfinite-step-{update.step:07d}.npz", arrays)
         # The first rank that leaves takes the others with it.
         self.communicator.barrier()
         what = (
-            f"step {update.step}: the gradient of micro-batches {update.numbers[0]} to "
-            f"{update.numbers[-1]} is not finite; they are saved in {path}; "
-            "the parameters are as before the step"
+            f"step {update.step}: the gradient of micro-batches {numbers[0]} to {numbers[-1]} is "
+            f"not finite; they are saved in {path}; the parameters are as before the step"
         )
-        if self.settings.optimizer.on_nonfinite == "stop":
-            raise UserError(f"{what}; --resume with --on_nonfinite skip goes on without it")
-        self._reporter.say(f"warning: {what}; skipped")
+        if self._on_nonfinite == "stop":
+            raise UserError(f"{what}; --resume with --on_nonfinite skip continues without it")
+        self.reporter.say(f"warning: {what}; skipped")
 
-    def _log(self) -> None:
-        self._settle()
-        *sums, count, tokens = self.communicator.sum(np.array(self._interval.state()))
+    # ---- metrics --------------------------------------------------------------------------------
+
+    def _new_accumulator(self) -> MetricAccumulator:
+        return MetricAccumulator(self.devices[0], len(self.job.step.metric_names))
+
+    def _log_due(self, step: int) -> bool:
+        """Tell whether a metric line follows a step, which is then timed phase by phase."""
+        return step % self._log_interval == 0 or step == self.job.max_steps
+
+    def _description(self) -> str:
+        return (
+            f"{self.job.title}; {parameter_count(self.job.network):,} parameters; "
+            f"{self.job.stream.source.batches_per_epoch:,} batches an epoch; "
+            f"{self.communicator.size} rank(s) x {len(self.devices)} device(s), "
+            f"{self.micro_batches} micro-batch(es) an update; "
+            f"{os.environ.get('OMP_NUM_THREADS')} OpenMP thread(s) a rank; "
+            f"from step {self.progress.step}"
+        )
+
+    def _log_metrics(self) -> None:
+        self._wait_for_updates()
+        state = self.communicator.allreduce(np.array(self._accumulator.state()))
+        *sums, count, tokens = state
         seconds = self._stopwatch.lap()
-        values = self._figures({name: s / count for name, s in zip(self._sums, sums)})
+        means = {name: s / count for name, s in zip(self.job.step.metric_names, sums)}
+        values = self.job.step.metrics(means, self.progress)
         values["lr"] = self.trainer.rate
         if self.trainer.loss_scale:
             values["loss_scale"] = self.trainer.loss_scale.value
-        if self._update:
-            values["gradient_norm"] = float(self._update.norm.asscalar())
+        if self._last_update:
+            values["gradient_norm"] = float(self._last_update.norm.asscalar())
         values["tokens_per_second"] = round(tokens / seconds)
-        self._reporter.log(self.step, "train", {**values, **self._timer.shares()})
-        self._interval = Interval(self.devices[0], len(self._sums))
+        self.reporter.log(self.progress.step, "train", {**values, **self._timer.shares()})
+        self._accumulator = self._new_accumulator()
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> Metrics:
         with self._stopwatch.paused():
-            result = self._evaluation()
+            result = self.job.evaluation.run()
         if result:
-            self._reporter.log(self.step, "eval", result)
+            self.reporter.log(self.progress.step, "eval", result)
         return result
 
-    def _is_best(self, evaluation: dict[str, float]) -> bool:
-        score = self._score(evaluation) if evaluation else -math.inf
-        improved = score > self.best_score
-        if improved:
-            self.best_score, self.best_step = score, self.step
-        return improved
-
-    def _save(self, best: bool) -> None:
-        self._settle()
-        with self._stopwatch.paused():
-            interval = self.communicator.sum(np.array(self._interval.state())).tolist()
-            if self._first:
-                self._write_checkpoint(interval, best)
-            self.communicator.barrier()
-
-    def _write_checkpoint(self, interval: list[float], best: bool) -> None:
-        state = {
-            **self.progress(),
-            "interval": interval,
-            "order": SAMPLER_VERSION,
-            **self._identity(),
-            "settings": as_dict(*self.settings),
-        }
-        arrays = {name: array.asnumpy() for name, array in self.trainer.state().items()}
-        path = checkpoint.save(self.folder, self.step, self._write_model, arrays, state)
+    def _update_best(self, metrics: Metrics) -> bool:
+        evaluation, progress = self.job.evaluation, self.progress
+        score = evaluation.score(metrics) if metrics else -math.inf
+        best = score > progress.best_score
         if best:
-            checkpoint.point(self.folder, checkpoint.BEST, os.path.basename(path))
-        checkpoint.prune(self.folder, self.settings.run.keep_checkpoints)
-        self._reporter.say(f"step {self.step:>7}  saved {path}")
-
-    def _wanted_checkpoint(self) -> checkpoint.Checkpoint | None:
-        run = self.settings.run
-        if run.start_step:
-            return checkpoint.at_step(self.folder, run.start_step)
-        if run.resume:
-            return checkpoint.latest(self.folder)
-        checkpoint.require_none(self.folder)
-        return None
+            progress.best_score, progress.best_step = score, progress.step
+        evaluation.record(progress, metrics, best and self._is_first)
+        return best
 
 
 @contextmanager
-def stop_on_sigterm(run: Training) -> Iterator[None]:
-    """Let SIGTERM, a cluster's notice before it takes the machine, end the run after its step."""
+def stop_on_sigterm(loop: Loop) -> Iterator[None]:
+    """Let SIGTERM, which a cluster sends before it takes a machine, end the run after its step."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        run.stop_asked = True
+    def request(number: int, frame: FrameType | None) -> None:
+        loop.stop_requested = True
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, request)
     try:
         yield
     finally:

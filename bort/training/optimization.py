@@ -14,6 +14,8 @@ from mxnet import nd
 
 from bort.communicator import Communicator
 from bort.training.bert_adam import BERTAdam
+from bort.training.config import UpdateSettings
+from bort.types import Block
 
 # Neither biases nor the gains and offsets of LayerNorm are shrunk (BERT, appendix A.2).
 WITHOUT_DECAY = ("bias", "beta", "gamma")
@@ -21,7 +23,7 @@ WITHOUT_DECAY = ("bias", "beta", "gamma")
 PIECE = 1 << 19
 
 
-def learning_rate(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
+def linear_warmup_decay(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
     """Return the rate of optimiser step `step` (1-based): linear up to the peak, linear down.
 
     The last step still has a positive rate, and the peak is reached exactly once, at the end of
@@ -68,7 +70,7 @@ class LossScale:
             self.value, self.good_updates = self.value * 2, 0
 
 
-class BoundedSGD(mx.optimizer.Optimizer):
+class ProjectedSGD(mx.optimizer.Optimizer):
     """SGD over a compact set: w <- clip(w - rate * (g + wd * w), -bound, bound).
 
     As in the kernel of BERTAdam, `rescale_grad` is an array, and 0 leaves everything as it is. In
@@ -99,7 +101,7 @@ class BoundedSGD(mx.optimizer.Optimizer):
 
 
 class Trainer:
-    """Averages, clips and applies the gradients of a model with BERTAdam, or with `BoundedSGD`.
+    """Averages, clips and applies the gradients of a model with BERTAdam, or with `ProjectedSGD`.
 
     The gradients have to be sums over positions; `update` is told over how many. On several
     devices of this process and several processes the sums are added up first, so every replica
@@ -131,7 +133,7 @@ class Trainer:
         if weight_bound is None:
             self._optimizer = BERTAdam(epsilon=epsilon, multi_precision=True, **options)
         else:
-            self._optimizer = BoundedSGD(weight_bound, **options)
+            self._optimizer = ProjectedSGD(weight_bound, **options)
         # One array for all steps: the device's queue then keeps the sums of successive steps apart.
         self._positions = nd.zeros(1, ctx=self._weights()[0].context)
         # Made now, not at the first update, so that a checkpoint can be loaded into it.
@@ -148,7 +150,7 @@ class Trainer:
             for other in others:
                 first += other.as_in_context(first.context)
         self._positions[:] = positions
-        self._communicator.sum_in_place([*self._gradients(), self._positions], self._compression)
+        self._communicator.allreduce_([*self._gradients(), self._positions], self._compression)
         return self._positions
 
     def update(self, positions: Any, rate: float) -> Any:
@@ -202,3 +204,22 @@ class Trainer:
         """Restore what `state` returned, from {name: NumPy array}."""
         for name, own in self.state().items():
             own[:] = nd.array(arrays[name], ctx=own.context)
+
+
+def make_trainer(
+    network: Block,
+    communicator: Communicator,
+    update: UpdateSettings,
+    weight_bound: float | None = None,
+) -> Trainer:
+    """Return the trainer of a network, with a loss scale for float16."""
+    return Trainer(
+        list(network.collect_params().values()),
+        communicator,
+        weight_decay=update.weight_decay,
+        epsilon=update.epsilon,
+        max_norm=update.max_norm,
+        loss_scale=LossScale() if update.dtype == "float16" else None,
+        compression=update.compression,
+        weight_bound=weight_bound,
+    )

@@ -1,4 +1,4 @@
-"""What a run says, from rank 0 only: metric lines, metrics.jsonl, TensorBoard, a progress bar."""
+"""Reporting, on rank 0 only: metric lines, metrics.jsonl, TensorBoard, a progress bar."""
 
 from __future__ import annotations
 
@@ -8,39 +8,101 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Protocol, Sequence
 
+import numpy as np
 from mxnet import nd
 from tqdm import tqdm
 
+from bort.communicator import Communicator
+from bort.files import write_json
+from bort.types import Context, NDArray
 
-class Reporter:
-    """Writes the metrics of a run to the screen and into its folder.
+FILE = "metrics.jsonl"
+
+
+class Reporter(Protocol):
+    """Where a run reports its metrics and messages."""
+
+    def start(self, config: Mapping[str, Any], step: int, max_steps: int) -> None:
+        """Begin at `step`; `config` are the settings of the run."""
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Record the values of one moment."""
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Save arrays in a file of the run's folder; returns its path."""
+
+    def __enter__(self) -> Reporter: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None: ...
+
+
+class NullReporter:
+    """Reports nothing and writes nothing: for timings."""
+
+    def start(self, config: Mapping[str, Any], step: int, max_steps: int) -> None:
+        """Ignore the settings."""
+
+    def advance(self) -> None:
+        """Show no progress."""
+
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Record nothing."""
+
+    def say(self, line: str) -> None:
+        """Print nothing."""
+
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Save nothing."""
+        return os.devnull
+
+    def __enter__(self) -> NullReporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Close nothing."""
+
+
+class FolderReporter:
+    """Writes the metrics of a run to the screen and into its folder, on rank 0 alone.
 
     metrics.jsonl gets one JSON object per call of `log`, flushed at once, with `step`, `phase` and
-    the values. Lines beyond `from_step` of an earlier attempt are cut off, so that a resumed run
-    reads like an uninterrupted one. With `enabled` false (ranks other than 0) nothing is written.
+    the values. `start` cuts off lines beyond its step, which an earlier attempt has left: a resumed
+    run reads like an uninterrupted one. With `quiet` nothing goes to the screen.
     """
 
-    def __init__(self, folder: str, total_steps: int, from_step: int, enabled: bool) -> None:
-        self._enabled = enabled
-        if not enabled:
+    def __init__(self, folder: str, communicator: Communicator, quiet: bool = False) -> None:
+        self._folder, self._communicator, self._quiet = folder, communicator, quiet
+        self._path = os.path.join(folder, FILE)
+        self._enabled = False
+
+    def start(self, config: Mapping[str, Any], step: int, max_steps: int) -> None:
+        """Write config.json and open the files; the rank is asked for now: it may have changed."""
+        self._enabled = self._communicator.rank == 0
+        if not self._enabled:
             return
         # Imported here: protobuf takes a while, and only rank 0 needs it.
         from tensorboardX import SummaryWriter
 
-        self._path = os.path.join(folder, "metrics.jsonl")
-        _cut_after(self._path, from_step or -1)
+        os.makedirs(self._folder, exist_ok=True)
+        write_json(os.path.join(self._folder, "config.json"), config)
+        _cut_after(self._path, step or -1)
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
-        self._board = SummaryWriter(
-            os.path.join(folder, "tensorboard"), purge_step=from_step + 1, flush_secs=10
-        )
+        board = os.path.join(self._folder, "tensorboard")
+        self._board = SummaryWriter(board, purge_step=step + 1, flush_secs=10)
         # A bar that redraws itself is noise in a log file.
         self._bar = tqdm(
-            total=total_steps,
-            initial=from_step,
+            total=max_steps,
+            initial=step,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=self._quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
 
@@ -63,21 +125,29 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        if self._enabled:
+        if self._enabled and not self._quiet:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def __enter__(self) -> Reporter:
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Save arrays as an .npz file of the run's folder; returns its path, on every rank."""
+        path = os.path.join(self._folder, name)
+        if self._enabled:
+            np.savez(path, **arrays)
+        return path
+
+    def __enter__(self) -> FolderReporter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Close the files; print the closing table of a run that did not fail."""
-        if self._enabled:
-            self._bar.close()
-            self._lines.close()
-            self._board.close()
-            if kind is None:
-                print(closing_table(self._path), flush=True)
+        if not self._enabled:
+            return
+        self._bar.close()
+        self._lines.close()
+        self._board.close()
+        if kind is None and not self._quiet:
+            print(closing_table(self._path), flush=True)
 
 
 def _cut_after(path: str, step: int) -> None:
@@ -125,16 +195,16 @@ def _figures(record: dict[str, Any]) -> list[str]:
     return [name for name in record if name not in ("step", "phase", "time")]
 
 
-class Interval:
+class MetricAccumulator:
     """Sums since the last metric line, kept on the device so that no step waits for them."""
 
-    def __init__(self, device: Any, sums: int) -> None:
-        self._sums = nd.zeros(sums, ctx=device)
+    def __init__(self, device: Context, sums: int) -> None:
+        self._sums = nd.zeros(sums, ctx=device)  # [sums]
         self.count = 0
         self.tokens = 0
 
-    def add(self, sums: Any, count: int, tokens: int) -> None:
-        """Add the sums [sums] of one micro-batch, over how many they are, and its tokens."""
+    def add(self, sums: NDArray, count: int, tokens: int) -> None:
+        """Add the sums [sums] of a micro-batch over `count` labels, and its tokens."""
         self._sums += sums.as_in_context(self._sums.context)
         self.count += count
         self.tokens += tokens

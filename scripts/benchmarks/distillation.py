@@ -11,7 +11,6 @@ the C library's own handling of freed memory.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import statistics
 import subprocess
@@ -154,17 +153,20 @@ def write_random_shards(folder: str, settings: DistillationBenchmarkSettings) ->
 def _our_step(
     settings: DistillationBenchmarkSettings, shards: str, folder: str, flags: list[str]
 ) -> Callable[[], None]:
+    import mxnet as mx
+
     from bort.communicator import SingleProcess
     from bort.pretraining.config import SETTINGS_CLASSES, PretrainingSettings
-    from bort.pretraining.run import Pretraining
+    from bort.pretraining.run import pretraining_loop
+    from bort.training.reporting import NullReporter
 
     argv = ["--data", shards, "--batch_size", str(settings.batch_size), "--num_steps", "100000"]
     argv += ["--ckpt_dir", tempfile.mkdtemp(dir=folder), "--log_interval", "1000", *flags]
-    run = Pretraining(PretrainingSettings(*parse("", argv, *SETTINGS_CLASSES)), SingleProcess())
-    with contextlib.redirect_stdout(io.StringIO()):
-        run.begin()
-    batches = run.batches()
-    return lambda: run.train_step(batches)
+    run = PretrainingSettings(*parse("", argv, *SETTINGS_CLASSES))
+    loop = pretraining_loop(run, SingleProcess(), [mx.cpu()], NullReporter())
+    loop.setup()
+    batches = loop.batches()
+    return lambda: loop.train_step(batches)
 
 
 def _write_teacher(teacher: str, path: str, settings: DistillationBenchmarkSettings) -> None:

@@ -8,8 +8,6 @@ that a change in the machine's pace meets both; the table has medians.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import statistics
 import tempfile
@@ -18,7 +16,7 @@ from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 
-from bort.config import build, option, parse
+from bort.config import option, parse
 
 LABELS = ("0", "1")
 EXAMPLES = 64
@@ -87,16 +85,17 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
 
 def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[], None]:
     """Return a function that makes one update as `bort.finetuning.run` does, clipping included."""
+    import mxnet as mx
+
     from bort.communicator import SingleProcess
-    from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
-    from bort.finetuning.run import Classifier, FineTuning, TaskData
+    from bort.finetuning.classifier import Classifier
+    from bort.finetuning.config import FinetuningOptimizerSettings
+    from bort.finetuning.run import FinetuningOptions, TaskData, finetuning_loop
     from bort.saved_model import ModelConfig, build_network
+    from bort.training.reporting import NullReporter
     from data.task import Example
     from data.tasks import get_task
 
-    flags = {"task_name": "SST-2", "batch_size": settings.batch_size, "max_len": settings.length}
-    flags.update(cache_dir=os.path.join(folder, "encoded"), log_interval=10**6, epochs=10**6)
-    given = FinetuningSettings(*(build(cls, flags) for cls in FINETUNING_CLASSES))
     tokenizer: Any = RandomTokenizer(settings)
     model_config = ModelConfig(
         settings.model, settings.vocab_size, "random", "classification", "SST-2", LABELS, 2
@@ -106,11 +105,19 @@ def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[],
     examples = [Example(n, ((str(n),),), n % 2) for n in range(EXAMPLES)]
     data = TaskData(get_task("SST-2"), examples, {})
     classifier = Classifier(network, model_config, tokenizer)
-    run = FineTuning(given, SingleProcess(), classifier, data, os.path.join(folder, "run"))
-    with contextlib.redirect_stdout(io.StringIO()):
-        run.begin()
-    batches = run.batches()
-    return lambda: run.train_step(batches)
+    optimizer = FinetuningOptimizerSettings(batch_size=settings.batch_size, epochs=10**6)
+    options = FinetuningOptions(
+        folder=os.path.join(folder, "run"),
+        max_len=settings.length,
+        cache_dir=os.path.join(folder, "encoded"),
+        log_interval=10**6,
+    )
+    loop = finetuning_loop(
+        classifier, data, optimizer, options, SingleProcess(), [mx.cpu()], NullReporter()
+    ).loop
+    loop.setup()
+    batches = loop.batches()
+    return lambda: loop.train_step(batches)
 
 
 class StockStep:

@@ -266,7 +266,7 @@ class ThreadRank:
     def barrier(self):
         self.threads.barrier.wait()
 
-    def gather_objects(self, value):
+    def allgather_object(self, value):
         self.threads.values[self.rank] = value
         self.threads.barrier.wait()
         values = list(self.threads.values)
@@ -293,7 +293,7 @@ def test_ranks_share_the_fits(finished, tmp_path, size):
 
 
 def test_a_single_process_gathers_its_own_value():
-    assert SingleProcess().gather_objects("one") == ["one"]
+    assert SingleProcess().allgather_object("one") == ["one"]
 
 
 # Labellers

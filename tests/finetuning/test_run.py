@@ -49,7 +49,7 @@ def test_it_learns_a_task_that_one_word_decides(reviews, tmp_path):
 
 def test_first_losses(reviews, tmp_path):
     run = make_run(reviews, tmp_path, log_interval=1, training_steps=6, lr=1e-4)
-    run.run()
+    run.loop.run()
     losses = [line["loss"] for line in training_lines(tmp_path / "SST-2")]
     assert losses[0] == pytest.approx(math.log(2), abs=0.01)  # the new head knows nothing
     assert losses == pytest.approx(GOLDEN, abs=2e-4)
@@ -58,7 +58,7 @@ def test_first_losses(reviews, tmp_path):
 @pytest.mark.parametrize("init", ["normal", "uniform", "orthogonal", "xavier"])
 def test_the_head_starts_as_asked(reviews, tmp_path, init):
     run = make_run(reviews, tmp_path, init=init, prob=0.5)
-    values = run.network.classifier[1].weight.data().asnumpy()
+    values = run.classifier.network.classifier[1].weight.data().asnumpy()
     spread = {
         "normal": values.std() / 0.5,
         "uniform": np.abs(values).max() / 0.5,
@@ -66,7 +66,7 @@ def test_the_head_starts_as_asked(reviews, tmp_path, init):
         "xavier": np.abs(values).max() / math.sqrt(0.5 / 32),
     }[init]
     assert spread == pytest.approx(1, abs=0.1)
-    assert np.abs(run.network.bort.word_embed[0].weight.data().asnumpy()).max() < 0.2
+    assert np.abs(run.classifier.network.bort.word_embed[0].weight.data().asnumpy()).max() < 0.2
 
 
 def test_a_pretrained_body_brings_weights_shape_and_vocabulary(reviews, tmp_path):
@@ -80,10 +80,12 @@ def test_a_pretrained_body_brings_weights_shape_and_vocabulary(reviews, tmp_path
     given = {"pretrained_parameters": tmp_path / "body", "model_name": None}
     run = make_run(reviews, tmp_path, **given)
     expected = body.word_embed[0].weight.data().asnumpy()
-    found = run.network.bort.word_embed[0].weight.data().asnumpy()
+    found = run.classifier.network.bort.word_embed[0].weight.data().asnumpy()
     np.testing.assert_array_equal(found, expected)
     assert run.classifier.model_config.model == SHAPE
-    assert not [name for name in run.network._collect_params_with_prefix() if "decoder" in name]
+    assert not [
+        name for name in run.classifier.network._collect_params_with_prefix() if "decoder" in name
+    ]
     with pytest.raises(UserError, match="--model_name bort_1_4_32_32: the weights are of"):
         make_run(reviews, tmp_path, **{**given, "model_name": "bort_1_4_32_32"})
     other = tmp_path / "other.params"
@@ -97,12 +99,12 @@ def test_a_pretrained_body_brings_weights_shape_and_vocabulary(reviews, tmp_path
 
 def test_the_last_smaller_group_of_an_epoch_is_used(reviews, tmp_path):
     run = make_run(reviews, tmp_path, accumulate=3, batch_size=8, num_buckets=1, epochs=2)
-    assert run.source.batches_per_epoch == 8
-    assert [run._numbers(position) for position in (0, 3, 6, 8)] == [
+    assert run.loop.job.stream.source.batches_per_epoch == 8
+    assert [run.loop.update_numbers(position) for position in (0, 3, 6, 8)] == [
         range(0, 3), range(3, 6), range(6, 8), range(8, 11)
     ]  # fmt: skip
-    run.run()
-    assert (run.step, run.position) == (6, 16)
+    run.loop.run()
+    assert (run.loop.progress.step, run.loop.progress.batches) == (6, 16)
 
 
 def test_an_update_averages_over_the_examples_of_its_micro_batches(reviews, tmp_path):
@@ -110,8 +112,8 @@ def test_an_update_averages_over_the_examples_of_its_micro_batches(reviews, tmp_
     common = {"num_buckets": 1, "dropout": 0.0, "training_steps": 1, "log_interval": 1}
     one = make_run(reviews, tmp_path / "one", batch_size=64, **common)
     two = make_run(reviews, tmp_path / "two", batch_size=32, accumulate=2, **common)
-    one.run()
-    two.run()
+    one.loop.run()
+    two.loop.run()
     lines = [training_lines(tmp_path / name / "SST-2")[0] for name in ("one", "two")]
     for line in lines:
         del line["phase"]
@@ -122,29 +124,29 @@ def test_an_update_averages_over_the_examples_of_its_micro_batches(reviews, tmp_
 
 
 def arrays_of_network(run: Any) -> dict[str, np.ndarray]:
-    parameters = run.network._collect_params_with_prefix()
+    parameters = run.classifier.network._collect_params_with_prefix()
     return {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
 
 
 def test_gradients_of_an_update_are_its_own(reviews, tmp_path):
     """Of the word embedding, too, which no backward pass through a decoder overwrites."""
     run = make_run(reviews, tmp_path, num_buckets=1, lr=0.0, dropout=0.0)
-    run.begin()
-    batches = run.batches()
-    weight = run.network.bort.word_embed[0].weight
+    run.loop.setup()
+    batches = run.loop.batches()
+    weight = run.classifier.network.bort.word_embed[0].weight
     for _ in range(2):
-        run.train_step(batches)
+        run.loop.train_step(batches)
         rows = set(np.flatnonzero(np.abs(weight.grad().asnumpy()).sum(axis=1)))
-        number = run.position - 1
-        assert rows <= set(run.source(number).input_ids.reshape(-1))
+        number = run.loop.progress.batches - 1
+        assert rows <= set(run.loop.job.stream.source(number).input_ids.reshape(-1))
 
 
 def test_replicas_in_one_process_train_like_accumulation(reviews, tmp_path):
     common = {"batch_size": 5, "num_buckets": 1, "epochs": 2}  # 13 batches: an odd one is left
     one = make_run(reviews, tmp_path / "one", accumulate=2, **common)
     two = make_run(reviews, tmp_path / "two", cpu_contexts=2, **common)
-    one.run()
-    two.run()
+    one.loop.run()
+    two.loop.run()
     assert_same_training(
         tmp_path / "one" / "SST-2", arrays_of_network(one),
         tmp_path / "two" / "SST-2", arrays_of_network(two),
@@ -152,11 +154,7 @@ def test_replicas_in_one_process_train_like_accumulation(reviews, tmp_path):
 
 
 def rates(run: Any, steps: int) -> list[float]:
-    found = []
-    for step in range(steps):
-        run.step = step
-        found.append(run._rate())
-    return found
+    return [run.loop.job.learning_rate(step) for step in range(1, steps + 1)]
 
 
 def test_the_schedule_counts_real_updates(reviews, tmp_path):
@@ -166,10 +164,10 @@ def test_the_schedule_counts_real_updates(reviews, tmp_path):
     down = [0.01 * left / 13 for left in range(12, 0, -1)]
     assert rates(run, 16) == pytest.approx([*up, *down])
     ramped = make_run(reviews, tmp_path, epochs=4, ramp_up_epochs=2, **flags)
-    assert ramped.last_step == 32
+    assert ramped.loop.job.max_steps == 32
     assert rates(ramped, 32) == pytest.approx([*up, *down, *[1e-7] * 16])
     short = make_run(reviews, tmp_path, training_steps=5, **flags)
-    assert short.last_step == 5
+    assert short.loop.job.max_steps == 5
     assert rates(short, 5)[-1] == pytest.approx(0.01 / 5)
 
 
@@ -192,19 +190,20 @@ class Scripted:
 def test_patience_ends_the_run(reviews, tmp_path, monkeypatch):
     Scripted(monkeypatch, [0.5, 0.6, 0.6, 0.55, 0.9])
     run = make_run(reviews, tmp_path, epochs=9, early_stop=2, num_buckets=1)
-    run.run()
+    run.loop.run()
     assert run.epoch == 4
-    assert run.best_step == 2 * 8
+    assert run.loop.progress.best_step == 2 * 8
 
 
 def test_the_best_epoch_is_that_of_the_best_average_over_the_dev_sets(tmp_path, monkeypatch):
     # Matched and mismatched in turn: the averages are 0.5, 0.65, 0.6.
     Scripted(monkeypatch, [0.5, 0.5, 0.9, 0.4, 0.5, 0.7])
     run = make_run(TEST_DATA / "glue", tmp_path, task_name="MNLI", epochs=3, num_buckets=1)
-    run.run()
-    assert run.best_step == 2 * run.updates_per_epoch
-    assert run.history[1]["dev_matched/accuracy"] == 0.9
-    assert run.history[1]["score"] == pytest.approx(0.65)
+    run.loop.run()
+    updates_per_epoch = run.loop.job.stream.source.batches_per_epoch
+    assert run.loop.progress.best_step == 2 * updates_per_epoch
+    assert run.history.entries[1]["dev_matched/accuracy"] == 0.9
+    assert run.history.entries[1]["score"] == pytest.approx(0.65)
 
 
 # ---- resume ------------------------------------------------------------------------------------
@@ -216,13 +215,12 @@ RESUMED = {"epochs": 3, "dropout": 0.1, "accumulate": 2, "batch_size": 4, "log_i
 def undisturbed(reviews, tmp_path_factory) -> tuple[str, Any, Any]:
     folder = tmp_path_factory.mktemp("undisturbed")
     run = make_run(reviews, folder, **RESUMED)
-    run.run()
-    return digest_of(run), run.history, metrics(folder / "SST-2")
+    run.loop.run()
+    return digest_of(run), run.history.entries, metrics(folder / "SST-2")
 
 
 def digest_of(run: Any) -> str:
-    run.student = run.network
-    return digest(run)
+    return digest(run.loop)
 
 
 class KilledError(Exception):
@@ -238,35 +236,35 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
     from bort.finetuning import run as finetuning
 
     flags = {**RESUMED, "ckpt_interval": interval}
-    forward_backward, used = finetuning.FineTuning._forward_backward, []
+    step, used = finetuning.ClassificationStep.__call__, []
 
     def dying(self, *given):
         if len(used) == batches:
             raise KilledError
         used.append(given[0])
-        return forward_backward(self, *given)
+        return step(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning.FineTuning, "_forward_backward", dying)
+        patch.setattr(finetuning.ClassificationStep, "__call__", dying)
         with pytest.raises(KilledError):
-            make_run(reviews, tmp_path, **flags).run()
+            make_run(reviews, tmp_path, **flags).loop.run()
     run = make_run(reviews, tmp_path, resume=True, **flags)
-    run.run()
-    assert (digest_of(run), run.history, metrics(tmp_path / "SST-2")) == undisturbed
+    run.loop.run()
+    assert (digest_of(run), run.history.entries, metrics(tmp_path / "SST-2")) == undisturbed
 
 
 def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, undisturbed, monkeypatch):
     from bort.finetuning import run as finetuning
 
-    rate = finetuning.FineTuning._rate
+    rate = finetuning.learning_rate
 
-    def warned(self):
-        if self.step == 10:
+    def warned(step, *rest):
+        if step == 11:
             os.kill(os.getpid(), signal.SIGTERM)
-        return rate(self)
+        return rate(step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning.FineTuning, "_rate", warned)
+        patch.setattr(finetuning, "learning_rate", warned)
         assert finetuned(reviews, tmp_path, **RESUMED) == {}
     assert (tmp_path / "SST-2" / "checkpoint_last").resolve().name == "step-0000011"
     assert not (tmp_path / "SST-2" / "metrics.json").exists()
@@ -286,9 +284,9 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, undisturb
     ],
 )
 def test_another_run_is_not_resumed(reviews, tmp_path, flags, says):
-    make_run(reviews, tmp_path, **RESUMED).run()
+    make_run(reviews, tmp_path, **RESUMED).loop.run()
     with pytest.raises(UserError, match=says):
-        make_run(reviews, tmp_path, resume=True, **{**RESUMED, **flags}).run()
+        make_run(reviews, tmp_path, resume=True, **{**RESUMED, **flags}).loop.run()
 
 
 # ---- what is left ------------------------------------------------------------------------------
@@ -299,7 +297,7 @@ def test_inference_gives_the_answers_of_the_run(reviews, tmp_path, monkeypatch, 
 
     found = finetuned(reviews, tmp_path / "trained")
     calls = []
-    monkeypatch.setattr(finetuning.FineTuning, "__init__", lambda *_: calls.append("trained"))
+    monkeypatch.setattr(finetuning, "finetuning_loop", lambda *_: calls.append("trained"))
     again = finetuned(
         reviews,
         tmp_path / "answered",

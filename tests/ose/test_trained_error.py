@@ -149,7 +149,8 @@ def held_out_logits(settings, shape, path):
     """Return the logits [n, vocabulary], float64, of a stored network on the held-out shards."""
     network, _ = get_bort_model(shape.name, vocab=range(VOCAB_SIZE))
     load_parameters(network, path)
-    _, source, _ = open_data(candidate_run(settings, None, shape, 1, {}, 0, ""))
+    run = candidate_run(settings, None, shape, 1, {}, 0, "")
+    source = open_data(run.data, run.run.seed).held_out
     batches = [to_device(source(n), mx.cpu()) for n in range(source.batches_per_epoch)]
     logits = [masked_logits(network, batch).asnumpy() for batch in batches]
     labels = [batch.labels.asnumpy().astype(int) for batch in batches]
@@ -220,11 +221,11 @@ def test_theory_mode_learns_within_the_bound(data, tmp_path, in_process):
 
 
 def test_a_run_told_to_stop_gives_no_error(data, tmp_path, monkeypatch):
-    from bort.pretraining.run import Pretraining
+    from bort.training.loop import Loop
 
-    monkeypatch.setattr(Pretraining, "_stop_agreed", lambda run: True)
+    monkeypatch.setattr(Loop, "_stop_agreed", lambda run: True)
     run = candidate_run(settings_of(data, loss="mlm"), None, SMALL, 5, {}, 0, str(tmp_path))
-    with pytest.raises(UserError, match="told to stop"):
+    with pytest.raises(UserError, match="interrupted"):
         train(run)
 
 
@@ -250,12 +251,12 @@ def test_t_goes_on_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(ose_training, "TEACHER_INTERVAL", 3)
     undisturbed = prepare_teacher(settings, TOP, 1, str(tmp_path / "a"))
     begun = teacher_run(settings, TOP, 1, str(tmp_path / "b" / "teacher"))
-    from bort.pretraining.run import Pretraining
+    from bort.training.loop import Loop
 
     with monkeypatch.context() as patch:
-        stopped = lambda run: run.step == 4  # noqa: E731
-        patch.setattr(Pretraining, "_stop_agreed", stopped)
-        with pytest.raises(UserError, match="told to stop"):
+        stopped = lambda loop: loop.progress.step == 4  # noqa: E731
+        patch.setattr(Loop, "_stop_agreed", stopped)
+        with pytest.raises(UserError, match="interrupted"):
             ose_training._train_teacher(begun)
     continued = prepare_teacher(settings, TOP, 1, str(tmp_path / "b"))
     assert continued.sha256 == undisturbed.sha256

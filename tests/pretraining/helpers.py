@@ -95,13 +95,31 @@ def arguments(folder: Path, **flags: Any) -> list[str]:
     return line
 
 
-def make_run(folder: Path, communicator: Communicator | None = None, **flags: Any) -> Any:
-    """Return a run that is ready to start."""
+def settings_of_run(folder: Path, **flags: Any) -> Any:
+    """Return the settings of a tiny run."""
     from bort.pretraining.config import SETTINGS_CLASSES, PretrainingSettings
-    from bort.pretraining.run import Pretraining
 
-    settings = PretrainingSettings(*parse("", arguments(folder, **flags), *SETTINGS_CLASSES))
-    return Pretraining(settings, communicator or SingleProcess())
+    return PretrainingSettings(*parse("", arguments(folder, **flags), *SETTINGS_CLASSES))
+
+
+def make_run(folder: Path, communicator: Communicator | None = None, **flags: Any) -> Any:
+    """Return the loop of a run that is ready to start."""
+    from bort.devices import devices_of
+    from bort.pretraining.run import pretraining_loop
+    from bort.training.reporting import FolderReporter
+
+    settings = settings_of_run(folder, **flags)
+    ranks = communicator or SingleProcess()
+    devices = devices_of(settings.run.gpus, settings.run.cpu_contexts, ranks)
+    return pretraining_loop(settings, ranks, devices, FolderReporter(settings.run.ckpt_dir, ranks))
+
+
+def held_out_of(folder: Path, **flags: Any) -> Any:
+    """Return the held-out batches of a tiny run."""
+    from bort.pretraining.run import open_data
+
+    settings = settings_of_run(folder, **flags)
+    return open_data(settings.data, settings.run.seed, settings.teacher.teacher_cache).held_out
 
 
 def finished_run(folder: Path, **flags: Any) -> Any:
@@ -112,15 +130,15 @@ def finished_run(folder: Path, **flags: Any) -> Any:
 
 
 def arrays_of(run: Any) -> dict[str, np.ndarray]:
-    """Return parameters and optimiser state of a run, by name."""
-    parameters = run.student._collect_params_with_prefix()
+    """Return parameters and optimizer state of a run, by name."""
+    parameters = run.job.network._collect_params_with_prefix()
     arrays = {name: parameter.data().asnumpy() for name, parameter in parameters.items()}
     return {**arrays, **{name: array.asnumpy() for name, array in run.trainer.state().items()}}
 
 
 def digest(run: Any) -> str:
     """Return one SHA-256 over parameters, optimiser state, step and place in the data."""
-    total = hashlib.sha256(f"{run.step} {run.position}".encode())
+    total = hashlib.sha256(f"{run.progress.step} {run.progress.batches}".encode())
     for name, array in sorted(arrays_of(run).items()):
         total.update(name.encode())
         total.update(array.tobytes())

@@ -28,14 +28,14 @@ STOPPED_DOOR = """
     from bort.pretraining import run as pretraining
     from run_pretraining_distillation_hvd import main
 
-    rate_of = pretraining.learning_rate
+    rate_of = pretraining.linear_warmup_decay
 
     def warned(step, *rest):
         if step == 7 and os.environ["HOROVOD_RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return rate_of(step, *rest)
 
-    pretraining.learning_rate = warned
+    pretraining.linear_warmup_decay = warned
     main(sys.argv[1:])
 """
 

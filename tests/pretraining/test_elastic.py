@@ -32,7 +32,7 @@ MORTAL_DOOR = """
     from run_pretraining_distillation_hvd import main
 
     killed_rank, mark = int(sys.argv.pop(1)), sys.argv.pop(1)
-    rate_of = pretraining.learning_rate
+    rate_of = pretraining.linear_warmup_decay
 
     def mortal(step, *rest):
         if step == 9 and hvd.rank() == killed_rank and not os.path.exists(mark):
@@ -42,7 +42,7 @@ MORTAL_DOOR = """
             time.sleep(float(os.environ["SECONDS_ALONE"]))
         return rate_of(step, *rest)
 
-    pretraining.learning_rate = mortal
+    pretraining.linear_warmup_decay = mortal
     main(sys.argv[1:])
 """
 
@@ -148,9 +148,9 @@ def test_without_elastic_the_job_ends_names_the_rank_and_leaves_a_good_checkpoin
 def test_elastic_training_needs_an_elastic_horovodrun(data, tmp_path, monkeypatch):
     from bort.communicator import SingleProcess
     from bort.pretraining.elastic import run_elastic
-    from tests.pretraining.helpers import make_run
+    from tests.pretraining.helpers import settings_of_run
 
     monkeypatch.delenv("HOROVOD_ELASTIC", raising=False)
-    run = make_run(data, ckpt_dir=tmp_path)
+    settings = settings_of_run(data, ckpt_dir=tmp_path)
     with pytest.raises(UserError, match="--host-discovery-script"):
-        run_elastic(run.settings, SingleProcess())
+        run_elastic(settings, SingleProcess())

@@ -46,28 +46,29 @@ def flags(folder: Path, **others: Any) -> dict[str, Any]:
 def poison(monkeypatch, numbers: Iterable[int], value: float = float("nan")) -> None:
     """Multiply the gradient of the micro-batches `numbers` by `value`."""
     from bort.pretraining import run as pretraining
+    from bort.training.loop import Loop
 
     current = []
-    forward_backward = pretraining.Pretraining._forward_backward
+    seed_dropout = Loop._seed_dropout
     loss = pretraining.distillation_loss
 
-    def noting(self, number, *rest):
+    def noting(self, number, device):
         current[:] = [number]
-        return forward_backward(self, number, *rest)
+        return seed_dropout(self, number, device)
 
     def poisoned(*given):
         parts = loss(*given)
         return parts._replace(gradient=parts.gradient * value) if current[0] in bad else parts
 
     bad = set(numbers)
-    monkeypatch.setattr(pretraining.Pretraining, "_forward_backward", noting)
+    monkeypatch.setattr(Loop, "_seed_dropout", noting)
     monkeypatch.setattr(pretraining, "distillation_loss", poisoned)
 
 
 def weights_after(data: Path, folder: Path, step: int, **others: Any) -> dict[str, np.ndarray]:
     """Return parameters and optimiser state of an undisturbed run after `step` steps."""
     run = make_run(data, **flags(folder, **others))
-    run.begin()
+    run.setup()
     batches = run.batches()
     for _ in range(step):
         run.train_step(batches)
@@ -97,12 +98,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_saved(
     assert str(stopped.value) == (
         f"step {step}: the gradient of micro-batches {first} to {last} is not finite; they are "
         f"saved in {path}; the parameters are as before the step; "
-        "--resume with --on_nonfinite skip goes on without it"
+        "--resume with --on_nonfinite skip continues without it"
     )
     with np.load(path, allow_pickle=False) as arrays:
         assert len(arrays.files) == 4 * accumulate
         for number in range(first, last + 1):
-            batch = run.source(number)
+            batch = run.job.stream.source(number)
             for name in ("input_ids", "valid_length", "masked_positions", "labels"):
                 np.testing.assert_array_equal(arrays[f"{name}.{number}"], getattr(batch, name))
     found = checkpoint.latest(str(tmp_path))
@@ -116,7 +117,7 @@ def test_the_parameters_are_as_before_the_step(data, tmp_path, monkeypatch, step
     before = weights_after(data, tmp_path / "before", step - 1)
     poison(monkeypatch, [step - 1])
     run = make_run(data, **flags(tmp_path / "poisoned", on_nonfinite="skip"))
-    run.begin()
+    run.setup()
     batches = run.batches()
     for _ in range(step):
         run.train_step(batches)
@@ -174,7 +175,7 @@ def test_the_program_ends_with_one_line_and_status_1(data, tmp_path):
 def test_skipping_goes_on_and_says_so(data, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, [1, 6, STEPS - 1])
     run = finished_run(data, **flags(tmp_path, on_nonfinite="skip"))
-    assert run.step == STEPS
+    assert run.progress.step == STEPS
     assert all(np.isfinite(array).all() for array in arrays_of(run).values())
     said = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
     assert [line.split(":")[1] for line in said] == [" step 2", " step 7", f" step {STEPS}"]
@@ -248,12 +249,12 @@ def test_the_state_of_the_loss_scale_is_resumed(data, tmp_path, monkeypatch):
     expected.run()
     folder = tmp_path / "stopped"
     stopped = scaled_run(data, folder, value=64.0, num_steps=STEPS)
-    stopped.begin()
+    stopped.setup()
     batches = stopped.batches()
     for _ in range(4):
         stopped.train_step(batches)
     batches.close()
-    stopped._save(False)
+    stopped.save(False)
     state = json.loads((folder / "step-0000004" / "state.json").read_text())
     assert state["loss_scale"] == [32.0, 2]
     # Made with other values, so that what it ends with can only come from the checkpoint.

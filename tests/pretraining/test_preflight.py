@@ -19,6 +19,7 @@ from tests.pretraining.helpers import (
     finished_run,
     horovodrun,
     make_run,
+    settings_of_run,
     write_shards,
 )
 
@@ -53,7 +54,7 @@ def checked(capsys, source: Path, folder: Path, status: int = 0, **flags) -> dic
     captured = capsys.readouterr()
     errors = captured.err.splitlines()
     assert len(errors) == bool(status)
-    assert all(error.startswith("error: --check: wrong: ") for error in errors)
+    assert all(error.startswith("error: --check: failed: ") for error in errors)
     lines = captured.out.splitlines()
     assert len({line.index(line[7:].split("  ")[0], 5) for line in lines}) == 1, "aligned"
     return rows_of(lines)
@@ -62,8 +63,8 @@ def checked(capsys, source: Path, folder: Path, status: int = 0, **flags) -> dic
 def rows_of(lines: list[str]) -> dict[str, str]:
     found = {}
     for line in lines:
-        mark, name, value = re.fullmatch(r"(ok|WRONG) +(\S+(?: \S+)*) {2,}(.*)", line).groups()
-        found[name] = value if mark == "ok" else f"WRONG {value}"
+        mark, name, value = re.fullmatch(r"(ok|FAIL) +(\S+(?: \S+)*) {2,}(.*)", line).groups()
+        found[name] = value if mark == "ok" else f"FAIL {value}"
     return found
 
 
@@ -90,11 +91,11 @@ def test_a_good_run_is_described(data, tmp_path, capsys):
         teacher_model=SHAPE,
         teacher_ckpt_dir=data / "teacher.params",
     )
-    assert not any(value.startswith("WRONG") for value in rows.values())
+    assert not any(value.startswith("FAIL") for value in rows.values())
     assert (rows["MXNet"], rows["GluonNLP"]) == (mxnet.__version__, gluonnlp.__version__)
     assert rows["NumPy"] == np.__version__
     assert rows["sequences"] == "25"
-    per_epoch = make_run(data, ckpt_dir=folder).source.batches_per_epoch
+    per_epoch = make_run(data, ckpt_dir=folder).job.stream.source.batches_per_epoch
     assert number(rows["micro-batches an epoch"]) == per_epoch
     assert number(rows["updates an epoch"]) == per_epoch / 2
     assert number(rows["epochs planned"]) == pytest.approx(10**7 * 2 / per_epoch, abs=0.005)
@@ -112,22 +113,22 @@ def test_a_good_run_is_described(data, tmp_path, capsys):
 
 
 def test_the_speed_is_that_of_the_updates_after_the_first(data, tmp_path, monkeypatch):
-    from bort.pretraining import run as pretraining
+    from bort.training.loop import Loop
 
     clock, calls = [0.0], []
 
     def step(self, batches):
-        calls.append(self.position)
+        calls.append(self.progress.batches)
         clock[0] += 10.0 if len(calls) == 1 else 2.0
-        self.position += self.micro_batches
+        self.progress.batches += self.micro_batches
 
-    monkeypatch.setattr(pretraining.Pretraining, "train_step", step)
+    monkeypatch.setattr(Loop, "train_step", step)
     monkeypatch.setattr(preflight.time, "perf_counter", lambda: clock[0])
     run = make_run(data, ckpt_dir=tmp_path, accumulate=2)
     first, further, tokens = preflight.time_updates(run)
     assert (first, further) == (10.0, 2.0)
     numbers = range(2, 2 + 2 * preflight.TIMED_UPDATES)
-    expected = sum(int(run.source(n).valid_length.sum()) for n in numbers)
+    expected = sum(int(run.job.stream.source(n).valid_length.sum()) for n in numbers)
     assert tokens == expected / preflight.TIMED_UPDATES
 
 
@@ -140,15 +141,15 @@ def test_the_disk_row_counts_the_bytes_of_real_checkpoints(data, tmp_path, monke
 
     def disk_of(free):
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(0, 0, free))
-        settings = make_run(data, ckpt_dir=folder, resume=True, keep_checkpoints=3).settings
+        settings = settings_of_run(data, ckpt_dir=folder, resume=True, keep_checkpoints=3)
         return preflight.Preflight(settings, SingleProcess()).check()
 
     # 3 kept, the best, and the one being written; 2 are there.
     enough = {row.name: row for row in disk_of(3 * real)}
-    assert not enough["disk"].wrong
+    assert not enough["disk"].failed
     assert "to the end" in enough
     short = {row.name: row for row in disk_of(int(2.9 * real * 0.9))}
-    assert short["disk"].wrong
+    assert short["disk"].failed
     assert "lower --keep_checkpoints" in short["disk"].value
     assert "to the end" not in short
     assert everything(folder) == before
@@ -165,7 +166,7 @@ def test_a_resumed_run_has_less_to_do_and_loses_nothing(data, tmp_path, capsys):
     assert "16 updates" in rows["to the end"]
     assert everything(folder) == before
     rows = checked(capsys, data, folder, status=1)
-    assert rows["folder"].startswith("WRONG --ckpt_dir")
+    assert rows["folder"].startswith("FAIL --ckpt_dir")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_what_is_wrong_is_named_and_nothing_is_started(
     wide, _ = get_bort_model("bort_1_2_32_16", vocab=range(VOCAB_SIZE + 1))
     save_parameters(wide, "wide.params")
     rows = checked(capsys, data, tmp_path / "run", status=1, **flags)
-    assert rows[row].startswith("WRONG ")
+    assert rows[row].startswith("FAIL ")
     assert what in rows[row]
     assert list(rows)[-1] == row, "what depends on it is not tried"
     assert not (tmp_path / "run").exists()
@@ -204,7 +205,7 @@ def test_what_is_wrong_is_named_and_nothing_is_started(
 def test_an_old_gluonnlp_is_wrong(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight.nlp, "__version__", "0.9.1")
     rows = checked(capsys, data, tmp_path / "run", status=1)
-    assert rows["GluonNLP"] == "WRONG 0.9.1, 0.10.* is needed: run scripts/setup_env.sh"
+    assert rows["GluonNLP"] == "FAIL 0.9.1, 0.10.* is needed: run scripts/setup_env.sh"
 
 
 @pytest.mark.distributed
@@ -212,7 +213,7 @@ def test_two_ranks_are_checked_together(data, tmp_path):
     line = arguments(data, ckpt_dir=tmp_path / "run", check=True, num_steps=10**7)
     said = horovodrun(2, "python", "run_pretraining_distillation_hvd.py", *line)
     lines = [re.sub(r"^\[0\]<stdout>: ?", "", line) for line in said.splitlines()]
-    rows = rows_of([line for line in lines if line.startswith(("ok", "WRONG"))])
+    rows = rows_of([line for line in lines if line.startswith(("ok", "FAIL"))])
     assert rows["processes"] == "2"
     assert rows["Horovod"].endswith(", works")
     assert number(rows["core-hours"]) == pytest.approx(2 * number(rows["to the end"]), rel=1e-3)

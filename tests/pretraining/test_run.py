@@ -23,6 +23,7 @@ from tests.pretraining.helpers import (
     assert_same_training,
     digest,
     finished_run,
+    held_out_of,
     make_run,
     metrics,
     teacher_flags,
@@ -64,7 +65,7 @@ def test_losses_at_a_fixed_seed(data, tmp_path):
 
 def numpy_evaluation(run, shards) -> dict[str, float]:
     """Evaluate sequence by sequence in float64, without batches or padding."""
-    student, teacher = map(parameters_of, (run.student, run.teacher.network))
+    student, teacher = map(parameters_of, (run.job.network, run.job.step.teacher.network))
     sums = dict.fromkeys(("mlm_loss", "accuracy", "kl", "teacher_accuracy"), 0.0)
     positions = 0
     for index in range(shards.num_sequences):
@@ -91,7 +92,7 @@ class OneOfTwo:
         self.local_rank = rank
         self.part = None
 
-    def sum(self, values):
+    def allreduce(self, values):
         self.part = values
         return values
 
@@ -105,9 +106,10 @@ def test_evaluation_is_that_of_float64_numpy_whatever_the_batches_and_ranks(data
     expected = None
     for cut in ({"batch_size_eval": 3, "num_buckets": 4}, {"batch_size_eval": 100}):
         run = make_run(data, **flags, **cut)
-        reference.redraw(run.student, seed=11, deviation=0.2)
+        reference.redraw(run.job.network, seed=11, deviation=0.2)
         expected = expected or numpy_evaluation(run, open_shards(str(data / "test")))
-        found = (run.student, run.teacher, run.held_out, TEMPERATURE)
+        held_out = held_out_of(data, **flags, **cut)
+        found = (run.job.network, run.job.step.teacher, held_out, TEMPERATURE)
         alone = evaluate(*found, SingleProcess(), run.devices[0])
         assert alone == pytest.approx(expected, rel=1e-5)
         parts = []
@@ -162,9 +164,9 @@ def test_masked_language_modelling_alone_learns_the_shards(data, tmp_path):
 
 def test_the_teacher_stays_as_it_was_loaded(data, tmp_path):
     run = make_run(data, ckpt_dir=tmp_path, **teacher_flags(data))
-    before = parameters_of(run.teacher.network)
+    before = parameters_of(run.job.step.teacher.network)
     run.run()
-    after = parameters_of(run.teacher.network)
+    after = parameters_of(run.job.step.teacher.network)
     assert all((before[name] == after[name]).all() for name in before)
 
 
@@ -174,9 +176,9 @@ def test_micro_batches_are_averaged_by_their_masked_positions(data, tmp_path):
     folders = tmp_path / "whole", tmp_path / "parts"
     whole = finished_run(data, ckpt_dir=folders[0], batch_size=25, **flags)
     parts = finished_run(data, ckpt_dir=folders[1], batch_size=5, accumulate=5, **flags)
-    assert len({len(parts.source(number).labels) for number in range(5)}) > 1
+    assert len({len(parts.job.stream.source(number).labels) for number in range(5)}) > 1
     assert_same_training(
-        folders[0], parameters_of(whole.student), folders[1], parameters_of(parts.student)
+        folders[0], parameters_of(whole.job.network), folders[1], parameters_of(parts.job.network)
     )
 
 
@@ -187,9 +189,9 @@ def test_two_devices_in_one_process_train_like_one_that_accumulates(data, tmp_pa
     one = finished_run(data, ckpt_dir=folders[0], accumulate=2 * accumulate, **flags)
     two = finished_run(data, ckpt_dir=folders[1], accumulate=accumulate, cpu_contexts=2, **flags)
     assert_same_training(
-        folders[0], parameters_of(one.student), folders[1], parameters_of(two.student)
+        folders[0], parameters_of(one.job.network), folders[1], parameters_of(two.job.network)
     )
-    for parameter in two.student.collect_params().values():
+    for parameter in two.job.network.collect_params().values():
         first, second = parameter.list_data()
         assert (first.asnumpy() == second.asnumpy()).all(), parameter.name
 
@@ -201,7 +203,10 @@ def test_a_run_keeps_its_global_batches_on_another_number_of_devices(data, tmp_p
     shutil.copytree(tmp_path / "one", moved, symlinks=True)
     resumed = finished_run(data, ckpt_dir=moved, cpu_contexts=2, start_step=6, **flags)
     assert_same_training(
-        tmp_path / "one", parameters_of(undisturbed.student), moved, parameters_of(resumed.student)
+        tmp_path / "one",
+        parameters_of(undisturbed.job.network),
+        moved,
+        parameters_of(resumed.job.network),
     )
     crowded = make_run(data, ckpt_dir=moved, cpu_contexts=3, resume=True, **flags)
     with pytest.raises(UserError, match="2 micro-batches, too few for 3 workers"):
@@ -227,7 +232,7 @@ def test_every_batch_of_every_shard_is_used(data, tmp_path, monkeypatch, accumul
     monkeypatch.setattr(pretraining, "to_device", recording)
     flags = {"accumulate": accumulate, "use_avg_len": use_avg_len, "seed": 3}
     flags["batch_size"] = 50 if use_avg_len else 4
-    per_epoch = make_run(data, ckpt_dir=tmp_path, **flags).source.batches_per_epoch
+    per_epoch = make_run(data, ckpt_dir=tmp_path, **flags).job.stream.source.batches_per_epoch
     epochs = 2 * accumulate
     steps = epochs * per_epoch // accumulate
     finished_run(data, ckpt_dir=tmp_path, num_steps=steps, **flags)
@@ -339,18 +344,18 @@ def undisturbed(data, tmp_path_factory):
 
 def kill_at_batch(monkeypatch, batches: int) -> None:
     """Let the run die when it is about to use a training batch after `batches` of them."""
-    from bort.pretraining import run as pretraining
+    from bort.pretraining.run import DistillationStep
 
     used = []
-    forward_backward = pretraining.Pretraining._forward_backward
+    step = DistillationStep.__call__
 
-    def dying(self, number, *rest):
+    def dying(self, batch, *rest):
         if len(used) == batches:
             raise Killed
-        used.append(number)
-        return forward_backward(self, number, *rest)
+        used.append(batch)
+        return step(self, batch, *rest)
 
-    monkeypatch.setattr(pretraining.Pretraining, "_forward_backward", dying)
+    monkeypatch.setattr(DistillationStep, "__call__", dying)
 
 
 def run_killed_at(data, folder, batches, **flags) -> None:
@@ -387,7 +392,7 @@ def test_resumed_again_and_again_across_the_ends_of_epochs(data, tmp_path, undis
     for _ in range(2):
         run_killed_at(data, tmp_path, 7, resume=True, **flags)
     resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
-    per_epoch = resumed.source.batches_per_epoch
+    per_epoch = resumed.job.stream.source.batches_per_epoch
     # Killed in steps 6, 12 and 16; checkpoints, and ends of epochs, lie in between.
     assert [step // per_epoch for step in (4, 8, 12, 15, STEPS)] == [0, 1, 1, 2, 2]
     assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
@@ -440,7 +445,7 @@ def test_a_run_does_not_go_on_with_other_batches(data, tmp_path, monkeypatch, ch
 def test_a_run_does_not_go_on_in_the_order_of_another_version(data, tmp_path, monkeypatch):
     finished_run(data, ckpt_dir=tmp_path, num_steps=4)
     monkeypatch.setattr("bort.training.loop.SAMPLER_VERSION", 99)
-    with pytest.raises(UserError, match="drawn in the order of another version; begin a new run"):
+    with pytest.raises(UserError, match="drawn in the order of another version; start a new run"):
         make_run(data, ckpt_dir=tmp_path, num_steps=8, resume=True).run()
 
 
@@ -449,7 +454,7 @@ def test_a_moved_run_goes_on_from_moved_shards(data, tmp_path):
     shutil.copytree(data / "train", tmp_path / "shards")
     (tmp_path / "here").rename(tmp_path / "there")
     flags = {"ckpt_dir": tmp_path / "there", "data": tmp_path / "shards", "num_steps": 2}
-    assert finished_run(data, resume=True, **flags).step == 2
+    assert finished_run(data, resume=True, **flags).progress.step == 2
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, undisturbed):
@@ -468,7 +473,7 @@ def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(data, tmp_path, u
 
     flags = resumable_flags(data, "plain")
     before = signal.getsignal(signal.SIGTERM)
-    rate_of = pretraining.learning_rate
+    rate_of = pretraining.linear_warmup_decay
 
     def warned(step, *rest):
         if step == 7:
@@ -476,9 +481,9 @@ def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(data, tmp_path, u
         return rate_of(step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "learning_rate", warned)
+        patch.setattr(pretraining, "linear_warmup_decay", warned)
         stopped = finished_run(data, ckpt_dir=tmp_path, **flags)
-    assert stopped.step == 7
+    assert stopped.progress.step == 7
     assert signal.getsignal(signal.SIGTERM) is before
     assert checkpoint.latest(str(tmp_path)).state["step"] == 7
     resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
@@ -584,7 +589,7 @@ def test_the_checkpoints_hold_what_the_run_has(data, tmp_path):
     run = finished_run(data, ckpt_dir=tmp_path, num_steps=3)
     found = checkpoint.latest(str(tmp_path))
     other = make_run(data, ckpt_dir=tmp_path / "other")
-    load_parameters(other.student, found.model_path)
+    load_parameters(other.job.network, found.model_path)
     other.trainer.load_state(found.trainer_arrays())
     mine, theirs = arrays_of(run), arrays_of(other)
     assert mine.keys() == theirs.keys()

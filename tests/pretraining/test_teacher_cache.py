@@ -11,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import mxnet as mx
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from tests.pretraining.helpers import (
     SHAPE,
     VOCAB_SIZE,
     arguments,
+    held_out_of,
     horovodrun,
     make_run,
     write_shards,
@@ -103,12 +105,12 @@ def rows_file(cache: Path, data: Path, shard: int = 0) -> Path:
 def one_step(source: Path, folder: Path, **flags: object) -> tuple[np.ndarray, list[np.ndarray]]:
     """Make one update; return (sums of the losses, gradients of all parameters)."""
     run = make_run(source, ckpt_dir=folder, log_interval=100, **flags)
-    run.begin()
+    run.setup()
     batches = run.batches()
     run.train_step(batches)
     batches.close()
-    gradients = [p.list_grad()[0].asnumpy() for p in run.student.collect_params().values()]
-    return np.array(run._interval.state()), gradients
+    gradients = [p.list_grad()[0].asnumpy() for p in run.job.network.collect_params().values()]
+    return np.array(run._accumulator.state()), gradients
 
 
 def live(data: Path) -> dict[str, object]:
@@ -154,8 +156,11 @@ def test_the_evaluation_is_the_live_teachers(data, tmp_path, cache):
     found = []
     for name, flags in (("live", live(data)), ("cached", {"teacher_cache": cache})):
         run = make_run(data, ckpt_dir=tmp_path / name, data_eval=data / "test", **flags)
+        held_out = held_out_of(data, ckpt_dir=tmp_path / name, data_eval=data / "test", **flags)
         found.append(
-            evaluate(run.student, run.teacher, run.held_out, 2.0, SingleProcess(), run.devices[0])
+            evaluate(
+                run.job.network, run.job.step.teacher, held_out, 2.0, SingleProcess(), mx.cpu()
+            )
         )
     assert found[1] == pytest.approx(found[0], rel=COMPOSITION_BOUND)
     assert found[0]["teacher_accuracy"] == found[1]["teacher_accuracy"]

@@ -12,7 +12,12 @@ from bort.bort import BortModel, decode, encode, get_bort_model, masked_hidden
 from bort.communicator import Communicator, SingleProcess
 from bort.pretraining.distillation import masked_lm_loss
 from bort.training import bert_adam
-from bort.training.optimization import LossScale, Trainer, learning_rate, sum_of_squares
+from bort.training.optimization import (
+    LossScale,
+    Trainer,
+    linear_warmup_decay,
+    sum_of_squares,
+)
 from tests.reference import BERTAdam, parameters_of
 
 SHAPES = {"weight": (4, 3), "embedding": (7, 2), "bias": (4,), "gamma": (5,), "beta": (5,)}
@@ -71,7 +76,7 @@ def assert_identical(first: dict[str, np.ndarray], second: dict[str, np.ndarray]
 
 
 def rates(warmup: int, total: int, beyond: int = 0) -> list[float]:
-    return [learning_rate(step, 0.5, warmup, total) for step in range(1, total + beyond + 1)]
+    return [linear_warmup_decay(step, 0.5, warmup, total) for step in range(1, total + beyond + 1)]
 
 
 def test_the_rate_rises_to_its_peak_and_falls_but_not_to_zero() -> None:
@@ -353,7 +358,7 @@ class TwoEqualRanks(SingleProcess):
 
     size = 2
 
-    def sum_in_place(self, arrays: Sequence[Any], compression: str = "none") -> None:
+    def allreduce_(self, arrays: Sequence[Any], compression: str = "none") -> None:
         self.compression = compression
         for array in arrays:
             array[:] = 2 * array

@@ -8,11 +8,19 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bort.training.reporting import PhaseTimer, Reporter, closing_table
+from bort.communicator import SingleProcess
+from bort.training.reporting import FolderReporter, NullReporter, PhaseTimer, closing_table
 
 TRAIN = {"loss": 1.25, "tokens_per_second": 1000}
+
+
+def reporter_in(folder: Path, step: int = 0, **options) -> FolderReporter:
+    reporter = FolderReporter(str(folder), SingleProcess(), **options)
+    reporter.start({"RunSettings": {"seed": 3}}, step, 100)
+    return reporter
 
 
 @pytest.fixture
@@ -22,7 +30,7 @@ def report(tmp_path):
 
         def reopen(from_step=0):
             opened.close()
-            return opened.enter_context(Reporter(str(tmp_path), 100, from_step, enabled=True))
+            return opened.enter_context(reporter_in(tmp_path, from_step))
 
         yield reopen
 
@@ -92,7 +100,7 @@ def test_a_line_torn_by_a_kill_is_cut_and_the_next_starts_afresh(tmp_path, repor
 
 
 def test_tensorboard_gets_the_same_values(tmp_path):
-    with Reporter(str(tmp_path), 100, 0, enabled=True) as reporter:
+    with reporter_in(tmp_path) as reporter:
         reporter.log(5, "train", TRAIN)
         reporter.log(5, "eval", {"kl": 0.75})
     assert scalars(tmp_path) == {
@@ -104,7 +112,7 @@ def test_tensorboard_gets_the_same_values(tmp_path):
 
 def test_the_closing_table_is_that_of_a_run_that_did_not_fail(tmp_path, capsys):
     for fails in (True, False):
-        with suppress(KeyError), Reporter(str(tmp_path), 100, 0, enabled=True) as reporter:
+        with suppress(KeyError), reporter_in(tmp_path) as reporter:
             reporter.log(5, "eval", {"kl": 0.75})
             if fails:
                 raise KeyError
@@ -112,11 +120,25 @@ def test_the_closing_table_is_that_of_a_run_that_did_not_fail(tmp_path, capsys):
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
-    with Reporter(str(tmp_path), 100, 0, enabled=False) as silent:
-        silent.advance()
-        silent.log(5, "train", TRAIN)
-        silent.say("a line")
+    rank_1 = SingleProcess()
+    rank_1.rank = 1
+    for silent in (FolderReporter(str(tmp_path), rank_1), NullReporter()):
+        silent.start({}, 0, 100)
+        with silent:
+            silent.advance()
+            silent.log(5, "train", TRAIN)
+            silent.say("a line")
+            silent.save_arrays("batch.npz", {"ids": np.zeros(2)})
     assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_quiet_reporter_writes_its_files_and_says_nothing(tmp_path, capsys):
+    with reporter_in(tmp_path, quiet=True) as reporter:
+        reporter.log(5, "train", TRAIN)
+        reporter.say("a line")
+    assert steps(tmp_path) == [5]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"RunSettings": {"seed": 3}}
     assert capsys.readouterr() == ("", "")
 
 
@@ -143,7 +165,7 @@ def test_the_closing_table_compares_first_and_last_and_takes_medians(tmp_path):
 
 def test_a_run_that_fails_closes_its_files_without_a_table(tmp_path, capsys):
     def fail():
-        with Reporter(str(tmp_path), 100, 0, enabled=True) as reporter:
+        with reporter_in(tmp_path) as reporter:
             reporter.log(5, "eval", {"kl": 0.75})
             raise ValueError("not finite")
 

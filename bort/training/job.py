@@ -1,0 +1,137 @@
+"""What the training loop is given: data stream, step, schedule, evaluation and save policy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Protocol, Sequence
+
+from bort.training.reporting import PhaseTimer
+from bort.types import Block, Context, NDArray
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    With the parameters and the optimizer state this is all that a resumed run needs: which
+    sequences micro-batch k holds is a pure function of the seed and k (see data.batches).
+    """
+
+    step: int = 0  # updates made
+    batches: int = 0  # micro-batches of the stream that all ranks together have consumed
+    best_score: float = -math.inf
+    best_step: Optional[int] = None
+
+
+class Source(Protocol):
+    """Micro-batches by their number in an endless stream."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Return the number of micro-batches of one pass over the data."""
+
+    def __call__(self, position: int) -> Any:
+        """Return a NamedTuple of arrays with `tokens`, and `labels` [what the loss averages]."""
+
+
+class Stream(NamedTuple):
+    """The training data of a run."""
+
+    source: Source
+    seed: int  # of dropout, which is keyed by it and the number of the micro-batch
+    whole_epochs: bool = False  # no update mixes micro-batches of two epochs
+
+
+class Step(Protocol):
+    """Forward and backward pass of one micro-batch."""
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """Return the names of the sums."""
+
+    def to_device(self, batch: Any, device: Context) -> Any:
+        """Copy a micro-batch to a device."""
+
+    def __call__(self, batch: Any, scale: float, timer: PhaseTimer) -> NDArray:
+        """Add the gradients of a micro-batch on its device, of the loss times `scale`.
+
+        Returns the sums [len(metric_names)] over its labels.
+        """
+
+    def metrics(self, means: Metrics, progress: Progress) -> Metrics:
+        """Return what a metric line reports, from the means of an interval by name."""
+
+
+class ExtraState(Protocol):
+    """What a checkpoint keeps besides the progress, the parameters and the optimizer state."""
+
+    def state(self) -> dict[str, Any]:
+        """Return plain data, written into state.json."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+
+
+class NoExtraState:
+    """Nothing besides."""
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore nothing."""
+
+
+def _ignore(progress: Progress, metrics: Metrics, best: bool) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When and how a run is evaluated."""
+
+    due: Callable[[Progress], bool]  # after the update just made; before the first at step 0
+    run: Callable[[], Metrics]  # the same on all ranks; empty without held-out data
+    score: Callable[[Metrics], float]  # higher is better
+    record: Callable[[Progress, Metrics, bool], None] = _ignore  # with whether it is the best
+    stop_early: Callable[[], bool] = _never
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """Where, when and what a run saves, and which checkpoint it starts from."""
+
+    folder: str
+    due: Callable[[Progress, bool], bool]  # after an update; with whether its evaluation is best
+    write_model: Callable[[str, Progress], None]  # parameters, and what belongs beside them
+    identity: Mapping[str, Any]  # what state.json says of the run besides its progress
+    require_same_stream: Callable[[Mapping[str, Any]], None]  # raises `UserError` for another
+    settings: Mapping[str, Any]  # the content of config.json
+    keep: int = 1
+    resume: bool = False
+    start_step: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the loop needs to know of what it trains."""
+
+    title: str  # for the first line of the log
+    network: Block
+    stream: Stream
+    step: Step
+    learning_rate: Callable[[int], float]  # of the updates 1, 2, ...
+    max_steps: int
+    evaluation: Evaluation
+    saving: SavePolicy
+    extra: ExtraState = field(default_factory=NoExtraState)
+    # Parameters whose gradient the backward passes add to even where others are overwritten.
+    added_gradients: Sequence[Any] = ()
