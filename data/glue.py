@@ -5,15 +5,26 @@ Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform" (2019).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from data import metrics
-from data.rows import BadRowError, Line, collect, decode, member, read_lines
-from data.task import REWRITE, Example, File, Split, Task, Uid, three_files
+from data.rows import (
+    BadRowError,
+    Line,
+    collect,
+    decode,
+    parse_index,
+    read_lines,
+    read_submission_lines,
+    require_field,
+    submission_text,
+)
+from data.task import REWRITE, Example, File, Split, Task, TaskKind, Uid, split_files
 
 # One order for every task of natural language inference, so that a model of one serves another.
 INFERENCE = ("entailment", "neutral", "contradiction")
@@ -40,7 +51,7 @@ class GlueTask(Task):
             fields = decode(line.content).split("\t")
             if len(fields) != len(columns):
                 raise BadRowError(f"expected {len(columns)} columns, found {len(fields)}")
-            return [self._example(dict(zip(columns, fields)), line.number - first)]
+            return [self._example(dict(zip(columns, fields)), line.number - first, split)]
 
         return Split(*collect(lines, cast, skip_bad_rows))
 
@@ -57,72 +68,72 @@ class GlueTask(Task):
         missing = [name for name in wanted if name not in columns]
         if missing:
             raise UserError(
-                f"{path}:1: the header has no column {', '.join(missing)}; it should be the "
+                f"{path}:1: the header has no column {', '.join(missing)}; expected the "
                 f"official {split} file of {self.name}"
             )
 
-    def _example(self, row: dict[str, str], number: int) -> Example:
+    def _example(self, row: dict[str, str], number: int, split: str) -> Example:
         texts = tuple(row[column].strip() for column in self.text_columns)
-        label = row.get(self.label_column)
-        return Example(
-            uid=_index(row, number),
-            inputs=(texts,),
-            label=None if label is None else self._parse_label(label),
-        )
+        return Example(_index(row, number), (texts,), self._label(row, split))
+
+    def _label(self, row: dict[str, str], split: str) -> Optional[float]:
+        if self.label_column not in row:
+            return None
+        try:
+            return self._parse_label(row[self.label_column])
+        except BadRowError:
+            if split in self.test:  # a placeholder, such as Hugging Face's -1
+                return None
+            raise
 
     def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
         """Return the example of one row."""
-        texts = tuple(member(row, column, str).strip() for column in self.text_columns)
+        texts = tuple(require_field(row, column, str).strip() for column in self.text_columns)
         return [Example(number, (texts,))]
 
     def _parse_label(self, text: str) -> float:
         if text not in self.labels:
-            raise BadRowError(f"label {text!r} is none of {', '.join(self.labels)}")
+            raise BadRowError(f"label {quoted(text)} is not one of {', '.join(self.labels)}")
         return self.labels.index(text)
 
     def submission_file(self, split: str) -> Optional[str]:
         """Return the official file name, such as CoLA.tsv."""
         return f"{self.name}.tsv"
 
-    def submission(self, examples: Sequence[Example], scores: np.ndarray) -> list[str]:
+    def submission(self, examples: Sequence[Example], logits: np.ndarray) -> list[str]:
         """Return the header and one line "index<TAB>prediction" per example."""
-        predictions = self.predict(scores)
-        rows = [f"{e.uid}\t{self._spell(p)}" for e, p in zip(examples, predictions)]
+        predictions = self.predict(logits)
+        rows = [f"{e.uid}\t{self._label_text(p)}" for e, p in zip(examples, predictions)]
         return [HEADER, *rows]
 
-    def _spell(self, prediction: Any) -> str:
+    def _label_text(self, prediction: Any) -> str:
         return self.labels[int(prediction)]
 
     def parse_submission(
         self, path: Path, examples: Optional[Sequence[Example]] = None
     ) -> list[Uid]:
         """Check header, columns and labels, and return the indices."""
-        lines = read_lines(path)
-        header = next(lines, None)
-        if header is None or header.content != HEADER.encode():
-            raise UserError(f"{path}:1: the header has to be 'index<TAB>prediction'; {REWRITE}")
-        return collect(lines, self._parse_prediction, False, REWRITE)[0]
+        return collect(read_submission_lines(path), self._parse_prediction, False, REWRITE)[0]
 
     def _parse_prediction(self, line: Line) -> list[Uid]:
-        fields = decode(line.content).split("\t")
+        text = submission_text(line)
+        if line.number == 1:
+            if text != HEADER:
+                raise BadRowError("expected the header 'index<TAB>prediction'")
+            return []
+        fields = text.split("\t")
         if len(fields) != 2:
             raise BadRowError(f"expected 2 columns, found {len(fields)}")
         self._parse_label(fields[1])
-        return [_whole_number(fields[0])]
+        return [parse_index(fields[0])]
 
 
 def _index(row: dict[str, str], number: int) -> int:
     """Return the official index of a row: its own column where the file has one."""
     for column in ("index", "id"):
         if column in row:
-            return _whole_number(row[column])
+            return parse_index(row[column])
     return number
-
-
-def _whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise BadRowError(f"index {text!r} is not a whole number")
-    return int(text)
 
 
 class CoLA(GlueTask):
@@ -131,7 +142,7 @@ class CoLA(GlueTask):
     name = "CoLA"
     labels = BINARY
     folders = ("CoLA", "glue_cola")
-    files = three_files(".tsv", 8551, 1043, 1063)
+    files = split_files(".tsv", 8551, 1043, 1063)
     text_columns = ("sentence",)
     measures = (metrics.matthews, metrics.accuracy)
     headline = ("matthews",)
@@ -149,7 +160,7 @@ class SST2(GlueTask):
     aliases = ("SST",)
     labels = BINARY
     folders = ("SST-2", "glue_sst")
-    files = three_files(".tsv", 67349, 872, 1821)
+    files = split_files(".tsv", 67349, 872, 1821)
     text_columns = ("sentence",)
 
 
@@ -166,7 +177,7 @@ class MRPC(Paraphrase):
 
     name = "MRPC"
     folders = ("MRPC", "glue_mrpc")
-    files = three_files(".tsv", 3668, 408, 1725)
+    files = split_files(".tsv", 3668, 408, 1725)
     text_columns = ("#1 String", "#2 String")
     label_column = "Quality"
 
@@ -176,7 +187,7 @@ class QQP(Paraphrase):
 
     name = "QQP"
     folders = ("QQP", "glue_qqp")
-    files = three_files(".tsv", 363846, 40430, 390965)
+    files = split_files(".tsv", 363846, 40430, 390965)
     text_columns = ("question1", "question2")
     label_column = "is_duplicate"
 
@@ -185,28 +196,28 @@ class STSB(GlueTask):
     """Similarity of two sentences, from 0 to 5."""
 
     name = "STS-B"
-    kind = "regression"
+    kind = TaskKind.REGRESSION
     labels = ()
     folders = ("STS-B", "glue_stsb")
-    files = three_files(".tsv", 5749, 1500, 1379)
+    files = split_files(".tsv", 5749, 1500, 1379)
     label_column = "score"
     measures = (metrics.pearson, metrics.spearman)
     headline = ("pearson", "spearman")
 
     def _parse_label(self, text: str) -> float:
-        try:
-            score = float(text)
-        except ValueError:
-            raise BadRowError(f"score {text!r} is not a number") from None
+        # float() takes digits of every script, underscores and "nan", too.
+        if not re.fullmatch(r"[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", text):
+            raise BadRowError(f"score {quoted(text)} is not a number from 0 to 5")
+        score = float(text)
         if not 0 <= score <= 5:
             raise BadRowError(f"score {text} is not between 0 and 5")
         return score
 
-    def predict(self, scores: np.ndarray) -> np.ndarray:
-        """Bring scores [n] or [n, 1] into the range of the labels: [n], 0 to 5."""
-        return np.clip(np.asarray(scores, dtype=np.float64).reshape(-1), 0.0, 5.0)
+    def predict(self, logits: np.ndarray) -> np.ndarray:
+        """Clip the model's outputs [n] or [n, 1] to the range of the labels: [n], 0 to 5."""
+        return np.clip(np.asarray(logits, dtype=np.float64).reshape(-1), 0.0, 5.0)
 
-    def _spell(self, prediction: Any) -> str:
+    def _label_text(self, prediction: Any) -> str:
         return f"{prediction:.3f}"
 
 
@@ -231,13 +242,17 @@ class MNLI(GlueTask):
 
 
 class QNLI(GlueTask):
-    """Does the sentence answer the question? The counts are those of version 2."""
+    """Does the sentence answer the question? The numbers of rows are those of version 2."""
 
     name = "QNLI"
     labels = ENTAILMENT
     folders = ("QNLI", "glue_qnli")
-    files = three_files(".tsv", 104743, 5463, 5463)
+    files = split_files(".tsv", 104743, 5463, 5463)
     text_columns = ("question", "sentence")
+
+    def withdrawn_version(self, split: str, rows: int) -> str:
+        """Return "QNLI v1" for the test set that GLUE replaced in 2019."""
+        return "QNLI v1" if (split, rows) == ("test", 5740) else ""
 
 
 class RTE(GlueTask):
@@ -246,7 +261,7 @@ class RTE(GlueTask):
     name = "RTE"
     labels = ENTAILMENT
     folders = ("RTE", "glue_rte")
-    files = three_files(".tsv", 2490, 277, 3000)
+    files = split_files(".tsv", 2490, 277, 3000)
 
 
 class WNLI(GlueTask):
@@ -255,14 +270,14 @@ class WNLI(GlueTask):
     name = "WNLI"
     labels = BINARY
     folders = ("WNLI", "glue_wnli")
-    files = three_files(".tsv", 635, 71, 146)
+    files = split_files(".tsv", 635, 71, 146)
 
 
 class AX(GlueTask):
     """GLUE's diagnostic set, predicted with an MNLI model.
 
-    The file with labels (diagnostic-full.tsv) is read where it lies beside the other; its rows
-    have the same order.
+    The labelled file (diagnostic-full.tsv) is preferred where both are there; its rows have the
+    same order.
     """
 
     name = "AX"

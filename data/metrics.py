@@ -15,16 +15,16 @@ import numpy as np
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Share of predictions that equal their label; both [n]."""
+    """Fraction of predictions that equal their label; both [n]."""
     return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
 
 
 def f1(labels: np.ndarray, predictions: np.ndarray, positive: int = 1) -> float:
     """F1 of the class `positive`: 2 tp / (2 tp + fp + fn); both arrays [n]."""
-    wanted = np.asarray(labels) == positive
-    found = np.asarray(predictions) == positive
-    total = wanted.sum() + found.sum()
-    return float(2 * (wanted & found).sum() / total) if total else 0.0
+    actual = np.asarray(labels) == positive
+    predicted = np.asarray(predictions) == positive
+    total = actual.sum() + predicted.sum()
+    return float(2 * (actual & predicted).sum() / total) if total else 0.0
 
 
 def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -39,10 +39,10 @@ def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
     GLUE scores CoLA and AX by it, SuperGLUE AX-b.
     """
     classes, numbers = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
-    wanted, found = np.split(np.eye(len(classes))[numbers], 2)  # [n, classes], one-hot
-    covariance = _covariance(wanted, found)
-    spread = _covariance(wanted, wanted) * _covariance(found, found)
-    return float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
+    actual, predicted = np.split(np.eye(len(classes))[numbers], 2)  # one-hot, [n, classes]
+    covariance = _covariance(actual, predicted)
+    variances = _covariance(actual, actual) * _covariance(predicted, predicted)
+    return float(covariance / np.sqrt(variances)) if variances > 0 else 0.0
 
 
 def _covariance(first: np.ndarray, second: np.ndarray) -> float:
@@ -55,8 +55,8 @@ def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
     second = np.asarray(predictions, dtype=np.float64)
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
-    spread = np.sqrt(_covariance(first, first)) * np.sqrt(_covariance(second, second))
-    return float(_covariance(first, second) / spread)
+    deviations = np.sqrt(_covariance(first, first)) * np.sqrt(_covariance(second, second))
+    return float(_covariance(first, second) / deviations)
 
 
 def spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -71,7 +71,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def exact_groups(groups: Sequence[Hashable], labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Share of the groups in which every prediction is right: MultiRC's exact match (EM).
+    """Fraction of groups in which every prediction is right: MultiRC's exact match (EM).
 
     groups: [n] the question that each answer belongs to.
     """
@@ -82,7 +82,7 @@ def exact_groups(groups: Sequence[Hashable], labels: np.ndarray, predictions: np
 
 
 def parity(groups: Sequence[Hashable], predictions: np.ndarray) -> float:
-    """Share of the pairs whose two members are given the same class: AX-g's gender parity.
+    """Fraction of pairs whose two members get the same class: AX-g's gender parity.
 
     groups: [n] the minimal pair of each example; a group that is not a pair does not count.
     """
@@ -98,7 +98,7 @@ _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and double spaces: how ReCoRD compares answers."""
+    """Lower-case, and remove punctuation, articles and double spaces: how ReCoRD compares."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -113,7 +113,7 @@ def answer_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _word_f1(prediction: str, answer: str) -> float:
-    found = normalise_answer(prediction).split()
-    wanted = normalise_answer(answer).split()
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+    predicted = normalise_answer(prediction).split()
+    actual = normalise_answer(answer).split()
+    common = sum((Counter(predicted) & Counter(actual)).values())
+    return 2 * common / (len(predicted) + len(actual)) if common else 0.0

@@ -9,17 +9,30 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from data import metrics
-from data.rows import BadRowError, collect, member, parse_object
-from data.task import Example, File, Split, Task
+from data.rows import BadRowError, collect, parse_object, require_field
+from data.task import Example, File, Split, Task, TaskKind
 
 CASTS = ("choices", "joined")
 _BLANK = re.compile(r"\s*_+\s*")
+
+
+class ArticleFile(NamedTuple):
+    """A .txt file of a level; `extra` if it lies beside the numbered files and is not numbered."""
+
+    level: str
+    path: Path
+    extra: bool
+
+    @property
+    def where(self) -> str:
+        """The path, for messages."""
+        return str(self.path)
 
 
 class Article(NamedTuple):
@@ -44,15 +57,15 @@ class Question(NamedTuple):
 class Race(Task):
     """Both levels together; accuracy is also given by level.
 
-    cast "choices": four inputs (article, question with the option), whose scores compete. The
-        option stands at the blank ("_") where the question has exactly one, else behind the
+    cast "choices": four inputs (article, question with the option), whose logits compete. The
+        option stands at the blank ("_") where the question has exactly one, else after the
         question.
     cast "joined": the original's single input (article + question, option A, ..., option D) with
         the encoder's separator between them, and a decision among four classes.
     """
 
     name = "RACE"
-    kind = "multiple_choice"
+    kind = TaskKind.MULTIPLE_CHOICE
     labels = ("A", "B", "C", "D")
     suite = "race"
     suite_folders = ("race",)
@@ -64,46 +77,54 @@ class Race(Task):
         if cast not in CASTS:
             raise UserError(f"--race_cast {cast}: must be one of {', '.join(CASTS)}")
         self.cast = cast
-        self.kind = "multiple_choice" if cast == "choices" else "classification"
+        choices = cast == "choices"
+        self.kind = TaskKind.MULTIPLE_CHOICE if choices else TaskKind.CLASSIFICATION
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
-        questions, unread = collect(self._articles(path), _questions, skip_bad_rows)
-        examples, skipped = collect(questions, self._example, skip_bad_rows)
-        return Split(examples, unread + skipped)
+        answer = _test_answer if split in self.test else _answer
 
-    def _articles(self, folder: Path) -> Iterator[Article]:
-        """Yield the articles of the task's levels in the order of level, file number and line."""
+        def cast(question: Question) -> list[Example]:
+            """Return the example of a question."""
+            return self._example(question, answer)
+
+        articles, unread = collect(self._files(path), _articles, skip_bad_rows, _MOVE_AWAY)
+        questions, unparsed = collect(articles, _questions, skip_bad_rows)
+        examples, skipped = collect(questions, cast, skip_bad_rows)
+        return Split(examples, unread + unparsed + skipped)
+
+    def _files(self, folder: Path) -> Iterator[ArticleFile]:
+        """Yield the .txt files of the task's levels in the order of level and file number."""
         for level in self.levels:
-            # Archives packed on a Mac bring .DS_Store and ._1.txt along.
+            # Archives packed on a Mac contain .DS_Store and ._1.txt.
             paths = [p for p in (folder / level).glob("*.txt") if not p.name.startswith(".")]
+            numbered = any(_is_numbered(path) for path in paths)
             for path in sorted(paths, key=lambda p: (len(p.stem), p.stem)):
-                for line, content in _objects(path.read_bytes()):
-                    yield Article(f"{path}:{line}", f"{level}/{path.name}:{line}", content)
+                yield ArticleFile(level, path, extra=numbered and not _is_numbered(path))
 
     def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
         """Return an example for each question of one article."""
-        questions = _questions_of(row, "", str(number))
-        return [example for question in questions for example in self._example(question)]
+        unanswered = {key: value for key, value in row.items() if key != "answers"}
+        questions = _questions_of(unanswered, "", str(number))
+        return [e for question in questions for e in self._example(question, lambda _: None)]
 
-    def _example(self, question: Question) -> list[Example]:
+    def _example(
+        self, question: Question, answer: Callable[[Question], Optional[int]]
+    ) -> list[Example]:
         if len(question.options) != len(self.labels):
             raise BadRowError(f"has {len(question.options)} options instead of {len(self.labels)}")
-        if question.answer not in (None, *self.labels):
-            raise BadRowError(f"answer {question.answer!r} is none of {', '.join(self.labels)}")
-        label = None if question.answer is None else self.labels.index(question.answer)
-        return [Example(question.uid, self._inputs(question), label)]
+        return [Example(question.uid, self._inputs(question), answer(question))]
 
     def _inputs(self, question: Question) -> tuple[tuple[str, ...], ...]:
         if self.cast == "joined":
             return ((f"{question.article} {question.text}", *question.options),)
         return tuple((question.article, _filled(question, option)) for option in question.options)
 
-    def metrics(self, examples: Sequence[Example], scores: np.ndarray) -> dict[str, float]:
+    def metrics(self, examples: Sequence[Example], logits: np.ndarray) -> dict[str, float]:
         """Return the accuracy, over all and by level."""
-        values = super().metrics(examples, scores)
+        values = super().metrics(examples, logits)
         labels = np.array([example.label for example in examples])
         levels = np.array([str(example.uid).split("/")[0] for example in examples])
-        predictions = self.predict(scores)
+        predictions = self.predict(logits)
         for level in np.unique(levels):
             chosen = levels == level
             values[f"accuracy_{level}"] = metrics.accuracy(labels[chosen], predictions[chosen])
@@ -126,14 +147,37 @@ class RaceMiddle(Race):
     files = (File("train", "train", 25421), File("dev", "dev", 1436), File("test", "test", 1436))
 
 
-def _objects(content: bytes) -> list[tuple[int, bytes]]:
-    """Split a file into (line, JSON text): officially one object, several are one per line."""
+_MOVE_AWAY = "move it away or give --skip_bad_rows"
+
+
+def _is_numbered(path: Path) -> bool:
+    return re.fullmatch("[0-9]+", path.stem) is not None
+
+
+def _articles(file: ArticleFile) -> list[Article]:
+    """Return the articles of a file: officially one object, several are one per line."""
+    if file.extra:
+        raise BadRowError("lies beside the numbered files, whose articles it may repeat")
+    content = _content(file.path)
     try:
         json.loads(content)
-    except ValueError:
+        parts = [(1, content)]
+    except (ValueError, RecursionError):
         lines = enumerate(content.split(b"\n"), 1)
-        return [(number, line) for number, line in lines if line.strip()]
-    return [(1, content)]
+        parts = [(number, line) for number, line in lines if line.strip()]
+    uid = f"{file.level}/{file.path.name}"
+    return [Article(f"{file.path}:{line}", f"{uid}:{line}", part) for line, part in parts]
+
+
+def _content(path: Path) -> bytes:
+    if path.is_symlink() and not path.exists():
+        raise BadRowError("is a link to a file that does not exist")
+    if not path.is_file():
+        raise BadRowError("is not a regular file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadRowError(f"cannot be read ({error.strerror})") from None
 
 
 def _questions(article: Article) -> list[Question]:
@@ -141,32 +185,54 @@ def _questions(article: Article) -> list[Question]:
 
 
 def _questions_of(row: Mapping[str, Any], where: str, uid: str) -> list[Question]:
-    text = " ".join(member(row, "article", str).split())
-    asked, options = member(row, "questions", list), member(row, "options", list)
-    answers = member({"answers": [None] * len(asked), **row}, "answers", list)
-    if not len(asked) == len(options) == len(answers):
+    text = " ".join(require_field(row, "article", str).split())
+    questions, options = require_field(row, "questions", list), require_field(row, "options", list)
+    answers = require_field({"answers": [None] * len(questions), **row}, "answers", list)
+    if not len(questions) == len(options) == len(answers):
         raise BadRowError(
-            f"has {len(asked)} questions, {len(options)} sets of options, {len(answers)} answers"
+            f"has {len(questions)} questions, {len(options)} sets of options, "
+            f"{len(answers)} answers"
         )
     return [
         Question(
             where=f"{where}: question {number}",
             uid=f"{uid}:{number}",
             article=text,
-            text=str(one).strip(),
-            options=_texts(choices),
+            text=_text(question, "question"),
+            options=_options(choices),
             answer=answer,
         )
-        for number, (one, choices, answer) in enumerate(zip(asked, options, answers), 1)
+        for number, (question, choices, answer) in enumerate(zip(questions, options, answers), 1)
     ]
 
 
-def _texts(options: Any) -> list[str]:
-    return [str(option).strip() for option in options] if isinstance(options, list) else []
+def _options(choices: Any) -> list[str]:
+    if not isinstance(choices, list):
+        raise BadRowError(f"the options are {quoted(choices)}, expected a list")
+    return [_text(choice, "option") for choice in choices]
+
+
+def _text(value: Any, name: str) -> str:
+    return require_field({name: value}, name, str).strip()
+
+
+def _answer(question: Question) -> int:
+    """Return the index of the right option; raises `BadRowError` without a valid answer."""
+    if question.answer is None:
+        raise BadRowError("has no answer")
+    if question.answer not in Race.labels:
+        known = ", ".join(Race.labels)
+        raise BadRowError(f"answer {quoted(question.answer)} is not one of {known}")
+    return Race.labels.index(question.answer)
+
+
+def _test_answer(question: Question) -> Optional[int]:
+    """Return the index of the right option, None without a valid answer."""
+    return Race.labels.index(question.answer) if question.answer in Race.labels else None
 
 
 def _filled(question: Question, option: str) -> str:
-    """Put the option at the question's only blank, or behind the question."""
+    """Put the option at the question's only blank, or after the question."""
     if len(_BLANK.findall(question.text)) == 1:
         return _BLANK.sub(lambda _: f" {option} ", question.text).strip()
     return f"{question.text} {option}"

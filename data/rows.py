@@ -1,29 +1,31 @@
-"""Rows of the official files: UTF-8, one line each, every broken one named or counted.
+"""Rows of the official files: UTF-8, one line each; every broken row is named or counted.
 
-Lines end at LF only: text files of the tasks contain other characters (U+2028, U+0085) that
-`str.splitlines` would take for line ends, and CRLF.
+Lines end at LF or CRLF only. The tasks' texts contain other characters (U+2028, U+0085) that
+`str.splitlines` would take for line ends.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Protocol, TypeVar
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 
 
-class Placed(Protocol):
-    """A row that knows where it stands, as "file:line"."""
+class Located(Protocol):
+    """A row that knows its file and line."""
 
     @property
     def where(self) -> str:
-        """The place for messages."""
+        """File and line for messages, as "file:line"."""
 
 
 Item = TypeVar("Item")
-Row = TypeVar("Row", bound=Placed)
+Value = TypeVar("Value")
+Row = TypeVar("Row", bound=Located)
 
 
 class BadRowError(Exception):
@@ -39,9 +41,9 @@ class Line(NamedTuple):
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Yield the lines of a file without their ends, a byte order mark and blank lines at its end.
+    """Yield the lines of a file without line ends, byte order mark and blank lines at its end.
 
-    Raises `UserError` when the file cannot be opened.
+    Raises `UserError` when the file cannot be read.
     """
     blank: list[Line] = []
     try:
@@ -59,9 +61,56 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def line_content(raw: bytes, first: bool) -> bytes:
-    """Return a line without its end, the first one of a file without a byte order mark."""
+    """Return a line without its end; the first line of a file without a byte order mark."""
     marked = first and raw.startswith(codecs.BOM_UTF8)
     return raw[len(codecs.BOM_UTF8) if marked else 0 :].rstrip(b"\r\n")
+
+
+def read_submission_lines(path: Path) -> Iterator[Line]:
+    """Yield the lines of a leaderboard's file without their LF; all else stays for the checks."""
+    try:
+        with open(path, "rb") as handle:
+            for number, raw in enumerate(handle, 1):
+                content = raw[:-1] if raw.endswith(b"\n") else raw
+                yield Line(f"{path}:{number}", number, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def submission_text(line: Line) -> str:
+    """Decode a line of a leaderboard's file.
+
+    Raises `BadRowError` for a byte order mark, CRLF, a blank line and what is not UTF-8.
+    """
+    if line.number == 1 and line.content.startswith(codecs.BOM_UTF8):
+        raise BadRowError("starts with a byte order mark")
+    if line.content.endswith(b"\r"):
+        raise BadRowError("ends with CRLF instead of LF")
+    if not line.content.strip():
+        raise BadRowError("is blank")
+    return decode(line.content)
+
+
+def submission_object(line: Line) -> dict[str, Any]:
+    """Parse a line of a leaderboard's file as one JSON object in which no key stands twice.
+
+    Raises `BadRowError`, also for what `submission_text` refuses.
+    """
+    return parse_object(submission_text(line).encode(), _unique_keys)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise BadRowError(f"has a key twice in {quoted([key for key, _ in pairs])}")
+    return row
+
+
+def require_keys(row: Mapping[str, Any], *keys: str) -> None:
+    """Raise `BadRowError` unless a row of a leaderboard's file has exactly these keys."""
+    if set(row) != set(keys):
+        found = quoted(", ".join(row))[1:-1]
+        raise BadRowError(f"has the keys {found} instead of {', '.join(keys)}")
 
 
 def decode(content: bytes) -> str:
@@ -72,40 +121,66 @@ def decode(content: bytes) -> str:
         raise BadRowError(f"is not UTF-8 at byte {error.start + 1}") from None
 
 
-def parse_object(content: bytes) -> dict[str, Any]:
-    """Parse one JSON object; raises `BadRowError` when it is none."""
+def parse_object(
+    content: bytes, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Parse one JSON object; raises `BadRowError` when the line is not one.
+
+    hook: makes the dictionary of an object from its (key, value) pairs.
+    """
     try:
-        row = json.loads(decode(content))
+        row = json.loads(decode(content), object_pairs_hook=hook)
+    except RecursionError:
+        raise BadRowError("is not JSON that can be read (nested too deeply)") from None
     except ValueError as error:
-        raise BadRowError(f"is not JSON ({error})") from None
+        raise BadRowError(f"is not JSON ({quoted(str(error))[1:-1]})") from None
     if not isinstance(row, dict):
         raise BadRowError("is not a JSON object")
     return row
 
 
-def member(row: Mapping[str, Any], key: str, kind: type[Item]) -> Item:
-    """Return `row[key]`; raises `BadRowError` when it is missing or not of the given type."""
+def require_field(row: Mapping[str, Any], key: str, expected: type[Value]) -> Value:
+    """Return `row[key]`; raises `BadRowError` when it is missing or of another type."""
     if key not in row:
         raise BadRowError(f"has no {key!r}")
     value = row[key]
-    # bool is a kind of int for Python, never for these files.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise BadRowError(f"{key!r} is {value!r}, where {_KINDS[kind]} belongs")
+    # Python counts bool as int; these files do not.
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise BadRowError(f"{key!r} is {quoted(value)}, expected {_TYPE_NAMES[expected]}")
+    # A lone surrogate ("\\ud800" in JSON) is no character: no tokenizer takes it.
+    if isinstance(value, str) and _SURROGATE.search(value):
+        raise BadRowError(f"{key!r} contains half of a surrogate pair, which is not a character")
     return value
 
 
-_KINDS: dict[type, str] = {str: "text", int: "a whole number", dict: "an object", list: "a list"}
+_TYPE_NAMES: dict[type, str] = {str: "text", int: "an integer", dict: "an object", list: "a list"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def parse_index(text: str) -> int:
+    """Return a row's index; raises `BadRowError` unless it is ASCII digits, as in 0, 7 or 120."""
+    if not re.fullmatch(r"0|[1-9][0-9]{0,17}", text):
+        raise BadRowError(f"index {quoted(text)} is not a non-negative integer")
+    return int(text)
+
+
+def require_index(row: Mapping[str, Any], key: str = "idx") -> int:
+    """Return the index `row[key]`; raises `BadRowError` unless it is an integer from 0 on."""
+    index = require_field(row, key, int)
+    if index < 0:
+        raise BadRowError(f"{key!r} is {index}, expected a non-negative integer")
+    return index
 
 
 def collect(
     rows: Iterable[Row],
     cast: Callable[[Row], list[Item]],
     skip_bad_rows: bool,
-    cure: str = "mend the row or give --skip_bad_rows",
+    cure: str = "fix the row or give --skip_bad_rows",
 ) -> tuple[list[Item], list[str]]:
     """Cast each row to its items.
 
-    Returns the items and one message per row skipped. Without `skip_bad_rows` the first broken
+    Returns the items and one message per skipped row. Without `skip_bad_rows` the first broken
     row raises a `UserError` that names file, line, what is wrong, and the cure.
     """
     items: list[Item] = []

@@ -1,9 +1,8 @@
-"""The leaderboards' files and archives: written whole, and checked before anyone uploads them."""
+"""The leaderboards' files and archives: written atomically, checked before they are uploaded."""
 
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
@@ -11,15 +10,16 @@ from typing import NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError
-from data.task import Example, Task, Uid
+from bort.files import atomic_write
+from data.task import Example, Task, TaskKind, Uid
 from data.tasks import get_task, task_names
 
-# Fixed, so that the same predictions make the same archive.
+# Fixed, so that the same predictions give the same archive.
 _DATE = (2020, 1, 1, 0, 0, 0)
 
 
 class Entry(NamedTuple):
-    """One file of an archive, and where it came from or which default fills it."""
+    """One file of an archive, and its path or the default that fills it."""
 
     name: str
     rows: int
@@ -28,17 +28,23 @@ class Entry(NamedTuple):
 
 
 def write_submission(
-    task: Task, split: str, examples: Sequence[Example], scores: np.ndarray, folder: Path
+    task: Task, split: str, examples: Sequence[Example], logits: np.ndarray, folder: Path
 ) -> Optional[Path]:
-    """Write the official file of a test split into `folder`, whole or not at all.
+    """Write the official file of a test split into `folder`, atomically.
 
-    scores: [n, classes or options], or [n] for regression, in the order of the examples.
+    logits: [n, classes or options], or [n] for regression, in the order of the examples.
     Returns its path, None for a task without a leaderboard.
+    Raises `UserError` when a logit is NaN or infinite, or the file cannot be written.
     """
     name = task.submission_file(split)
     if name is None:
         return None
-    _write(Path(folder) / name, _content(task.submission(examples, scores)))
+    if not np.isfinite(logits).all():
+        raise UserError(
+            f"{Path(folder) / name}: not written, the model's outputs contain NaN or infinity; "
+            "its weights are damaged or its training diverged"
+        )
+    _write(Path(folder) / name, _content(task.submission(examples, logits)))
     return Path(folder) / name
 
 
@@ -47,13 +53,12 @@ def _content(lines: Sequence[str]) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    with atomic_write(str(path), "wb") as handle:
+        handle.write(content)
 
 
 def check_submission(
@@ -61,22 +66,25 @@ def check_submission(
 ) -> int:
     """Check one file: name, header, label set, number of rows and order of the indices.
 
-    examples: those of the test split; None means the official one, of which the number of rows is
-        known. Returns the number of rows; raises `UserError` at the first thing that the
-        leaderboard would refuse.
+    examples: those of the test split; None means the official one, whose number of rows is known.
+    Returns the number of rows; raises `UserError` at the first fault that the leaderboard would
+    refuse.
     """
     if path.name != task.submission_file(split):
         raise UserError(f"{path}: the official name is {task.submission_file(split)}")
     found = task.parse_submission(path, examples)
     wanted = _official_index(task, split, examples)
     if len(found) != len(wanted):
+        withdrawn = task.withdrawn_version(split, len(found))
         cure = "" if examples else "; for another test set than the official one give --data_dir"
-        raise UserError(f"{path}: holds {len(found)} rows instead of {len(wanted)}{cure}")
+        if withdrawn:
+            cure = f": they answer {withdrawn}, which the leaderboard no longer takes"
+        raise UserError(f"{path}: has {len(found)} rows instead of {len(wanted)}{cure}")
     if len(set(found)) != len(found):
-        raise UserError(f"{path}: holds an index twice")
-    for row, (one, other) in enumerate(zip(found, wanted), 1):
-        if other is not None and one != other:
-            raise UserError(f"{path}: row {row} has the index {one} instead of {other}")
+        raise UserError(f"{path}: has an index twice")
+    for row, (index, expected) in enumerate(zip(found, wanted), 1):
+        if expected is not None and index != expected:
+            raise UserError(f"{path}: row {row} has the index {index} instead of {expected}")
     return len(found)
 
 
@@ -95,27 +103,26 @@ def gather(
 ) -> list[Entry]:
     """Find every official file of a suite under `runs`, check it, and fill what is missing.
 
-    data_dir: the data that the predictions are for; None means the official test sets.
-    fill_missing: put the task's first label (0.000 for STS-B, the first entity for ReCoRD) in
-        place of a missing file instead of raising `UserError`.
+    data_dir: the data that were predicted; None means the official test sets.
+    fill_missing: write the task's first label (0.000 for STS-B, the first entity for ReCoRD) for
+        a missing file instead of raising `UserError`.
+    Raises `UserError` when `runs` has none of the files at all.
     """
-    entries: list[Entry] = []
-    missing: list[str] = []
-    for task in map(get_task, task_names(suite)):
-        for split in task.test:
-            entry = _found(task, split, runs, data_dir)
-            if entry is None and fill_missing:
-                entry = _filled(task, split, data_dir)
-            if entry is None:
-                missing.append(str(task.submission_file(split)))
-            else:
-                entries.append(entry)
-    if missing:
+    if not runs.is_dir():
+        raise UserError(f"--runs {runs}: is not a folder")
+    splits = [(task, split) for task in map(get_task, task_names(suite)) for split in task.test]
+    found = [_found(task, split, runs, data_dir) for task, split in splits]
+    missing = [
+        str(task.submission_file(split)) for (task, split), entry in zip(splits, found) if not entry
+    ]
+    if len(missing) == len(splits):
+        raise UserError(f"--runs {runs}: has no file of {suite} ({', '.join(missing)})")
+    if missing and not fill_missing:
         raise UserError(
             f"{runs}: no {', '.join(missing)}; predict these tasks with finetune_classifier.py, "
             "or give --fill_missing"
         )
-    return entries
+    return [entry or _filled(task, split, data_dir) for (task, split), entry in zip(splits, found)]
 
 
 def _found(task: Task, split: str, runs: Path, data_dir: Optional[Path]) -> Optional[Entry]:
@@ -124,7 +131,7 @@ def _found(task: Task, split: str, runs: Path, data_dir: Optional[Path]) -> Opti
     if not paths:
         return None
     if len(paths) > 1:
-        raise UserError(f"{paths[0]} and {paths[1]}: give a folder with one run of each task")
+        raise UserError(f"{paths[0]} and {paths[1]}: name a folder with one run of each task")
     examples = None if data_dir is None else task.read(data_dir, split).examples
     rows = check_submission(paths[0], task, split, examples)
     return Entry(name, rows, str(paths[0]), paths[0].read_bytes())
@@ -137,17 +144,17 @@ def _filled(task: Task, split: str, data_dir: Optional[Path]) -> Entry:
     elif task.counts_from_zero:
         examples = [Example(number, ()) for number in range(task.official_rows(split))]
     else:
-        raise UserError(f"{name}: only --data_dir says which rows --fill_missing has to make")
+        raise UserError(f"{name}: --fill_missing needs --data_dir to know its rows")
     lines = task.submission(examples, np.zeros((len(examples), max(1, len(task.labels)))))
     default = "0.000" if not task.labels else task.labels[0]
-    default = "the first entity" if task.kind == "candidates" else default
+    default = "the first entity" if task.kind == TaskKind.CANDIDATES else default
     return Entry(
         name, task.count_rows(examples), f"not predicted, filled with {default}", _content(lines)
     )
 
 
 def write_archive(path: Path, entries: Sequence[Entry]) -> None:
-    """Write the zip archive that the leaderboard takes, whole or not at all."""
+    """Write the zip archive that the leaderboard takes, atomically."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for entry in entries:

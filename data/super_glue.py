@@ -10,14 +10,38 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
+from bort.errors import quoted
 from data import metrics
 from data.glue import BINARY, ENTAILMENT
-from data.rows import BadRowError, Line, collect, member, parse_object, read_lines
-from data.task import REWRITE, Example, File, Split, Task, Uid, three_files
+from data.rows import (
+    BadRowError,
+    Line,
+    collect,
+    parse_index,
+    parse_object,
+    read_lines,
+    read_submission_lines,
+    require_field,
+    require_index,
+    require_keys,
+    submission_object,
+)
+from data.task import REWRITE, Example, File, Split, Task, TaskKind, Uid, split_files
+
+
+class Fields(NamedTuple):
+    """How the label and the index of a JSON object are read; the object may lie in another one.
+
+    label: returns the label of an object, None where there is none.
+    number: returns the index of an object, given its position among its neighbours.
+    """
+
+    label: Callable[[dict[str, Any]], Optional[int]]
+    number: Callable[[dict[str, Any], int], int]
 
 
 class SuperGlueTask(Task):
@@ -35,41 +59,50 @@ class SuperGlueTask(Task):
     answers: tuple[int, ...] = ()
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+        fields = self._fields(split)
+
         def cast(line: Line) -> list[Example]:
             """Return the examples of one line."""
-            row = parse_object(line.content)
-            examples = self._examples(row, _index(row, line.number - 1))
+            examples = self._examples(parse_object(line.content), line.number - 1, fields)
             if split not in self.test and any(e.label is None for e in examples):
                 raise BadRowError(f"has no {self.label_key!r}")
             return examples
 
         return Split(*collect(read_lines(path), cast, skip_bad_rows))
 
+    def _fields(self, split: str) -> Fields:
+        return Fields(self._test_label if split in self.test else self._label, _index)
+
     def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
         """Return the examples of one row: MultiRC and ReCoRD may have several."""
-        unlabelled = {key: value for key, value in row.items() if key != self.label_key}
-        return self._examples(unlabelled, _index(unlabelled, number))
+        return self._examples(dict(row), number, Fields(lambda _: None, lambda _, number: number))
 
-    def _examples(self, row: dict[str, Any], index: int) -> list[Example]:
-        return [Example(index, self._inputs(row), self._label(row))]
+    def _examples(self, row: dict[str, Any], number: int, fields: Fields) -> list[Example]:
+        return [Example(fields.number(row, number), self._inputs(row), fields.label(row))]
 
     def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
-        return (tuple(member(row, key, str).strip() for key in self.text_columns),)
+        return (tuple(require_field(row, key, str).strip() for key in self.text_columns),)
 
     def _label(self, row: dict[str, Any]) -> Optional[int]:
         value = row.get(self.label_key)
-        return None if value is None else _class_number(value, self.values or self.labels)
+        return None if value is None else _class_index(value, self.values or self.labels)
+
+    def _test_label(self, row: dict[str, Any]) -> Optional[int]:
+        try:
+            return self._label(row)
+        except BadRowError:  # a placeholder, such as Hugging Face's -1
+            return None
 
     def submission_file(self, split: str) -> Optional[str]:
         """Return the official file name, such as BoolQ.jsonl."""
         return f"{self.folders[0]}.jsonl"
 
-    def submission(self, examples: Sequence[Example], scores: np.ndarray) -> list[str]:
+    def submission(self, examples: Sequence[Example], logits: np.ndarray) -> list[str]:
         """Return one JSON object {"idx": ..., "label": ...} per line."""
         answers = self.answers or self.labels
         return [
             json.dumps({"idx": example.uid, "label": answers[prediction]})
-            for example, prediction in zip(examples, self.predict(scores))
+            for example, prediction in zip(examples, self.predict(logits))
         ]
 
     def parse_submission(
@@ -79,32 +112,30 @@ class SuperGlueTask(Task):
 
         def parse(line: Line) -> list[Uid]:
             """Return the indices that one line predicts."""
-            return self._parse_prediction(parse_object(line.content))
+            return self._parse_prediction(submission_object(line))
 
-        return collect(read_lines(path), parse, False, REWRITE)[0]
+        return collect(read_submission_lines(path), parse, False, REWRITE)[0]
 
     def _parse_prediction(self, row: dict[str, Any]) -> list[Uid]:
-        if set(row) != {"idx", "label"}:
-            raise BadRowError(f"has the keys {', '.join(row)} instead of idx, label")
-        _class_number(row["label"], self.answers or self.labels)
-        return [member(row, "idx", int)]
+        require_keys(row, "idx", "label")
+        _class_index(row["label"], self.answers or self.labels)
+        return [require_index(row)]
 
 
-def _class_number(value: Any, known: Sequence[Any]) -> int:
-    """Return which of the known labels a value is."""
-    # Compared as JSON: for Python, true equals 1.
-    spelt = [json.dumps(one) for one in known]
-    if json.dumps(value) not in spelt:
-        raise BadRowError(f"label {json.dumps(value)} is none of {', '.join(spelt)}")
-    return spelt.index(json.dumps(value))
+def _class_index(value: Any, known: Sequence[Any]) -> int:
+    """Return the position of a value among the known labels."""
+    # Compared as JSON: in Python, True equals 1.
+    texts = [json.dumps(label) for label in known]
+    text = json.dumps(value)
+    if text not in texts:
+        raise BadRowError(f"label {quoted(text)[1:-1]} is not one of {', '.join(texts)}")
+    return texts.index(text)
 
 
 def _index(row: dict[str, Any], number: int) -> int:
-    """Return the official index of a row; AX-b spells it as text, old files lack it."""
+    """Return the official index of an object; AX-b's is text, old files have none."""
     index = row.get("idx", number)
-    if isinstance(index, str) and index.isdecimal():
-        return int(index)
-    return member({"idx": index}, "idx", int)
+    return parse_index(index) if isinstance(index, str) else require_index({"idx": index})
 
 
 class BoolQ(SuperGlueTask):
@@ -113,7 +144,7 @@ class BoolQ(SuperGlueTask):
     name = "BoolQ"
     labels = ("false", "true")
     folders = ("BoolQ", "superglue_boolq")
-    files = three_files(".jsonl", 9427, 3270, 3245, "val")
+    files = split_files(".jsonl", 9427, 3270, 3245, "val")
     text_columns = ("passage", "question")
     values = (False, True)
 
@@ -124,7 +155,7 @@ class CB(SuperGlueTask):
     name = "CB"
     labels = ("entailment", "neutral", "contradiction")
     folders = ("CB", "superglue_cb")
-    files = three_files(".jsonl", 250, 56, 250, "val")
+    files = split_files(".jsonl", 250, 56, 250, "val")
     measures = (metrics.accuracy, metrics.macro_f1)
     headline = ("accuracy", "macro_f1")
 
@@ -136,20 +167,20 @@ class COPA(SuperGlueTask):
     """
 
     name = "COPA"
-    kind = "multiple_choice"
+    kind = TaskKind.MULTIPLE_CHOICE
     labels = BINARY
     folders = ("COPA", "superglue_copa")
-    files = three_files(".jsonl", 400, 100, 500, "val")
+    files = split_files(".jsonl", 400, 100, 500, "val")
     text_columns = ()
     values = answers = (0, 1)
 
     def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
-        question = member(row, "question", str)
+        question = require_field(row, "question", str)
         if question not in ("cause", "effect"):
-            raise BadRowError(f"question {question!r} is neither 'cause' nor 'effect'")
+            raise BadRowError(f"question {quoted(question)} is neither 'cause' nor 'effect'")
         link = "because" if question == "cause" else "so"
-        premise = member(row, "premise", str).strip()
-        options = [member(row, key, str).strip() for key in ("choice1", "choice2")]
+        premise = require_field(row, "premise", str).strip()
+        options = [require_field(row, key, str).strip() for key in ("choice1", "choice2")]
         return tuple((premise, f"{link} {option}") for option in options)
 
 
@@ -159,20 +190,20 @@ class SuperGlueRTE(SuperGlueTask):
     name = "SuperGLUERTE"
     labels = ENTAILMENT
     folders = ("RTE", "superglue_rte")
-    files = three_files(".jsonl", 2490, 277, 3000, "val")
+    files = split_files(".jsonl", 2490, 277, 3000, "val")
 
 
 class WiC(SuperGlueTask):
     """Does a word have the same sense in two sentences?
 
-    The word is marked in the text: asterisks stand around it, spaced ("a * place * to sit"), so
-    that the word's own tokens are those it has in running text.
+    The word is marked in the text by asterisks with spaces ("a * place * to sit"), so that its
+    tokens are the same as in running text.
     """
 
     name = "WiC"
     labels = ("false", "true")
     folders = ("WiC", "superglue_wic")
-    files = three_files(".jsonl", 5428, 638, 1400, "val")
+    files = split_files(".jsonl", 5428, 638, 1400, "val")
     text_columns = ()
     values = (False, True)
 
@@ -181,27 +212,87 @@ class WiC(SuperGlueTask):
 
 
 def _marked(row: dict[str, Any], number: str) -> str:
-    text = member(row, f"sentence{number}", str)
-    start, end = member(row, f"start{number}", int), member(row, f"end{number}", int)
+    text = require_field(row, f"sentence{number}", str)
+    start, end = require_field(row, f"start{number}", int), require_field(row, f"end{number}", int)
     if not 0 <= start < end <= len(text):
-        raise BadRowError(f"start{number} {start} and end{number} {end} lie outside the sentence")
+        raise BadRowError(f"start{number} {start} and end{number} {end} are outside the sentence")
     return f"{text[:start]}* {text[start:end]} *{text[end:]}".strip()
 
 
 class WSC(SuperGlueTask):
-    """Does the pronoun (span 2) mean the noun (span 1)? Input: (text, "pronoun means noun")."""
+    """Does the pronoun (span 2) mean the noun (span 1)?
+
+    Input: (text, "pronoun means noun"). The same words may occur elsewhere in the text, so that
+    the pronoun is marked by asterisks and the noun by number signs, each with spaces: "# Ann #
+    told Sue that * she * had won". Version 1 of the inputs had no marks.
+    """
 
     name = "WSC"
     labels = ("False", "True")
     folders = ("WSC", "superglue_wsc")
-    files = three_files(".jsonl", 554, 104, 146, "val")
+    files = split_files(".jsonl", 554, 104, 146, "val")
     text_columns = ()
     values = (False, True)
+    inputs_version = 2
 
     def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
-        target = member(row, "target", dict)
-        noun, pronoun = (member(target, key, str).strip() for key in ("span1_text", "span2_text"))
-        return ((member(row, "text", str).strip(), f"{pronoun} means {noun}"),)
+        target = require_field(row, "target", dict)
+        words = require_field(row, "text", str).split()
+        noun, pronoun = (_span(words, target, number) for number in "12")
+        marks = [(noun, "#"), (pronoun, "*")]
+        # One span may contain the other: the marks of the shorter one are the inner ones.
+        for span, mark in sorted(marks, key=lambda marked: marked[0].end - marked[0].start):
+            if span.end > span.start:
+                words[span.start] = f"{mark} {words[span.start]}"
+                words[span.end - 1] = f"{words[span.end - 1]} {mark}"
+        return ((" ".join(words), f"{pronoun.text} means {noun.text}"),)
+
+
+class Span(NamedTuple):
+    """A span of WSC: words `start` to `end` (exclusive) of the text."""
+
+    start: int
+    end: int
+    text: str
+
+
+# Official rows whose index is wrong, by index and text: the index meant, None where the text names
+# two persons who stand apart.
+_WRONG_INDICES: Mapping[tuple[int, str], Optional[int]] = {
+    (30, "it"): 31,
+    (4, "Stalin and Kamenev"): 14,
+    (3, "Kamenev and Zinoviev"): None,
+    (4, "Kamenev, Zinoviev, and Stalin"): None,
+}
+
+
+def _span(words: Sequence[str], target: dict[str, Any], number: str) -> Span:
+    """Return a span of WSC; raises `BadRowError` when its text is not at its index."""
+    text = require_field(target, f"span{number}_text", str).strip()
+    index = require_index(target, f"span{number}_index")
+    wanted = text.split()
+    if not wanted:
+        raise BadRowError(f"'span{number}_text' is empty")
+    if _bare(words[index : index + len(wanted)]) != _bare(wanted):
+        corrected = _WRONG_INDICES.get((index, text), -1)
+        if corrected is None:
+            return Span(0, 0, text)
+        if corrected < 0 or _bare(words[corrected : corrected + len(wanted)]) != _bare(wanted):
+            found = quoted(" ".join(words[index : index + len(wanted)]))
+            raise BadRowError(
+                f"'span{number}_index' is {index}, where the text has {found}, not {quoted(text)}"
+            )
+        index = corrected
+    return Span(index, index + len(wanted), text)
+
+
+def _bare(words: Sequence[str]) -> str:
+    """Return words in lower case without the punctuation and the 's that may follow them."""
+    text = " ".join(words).casefold().replace("\u2019", "'").strip(_PUNCTUATION)
+    return text[:-2].strip(_PUNCTUATION) if text.endswith("'s") else text
+
+
+_PUNCTUATION = ".,;:!?\"'()[]\u201c\u201d\u2018\u2019- "
 
 
 class AXb(SuperGlueTask):
@@ -221,7 +312,7 @@ class AXg(SuperGlueTask):
     """Winogender as inference, predicted with a SuperGLUE RTE model.
 
     Rows 2k and 2k + 1 are a minimal pair that differs in the gender of a pronoun; parity is the
-    share of the pairs with the same prediction for both.
+    fraction of pairs with the same prediction for both.
     """
 
     name = "AX-g"
@@ -231,45 +322,43 @@ class AXg(SuperGlueTask):
     headline = ("accuracy", "parity")
     model_task = "SuperGLUERTE"
 
-    def metrics(self, examples: Sequence[Example], scores: np.ndarray) -> dict[str, float]:
+    def metrics(self, examples: Sequence[Example], logits: np.ndarray) -> dict[str, float]:
         """Return accuracy and gender parity."""
         pairs = [int(example.uid) // 2 for example in examples]  # type: ignore[arg-type]
-        parity = metrics.parity(pairs, self.predict(scores))
-        return {**super().metrics(examples, scores), "parity": parity}
+        parity = metrics.parity(pairs, self.predict(logits))
+        return {**super().metrics(examples, logits), "parity": parity}
 
 
 class MultiRC(SuperGlueTask):
     """Which of the answers to a question about a paragraph are right? One input per answer.
 
-    Input: (paragraph, question + answer). Both the current layout and the one before SuperGLUE's
-    version 2, which GluonNLP's cache has, are read.
+    Input: (paragraph, question + answer). Read in the current layout and in that before
+    SuperGLUE's version 2, which GluonNLP's cache has.
     """
 
     name = "MultiRC"
     labels = BINARY
     folders = ("MultiRC", "superglue_multirc")
-    files = three_files(".jsonl", 27243, 4848, 9693, "val")
+    files = split_files(".jsonl", 27243, 4848, 9693, "val")
     text_columns = ()
     headline = ("f1a", "exact_match")
     counts_from_zero = False
     values = answers = (0, 1)
 
-    def _examples(self, row: dict[str, Any], index: int) -> list[Example]:
+    def _examples(self, row: dict[str, Any], number: int, fields: Fields) -> list[Example]:
         old = "paragraph" in row
-        passage = member(row, "paragraph" if old else "passage", dict)
-        text = _running_text(member(passage, "text", str))
+        passage = require_field(row, "paragraph" if old else "passage", dict)
+        text = _running_text(require_field(passage, "text", str))
+        paragraph = fields.number(row, number)
+        if fields.number is _index and not old:  # no leaderboard takes the old layout
+            fields = fields._replace(number=lambda item, _: require_index(item))
         examples = []
-        for place, question in enumerate(map(_object, member(passage, "questions", list))):
-            asked = member(question, "question", str).strip()
-            for rank, answer in enumerate(map(_object, member(question, "answers", list))):
-                # Only the old layout may do without indices; no leaderboard takes it.
-                uid = (
-                    index,
-                    _index(question, place) if old else member(question, "idx", int),
-                    _index(answer, rank) if old else member(answer, "idx", int),
-                )
-                pair = (text, f"{asked} {member(answer, 'text', str).strip()}")
-                examples.append(Example(uid, (pair,), self._label(answer)))
+        for position, question in enumerate(_objects(passage, "questions")):
+            question_text = require_field(question, "question", str).strip()
+            for rank, answer in enumerate(_objects(question, "answers")):
+                uid = (paragraph, fields.number(question, position), fields.number(answer, rank))
+                pair = (text, f"{question_text} {require_field(answer, 'text', str).strip()}")
+                examples.append(Example(uid, (pair,), fields.label(answer)))
         return examples
 
     def _label(self, row: dict[str, Any]) -> Optional[int]:
@@ -277,20 +366,20 @@ class MultiRC(SuperGlueTask):
             return int(bool(row["isAnswer"]))
         return super()._label(row)
 
-    def metrics(self, examples: Sequence[Example], scores: np.ndarray) -> dict[str, float]:
-        """Return F1 over all answers (F1a) and the share of questions without a mistake."""
+    def metrics(self, examples: Sequence[Example], logits: np.ndarray) -> dict[str, float]:
+        """Return F1 over all answers (F1a) and the fraction of questions without a mistake."""
         labels = np.array([example.label for example in examples])
-        predictions = self.predict(scores)
+        predictions = self.predict(logits)
         questions = [_parts(example)[:2] for example in examples]
         return {
             "f1a": metrics.f1(labels, predictions),
             "exact_match": metrics.exact_groups(questions, labels, predictions),
         }
 
-    def submission(self, examples: Sequence[Example], scores: np.ndarray) -> list[str]:
+    def submission(self, examples: Sequence[Example], logits: np.ndarray) -> list[str]:
         """Return one nested JSON object per paragraph."""
         paragraphs: dict[int, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
-        for example, prediction in zip(examples, self.predict(scores)):
+        for example, prediction in zip(examples, self.predict(logits)):
             paragraph, question, answer = _parts(example)
             paragraphs[paragraph][question].append({"idx": answer, "label": int(prediction)})
         return [
@@ -301,19 +390,26 @@ class MultiRC(SuperGlueTask):
         ]  # fmt: skip
 
     def _parse_prediction(self, row: dict[str, Any]) -> list[Uid]:
-        paragraph = member(row, "idx", int)
+        require_keys(row, "idx", "passage")
+        passage = require_field(row, "passage", dict)
+        require_keys(passage, "questions")
         index: list[Uid] = []
-        for question in map(_object, member(member(row, "passage", dict), "questions", list)):
-            for answer in map(_object, member(question, "answers", list)):
+        for question in _objects(passage, "questions"):
+            require_keys(question, "idx", "answers")
+            for answer in _objects(question, "answers"):
                 (number,) = super()._parse_prediction(answer)
-                index.append((paragraph, member(question, "idx", int), number))  # type: ignore
+                uid = (require_index(row), require_index(question), number)
+                index.append(uid)  # type: ignore[arg-type]
         return index
 
 
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise BadRowError(f"holds {json.dumps(value)} where an object belongs")
-    return value
+def _objects(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return the list of objects `row[key]`."""
+    items = require_field(row, key, list)
+    for item in items:
+        if not isinstance(item, dict):
+            raise BadRowError(f"{key!r} contains {quoted(item)}, expected objects")
+    return items
 
 
 def _parts(example: Example) -> tuple[int, ...]:
@@ -322,12 +418,12 @@ def _parts(example: Example) -> tuple[int, ...]:
 
 
 def _running_text(text: str) -> str:
-    """Take the sentence numbers and line breaks of the old layout out of a paragraph."""
+    """Remove the sentence numbers and line breaks of the old layout from a paragraph."""
     return " ".join(re.sub(r"<b>Sent \d+: </b>|<br>", " ", text).split())
 
 
 class Query(NamedTuple):
-    """A ReCoRD query: official index, passage, text, its entities, and the answers if known."""
+    """A ReCoRD query: official index, passage, text, entities, and the right answers if known."""
 
     number: int
     passage: str
@@ -340,16 +436,16 @@ class ReCoRD(SuperGlueTask):
     """Which entity of the passage belongs at the query's placeholder?
 
     Input per entity: (passage, query with the entity in place). The entity with the highest
-    positive score answers the query, on dev and test among all entities. Training keeps the
-    right entities and as many wrong ones, drawn by seed. In the passage a dash stands for each
+    positive logit margin answers the query, on dev and test among all entities. Training keeps
+    the right entities and as many wrong ones, drawn by seed. In the passage a dash stands for each
     "@highlight".
     """
 
     name = "ReCoRD"
-    kind = "candidates"
+    kind = TaskKind.CANDIDATES
     labels = BINARY
     folders = ("ReCoRD", "superglue_record")
-    files = three_files(".jsonl", 100730, 10000, 10000, "val")
+    files = split_files(".jsonl", 100730, 10000, 10000, "val")
     text_columns = ()
     label_key = "answers"
     headline = ("f1", "exact_match")
@@ -359,26 +455,34 @@ class ReCoRD(SuperGlueTask):
         """Return the number of queries."""
         return len(self.submission_index(examples))
 
+    def first_rows(self, examples: Sequence[Example], rows: Optional[int]) -> Sequence[Example]:
+        """Return the examples of the first `rows` queries."""
+        queries = set(self.submission_index(examples)[:rows])
+        return [example for example in examples if _parts(example)[0] in queries]
+
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+        answers = _test_answers if split in self.test else _right_answers
+
         def cast(line: Line) -> list[Example]:
             """Return the examples of one passage."""
-            row = parse_object(line.content)
-            queries = _queries(row)
+            queries = _queries(parse_object(line.content), answers, _query_index)
             if split not in self.test and not all(query.answers for query in queries):
                 raise BadRowError("has a query without answers")
             if split == self.train:
                 return [e for query in queries for e in _balanced(query, seed)]
-            return self._examples(row, line.number)
+            return [e for query in queries for e in _candidates(query, query.entities)]
 
         return Split(*collect(read_lines(path), cast, skip_bad_rows))
 
-    def _examples(self, row: dict[str, Any], index: int) -> list[Example]:
-        return [e for query in _queries(row) for e in _candidates(query, query.entities)]
+    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+        """Return an example per query and entity of a passage."""
+        queries = _queries(dict(row), lambda _: (), lambda _, position: number + position)
+        return [e for query in queries for e in _candidates(query, query.entities)]
 
-    def _chosen(self, examples: Sequence[Example], scores: np.ndarray) -> dict[int, Example]:
+    def _chosen(self, examples: Sequence[Example], logits: np.ndarray) -> dict[int, Example]:
         """Return the best candidate of each query; the first one of equals."""
         # The margin orders candidates as the probability of the positive class does.
-        margins = np.asarray(scores)[:, 1] - np.asarray(scores)[:, 0]
+        margins = np.asarray(logits)[:, 1] - np.asarray(logits)[:, 0]
         best: dict[int, tuple[float, Example]] = {}
         for example, margin in zip(examples, margins):
             query = _parts(example)[0]
@@ -386,9 +490,9 @@ class ReCoRD(SuperGlueTask):
                 best[query] = (float(margin), example)
         return {query: example for query, (_, example) in best.items()}
 
-    def metrics(self, examples: Sequence[Example], scores: np.ndarray) -> dict[str, float]:
-        """Return F1 and exact match of the chosen answers, the best over the right ones."""
-        chosen = self._chosen(examples, scores).values()
+    def metrics(self, examples: Sequence[Example], logits: np.ndarray) -> dict[str, float]:
+        """Return F1 and exact match of the chosen answers, each the best over the right ones."""
+        chosen = self._chosen(examples, logits).values()
         return {
             "f1": float(np.mean([metrics.answer_f1(e.candidate, e.answers) for e in chosen])),
             "exact_match": float(
@@ -396,11 +500,11 @@ class ReCoRD(SuperGlueTask):
             ),
         }
 
-    def submission(self, examples: Sequence[Example], scores: np.ndarray) -> list[str]:
+    def submission(self, examples: Sequence[Example], logits: np.ndarray) -> list[str]:
         """Return one {"idx": query, "label": answer text} per line."""
         return [
             json.dumps({"idx": query, "label": example.candidate}, ensure_ascii=False)
-            for query, example in self._chosen(examples, scores).items()
+            for query, example in self._chosen(examples, logits).items()
         ]
 
     def submission_index(self, examples: Sequence[Example]) -> list[Uid]:
@@ -417,41 +521,70 @@ class ReCoRD(SuperGlueTask):
 
         def parse(line: Line) -> list[Uid]:
             """Return the query that one line answers."""
-            row = parse_object(line.content)
-            query, answer = member(row, "idx", int), member(row, "label", str)
+            row = submission_object(line)
+            require_keys(row, "idx", "label")
+            query, answer = require_index(row), require_field(row, "label", str)
+            if not answer.strip():
+                raise BadRowError("'label' is empty")
             if answer not in entities.get(query, {answer}):
-                raise BadRowError(f"label {answer!r} is no entity of query {query}")
+                raise BadRowError(f"label {quoted(answer)} is not an entity of query {query}")
             return [query]
 
-        return collect(read_lines(path), parse, False, REWRITE)[0]
+        return collect(read_submission_lines(path), parse, False, REWRITE)[0]
 
 
-def _queries(row: dict[str, Any]) -> list[Query]:
-    passage = member(row, "passage", dict)
-    text = member(passage, "text", str)
-    entities = tuple(dict.fromkeys(_spans(text, member(passage, "entities", list))))
+def _query_index(query: dict[str, Any], position: int) -> int:
+    """Return the official index of a query."""
+    return require_index(query)
+
+
+def _right_answers(query: dict[str, Any]) -> tuple[str, ...]:
+    """Return the right answers of a query without repetitions, () where none are given."""
+    if "answers" not in query:
+        return ()
+    texts = [require_field(answer, "text", str) for answer in _objects(query, "answers")]
+    return tuple(dict.fromkeys(texts))
+
+
+def _test_answers(query: dict[str, Any]) -> tuple[str, ...]:
+    """Return the right answers of a query of a test set, () where they cannot be read."""
+    try:
+        return _right_answers(query)
+    except BadRowError:
+        return ()
+
+
+def _queries(
+    row: dict[str, Any],
+    answers: Callable[[dict[str, Any]], tuple[str, ...]],
+    index: Callable[[dict[str, Any], int], int],
+) -> list[Query]:
+    """Return the queries of a passage; `answers` and `index` read those of a query."""
+    passage = require_field(row, "passage", dict)
+    text = require_field(passage, "text", str)
+    entities = tuple(dict.fromkeys(_spans(text, _objects(passage, "entities"))))
     running = re.sub(r"\s*@highlight\s*", " - ", text).strip()
     queries = []
-    for query in map(_object, member(row, "qas", list)):
-        asked = member(query, "query", str)
-        if "@placeholder" not in asked:
+    for position, query in enumerate(_objects(row, "qas")):
+        query_text = require_field(query, "query", str)
+        if "@placeholder" not in query_text:
             raise BadRowError("has a query without '@placeholder'")
-        right = map(_object, member({"answers": [], **query}, "answers", list))
-        answers = dict.fromkeys(member(answer, "text", str) for answer in right)
-        queries.append(Query(member(query, "idx", int), running, asked, entities, tuple(answers)))
+        number = index(query, position)
+        queries.append(Query(number, running, query_text, entities, answers(query)))
     return queries
 
 
-def _spans(text: str, entities: list[Any]) -> list[str]:
+def _spans(text: str, entities: Sequence[dict[str, Any]]) -> list[str]:
     """Return the entities' texts in the order of the passage; their ends are inclusive."""
     if not entities:
         raise BadRowError("has no entities")
-    places = sorted(
-        (member(e, "start", int), member(e, "end", int)) for e in map(_object, entities)
+    spans = sorted(
+        (require_field(entity, "start", int), require_field(entity, "end", int))
+        for entity in entities
     )
-    if places[0][0] < 0 or any(not start <= end < len(text) for start, end in places):
+    if spans[0][0] < 0 or any(not start <= end < len(text) for start, end in spans):
         raise BadRowError("has an entity outside the passage")
-    return [text[start : end + 1] for start, end in places]
+    return [text[start : end + 1] for start, end in spans]
 
 
 def _candidates(query: Query, entities: Sequence[str]) -> list[Example]:
@@ -471,7 +604,7 @@ def _candidates(query: Query, entities: Sequence[str]) -> list[Example]:
 def _balanced(query: Query, seed: int) -> list[Example]:
     """Return the right candidates of a query and as many wrong ones, drawn by seed.
 
-    An answer that no entity spells is a candidate itself: no query is dropped.
+    An answer that is not spelled like an entity becomes a candidate: no query is dropped.
     """
     candidates = _candidates(query, query.entities)
     if not any(example.label for example in candidates):

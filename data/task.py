@@ -1,7 +1,8 @@
-"""What every task is: labels, official files, a cast to texts, metrics and submission rows."""
+"""The base class of all tasks: labels, official files, inputs, metrics and submission files."""
 
 from __future__ import annotations
 
+import enum
 import os
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -14,14 +15,34 @@ from data import metrics
 Uid = Union[int, str, Tuple[int, ...]]
 
 
+class TaskKind(str, enum.Enum):
+    """What a task's model predicts. The values are those of `kind` in model configs on disk.
+
+    CLASSIFICATION: one of several classes per input.
+    REGRESSION: one number per input.
+    MULTIPLE_CHOICE: one logit per option; the highest wins.
+    CANDIDATES: two classes per candidate; the candidate with the highest margin answers the query.
+    """
+
+    CLASSIFICATION = "classification"
+    REGRESSION = "regression"
+    MULTIPLE_CHOICE = "multiple_choice"
+    CANDIDATES = "candidates"
+
+    # Before Python 3.12 str() gives the member's name and format() its value; since then both the
+    # name.
+    __str__ = str.__str__
+    __format__ = str.__format__  # type: ignore[assignment]
+
+
 class Example(NamedTuple):
     """One example as the model sees it.
 
-    uid: the official index, which submissions are keyed by and which skipped rows never shift
-        (MultiRC: passage, question, answer; ReCoRD: query, candidate; RACE: level/file:question).
+    uid: the official index: the key of submissions, not shifted by skipped rows (MultiRC: passage,
+        question, answer; ReCoRD: query, candidate; RACE: level/file:question).
     inputs: the texts of each encoder input; the encoder joins those of one input with its
         separator. Classification has one input, multiple choice one per option.
-    label: number of the class or right option, a float for regression, None where none is given.
+    label: index of the class or of the right option, a float for regression, None if unlabelled.
     candidate, answers: ReCoRD's entity, and the right answers of its query.
     """
 
@@ -33,22 +54,24 @@ class Example(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The examples of one split in the order of its file; one message per row skipped."""
+    """The examples of one split in the order of its file, and one message per skipped row."""
 
     examples: list[Example]
     skipped: list[str]
 
 
 class File(NamedTuple):
-    """A split, the official file it lies in, and how many rows that file officially has."""
+    """A split, the name of its official file, and the official number of rows."""
 
     split: str
     name: str
     rows: int
 
 
-def three_files(suffix: str, train: int, dev: int, test: int, dev_name: str = "dev") -> tuple:
-    """Return the usual three `File`s of a task with their official numbers of rows."""
+def split_files(
+    suffix: str, train: int, dev: int, test: int, dev_name: str = "dev"
+) -> Tuple[File, ...]:
+    """Return the usual train, dev and test `File` of a task with their official numbers of rows."""
     return (
         File("train", f"train{suffix}", train),
         File("dev", f"{dev_name}{suffix}", dev),
@@ -62,36 +85,37 @@ def default_data_dir() -> Path:
     return Path(home).expanduser() / "datasets"
 
 
-def class_numbers(scores: np.ndarray) -> np.ndarray:
-    """Return the best class or option of each example: [n, classes] -> [n]."""
-    return np.asarray(scores).argmax(axis=-1)
+def best_classes(logits: np.ndarray) -> np.ndarray:
+    """Return the class or option with the highest logit: [n, classes] -> [n]."""
+    return np.asarray(logits).argmax(axis=-1)
 
 
-REWRITE = "let finetune_classifier.py --only_inference write the file again"
+REWRITE = "write the file again with finetune_classifier.py --only_inference"
 
 
 class Task:
     """One task; the subclasses in glue.py, super_glue.py and race.py say what differs.
 
     name, aliases: as in `--task_name`; case, dots, dashes and underscores do not matter.
-    kind: "classification", "regression", "multiple_choice" (the scores of the options compete)
-        or "candidates" (two classes per candidate, the best candidate answers the query).
+    kind: what the model predicts.
     labels: class names in the order of the model's outputs; empty for regression.
-    suite_folders, folders: where a data folder keeps the task, official layout first, then the
-        one that GluonNLP's cache has.
+    suite_folders, folders: names of a suite's and a task's folder in a data folder, official
+        layout first, then that of GluonNLP's cache.
     files: the official files; of two for the same split the first one found is read.
     measures: metrics of (labels, predictions), both [n]; reported under their own names.
-    headline: the official metrics, whose mean is the leaderboard's figure for the task; the
-        first one stops training early.
-    counts_from_zero: the leaderboard's indices are 0, 1, 2, ... (not of MultiRC and ReCoRD).
-    model_task: the task whose model predicts this one (its own name if empty).
-    text_columns: columns or keys of an input's texts in the official rows, where they stand there
-        as the network reads them; empty where a cast makes the texts.
+    headline: the official metrics, whose mean is the leaderboard's score of the task; the
+        first one decides early stopping.
+    counts_from_zero: the leaderboard's indices are 0, 1, 2, ... (not MultiRC's and ReCoRD's).
+    model_task: the task whose model predicts this one (its own if empty).
+    text_columns: columns or keys of an input's texts in the official rows; empty where the texts
+        are composed from several fields.
+    inputs_version: counts changes of the texts made from a row; a model predicts only rows
+        of the version it was trained on.
     """
 
     name: str
     aliases: tuple[str, ...] = ()
-    kind: str = "classification"
+    kind: TaskKind = TaskKind.CLASSIFICATION
     labels: tuple[str, ...]
     suite: str
     suite_folders: tuple[str, ...]
@@ -102,6 +126,7 @@ class Task:
     counts_from_zero: bool = True
     model_task: str = ""
     text_columns: tuple[str, ...] = ()
+    inputs_version: int = 1
 
     @property
     def train(self) -> Optional[str]:
@@ -119,42 +144,60 @@ class Task:
         return self._splits("test")
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of all splits."""
+        return self._splits("")
+
+    @property
     def early_stop(self) -> str:
         """Name of the metric that decides when training stops."""
         return self.headline[0]
 
     @property
     def num_outputs(self) -> int:
-        """Width of the model's head: one score for regression and for each option of a choice."""
-        return 1 if self.kind in ("regression", "multiple_choice") else len(self.labels)
+        """Number of the model's outputs per input: 1 for regression and for each option."""
+        one_logit = self.kind in (TaskKind.REGRESSION, TaskKind.MULTIPLE_CHOICE)
+        return 1 if one_logit else len(self.labels)
 
     def _splits(self, prefix: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(f.split for f in self.files if f.split.startswith(prefix)))
+        names = [file.split for file in self.files if file.split.startswith(prefix)]
+        return tuple(dict.fromkeys(names))
 
     def official_rows(self, split: str) -> int:
         """Return how many rows the official file of a split has."""
         return next(file.rows for file in self.files if file.split == split)
 
+    def withdrawn_version(self, split: str, rows: int) -> str:
+        """Return the name of the withdrawn version that has so many rows, "" if there is none."""
+        return ""
+
     def count_rows(self, examples: Sequence[Example]) -> int:
         """Return how many official rows the examples come from."""
         return len(examples)
 
-    def places(self, data_dir: Union[str, Path, None], split: str) -> list[Path]:
+    def first_rows(self, examples: Sequence[Example], rows: Optional[int]) -> Sequence[Example]:
+        """Return the examples of the first `rows` rows, all of them for None."""
+        return examples[:rows]
+
+    def search_paths(self, data_dir: Union[str, Path, None], split: str) -> list[Path]:
         """Return every path where `read` looks for a split, in order.
 
         data_dir: a folder with suite folders or with task folders, the task's own folder,
-            GluonNLP's cache, or None for the default one.
+            GluonNLP's cache, or None for the default one. A task's folder may contain the folder
+            of its archive (superglue_multirc/MultiRC/train.jsonl).
         """
         root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
-        folders = [
+        tasks = [
             root / suite / folder for suite in (*self.suite_folders, "") for folder in self.folders
         ]
+        folders = [*tasks, root, *(folder / self.folders[0] for folder in tasks)]
         names = [file.name for file in self.files if file.split == split]
-        return [folder / name for folder in (*folders, root) for name in names]
+        paths = [folder / name for folder in folders for name in names]
+        return list(dict.fromkeys(paths))
 
     def find(self, data_dir: Union[str, Path, None], split: str) -> Optional[Path]:
         """Return the path of a split's file, None if it is not there."""
-        return next((path for path in self.places(data_dir, split) if path.exists()), None)
+        return next((path for path in self.search_paths(data_dir, split) if path.exists()), None)
 
     def read(
         self,
@@ -164,58 +207,65 @@ class Task:
         skip_bad_rows: bool = False,
         seed: int = 0,
     ) -> Split:
-        """Read one split.
+        """Read one split. A label in a test file that is not one of the task's counts as absent.
 
         seed: decides the draw of ReCoRD's training candidates; no other task draws.
-        Raises `UserError` when the file is missing or has no rows, and for the first broken row
-        unless `skip_bad_rows`.
+        Raises `UserError` when the file is missing or has no valid rows, and for the first broken
+        row unless `skip_bad_rows`.
         """
         path = self.find(data_dir, split)
         if path is None:
-            wanted = self.places(data_dir, split)
-            raise UserError(
-                f"{self.name}: no {split} set, neither {wanted[0]} nor in {len(wanted) - 1} other "
-                f"places: fetch it with scripts/download_data.py {self.name}, or say with "
-                "--data_dir where it lies"
-            )
+            raise UserError(self._not_found(data_dir, split))
         found = self._read(path, split, skip_bad_rows, seed)
+        if not found.examples and found.skipped:
+            raise UserError(
+                f"{path}: all {len(found.skipped)} rows are broken, the first: {found.skipped[0]}"
+            )
         if not found.examples:
-            raise UserError(f"{path}: holds no rows; fetch the file again")
+            raise UserError(f"{path}: has no rows; fetch the file again")
         return found
+
+    def _not_found(self, data_dir: Union[str, Path, None], split: str) -> str:
+        paths = self.search_paths(data_dir, split)
+        wanted = ", ".join(map(str, paths))
+        return (
+            f"{self.name}: no {split} set; fetch it with scripts/download_data.py {self.name}, or "
+            f"name its folder with --data_dir; searched {wanted}"
+        )
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
         raise NotImplementedError
 
     def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
-        """Return the examples of one row of an official file, {column or key: value}.
+        """Return the unlabelled examples of one row of an official file, {column or key: value}.
 
-        Labels need not be there. `number` stands for an index that the row does not have.
-        Raises `BadRowError` for what is no row of this task.
+        Labels and indices are not looked at; `number` stands for the row's index.
+        Raises `BadRowError` for a row that is not one of this task.
         """
         raise NotImplementedError
 
-    def predict(self, scores: np.ndarray) -> np.ndarray:
-        """Turn scores [n, classes or options] into class numbers [n]."""
-        return class_numbers(scores)
+    def predict(self, logits: np.ndarray) -> np.ndarray:
+        """Turn logits [n, classes or options] into class indices [n]."""
+        return best_classes(logits)
 
-    def metrics(self, examples: Sequence[Example], scores: np.ndarray) -> dict[str, float]:
+    def metrics(self, examples: Sequence[Example], logits: np.ndarray) -> dict[str, float]:
         """Return the official metrics over a whole labelled set.
 
-        scores: [n, classes or options], or [n] for regression, in the order of the examples.
+        logits: [n, classes or options], or [n] for regression, in the order of the examples.
         """
         labels = np.array([example.label for example in examples])
-        predictions = self.predict(scores)
+        predictions = self.predict(logits)
         return {measure.__name__: measure(labels, predictions) for measure in self.measures}
 
-    def score(self, values: dict[str, float]) -> float:
-        """Return the leaderboard's figure: the mean of the headline metrics."""
+    def score(self, values: Mapping[str, float]) -> float:
+        """Return the leaderboard's score: the mean of the headline metrics."""
         return float(np.mean([values[name] for name in self.headline]))
 
     def submission_file(self, split: str) -> Optional[str]:
         """Return the official file name for a test split, None without a leaderboard."""
         return None
 
-    def submission(self, examples: Sequence[Example], scores: np.ndarray) -> list[str]:
+    def submission(self, examples: Sequence[Example], logits: np.ndarray) -> list[str]:
         """Return the lines of the leaderboard's file, header included."""
         raise NotImplementedError
 
@@ -235,8 +285,11 @@ class Task:
 
 
 def is_labelled(examples: Iterable[Example]) -> bool:
-    """True if every example has a label, so that metrics can be computed."""
+    """Return True if every example has a label, so that metrics can be computed."""
     return all(example.label is not None for example in examples)
 
 
-REGRESSION, MULTIPLE_CHOICE, CANDIDATES = "regression", "multiple_choice", "candidates"
+# Names by which the kinds are imported.
+REGRESSION = TaskKind.REGRESSION
+MULTIPLE_CHOICE = TaskKind.MULTIPLE_CHOICE
+CANDIDATES = TaskKind.CANDIDATES

@@ -31,7 +31,7 @@ from bort.errors import UserError
 from bort.parameters import parameter_file
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer
 from data.encoding import encode_inputs
-from data.rows import BadRowError, member
+from data.rows import BadRowError, require_field
 from data.task import Task
 from data.tasks import get_task
 
@@ -315,9 +315,9 @@ def own_texts(row: Mapping[str, Any], columns: Sequence[str]) -> Optional[list[s
     """
     if columns[0] not in row:
         return None
-    texts = [member(row, column, str) for column in columns]
+    texts = [require_field(row, column, str) for column in columns]
     while len(columns) > 1 and f"text{len(texts) + 1}" in row:
-        texts.append(member(row, f"text{len(texts) + 1}", str))
+        texts.append(require_field(row, f"text{len(texts) + 1}", str))
     return texts
 
 
@@ -391,7 +391,7 @@ class MaskFiller:
         Raises `BadRowError` for a text without mask and one longer than the model's positions.
         """
         if isinstance(content, Mapping):
-            content = member(content, "text", str)
+            content = require_field(content, "text", str)
         if not isinstance(content, str):
             if len(content) != 1:
                 raise BadRowError(f"has {len(content)} texts, where 1 belongs")

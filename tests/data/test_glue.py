@@ -100,7 +100,7 @@ def test_skipped_row_without_an_index_column_shifts_nothing_either(tmp_path):
     rows = "a\t1\t\tOne.\na\t7\t\tTwo.\na\t0\t\tThree.\n"
     examples, skipped = read(tmp_path, "CoLA", "train", rows, skip_bad_rows=True)
     assert [example.uid for example in examples] == [0, 2]
-    assert "train.tsv:2: label '7' is none of 0, 1" in skipped[0]
+    assert "train.tsv:2: label '7' is not one of 0, 1" in skipped[0]
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,17 @@ def test_skipped_row_without_an_index_column_shifts_nothing_either(tmp_path):
             b"index\tsentence1\tsentence2\tscore\n0\tA\tB\t5.1\n",
             r":2: score 5.1 is not between 0 and 5",
         ),
-        ("STS-B", b"index\tsentence1\tsentence2\tscore\n0\tA\tB\tnan\n", r":2: score nan is not"),
+        ("STS-B", b"index\tsentence1\tsentence2\tscore\n0\tA\tB\tnan\n", r":2: score 'nan' is not"),
         (
             "STS-B",
             b"index\tsentence1\tsentence2\tscore\n0\tA\tB\thigh\n",
             r"'high' is not a number",
         ),
-        ("RTE", b"index\tsentence1\tsentence2\tlabel\n0\tA\tB\tneutral\n", r"'neutral' is none of"),
+        (
+            "RTE",
+            b"index\tsentence1\tsentence2\tlabel\n0\tA\tB\tneutral\n",
+            r"'neutral' is not one of",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, name, content, message):
@@ -176,3 +180,32 @@ def test_mnli_has_a_file_for_each_test_set():
     mnli = get_task("MNLI")
     assert mnli.dev == ("dev_matched", "dev_mismatched")
     assert [mnli.submission_file(split) for split in mnli.test] == ["MNLI-m.tsv", "MNLI-mm.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("SST-2", "index\tsentence\tlabel\n0\tfine\t-1\n1\tbad\t-1\n"),
+        ("QQP", "id\tquestion1\tquestion2\tis_duplicate\n0\tA?\tB?\t-1\n1\tA?\tC?\t\n"),
+        ("STS-B", "index\tsentence1\tsentence2\tscore\n0\tA\tB\t-1\n1\tA\tB\tnan\n"),
+        ("RTE", "index\tsentence1\tsentence2\tlabel\n0\tA\tB\t-1\n1\tA\tB\t?\n"),
+    ],
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_label_in_a_test_file_that_is_not_one_counts_as_absent(tmp_path, name, content, skip):
+    examples, skipped = read(tmp_path, name, "test", content, skip_bad_rows=skip)
+    assert ([example.label for example in examples], skipped) == ([None, None], [])
+    with pytest.raises(UserError):
+        read(tmp_path, name, "train", content)
+
+
+def test_file_of_broken_rows_only_says_so(tmp_path):
+    content = "sentence\tlabel\nfine\t-1\nbad\t-1\n"
+    with pytest.raises(UserError, match=r"all 2 rows are broken, the first: .*:2: label '-1'"):
+        read(tmp_path, "SST-2", "train", content, skip_bad_rows=True)
+
+
+def test_index_is_ascii_digits(tmp_path):
+    for index in ("\u0661", "-1", "1.0", "+1", ""):
+        with pytest.raises(UserError, match="is not a non-negative integer"):
+            read(tmp_path, "QQP", "test", f"id\tquestion1\tquestion2\n{index}\tA?\tB?\n")

@@ -105,7 +105,7 @@ SHORT["options"] = [OPTIONS[:3]]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (article(answers="E"), r"high/1\.txt:1: question 1: answer 'E' is none of A, B, C, D"),
+        (article(answers="E"), r"high/1\.txt:1: question 1: answer 'E' is not one of A, B, C, D"),
         (json.dumps(SHORT), r"question 1: has 3 options instead of 4"),
         (article()[:40], r"high/1\.txt:1: is not JSON"),
         (article(answers="AB"), r"has 1 questions, 1 sets of options, 2 answers"),
@@ -124,3 +124,45 @@ def test_skipped_questions_are_counted_and_shift_nothing(tmp_path):
     examples, skipped = get_task("RACE-H").read(tmp_path, "dev", skip_bad_rows=True)
     assert [e.uid for e in examples] == ["high/1.txt:1:1", "high/1.txt:1:3"]
     assert len(skipped) == 2
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+@pytest.mark.parametrize("answers", ["absent", None, [None]])
+def test_answers_are_required_outside_the_test_set(tmp_path, split, answers):
+    row = json.loads(article())
+    row["answers"] = answers
+    if answers == "absent":
+        del row["answers"]
+    write(tmp_path, f"{split}/high/1.txt", json.dumps(row))
+    with pytest.raises(UserError, match=r"1\.txt:1: (question 1: has no answer|'answers' is None)"):
+        get_task("RACE-H").read(tmp_path, split)
+
+
+@pytest.mark.parametrize("answer", ["E", "-1", "", 0])
+def test_answer_in_the_test_set_that_is_not_one_counts_as_absent(tmp_path, answer):
+    write(tmp_path, "test/high/1.txt", article(answers=[answer]))
+    assert [e.label for e in get_task("RACE-H").read(tmp_path, "test").examples] == [None]
+
+
+def test_extra_file_beside_the_numbered_ones_is_named(tmp_path):
+    write(tmp_path, "dev/high/1.txt", article())
+    write(tmp_path, "dev/high/all.txt", f"{article()}\n{article()}\n")
+    with pytest.raises(UserError, match=r"high/all\.txt: lies beside the numbered.*move it away"):
+        get_task("RACE-H").read(tmp_path, "dev")
+    examples, skipped = get_task("RACE-H").read(tmp_path, "dev", skip_bad_rows=True)
+    assert (len(examples), len(skipped)) == (1, 1)
+    (tmp_path / "RACE/dev/high/1.txt").unlink()
+    assert len(get_task("RACE-H").read(tmp_path, "dev").examples) == 2
+
+
+def test_links_to_nothing_and_folders_are_named(tmp_path):
+    write(tmp_path, "dev/high/1.txt", article())
+    (tmp_path / "RACE/dev/high/2.txt").symlink_to("nowhere.txt")
+    with pytest.raises(UserError, match=r"2\.txt: is a link to a file that does not exist"):
+        get_task("RACE-H").read(tmp_path, "dev")
+    (tmp_path / "RACE/dev/high/2.txt").unlink()
+    (tmp_path / "RACE/dev/high/3.txt").mkdir()
+    with pytest.raises(UserError, match=r"3\.txt: is not a regular file"):
+        get_task("RACE-H").read(tmp_path, "dev")
+    examples, skipped = get_task("RACE-H").read(tmp_path, "dev", skip_bad_rows=True)
+    assert (len(examples), len(skipped)) == (1, 1)

@@ -91,6 +91,8 @@ def test_missing_tasks_are_named_or_filled_on_request(tmp_path, capsys):
 
 
 def test_filled_files_have_the_official_numbers_of_rows(tmp_path):
+    rows = "".join(f"{number}\t1\n" for number in range(146))
+    (tmp_path / "WNLI.tsv").write_text(f"{HEADER}{rows}")
     entries = gather("glue", tmp_path, fill_missing=True)
     assert {entry.name[:-4]: entry.rows for entry in entries} == GLUE_ROWS
     contents = {entry.name[:-4]: entry.content.decode().splitlines() for entry in entries}
@@ -100,7 +102,10 @@ def test_filled_files_have_the_official_numbers_of_rows(tmp_path):
 
 
 def test_rows_of_multirc_and_record_are_known_only_from_the_data(tmp_path):
-    with pytest.raises(UserError, match=r"MultiRC\.jsonl: only --data_dir says which rows"):
+    (tmp_path / "WSC.jsonl").write_text(
+        "".join(f'{{"idx": {number}, "label": "True"}}\n' for number in range(146))
+    )
+    with pytest.raises(UserError, match=r"MultiRC\.jsonl: --fill_missing needs --data_dir"):
         gather("superglue", tmp_path, fill_missing=True)
 
 
@@ -123,16 +128,16 @@ HEADER = "index\tprediction\n"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", ":1: the header has to be"),
-        ("id\tlabel\n0\t1\n1\t1\n2\t0\n", ":1: the header has to be"),
-        (HEADER + "0\t1\n1\t1\n", "holds 2 rows instead of 3"),
-        (HEADER + "0\t1\n1\t1\n2\t0\n3\t0\n", "holds 4 rows instead of 3"),
+        ("", "has 0 rows instead of 3"),
+        ("id\tlabel\n0\t1\n1\t1\n2\t0\n", ":1: expected the header"),
+        (HEADER + "0\t1\n1\t1\n", "has 2 rows instead of 3"),
+        (HEADER + "0\t1\n1\t1\n2\t0\n3\t0\n", "has 4 rows instead of 3"),
         (HEADER + "0\t1\n2\t1\n1\t0\n", "row 2 has the index 2 instead of 1"),
-        (HEADER + "0\t1\n1\t1\n1\t0\n", "holds an index twice"),
-        (HEADER + "0\t1\n1\tyes\n2\t0\n", ":3: label 'yes' is none of 0, 1"),
+        (HEADER + "0\t1\n1\t1\n1\t0\n", "has an index twice"),
+        (HEADER + "0\t1\n1\tyes\n2\t0\n", ":3: label 'yes' is not one of 0, 1"),
         (HEADER + "0\t1\n1\n2\t0\n", ":3: expected 2 columns, found 1"),
-        (HEADER + "0\t1\nb\t1\n2\t0\n", ":3: index 'b' is not a whole number"),
-        (HEADER + "0\t1\n1\t1.0\n2\t0\n", ":3: label '1.0' is none of"),
+        (HEADER + "0\t1\nb\t1\n2\t0\n", ":3: index 'b' is not a non-negative integer"),
+        (HEADER + "0\t1\n1\t1.0\n2\t0\n", ":3: label '1.0' is not one of"),
     ],
 )
 def test_what_glue_would_refuse(tmp_path, content, message):
@@ -153,7 +158,7 @@ def test_without_data_the_official_number_of_rows_counts(tmp_path):
     path = write_cola(tmp_path, HEADER + rows)
     assert check_submission(path, get_task("CoLA"), "test") == 1063
     path = write_cola(tmp_path, HEADER + rows.replace("\n7\t", "\n8\t"))
-    with pytest.raises(UserError, match="holds an index twice"):
+    with pytest.raises(UserError, match="has an index twice"):
         check_submission(path, get_task("CoLA"), "test")
     path = write_cola(tmp_path, HEADER + "0\t1\n")
     with pytest.raises(UserError, match=r"1 rows instead of 1063; for another.*--data_dir"):
@@ -174,18 +179,22 @@ def test_scores_of_sts_b_have_to_be_numbers_in_range(tmp_path):
     [
         ("BoolQ", '{"idx": 0, "label": "true"}\n{"idx": 1, "label": true}\n', ":2: label true is"),
         ("BoolQ", '{"idx": 0, "label": "true"}\n{"idx": 1, "answer": "true"}\n', "has the keys"),
-        ("WSC", '{"idx": 0, "label": "true"}\n', 'label "true" is none of "False", "True"'),
-        ("COPA", '{"idx": 0, "label": "1"}\n', 'label "1" is none of 0, 1'),
+        ("WSC", '{"idx": 0, "label": "true"}\n', 'label "true" is not one of "False", "True"'),
+        ("COPA", '{"idx": 0, "label": "1"}\n', 'label "1" is not one of 0, 1'),
         ("CB", '{"idx": "0", "label": "neutral"}\n', "'idx' is '0'"),
         ("CB", '{"idx": 0, "label": "neutral"\n', "is not JSON"),
-        ("ReCoRD", '{"idx": 0, "label": "Paris"}\n', "'Paris' is no entity of query 0"),
+        ("ReCoRD", '{"idx": 0, "label": "Paris"}\n', "'Paris' is not an entity of query 0"),
         ("ReCoRD", '{"idx": 0, "label": "Selby"}\n', "1 rows instead of 2"),
-        ("MultiRC", '{"idx": 0, "passage": {"questions": [{"idx": 0}]}}\n', "has no 'answers'"),
+        (
+            "MultiRC",
+            '{"idx": 0, "passage": {"questions": [{"idx": 0}]}}\n',
+            "has the keys idx instead of idx, answers",
+        ),
         (
             "MultiRC",
             '{"idx": 0, "passage": {"questions": [{"idx": 0, "answers": [{"idx": 0, "label": 2}]}]'
             "}}\n",
-            "label 2 is none of 0, 1",
+            "label 2 is not one of 0, 1",
         ),
     ],
 )
@@ -219,9 +228,92 @@ def test_place_that_cannot_be_written_is_a_user_error(tmp_path):
     assert (tmp_path / "new" / "folder" / "o.zip").exists()
 
 
-def test_door_names_the_mistake(tmp_path, capsys):
+def test_missing_files_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         make_submission.main(["glue", "--runs", str(tmp_path), "--output", str(tmp_path / "o.zip")])
     assert caught.value.code == 1
-    assert "no CoLA.tsv, SST-2.tsv" in capsys.readouterr().err
+    assert "has no file of glue (CoLA.tsv, SST-2.tsv" in capsys.readouterr().err
     assert not (tmp_path / "o.zip").exists()
+
+
+@pytest.mark.parametrize("fill", [(), ("--fill_missing",)])
+def test_folder_without_any_submission_file_is_refused(tmp_path, capsys, fill):
+    (tmp_path / "empty").mkdir()
+    for runs, message in (("typo", "is not a folder"), ("empty", "has no file of glue (CoLA.tsv")):
+        with pytest.raises(SystemExit) as caught:
+            make("glue", tmp_path / runs, tmp_path / "o.zip", *fill)
+        assert caught.value.code == 1
+        error = capsys.readouterr().err
+        assert f"--runs {tmp_path / runs}: {message}" in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "o.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "CoLA.tsv",
+            b"\xef\xbb\xbfindex\tprediction\n0\t1\n1\t1\n2\t0\n",
+            ":1: starts with a byte",
+        ),
+        ("CoLA.tsv", b"index\tprediction\r\n0\t1\r\n1\t1\r\n2\t0\r\n", ":1: ends with CRLF"),
+        ("CoLA.tsv", b"index\tprediction\n0\t1\n1\t1\r\n2\t0\n", ":3: ends with CRLF"),
+        ("CoLA.tsv", b"index\tprediction\n0\t1\n\n1\t1\n2\t0\n", ":3: is blank"),
+        ("CoLA.tsv", b"index\tprediction\n0\t1\n1\t1\n2\t0\n\n", ":5: is blank"),
+        ("CoLA.tsv", "index\tprediction\n\u0660\t1\n1\t1\n2\t0\n".encode(), "is not a non-neg"),
+        ("CoLA.tsv", b"index\tprediction\n00\t1\n1\t1\n2\t0\n", "'00' is not a non-negative"),
+        ("CoLA.tsv", b"index\tprediction\n-1\t1\n1\t1\n2\t0\n", "'-1' is not a non-negative"),
+        ("STS-B.tsv", "index\tprediction\n0\t\u0661.5\n1\t1\n2\t0\n".encode(), "is not a number"),
+        ("STS-B.tsv", b"index\tprediction\n0\t1_0\n1\t1\n2\t0\n", "'1_0' is not a number"),
+        ("STS-B.tsv", b"index\tprediction\n0\tinf\n1\t1\n2\t0\n", "'inf' is not a number"),
+        ("CB.jsonl", b'\xef\xbb\xbf{"idx": 0, "label": "neutral"}\n', ":1: starts with a byte"),
+        ("CB.jsonl", b'{"idx": 0, "label": "neutral"}\r\n', ":1: ends with CRLF"),
+        ("CB.jsonl", b'{"idx": -1, "label": "neutral"}\n', "'idx' is -1"),
+        (
+            "CB.jsonl",
+            b'{"idx": 0, "label": "neutral", "p": 1}\n',
+            "has the keys idx, label, p inst",
+        ),
+        ("CB.jsonl", b'{"idx": 0, "idx": 1, "label": "neutral"}\n', "has a key twice"),
+        ("ReCoRD.jsonl", b'{"idx": 0, "label": ""}\n', "'label' is empty"),
+        ("ReCoRD.jsonl", b'{"idx": 0, "label": "Selby", "x": 0}\n', "has the keys"),
+        ("ReCoRD.jsonl", b'{"idx": -3, "label": "Selby"}\n', "'idx' is -3"),
+        (
+            "MultiRC.jsonl",
+            b'{"idx": 0, "passage": {"questions": [], "text": ""}}\n',
+            "has the keys questions, text instead of questions",
+        ),
+        (
+            "MultiRC.jsonl",
+            b'{"idx": 0, "passage": {"questions": [{"idx": 0, "answers": [{"idx": -1, '
+            b'"label": 1}]}]}}\n',
+            "'idx' is -1",
+        ),
+    ],
+)
+def test_bytes_and_keys_that_no_leaderboard_takes(tmp_path, name, content, message):
+    task = get_task(name.split(".")[0])
+    (tmp_path / name).write_bytes(content)
+    examples = task.read(TEST_DATA, "test").examples
+    with pytest.raises(UserError, match=message):
+        check_submission(tmp_path / name, task, "test", examples)
+
+
+def test_answers_for_the_withdrawn_qnli_are_named(tmp_path):
+    rows = "".join(f"{number}\tentailment\n" for number in range(5740))
+    path = write_cola(tmp_path, HEADER + rows, "QNLI.tsv")
+    with pytest.raises(UserError, match=r"5740 rows instead of 5463: they answer QNLI v1"):
+        check_submission(path, get_task("QNLI"), "test")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_numbers_never_reach_a_file(tmp_path, value):
+    for name in ("CoLA", "STS-B", "ReCoRD"):
+        task = get_task(name)
+        examples = task.read(TEST_DATA, "test").examples
+        logits = np.zeros((len(examples), max(1, len(task.labels))))
+        logits[-1] = value
+        with pytest.raises(UserError, match=r"not written, the model's outputs contain NaN"):
+            write_submission(task, "test", examples, logits, tmp_path)
+    assert list(tmp_path.iterdir()) == []

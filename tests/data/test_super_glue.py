@@ -44,8 +44,69 @@ def test_wsc_answers_begin_with_a_capital(tmp_path):
     target = {"span1_index": 0, "span1_text": "Nora", "span2_index": 5, "span2_text": "she"}
     rows = [{"text": "Nora waved to Vera when she left.", "target": target, "idx": 0}]
     examples = read(tmp_path, "WSC", "test", rows).examples
-    assert examples[0].inputs == (("Nora waved to Vera when she left.", "she means Nora"),)
+    marked = "# Nora # waved to Vera when * she * left."
+    assert examples[0].inputs == ((marked, "she means Nora"),)
     assert submitted("WSC", examples, [[0, 1]]) == [{"idx": 0, "label": "True"}]
+
+
+def wsc(text: str, noun: tuple[int, str], pronoun: tuple[int, str]) -> dict:
+    """Return a row of WSC; spans are (index, text)."""
+    target = {"span1_index": noun[0], "span1_text": noun[1]}
+    target.update(span2_index=pronoun[0], span2_text=pronoun[1])
+    return {"text": text, "target": target, "idx": 0, "label": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "noun", "pronoun", "marked"),
+    [
+        ("He saw him when he ran.", (2, "him"), (4, "he"), "He saw # him # when * he * ran."),
+        ("He saw him when he ran.", (2, "him"), (0, "he"), "* He * saw # him # when he ran."),
+        (
+            "The old cat, it purred.",
+            (0, "the old cat"),
+            (3, "it"),
+            "# The old cat, # * it * purred.",
+        ),
+        ("Emma's mother had gone.", (0, "Emma"), (1, "mother"), "# Emma's # * mother * had gone."),
+        (
+            "It was their mothers.",
+            (2, "their mothers"),
+            (2, "their"),
+            "It was # * their * mothers. #",
+        ),
+    ],
+)
+def test_wsc_marks_its_spans_by_position(tmp_path, text, noun, pronoun, marked):
+    (example,) = read(tmp_path, "WSC", "train", [wsc(text, noun, pronoun)]).examples
+    assert example.inputs == ((marked, f"{pronoun[1]} means {noun[1]}"),)
+
+
+@pytest.mark.parametrize(
+    ("noun", "pronoun", "message"),
+    [
+        ((0, "Nora"), (4, "she"), r"'span2_index' is 4, where the text has 'when', not 'she'"),
+        ((1, "Nora"), (5, "she"), r"'span1_index' is 1, where the text has 'waved', not 'Nora'"),
+        ((0, "Nora"), (99, "she"), r"'span2_index' is 99, where the text has '', not 'she'"),
+        ((-7, "Nora"), (5, "she"), r"'span1_index' is -7"),
+        ((0, ""), (5, "she"), r"'span1_text' is empty"),
+        ((0, "Nora"), ("5", "she"), r"'span2_index' is '5', expected an integer"),
+    ],
+)
+def test_wsc_span_has_to_be_where_its_index_says(tmp_path, noun, pronoun, message):
+    row = wsc("Nora waved to Vera when she left.", noun, pronoun)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, "WSC", "train", [row])
+
+
+def test_no_two_rows_of_the_real_wsc_have_equal_inputs_and_different_labels(shared):
+    task = get_task("WSC")
+    for split in ("train", "dev"):
+        examples, skipped = task.read(shared / "data", split)
+        assert skipped == []
+        labels: dict = {}
+        for example in examples:
+            labels.setdefault(example.inputs, set()).add(example.label)
+        assert all(len(found) == 1 for found in labels.values())
 
 
 def test_cb_keeps_its_text(tmp_path):
@@ -248,17 +309,25 @@ WIC = {"word": "a", "sentence1": "a b", "sentence2": "a", "idx": 0, "label": Tru
     [
         ("CB", "{", r"train\.jsonl:1: is not JSON"),
         ("CB", "[1]", "is not a JSON object"),
-        ("CB", {**NLI, "label": "maybe"}, 'label "maybe" is none of "entailment", '),
-        ("CB", {**NLI, "premise": 3}, "'premise' is 3, where text belongs"),
+        ("CB", {**NLI, "label": "maybe"}, 'label "maybe" is not one of "entailment", '),
+        ("CB", {**NLI, "premise": 3}, "'premise' is 3, expected text"),
         ("CB", {"hypothesis": "h", "label": "neutral", "idx": 0}, "has no 'premise'"),
         ("CB", {"premise": "P.", "hypothesis": "h", "idx": 0}, "has no 'label'"),
-        ("CB", {**NLI, "idx": "first"}, "'idx' is 'first', where a whole number belongs"),
-        ("BoolQ", {**BOOL, "label": 1}, "label 1 is none of false, true"),
-        ("BoolQ", {**BOOL, "label": "true"}, 'label "true" is none of false, true'),
-        ("WiC", {**WIC, "start1": 0, "end1": 9, "start2": 0, "end2": 1}, "start1 0 and end1 9 lie"),
+        ("CB", {**NLI, "idx": "first"}, "index 'first' is not a non-negative integer"),
+        ("BoolQ", {**BOOL, "label": 1}, "label 1 is not one of false, true"),
+        ("BoolQ", {**BOOL, "label": "true"}, 'label "true" is not one of false, true'),
+        (
+            "WiC",
+            {**WIC, "start1": 0, "end1": 9, "start2": 0, "end2": 1},
+            "start1 0 and end1 9 are outside",
+        ),
         ("WiC", {**WIC, "start1": True, "end1": 1, "start2": 0, "end2": 1}, "'start1' is True"),
         ("COPA", {"question": "why", "idx": 0}, "question 'why' is neither"),
-        ("MultiRC", {"idx": 0, "passage": {"text": "T.", "questions": [7]}}, "holds 7 where an"),
+        (
+            "MultiRC",
+            {"idx": 0, "passage": {"text": "T.", "questions": [7]}},
+            "'questions' contains 7, expected objects",
+        ),
         (
             "MultiRC",
             {
@@ -313,3 +382,53 @@ def test_rows_without_an_index_are_numbered_by_their_line(tmp_path):
     row = {"premise": "P.", "hypothesis": "h", "label": "neutral"}
     examples, _ = read(tmp_path, "CB", "train", [row, "{", row], skip_bad_rows=True)
     assert [e.uid for e in examples] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("BoolQ", BOOL), ("CB", NLI), ("AX-b", {"sentence1": "A.", "sentence2": "B.", "idx": 0})],
+)
+def test_label_in_a_test_file_that_is_not_one_counts_as_absent(tmp_path, name, row):
+    for label in (-1, "", "?", 7, 0.5, []):
+        examples, skipped = read(tmp_path, name, "test", [{**row, "label": label}])
+        assert ([e.label for e in examples], skipped) == ([None], [])
+
+
+def test_labels_of_answers_in_a_test_file_may_be_placeholders(tmp_path):
+    paragraph = json.loads(json.dumps(PARAGRAPH).replace('"label": 1', '"label": -1'))
+    examples = read(tmp_path, "MultiRC", "test", [paragraph]).examples
+    assert [e.label for e in examples] == [None, 0, None]
+    row = record(0, "Dee")
+    row["qas"][0]["answers"] = [{"text": -1}]
+    assert {e.label for e in read(tmp_path, "ReCoRD", "test", [row]).examples} == {None}
+
+
+@pytest.mark.parametrize("index", ["x", None, 3.0, -1])
+def test_prediction_looks_at_neither_labels_nor_indices(index):
+    for name, row in (("CB", NLI), ("BoolQ", BOOL)):
+        (example,) = get_task(name).cast_row({**row, "idx": index, "label": index}, 4)
+        assert (example.uid, example.label) == (4, None)
+    paragraph = json.loads(json.dumps(PARAGRAPH).replace('"label": 1', '"label": "no"'))
+    paragraph["passage"]["questions"][0]["idx"] = index
+    uids = [e.uid for e in get_task("MultiRC").cast_row(paragraph, 2)]
+    assert uids == [(2, 0, 0), (2, 0, 1), (2, 1, 0)]
+    row = record(0, "Dee")
+    row["qas"][0].update(idx=index, answers=index)
+    examples = get_task("ReCoRD").cast_row(row, 7)
+    assert {(e.uid[0], e.label) for e in examples} == {(7, None)}
+
+
+def test_first_rows_of_record_are_queries(tmp_path):
+    task = get_task("ReCoRD")
+    examples = read(tmp_path, "ReCoRD", "train", [record(n, "Dee") for n in range(5)]).examples
+    for rows in (1, 3, 5, 9):
+        chosen = task.first_rows(examples, rows)
+        assert task.count_rows(chosen) == min(rows, 5)
+        assert chosen == examples[: len(chosen)]
+    assert task.first_rows(examples, None) == examples
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    row = json.dumps({**NLI, "premise": "P\ud800"})
+    with pytest.raises(UserError, match="'premise' contains half of a surrogate pair"):
+        read(tmp_path, "CB", "train", [row])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from bort.errors import UserError
 from data.submission import check_submission, write_submission
-from data.task import Example, Task, default_data_dir, is_labelled
+from data.task import Example, Task, TaskKind, default_data_dir, is_labelled
 from data.tasks import get_task, task_names
 
 TEST_DATA = Path(__file__).resolve().parents[2] / "test_data"
@@ -146,6 +147,31 @@ def test_every_layout_is_found(name, folder, cached, tmp_path, monkeypatch):
         assert task.read(data_dir, split) == wanted
 
 
+def test_folder_of_the_archive_inside_the_folder_of_the_task_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("MXNET_HOME", str(tmp_path))
+    task = get_task("MultiRC")
+    inner = tmp_path / "datasets" / "superglue_multirc" / "MultiRC"
+    shutil.copytree(TEST_DATA / "superglue" / "MultiRC", inner)
+    for data_dir in (None, tmp_path / "datasets", inner.parent, inner):
+        assert task.find(data_dir, "train") == inner / "train.jsonl"
+
+
+def test_missing_file_lists_every_path_that_was_searched(tmp_path):
+    for name in ("MultiRC", "AX", "RACE-M"):
+        task = get_task(name)
+        with pytest.raises(UserError) as caught:
+            task.read(tmp_path, "test")
+        for path in task.search_paths(tmp_path, "test"):
+            assert str(path) in str(caught.value)
+
+
+def test_kinds_are_plain_words_on_disk_and_in_messages():
+    for kind in TaskKind:
+        assert f"{kind}" == str(kind) == json.loads(json.dumps(kind)) == kind.value
+    kinds = {get_task(name).kind for name in NAMES}
+    assert kinds == {"classification", "regression", "multiple_choice", "candidates"}
+
+
 def test_default_folder_is_below_the_home_of_the_user(monkeypatch):
     monkeypatch.delenv("MXNET_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/ada")
@@ -159,7 +185,10 @@ def test_the_two_rte_are_not_confused(tmp_path):
 
 
 def test_missing_file_says_where_it_was_looked_for_and_the_cure(tmp_path):
-    with pytest.raises(UserError, match=r"glue/CoLA/test\.tsv.*download_data\.py CoLA.*--data_dir"):
+    with pytest.raises(
+        UserError,
+        match=r"no test set; .*download_data\.py CoLA.*--data_dir; searched .*glue/CoLA/test\.tsv",
+    ):
         get_task("CoLA").read(tmp_path, "test")
 
 
@@ -169,7 +198,7 @@ def test_split_without_rows_is_refused(name, tmp_path):
     source = task.find(TEST_DATA, "train")
     header = source.read_bytes().split(b"\n")[0] + b"\n" if name == "SST-2" else b"\n"
     (tmp_path / source.name).write_bytes(header)
-    with pytest.raises(UserError, match="holds no rows"):
+    with pytest.raises(UserError, match="has no rows"):
         task.read(tmp_path, "train")
 
 

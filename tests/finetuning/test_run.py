@@ -424,7 +424,7 @@ def test_broken_data_are_named(tmp_path, capsys):
     (folder / "dev.tsv").write_text(good + "odd label\t2\n")
     assert "dev.tsv:22" in complaint(capsys, line)
     (folder / "dev.tsv").write_text("sentence\tlabel\n")
-    assert "dev.tsv: holds no rows" in complaint(capsys, line)
+    assert "dev.tsv: has no rows" in complaint(capsys, line)
     (folder / "dev.tsv").write_text(good + "odd label\t2\n")
     with open(folder / "test.tsv", "ab") as handle:
         handle.write(b"11\tan \xff odd byte\n")
