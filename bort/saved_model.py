@@ -20,11 +20,11 @@ from bort.files import atomic_path, read_json_as, sha256_of, write_json
 from bort.parameters import load_parameters, parameter_file, save_parameters
 from bort.shapes import MAX_LENGTH, body_shape
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
-from bort.types import Block
+from bort.types import Block, TaskKind
 
 FORMAT_VERSION = 1
 MASKED_LM = "masked_lm"
-KINDS = (MASKED_LM, "classification", "regression", "multiple_choice", "candidates")
+KINDS = (MASKED_LM, *TaskKind)
 MAX_VOCABULARY = 10_000_000
 MAX_OUTPUTS = 100_000
 
@@ -35,11 +35,12 @@ class ModelConfig:
 
     model: a shape's name, or roberta_12_768_12 or roberta_24_1024_16.
     vocab_size, tokenizer_fingerprint: of the vocabulary that the network was trained with.
-    kind: masked_lm, or the kind of the task (data.task).
+    kind: masked_lm, or the kind of the task (bort.types.TaskKind).
     task, labels, num_outputs: of a classifier; empty and 0 for masked_lm.
     max_len: tokens that an input is truncated to.
     extra_layer: a dense layer stands between the body and the classifier.
     race_cast: how RACE's options are cast; empty for other tasks.
+    inputs_version: version of the texts made from the task's rows (data.task.Task).
     details: metrics, data and command, for people.
     sha256: of the parameter file; empty where it was not recorded (models saved before 0.2).
     """
@@ -54,6 +55,7 @@ class ModelConfig:
     max_len: int = MAX_LENGTH
     extra_layer: bool = False
     race_cast: str = ""
+    inputs_version: int = 1
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     sha256: str = dataclasses.field(default="", compare=False)
 

@@ -12,6 +12,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError, quoted
+from bort.types import TaskKind
 from data import metrics
 from data.rows import (
     BadRowError,
@@ -24,7 +25,7 @@ from data.rows import (
     require_field,
     submission_text,
 )
-from data.task import REWRITE, Example, File, Split, Task, TaskKind, Uid, split_files
+from data.task import REWRITE, Example, File, Split, Task, Uid, split_files
 
 # One order for every task of natural language inference, so that a model of one serves another.
 INFERENCE = ("entailment", "neutral", "contradiction")

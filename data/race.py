@@ -14,9 +14,10 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Seque
 import numpy as np
 
 from bort.errors import UserError, quoted
+from bort.types import TaskKind
 from data import metrics
 from data.rows import BadRowError, collect, parse_object, require_field
-from data.task import Example, File, Split, Task, TaskKind
+from data.task import Example, File, Split, Task
 
 CASTS = ("choices", "joined")
 _BLANK = re.compile(r"\s*_+\s*")

@@ -11,7 +11,8 @@ import numpy as np
 
 from bort.errors import UserError
 from bort.files import atomic_write
-from data.task import Example, Task, TaskKind, Uid
+from bort.types import TaskKind
+from data.task import Example, Task, Uid
 from data.tasks import get_task, task_names
 
 # Fixed, so that the same predictions give the same archive.

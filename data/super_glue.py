@@ -15,6 +15,7 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
 import numpy as np
 
 from bort.errors import quoted
+from bort.types import TaskKind
 from data import metrics
 from data.glue import BINARY, ENTAILMENT
 from data.rows import (
@@ -30,7 +31,7 @@ from data.rows import (
     require_keys,
     submission_object,
 )
-from data.task import REWRITE, Example, File, Split, Task, TaskKind, Uid, split_files
+from data.task import REWRITE, Example, File, Split, Task, Uid, split_files
 
 
 class Fields(NamedTuple):

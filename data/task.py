@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import os
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -10,29 +9,10 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Seque
 import numpy as np
 
 from bort.errors import UserError
+from bort.types import TaskKind
 from data import metrics
 
 Uid = Union[int, str, Tuple[int, ...]]
-
-
-class TaskKind(str, enum.Enum):
-    """What a task's model predicts. The values are those of `kind` in model configs on disk.
-
-    CLASSIFICATION: one of several classes per input.
-    REGRESSION: one number per input.
-    MULTIPLE_CHOICE: one logit per option; the highest wins.
-    CANDIDATES: two classes per candidate; the candidate with the highest margin answers the query.
-    """
-
-    CLASSIFICATION = "classification"
-    REGRESSION = "regression"
-    MULTIPLE_CHOICE = "multiple_choice"
-    CANDIDATES = "candidates"
-
-    # Before Python 3.12 str() gives the member's name and format() its value; since then both the
-    # name.
-    __str__ = str.__str__
-    __format__ = str.__format__  # type: ignore[assignment]
 
 
 class Example(NamedTuple):

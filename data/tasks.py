@@ -1,4 +1,4 @@
-"""The table of tasks: GLUE, SuperGLUE and RACE, by name."""
+"""The table of tasks by name: GLUE, SuperGLUE and RACE."""
 
 from __future__ import annotations
 
@@ -23,13 +23,22 @@ def task_names(suite: str = "") -> list[str]:
 def get_task(name: str, *, race_cast: str = "choices") -> Task:
     """Return the task of a name or alias; case, dots, dashes and underscores do not matter.
 
-    race_cast: how RACE's options are cast, see `data.race.Race`; other tasks ignore it.
+    race_cast: how RACE's options are cast, see `data.race.Race`; unused by other tasks.
     Raises `UserError` for an unknown name.
     """
     for cls in _CLASSES:
         if _plain(name) in map(_plain, (cls.name, *cls.aliases)):
             return cls(race_cast) if issubclass(cls, Race) else cls()
     raise UserError(f"--task_name {name}: unknown; the tasks are {', '.join(task_names())}")
+
+
+def check_inputs_version(task: Task, inputs_version: int, path: str) -> None:
+    """Raise `UserError` when the model in `path` was trained on other inputs than the task has."""
+    if task.inputs_version != inputs_version:
+        raise UserError(
+            f"{path}: trained on version {inputs_version} of {task.name}'s inputs; the texts made "
+            f"from its rows have changed since (version {task.inputs_version}): fine-tune it again"
+        )
 
 
 def _plain(name: str) -> str:

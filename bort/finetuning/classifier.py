@@ -141,6 +141,7 @@ def new_classifier(
         max_len=max_len,
         extra_layer=settings.extra_layer,
         race_cast=race_cast if task.suite == "race" else "",
+        inputs_version=task.inputs_version,
         details=dict(details),
     )
     mx.random.seed(seed)

@@ -68,7 +68,7 @@ model = {architecture}.from_pretrained("FOLDER")
 Take `AutoTokenizer`: it puts one `</s>` between two texts, as in training, where the tokenizers of
 RoBERTa put two. An input of more than two texts, `<s> A </s> B </s> C </s>`, is joined from ids.
 """
-_CONSTANT_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast")
+_CONSTANT_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inputs_version")
 
 
 # ---- there -------------------------------------------------------------------------------------
@@ -258,6 +258,7 @@ def _model_config(
         num_outputs=outputs,
         max_len=ours.get("max_len", MAX_LENGTH),
         race_cast=ours.get("race_cast", ""),
+        inputs_version=ours.get("inputs_version", 1),
         details={"converted_from": architecture.name},
     )
 

@@ -33,7 +33,7 @@ from bort.tokenization import TOKENIZER_FOLDER, Tokenizer
 from data.encoding import encode_inputs
 from data.rows import BadRowError, require_field
 from data.task import Task
-from data.tasks import get_task
+from data.tasks import check_inputs_version, get_task
 
 MASK = "<mask>"
 PLACEHOLDER = "@placeholder"
@@ -361,6 +361,7 @@ def _task(path: str, model_config: Any, name: Optional[str]) -> Optional[Task]:
         raise UserError(
             f"--task {task.name}: {path} is a model of {model_config.task or 'no task'}"
         )
+    check_inputs_version(task, model_config.inputs_version, path)
     return task
 
 

@@ -34,7 +34,7 @@ from bort.parameters import parameter_file
 from bort.saved_model import load_model
 from data.encoding import ClassifierLoader, EncodedSet, encode_examples
 from data.task import MULTIPLE_CHOICE, REGRESSION, Example
-from data.tasks import get_task
+from data.tasks import check_inputs_version, get_task
 
 NUM_BUCKETS = 10
 CALIBRATION_BATCH = 16
@@ -138,6 +138,7 @@ class Quantization:
         self.task = get_task(
             self.model_config.task, race_cast=self.model_config.race_cast or "choices"
         )
+        check_inputs_version(self.task, self.model_config.inputs_version, self.path)
         self._data_dir = data_dir
 
     def quantize(self, calibration_inputs: int, batch_size: int) -> list[Check]:

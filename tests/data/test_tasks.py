@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from bort.errors import UserError
+from bort.types import TaskKind
 from data.submission import check_submission, write_submission
-from data.task import Example, Task, TaskKind, default_data_dir, is_labelled
+from data.task import Example, Task, default_data_dir, is_labelled
 from data.tasks import get_task, task_names
 
 TEST_DATA = Path(__file__).resolve().parents[2] / "test_data"

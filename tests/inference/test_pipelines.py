@@ -61,6 +61,7 @@ def saved(folder: Path, tokenizer: Any, name: str = "SST-2", race_cast: str = ""
         num_outputs=task.num_outputs,
         max_len=64,
         race_cast=race_cast,
+        inputs_version=task.inputs_version,
     )
     return _saved(folder / "best.params", model_config, tokenizer)
 

@@ -1,0 +1,67 @@
+"""The sets that fine-tuning reads: the training and dev sets, and all sets to be predicted."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, NamedTuple, Sequence
+
+from bort.errors import UserError
+from bort.finetuning.config import TaskSettings
+from data.task import Example, Split, Task
+from data.tasks import get_task, task_names
+
+
+class TaskData(NamedTuple):
+    """The examples of a task: the training set and each dev set by its name."""
+
+    task: Task
+    train: Sequence[Example]
+    dev: Mapping[str, Sequence[Example]]
+
+
+class PredictionSet(NamedTuple):
+    """A dev or test set to be predicted; `task` is the model's or one of its diagnostic sets."""
+
+    task: Task
+    split: str
+    examples: Sequence[Example]
+    skipped: Sequence[str]
+
+
+def read_task_data(
+    task: Task, settings: TaskSettings, seed: int
+) -> tuple[TaskData, dict[str, Any]]:
+    """Read the training and dev sets; also returns the rows read by split and those skipped.
+
+    seed: decides the draw of ReCoRD's training candidates.
+    Raises `UserError` when a set is missing or broken.
+    """
+    if task.train is None:
+        raise UserError(
+            f"--task_name {task.name}: has no training set; fine-tune {task.model_task} and "
+            "predict with --only_inference --model_parameters"
+        )
+    splits = {name: _read(task, name, settings, seed) for name in (task.train, *task.dev)}
+    rows = {name: task.count_rows(split.examples) for name, split in splits.items()}
+    skipped = [message for split in splits.values() for message in split.skipped]
+    train = task.first_rows(splits.pop(task.train).examples, settings.train_rows)
+    data = TaskData(task, train, {name: split.examples for name, split in splits.items()})
+    return data, {"rows": rows, "skipped": skipped}
+
+
+def read_prediction_sets(task: Task, settings: TaskSettings) -> list[PredictionSet]:
+    """Read the dev and test sets that are there, and those of the tasks that this one predicts.
+
+    Called before the first step of training: a broken file is found at once, not after it.
+    Raises `UserError` when a set is broken.
+    """
+    dependent = [other for other in map(get_task, task_names()) if other.model_task == task.name]
+    return [
+        PredictionSet(each, name, *_read(each, name, settings))
+        for each in (task, *dependent)
+        for name in (*each.dev, *each.test)
+        if each.find(settings.data_dir, name) is not None
+    ]
+
+
+def _read(task: Task, split: str, settings: TaskSettings, seed: int = 0) -> Split:
+    return task.read(settings.data_dir, split, skip_bad_rows=settings.skip_bad_rows, seed=seed)
