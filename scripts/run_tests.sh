@@ -28,6 +28,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 check "lint" ruff check .
 check "format" ruff format --check .
 check "types" mypy
-check "quick tests" python -m pytest "$@"
+check "quick tests" python -m pytest -n logical --maxprocesses 8 "$@"
 check "two-process tests" python -m pytest "$@" -m "distributed and not slow"
 exit "$worst"
