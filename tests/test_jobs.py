@@ -1,4 +1,4 @@
-"""Functions in processes of their own: what comes back, and what becomes of those over a cap."""
+"""Jobs: order, look-ahead, environments, caps, errors, and that no process outlives its parent."""
 
 from __future__ import annotations
 
@@ -6,26 +6,42 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bort import jobs
-from bort.errors import UserError
-from bort.jobs import Caps, OverMemoryError, OverTimeError, peak_megabytes, run_isolated
-from tests.pretraining.helpers import ROOT
+from bort.errors import Stopped, UserError
+from bort.jobs import (
+    Caps,
+    OverMemoryError,
+    OverTimeError,
+    ProcessDiedError,
+    Processes,
+    Ranks,
+    Serial,
+    WorkerPool,
+    peak_megabytes,
+    run,
+    share_of_gpus,
+)
+from tests.ranks import ThreadRanks
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def pid_and_threads():
-    return os.getpid(), os.environ["OMP_NUM_THREADS"]
+def environment():
+    return os.getpid(), os.environ["OMP_NUM_THREADS"], jobs.slot()
 
 
-def say_and_sleep(path):
-    with open(path, "w") as handle:
-        handle.write(str(os.getpid()))
-    time.sleep(60)
+def write_pid_and_sleep(path, seconds=60):
+    Path(f"{path}.tmp").write_text(str(os.getpid()))
+    os.replace(f"{path}.tmp", path)
+    time.sleep(seconds)
 
 
 def take_memory(megabytes, seconds):
@@ -34,22 +50,40 @@ def take_memory(megabytes, seconds):
     return int(taken[0])
 
 
-def mistake():
-    raise UserError("file: wrong; mend it")
+def square_late(number, seconds=0.0):
+    time.sleep(seconds)
+    return number * number
+
+
+def user_mistake():
+    raise UserError("file: wrong; fix it")
 
 
 def bug():
-    raise KeyError("not a user's")
+    raise KeyError("not the user's")
 
 
-def killed():
+class TwoArgumentsError(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def unpicklable_error():
+    raise TwoArgumentsError(1, 2)
+
+
+def kill_itself():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def end(status):
+    os._exit(status)
+
+
 def gone(pid, seconds=5.0):
-    """Wait until a process is no more, or only waits to be buried."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    """Wait until a process has ended; a zombie has."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
         try:
             with open(f"/proc/{pid}/stat") as handle:
                 if handle.read().rpartition(")")[2].split()[0] == "Z":
@@ -60,47 +94,141 @@ def gone(pid, seconds=5.0):
     return False
 
 
-def test_the_result_comes_from_another_process_with_its_own_threads(monkeypatch):
+def wait_for(path, seconds=30.0):
+    until = time.monotonic() + seconds
+    while not Path(path).exists():
+        assert time.monotonic() < until, f"{path} was not written"
+        time.sleep(0.02)
+    return Path(path).read_text()
+
+
+# ---- the interface -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["serial", "processes", "pool", "ranks"])
+def executor(request):
+    function = {"pool": partial(square_late)}.get(request.param, square_late)
+    if request.param == "ranks":
+        with ThreadRanks(2) as ranks, Ranks(ranks.rank(0)) as made:
+            yield made, function
+        return
+    make = {
+        "serial": Serial,
+        "processes": lambda: Processes(2),
+        "pool": lambda: WorkerPool(2, function),
+    }
+    with make[request.param]() as made:
+        yield made, function
+
+
+def test_every_executor_gives_all_results(executor):
+    made, function = executor
+    assert list(made.in_order(function, range(3))) == [0, 1, 4]
+    assert sorted(made.as_completed(function, range(3))) == [0, 1, 4]
+    assert list(made.in_order(function, [])) == list(made.as_completed(function, [])) == []
+
+
+def test_results_come_in_order_of_completion_and_of_input():
+    with Processes(2) as executor:
+        function = partial(_late, {0: 5.0})
+        assert next(executor.as_completed(function, range(2))) == 1
+    with Processes(2) as executor:
+        assert list(executor.in_order(partial(_late, {0: 0.5}), range(2))) == [0, 1]
+
+
+def _late(seconds, number):
+    time.sleep(seconds.get(number, 0))
+    return number
+
+
+@pytest.mark.parametrize("method", ["in_order", "as_completed"])
+def test_the_input_is_read_a_bounded_number_of_jobs_ahead(method):
+    read = []
+
+    def items():
+        for number in range(10):
+            read.append(number)
+            yield number
+
+    results = getattr(Serial(), method)(square_late, items(), 2)
+    next(results)
+    assert len(read) == 3
+    assert len(list(results)) == 9
+    assert len(read) == 10
+
+
+def test_results_are_not_lost_with_an_exception():
+    def either(number):
+        if number == 0:
+            raise KeyError(number)
+        return number
+
+    results = Serial().as_completed(either, range(2), ahead=1)
+    assert next(results) == 1
+    with pytest.raises(KeyError):
+        next(results)
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def test_a_job_has_a_process_with_its_own_environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    pid, threads = run_isolated(pid_and_threads, threads=3)
-    assert (pid != os.getpid(), threads) == (True, "3")
+    with Processes(2, threads=3) as executor:
+        found = list(executor.in_order(_environment_of, range(3)))
+    assert len({pid for pid, _, _ in found} | {os.getpid()}) == 4
+    assert {threads for _, threads, _ in found} == {"3"}
+    assert {slot for _, _, slot in found} == {(0, 2), (1, 2)}
     assert os.environ["OMP_NUM_THREADS"] == "7"
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    run_isolated(pid_and_threads, threads=3)
-    assert "OMP_NUM_THREADS" not in os.environ
+    monkeypatch.setattr(jobs, "usable_cores", lambda: 12)
+    assert run(environment)[1] == "7"
+    monkeypatch.setattr(jobs, "cpu_threads", lambda: 12)
+    with Processes(4) as executor:
+        assert executor.threads == 3
+
+
+def _environment_of(number):
+    time.sleep(0.5)
+    return environment()
 
 
 def test_errors_reach_the_caller(capfd):
-    with pytest.raises(UserError, match="file: wrong; mend it"):
-        run_isolated(mistake, threads=1)
-    with pytest.raises(RuntimeError, match="ended with status 1"):
-        run_isolated(bug, threads=1)
-    assert "not a user's" in capfd.readouterr().err
-    with pytest.raises(UserError, match="killed, as the system does when memory runs out"):
-        run_isolated(killed, threads=1)
+    with pytest.raises(UserError, match="file: wrong; fix it"):
+        run(user_mistake)
+    assert capfd.readouterr().err == ""
+    with pytest.raises(KeyError, match="not the user's"):
+        run(bug)
+    assert "in bug" in capfd.readouterr().err  # its traceback
+    with pytest.raises(RuntimeError, match="TwoArgumentsError: 1 and 2"):
+        run(unpicklable_error)
+    with pytest.raises(ProcessDiedError, match="was killed, as the system does when memory"):
+        run(kill_itself)
+    with pytest.raises(ProcessDiedError, match="ended with status 3") as died:
+        run(partial(end, 3))
+    assert died.value.status == 3
 
 
-def test_a_process_over_time_is_ended(tmp_path):
+def test_a_job_over_time_is_ended(tmp_path):
     path = tmp_path / "pid"
     start = time.monotonic()
-    with pytest.raises(OverTimeError):
-        run_isolated(partial(say_and_sleep, path), 1, Caps(seconds=2.0))
-    assert time.monotonic() - start < 10
+    with pytest.raises(OverTimeError) as over:
+        run(partial(write_pid_and_sleep, path), 1, Caps(seconds=2.0))
+    assert 2 < over.value.seconds < time.monotonic() - start < 10
     assert gone(path.read_text())
 
 
-def test_a_process_over_memory_is_ended():
+def test_a_job_over_memory_is_ended():
     start = time.monotonic()
     with pytest.raises(OverMemoryError):
-        run_isolated(partial(take_memory, 300, 60), 1, Caps(megabytes=200))
+        run(partial(take_memory, 300, 60), 1, Caps(megabytes=200))
     assert time.monotonic() - start < 10
-    assert run_isolated(partial(take_memory, 1, 0), 1, Caps(60, 200)) == 1
+    assert run(partial(take_memory, 1, 0), 1, Caps(60, 200)) == 1
 
 
-def test_a_short_peak_between_two_looks_counts(monkeypatch):
-    monkeypatch.setattr(jobs, "LOOK_EVERY", 60)
+def test_a_short_peak_between_two_checks_counts(monkeypatch):
+    monkeypatch.setattr(jobs, "CAP_POLL", 60)
     with pytest.raises(OverMemoryError):
-        run_isolated(partial(take_memory, 300, 0), 1, Caps(megabytes=200))
+        run(partial(take_memory, 300, 0), 1, Caps(megabytes=200))
 
 
 def test_peaks_are_read():
@@ -108,18 +236,180 @@ def test_peaks_are_read():
     assert peak_megabytes(2**22 + 1) == 0  # no process has this number
 
 
-def test_nothing_outlives_a_killed_parent(tmp_path):
+def test_leaving_the_context_ends_the_jobs(tmp_path):
     path = tmp_path / "pid"
-    program = (
-        "import sys; from functools import partial; from tests.test_jobs import *\n"
-        f"if __name__ == '__main__': run_isolated(partial(say_and_sleep, {str(path)!r}), 1)"
+    with Processes(1) as executor:
+        running = executor.submit(write_pid_and_sleep, path)
+        waiting = executor.submit(square_late, 1)
+        pid = wait_for(path)
+    assert gone(pid, 1.0)
+    assert waiting.cancelled() or isinstance(waiting.exception(), ProcessDiedError)
+    assert isinstance(running.exception(), ProcessDiedError)
+
+
+def save_at_sigterm(path, started):
+    def save(*_):
+        time.sleep(0.3)
+        Path(path).write_text("saved")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, save)
+    write_pid_and_sleep(started)
+
+
+def test_patience_lets_jobs_save(tmp_path):
+    with Processes(1, patience=float("inf")) as executor:
+        executor.submit(save_at_sigterm, tmp_path / "saved", tmp_path / "started")
+        wait_for(tmp_path / "started")
+    assert (tmp_path / "saved").read_text() == "saved"
+    with Processes(1, patience=0.1) as executor:
+        executor.submit(save_at_sigterm, tmp_path / "late", tmp_path / "again")
+        pid = wait_for(tmp_path / "again")
+    assert gone(pid, 1.0)
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_job_that_becomes_a_program(tmp_path):
+    program, log = tmp_path / "program.py", tmp_path / "run.log"
+    program.write_text("import sys; print(sys.argv[1:], flush=True); sys.exit('error: no')")
+    with pytest.raises(ProcessDiedError) as died:
+        run(partial(jobs.become_program, [str(program), "--lr", "1"], str(log)))
+    assert died.value.status == 1
+    assert log.read_text() == "['--lr', '1']\nerror: no\n"
+
+
+MAIN = """
+import sys
+from bort.jobs import Processes, Serial, WorkerPool, run
+from tests.test_jobs import write_pid_and_sleep
+def double(number):
+    return 2 * number
+if __name__ == "__main__":
+    print(list(Processes(1).in_order(double, [1, 2])))
+"""
+
+
+def test_functions_of_the_program_itself_are_found(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(MAIN)
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    script = tmp_path / "program.py"
-    script.write_text(program)
+    assert done.stdout == "[2, 4]\n"
+
+
+# ---- nothing outlives its parent -----------------------------------------------------------------
+
+
+PARENTS = {
+    "process": "run(partial(write_pid_and_sleep, path))",
+    "worker": "list(WorkerPool(1, write_pid_and_sleep).in_order(write_pid_and_sleep, [path]))",
+    "program": "run(partial(become_program, [program, path], path + '.log'))",
+}
+PROGRAM = "import sys; from tests.test_jobs import *; write_pid_and_sleep(sys.argv[1])"
+
+
+@pytest.mark.parametrize("kind", PARENTS)
+def test_nothing_outlives_a_killed_parent(tmp_path, kind):
+    path, program = tmp_path / "pid", tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    code = (
+        "from functools import partial; from bort.jobs import *\n"
+        "from bort.jobs import become_program\n"
+        "from tests.test_jobs import write_pid_and_sleep\n"
+        f"path, program = {str(path)!r}, {str(program)!r}\n{PARENTS[kind]}"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, str(script)], env=environment) as parent:
-        while not (path.exists() and path.read_text()):
-            time.sleep(0.05)
-            assert parent.poll() is None
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment) as parent:
+        pid = wait_for(path)
         parent.kill()
-    assert gone(path.read_text())
+    assert gone(pid)
+
+
+def test_a_process_whose_parent_died_before_it_looked_ends_itself():
+    code = "from bort import jobs; jobs.die_with_parent({parent}); print('alive')"
+    run_with = partial(subprocess.run, capture_output=True, text=True, cwd=ROOT, check=False)
+    own = run_with([sys.executable, "-c", code.format(parent=os.getpid())])
+    assert own.stdout == "alive\n"
+    other = run_with([sys.executable, "-c", code.format(parent=os.getpid() + 1)])
+    assert (other.returncode, other.stdout) == (1, "")
+
+
+def test_the_parent_is_watched_where_the_system_sends_no_signal():
+    code = (
+        "import os, subprocess, sys, time; from bort import jobs\n"
+        "jobs._PR_SET_PDEATHSIG = 0\n"
+        "if os.fork() == 0:\n"
+        "    jobs.die_with_parent(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)\n"
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        pid = parent.stdout.readline().strip()
+        parent.kill()
+    assert gone(pid)
+
+
+# ---- workers, ranks ------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_is_reported():
+    with WorkerPool(2, _kill_at) as pool:
+        results = pool.in_order(_kill_at, range(100), ahead=4)
+        assert next(results) == 0
+        with pytest.raises(ProcessDiedError, match="was killed"):
+            list(results)
+
+
+def _kill_at(number):
+    if number == 50:
+        kill_itself()
+    return number
+
+
+def test_ranks_run_jobs_in_waves():
+    ran = []
+
+    def job(number):
+        ran.append(threading.current_thread().name)
+        if number == 3:
+            raise UserError("three: wrong")
+        return number * number
+
+    with ThreadRanks(3) as ranks, Ranks(ranks.rank(0)) as executor:
+        assert list(executor.in_order(job, range(3))) == [0, 1, 4]
+        assert len(set(ran)) == 3
+        with pytest.raises(UserError, match="three: wrong"):
+            list(executor.as_completed(job, range(5)))
+        assert executor.submit(job, 5).done() is False
+        executor.flush()
+    assert ranks.finished()
+
+
+# ---- shares, signals -----------------------------------------------------------------------------
+
+
+def test_gpus_are_divided():
+    assert [share_of_gpus("0,1", slot, 2) for slot in (0, 1)] == ["0", "1"]
+    assert [share_of_gpus("4,5,6", slot, 2) for slot in (0, 1)] == ["4,6", "5"]
+    assert [share_of_gpus("1,2", slot, 3) for slot in (0, 1, 2)] == ["1", "2", "1"]
+    assert (share_of_gpus("0,1", 0, 1), share_of_gpus(None, 1, 2)) == ("0,1", None)
+
+
+def test_a_rank_has_the_slot_that_horovod_gave_it(monkeypatch):
+    assert jobs.slot() == (0, 1)
+    monkeypatch.setenv("HOROVOD_LOCAL_RANK", "1")
+    monkeypatch.setenv("HOROVOD_LOCAL_SIZE", "4")
+    assert jobs.slot() == (1, 4)
+
+
+def test_sigterm_stops_the_program():
+    stopped = pytest.raises(Stopped, match="rerun")
+    with stopped as stop, jobs.stopped_by_sigterm("rerun it"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

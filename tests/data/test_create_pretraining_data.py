@@ -508,7 +508,7 @@ def test_a_killed_worker_ends_the_run():
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             list(instances)
 
-    with pytest.raises(UserError, match=r"a worker process was killed.* fewer than 2 for --num_w"):
+    with pytest.raises(UserError, match=r"a worker process was killed.*--num_workers below 2"):
         run()
 
 

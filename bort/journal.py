@@ -1,0 +1,79 @@
+"""Append-only records on disk: JSON lines that survive a kill, and damage to single lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any, Callable, Iterator
+
+from bort.errors import quoted
+from bort.files import atomic_write
+
+DAMAGED = ".damaged"  # the suffix of the file that keeps damaged lines
+
+
+class Journal:
+    """A file with a JSON record on each line.
+
+    A record is on the disk when `append` returns. Opening the file drops a last line that a kill
+    cut short. Any other line that is no record is reported with file and line, and moved to
+    `<path>.damaged`: its record is missing from `records`, the others are not lost.
+
+    `is_record` tells whether a JSON value is a record; it may raise KeyError, TypeError or
+    ValueError for one that is not.
+    """
+
+    def __init__(self, path: str, is_record: Callable[[Any], bool]) -> None:
+        self.path = path
+        self.records: list[Any] = []
+        good, damaged = [], []
+        for number, line in enumerate(_whole_lines(path), start=1):
+            try:
+                record = _decoded(line, is_record)
+            except ValueError as error:
+                damaged.append(line)
+                print(
+                    f"warning: {path}:{number}: damaged record, moved to {path}{DAMAGED} ({error})",
+                    file=sys.stderr,
+                )
+            else:
+                good.append(line)
+                self.records.append(record)
+        if damaged:
+            _append(f"{path}{DAMAGED}", damaged)
+            with atomic_write(path, "wb") as handle:
+                handle.writelines(good)
+        elif os.path.exists(path) and os.path.getsize(path) > sum(map(len, good)):
+            os.truncate(path, sum(map(len, good)))
+
+    def append(self, record: Any) -> None:
+        """Write one record; it is on the disk when this returns."""
+        _append(self.path, [json.dumps(record).encode() + b"\n"])
+        self.records.append(record)
+
+
+def _whole_lines(path: str) -> Iterator[bytes]:
+    """Yield the lines that have their end."""
+    if os.path.exists(path):
+        with open(path, "rb") as handle:
+            yield from (line for line in handle if line.endswith(b"\n"))
+
+
+def _decoded(line: bytes, is_record: Callable[[Any], bool]) -> Any:
+    """Return the record on a line; raises `ValueError` when there is none."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+        good = is_record(record)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(quoted(f"{type(error).__name__}: {error}")[1:-1]) from None
+    if not good:
+        raise ValueError(f"unexpected content {quoted(record)}")
+    return record
+
+
+def _append(path: str, lines: list[bytes]) -> None:
+    with open(path, "ab") as handle:
+        handle.writelines(lines)
+        handle.flush()
+        os.fsync(handle.fileno())

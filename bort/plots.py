@@ -1,0 +1,35 @@
+"""Plots without a display, written atomically."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+from bort.errors import UserError
+from bort.files import atomic_path
+
+DPI = 120
+
+
+@contextmanager
+def figure_file(path: str, width: float, height: float) -> Iterator[Any]:
+    """Give a Matplotlib figure of width x height inches that is saved as `path` at the end.
+
+    The suffix of the path chooses the format (.png, .pdf, .svg). Nothing is written when the body
+    raises.
+
+    Raises `UserError` for another suffix and when the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    kind = os.path.splitext(path)[1][1:].lower() or "png"
+    known = canvas.get_supported_filetypes()
+    if kind not in known:
+        raise UserError(f"{path}: no picture can be named .{kind}; use .png, .pdf or .svg")
+    yield figure
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format=kind)
