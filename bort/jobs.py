@@ -108,6 +108,10 @@ class ProcessDiedError(UserError):
 # ---- the interface -------------------------------------------------------------------------------
 
 
+def _raise(_: Any, error: BaseException) -> Any:
+    raise error
+
+
 class Executor(futures.Executor):
     """Runs jobs, at most `workers` at once."""
 
@@ -117,26 +121,31 @@ class Executor(futures.Executor):
         """Start the submitted jobs that wait for others to start with them."""
 
     def as_completed(
-        self, function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 0
+        self,
+        function: Callable[[Item], Result],
+        items: Iterable[Item],
+        ahead: int = 0,
+        on_error: Callable[[Item, BaseException], Result] = _raise,
     ) -> Iterator[Result]:
         """Yield function(item) of every item as the jobs end.
 
         At most `workers + ahead` jobs are submitted and not yet finished; `items` is read no
-        further than that. The first job that raised ends the iteration with its exception.
+        further than that. Where a job raised, `on_error` gives the result; by default it raises.
         """
-        waiting: set[Future[Result]] = set()
+        waiting: dict[Future[Result], Item] = {}
         rest = iter(items)
         while True:
-            room = self.workers + ahead - len(waiting)
-            waiting |= {self.submit(function, item) for item in itertools.islice(rest, room)}
+            for item in itertools.islice(rest, self.workers + ahead - len(waiting)):
+                waiting[self.submit(function, item)] = item
             if not waiting:
                 return
             if not any(future.done() for future in waiting):
                 self.flush()
-            done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
+            done = futures.wait(waiting, return_when=futures.FIRST_COMPLETED).done
             # Those that raised last: no result is lost with them.
             for future in sorted(done, key=lambda each: each.exception() is not None):
-                yield future.result()
+                item, error = waiting.pop(future), future.exception()
+                yield future.result() if error is None else on_error(item, error)
 
     def in_order(
         self, function: Callable[[Item], Result], items: Iterable[Item], ahead: int = 0
@@ -445,18 +454,25 @@ class Ranks(Executor):
     """Runs jobs on the ranks of a communicator, which share a disk; for rank 0.
 
     As many jobs as ranks form a wave; the next wave starts when all of it have ended. The other
-    ranks call `serve`, which returns when this executor is shut down.
+    ranks call `serve`, which returns when this executor is shut down. With `isolated`, each rank
+    runs its jobs by `run`, in a process with these threads and caps.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(
+        self, communicator: Communicator, isolated: Optional[tuple[int, Caps]] = None
+    ) -> None:
         self.workers, self._communicator = communicator.size, communicator
+        self._isolated = isolated
         self._waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._in_wave = False
 
     def submit(self, function: Callable[..., Result], /, *args: Any, **kw: Any) -> Future[Result]:
         """Queue the job; the last of a wave runs the wave before this returns."""
         future: Future[Result] = Future()
-        self._waiting.append((future, partial(function, *args, **kw)))
+        job = partial(function, *args, **kw)
+        self._waiting.append(
+            (future, partial(run, job, *self._isolated) if self._isolated else job)
+        )
         if len(self._waiting) == self.workers:
             self.flush()
         return future
@@ -489,7 +505,7 @@ def _wave(communicator: Communicator, jobs: Optional[Sequence[Any]]) -> Sequence
     own = communicator.rank < len(jobs)
     value, error = _outcome(jobs[communicator.rank]) if own else (None, None)
     outcome = value, error and _sendable(error)
-    return communicator.gather_objects(outcome)[: len(jobs)]
+    return communicator.allgather_object(outcome)[: len(jobs)]
 
 
 def serve(communicator: Communicator) -> None:

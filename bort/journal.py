@@ -47,6 +47,18 @@ class Journal:
         elif os.path.exists(path) and os.path.getsize(path) > sum(map(len, good)):
             os.truncate(path, sum(map(len, good)))
 
+    def set_aside(self, reason: str) -> None:
+        """Move all records to `<path>.damaged` and say why; the file is empty afterwards."""
+        print(
+            f"warning: {self.path}: {reason}; its {len(self.records)} records are moved to "
+            f"{self.path}{DAMAGED}",
+            file=sys.stderr,
+        )
+        _append(f"{self.path}{DAMAGED}", list(_whole_lines(self.path)))
+        self.records = []
+        with atomic_write(self.path, "wb"):
+            pass
+
     def append(self, record: Any) -> None:
         """Write one record; it is on the disk when this returns."""
         _append(self.path, [json.dumps(record).encode() + b"\n"])

@@ -47,7 +47,7 @@ class _ThreadRank:
         self.ranks.barrier.wait()
         return received
 
-    def gather_objects(self, value):
+    def allgather_object(self, value):
         self.ranks.values[self.rank] = value
         self.ranks.barrier.wait()
         values = list(self.ranks.values)

@@ -1,18 +1,17 @@
 """OSE: the approximation scheme that finds the architecture (arXiv 2010.08512)."""
 
+from bort.ose.candidates import SearchJournal, process_map
 from bort.ose.search import (
-    Journal,
     OseResult,
     extract,
     hyperparameter_sets,
     pareto_front,
-    process_map,
     w_coefficient,
 )
 
 __all__ = [
-    "Journal",
     "OseResult",
+    "SearchJournal",
     "extract",
     "hyperparameter_sets",
     "pareto_front",

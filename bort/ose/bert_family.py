@@ -4,32 +4,33 @@ Notation: V vocabulary, P positions, S tokens of an input, and of a shape D laye
 H hidden size, I intermediate size. The closed forms are derived from the layers that GluonNLP
 builds; what they leave out is our choice:
 
-- Size counts what every task shares, the embeddings and the encoder; the masked-LM decoder and a
-  classifier are reported apart. `effective` drops the embeddings too.
+- Size counts what all tasks share, the embeddings and the encoder; the masked-LM decoder and a
+  classifier are reported separately. `effective` leaves out the embeddings too.
 - Cost counts the encoder's multiply-accumulates, as is usual; `all_operations` counts every
   addition, multiplication, division, comparison, exponential, root and erf as one, embedding
   sum and LayerNorm included. Reading a row of a table is free.
 - Shapes that both leave equal, those that differ in heads alone, are ordered by heads.
-- The space of 300 is a reader's note on the paper; its maximum point is its largest member.
+- The space of 300 is reported of the paper, not taken from it; its maximum point is its largest
+  member.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
-from bort.bort import encode, get_bort_model
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.files import read_yaml
-from bort.ose.search import LayerCost, Layers
+from bort.grids import check_size, combinations
+from bort.ose.abnc import LayerCost, Layers
 from bort.shapes import MAX_LENGTH, Shape, shape_of
 from bort.types import Hyperparameters
 
 Space = Callable[[], "list[Shape]"]
+MAX_DIMENSION = 1_000_000  # of a shape in a file
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class BertFamily:
     def layers(self, shape: Shape) -> Layers:
         """Return A, one B and C of the AB^nC property: embeddings, a layer, the masked-LM decoder.
 
-        All are counted, whatever `effective` says; the decoder answers for one position (ours).
-        Its Dense is quadratic in H, so that in size it outgrows a layer of constant I; a linear
-        classifier in its place would not.
+        All are counted, whatever `effective` says; the decoder predicts one position (ours). Its
+        Dense is quadratic in H, so that it grows faster than a layer of constant I; a linear
+        classifier would not.
         """
         return Layers(
             first=LayerCost(self.embedding_size(shape), self._embedding_operations(shape)),
@@ -117,12 +118,13 @@ def grid(
     layers: Sequence[int], heads: Sequence[int], hidden: Sequence[int], intermediate: Sequence[int]
 ) -> list[Shape]:
     """Return all combinations in which the heads divide the hidden size."""
-    combinations = itertools.product(layers, heads, intermediate, hidden)
-    return [shape for shape in map(Shape._make, combinations) if shape.hidden % shape.heads == 0]
+    values = {"layers": layers, "heads": heads, "intermediate": intermediate, "hidden": hidden}
+    shapes = (Shape(**chosen) for chosen in combinations(values))
+    return [shape for shape in shapes if shape.hidden % shape.heads == 0]
 
 
 def bert_space() -> list[Shape]:
-    """Return the 300 architectures of the paper's search on BERT (a reader's note on the paper)."""
+    """Return the 300 architectures that are reported of the paper's search on BERT."""
     return grid(
         layers=(2, 4, 6, 8, 10, 12),
         heads=(4, 8, 12, 16),
@@ -132,9 +134,9 @@ def bert_space() -> list[Shape]:
 
 
 def bert_small_space() -> list[Shape]:
-    """Return 36 small architectures (ours): an hour on a laptop, at a minute and a half each.
+    """Return 36 small architectures (ours): about an hour on a laptop, 90 s each.
 
-    That holds for some hundred thousand tokens of a small vocabulary; RoBERTa's takes longer.
+    Measured with some hundred thousand tokens of a small vocabulary; RoBERTa's takes longer.
     """
     return grid(layers=(1, 2, 4), heads=(2, 4), hidden=(64, 128, 256), intermediate=(128, 512))
 
@@ -156,9 +158,11 @@ def load_space(name: str) -> list[Shape]:
         raise UserError(f"--space {name}: must be {', '.join(SPACES)}, or a .yaml file")
     content = read_yaml(name)
     if isinstance(content, dict) and set(content) == {"architectures"}:
-        space = [shape_of(str(one)) for one in _listed(name, content, "architectures", str)]
+        space = [shape_of(each) for each in _listed(name, content, "architectures", str)]
     elif isinstance(content, dict) and set(content) == set(Shape._fields):
-        space = grid(**{key: _listed(name, content, key, int) for key in Shape._fields})
+        values = {key: _listed(name, content, key, int) for key in Shape._fields}
+        check_size(name, values)
+        space = grid(**values)
     else:
         raise UserError(
             f"{name}: must hold the lists {', '.join(Shape._fields)}, or the list architectures"
@@ -168,22 +172,23 @@ def load_space(name: str) -> list[Shape]:
     return space
 
 
-def _listed(path: str, content: dict[str, Any], key: str, kind: type) -> list[Any]:
+def _listed(path: str, content: dict[str, Any], key: str, expected: type) -> list[Any]:
     values = content[key]
-    good = isinstance(values, list) and values and all(type(value) is kind for value in values)
-    if not good or (kind is int and min(values) < 1):
-        what = "whole numbers from 1 on" if kind is int else "model names"
-        raise UserError(f"{path}: {key} must be a list of {what}, not {values!r}")
+    good = isinstance(values, list) and values and all(type(each) is expected for each in values)
+    if not good or (expected is int and not 1 <= min(values) <= max(values) <= MAX_DIMENSION):
+        names = f"integers from 1 to {MAX_DIMENSION:,}" if expected is int else "model names"
+        raise UserError(f"{path}: {key} must be a list of {names}, not {quoted(values)}")
+    check_size(path, {key: values})
     return values
 
 
 def synthetic_error(
-    shape: Shape, steps: int, theta: Hyperparameters, generator: np.random.Generator
+    shape: Shape, steps: int, hparams: Hyperparameters, generator: np.random.Generator
 ) -> float:
-    """Return 1.7 + 4 (1e6 / encoder parameters)^0.4 with 2 % of noise; measured nowhere.
+    """Return 1.7 + 4 (1e6 / encoder parameters)^0.4 with 2 % of noise.
 
-    It has the form of a scaling law, and stands in for a trained error where the search itself is
-    looked at.
+    It has the form of a scaling law but was not fitted to anything: it replaces trained errors
+    where the search itself is examined.
     """
     encoder = BertFamily(effective=True).parameter_size(shape)
     return (1.7 + 4 * (1e6 / encoder) ** 0.4) * generator.normal(1, 0.02)
@@ -192,10 +197,12 @@ def synthetic_error(
 def measure_latency(shape: Shape, sequence_length: int, runs: int = 5) -> float:
     """Return the seconds in which this machine's CPU encodes one input, batch size 1.
 
-    It is the shortest of at least `runs` runs and a fifth of a second, the one that other programs
-    disturbed least. The weights are random and the vocabulary tiny: neither changes the time.
+    The shortest of at least `runs` runs and 0.2 s in all: the one that other programs slowed least.
+    The weights are random and the vocabulary is tiny; neither changes the time.
     """
     import mxnet as mx
+
+    from bort.bort import encode, get_bort_model
 
     model, _ = get_bort_model(
         shape.name, vocab=range(8), use_decoder=False, max_length=sequence_length

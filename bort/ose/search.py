@@ -7,50 +7,46 @@ architectural parameters; only the error needs training, and only a bounded numb
 
 From the paper, as its abstract and accounts of it by others have it: the three measures, T, the
 W-coefficient, one visit every `stride` positions of the ordered space, the best over all sets of
-hyper-parameters. Where they are silent the choices are ours:
+hyperparameters. Where they are silent the choices are ours:
 
 - The order: size, inference cost, `tie_break`, all ascending. Positions 0, stride, 2 * stride, ...
   are visited.
 - T, and any other member with W = 0 whatever its error, is listed but not trained.
-- An error below `MINIMUM_ERROR` counts as that much; one that is not finite (a diverged run, a
-  broken cap on time or memory) gives W = 0, and the table says why.
-- Repeated seeds are averaged before W is taken; ties go to the smaller model, the earlier one.
-- A candidate's random generator is keyed by seed, architecture, hyper-parameters and repeat, so its
-  error depends neither on the stride nor on the place where it is trained.
+- An error below `MINIMUM_ERROR` counts as that much; one that is not finite (a diverged run, an
+  exceeded cap on time or memory) gives W = 0, and the table says why.
+- Repeated seeds are averaged before W is computed. Ties go to the smaller, then the earlier model.
+- A candidate's random generator is keyed by seed, architecture, hyperparameters and repeat, so that
+  its error depends neither on the stride nor on where it is trained.
 - The quality: the paper's rho <= |1 - stride| is read as W_best / W_found - 1 <= stride - 1, hence
   W_found >= W_best / stride. It presumes an error that is smooth along the order.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import builtins
 import itertools
-import json
 import math
-import multiprocessing
-import os
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
 from bort.errors import UserError
-from bort.jobs import die_with_parent
-from bort.mxnet_setup import cpu_threads, usable_cores
+from bort.ose.candidates import (
+    Architecture,
+    Candidate,
+    Evaluator,
+    Map,
+    Measurement,
+    SearchJournal,
+    SurrogateError,
+)
 from bort.types import Hyperparameters
 
-Architecture = Any  # a tuple of plain values; a named one, as Shape, keeps its names
 Measure = Callable[[Any], int]
-SurrogateError = Callable[[Any, int, Hyperparameters, np.random.Generator], float]
 
 MINIMUM_ERROR = 1e-7
-JOURNAL_FORMAT = 2
-# Why a candidate has no finite error; the empty one: it has. Ranks send one another the number.
-FAILURES = ("", "diverged", "time cap", "memory cap")
-# What a hyper-parameter set holds besides the values of the grid, for `surrogate_error` to follow.
+# What a set of hyperparameters holds besides the values of the grid, for `surrogate_error` to use.
 # The guarantee needs SGD over a compact set of weights; BERT is trained by Adam in practice.
 MODES: Mapping[str, Hyperparameters] = {
     "theory": {"optimizer": "sgd", "weight_bound": 1.0},
@@ -66,45 +62,13 @@ class Member(NamedTuple):
     cost: int  # operations of one inference
 
 
-class Candidate(NamedTuple):
-    """One training run: an architecture, a hyper-parameter set, and the number of the repeat."""
-
-    number: int  # place among the candidates of the search
-    architecture: Architecture
-    theta: Hyperparameters
-    repeat: int
-
-
-class Outcome(NamedTuple):
-    """What training a candidate came to."""
-
-    error: float
-    seconds: float
-    failure: str  # one of FAILURES
-
-
-class Measurement(NamedTuple):
-    """What came of which candidate."""
-
-    number: int
-    outcome: Outcome
-    fresh: bool  # measured by this process now: goes into its journal
-
-
-class CapError(Exception):
-    """Raised by a `surrogate_error` whose candidate breaks the cap named, one of FAILURES."""
-
-
-Map = Callable[[Callable[[Candidate], Measurement], Sequence[Candidate]], Iterable[Measurement]]
-
-
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: an architecture with one hyper-parameter set."""
+class Evaluation:
+    """One row of the table: an architecture with one set of hyperparameters."""
 
     position: int  # in the ordered space
     architecture: Architecture
-    theta: Hyperparameters
+    hparams: Hyperparameters
     size: int
     cost: int
     gain: float  # the size-and-speed part of W
@@ -117,10 +81,10 @@ class Row:
 
 @dataclass(frozen=True)
 class OseResult:
-    """The row that won, everything that was visited in order, and what it was compared with."""
+    """The best evaluation, all of them in order, and the maximum point they are measured by."""
 
-    best: Row
-    table: tuple[Row, ...]
+    best: Evaluation
+    table: tuple[Evaluation, ...]
     maximum_point: Member
     space_size: int
 
@@ -149,7 +113,7 @@ def ordered(
     inference_cost: Measure,
     tie_break: Callable[[Any], Any] = tuple,
 ) -> list[Member]:
-    """Return the distinct members of the space in the order in which the search counts them.
+    """Return the distinct members of the space in the order of the search.
 
     Raises `UserError` for an empty space.
     """
@@ -165,7 +129,7 @@ def largest(members: Sequence[Member]) -> Member:
 
 
 def hyperparameter_sets(mode: str = "practical", **grid: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return Theta: the mode's settings with every combination of the values of the grid.
+    """Return the mode's settings with every combination of the values of the grid.
 
     Raises `UserError` for a mode that is not in `MODES`.
     """
@@ -184,12 +148,12 @@ def extract(
     stride: int = 1,
     max_steps: int = 200,
     *,
-    thetas: Sequence[Hyperparameters] = ({},),
+    hparams: Sequence[Hyperparameters] = ({},),
     repeats: int = 1,
     seed: int = 0,
     tie_break: Callable[[Any], Any] = tuple,
-    map: Map = map,
-    journal: Journal | None = None,
+    map: Map = builtins.map,
+    journal: SearchJournal | None = None,
 ) -> OseResult:
     """Visit every `stride`-th member of the ordered space; return the one of the largest W.
 
@@ -197,29 +161,28 @@ def extract(
         space: architectures, tuples of plain values.
         parameter_size: closed form p, the number of parameters.
         inference_cost: closed form i, the operations that answer one input.
-        surrogate_error: (architecture, steps, theta, generator) -> error, of a network trained
-            for that many steps with those hyper-parameters. It has to be picklable for
-            `process_map`; for a candidate that cannot be measured it may return infinity or
-            raise `CapError`.
+        surrogate_error: (architecture, steps, hyperparameters, generator) -> error of a network
+            trained for that many steps. It has to be picklable for `process_map`; for a candidate
+            that cannot be measured it may return infinity or raise `CapError`.
         maximum_point: T; default the largest member of the space.
         stride: the interval; 1 visits everything.
-        max_steps: the limit of training, handed to `surrogate_error`.
-        thetas: sets of hyper-parameters, each of plain JSON values.
+        max_steps: training steps, passed on to `surrogate_error`.
+        hparams: sets of hyperparameters, each of plain JSON values.
         repeats: training runs to average, each with its own generator.
-        seed: decides every draw.
+        seed: of the candidates' random generators.
         tie_break: orders members of equal size and cost.
         map: calls a function on every candidate and yields the measurements, in any order.
-        journal: where measurements are kept as they come; those it holds are not made again.
+        journal: records measurements as they are made; those that it holds are not repeated.
 
     Raises:
-        UserError: an empty space, a stride, number of repeats or hyper-parameter sets out of
-            range, a T that is not the largest, or a search without any W above 0.
+        UserError: an empty space; a stride, a number of repeats or of sets of hyperparameters out
+            of range; a T that is not the largest; no W above 0.
     """
     members = ordered(space, parameter_size, inference_cost, tie_break)
     if not 1 <= stride <= len(members):
         raise UserError(f"stride {stride}: must be from 1 to {len(members)}, the space's size")
-    if repeats < 1 or not thetas:
-        raise UserError("the search needs at least one repeat and one set of hyper-parameters")
+    if repeats < 1 or not hparams:
+        raise UserError("the search needs at least one repeat and one set of hyperparameters")
     top = largest(members)
     if maximum_point is not None:
         top = Member(maximum_point, parameter_size(maximum_point), inference_cost(maximum_point))
@@ -227,18 +190,18 @@ def extract(
 
     visited = members[::stride]
     trained = [m.architecture for m in visited if size_and_speed_gain(m, top) > 0]
-    runs = itertools.product(trained, thetas, range(repeats))
+    runs = itertools.product(trained, hparams, range(repeats))
     candidates = [Candidate(number, *run) for number, run in enumerate(runs)]
-    trial = Trial(surrogate_error, max_steps, seed, dict(journal.known) if journal else {})
-    found = _collect(map(trial, candidates), trial, candidates, journal)
+    evaluator = Evaluator(surrogate_error, max_steps, seed)
+    found = _measure(map, evaluator, candidates, journal)
 
     table = []
-    for (place, member), theta in itertools.product(enumerate(visited), thetas):
+    for (index, member), chosen in itertools.product(enumerate(visited), hparams):
         measured = [next(found) for _ in range(repeats)] if member.architecture in trained else []
-        table.append(_row(place * stride, member, theta, top, measured))
+        table.append(_evaluation(index * stride, member, chosen, top, measured))
     best = max(table, key=lambda row: row.w)
     if best.w == 0:
-        raise UserError("no architecture visited has a W above 0: no error is finite, or all are T")
+        raise UserError("no visited architecture has a W above 0: no error is finite, or all are T")
     return OseResult(best, tuple(table), top, len(members))
 
 
@@ -252,37 +215,42 @@ def check_maximum_point(top: Member, members: Sequence[Member]) -> None:
         )
 
 
-def _collect(
-    measurements: Iterable[Measurement],
-    trial: Trial,
+def _measure(
+    spread: Map,
+    evaluator: Evaluator,
     candidates: Sequence[Candidate],
-    journal: Journal | None,
+    journal: SearchJournal | None,
 ) -> Iterator[Measurement]:
-    """Write the measurements down as they come; return them in the candidates' order."""
+    """Return the measurements in the order of the candidates; record those made now."""
     found: dict[int, Measurement] = {}
-    for measurement in measurements:
+    known = journal.known if journal else {}
+    for candidate in candidates:
+        if measurement := known.get(evaluator.key(candidate)):
+            found[candidate.number] = measurement
+    missing = [candidate for candidate in candidates if candidate.number not in found]
+    for measurement in spread(evaluator, missing) if missing else ():
         found[measurement.number] = measurement
-        if journal and measurement.fresh:
-            journal.write(trial.key(candidates[measurement.number]), measurement)
+        if journal:
+            journal.write(evaluator.key(candidates[measurement.number]), measurement)
     if len(found) < len(candidates):
         raise RuntimeError(f"map returned {len(found)} of {len(candidates)} measurements")
     return iter([found[candidate.number] for candidate in candidates])
 
 
-def _row(
+def _evaluation(
     position: int,
     member: Member,
-    theta: Hyperparameters,
+    hparams: Hyperparameters,
     top: Member,
     measured: Sequence[Measurement],
-) -> Row:
-    errors = tuple(m.outcome.error for m in measured)
+) -> Evaluation:
+    errors = tuple(m.error for m in measured)
     error = float(np.mean(errors)) if errors else None
-    failures = [m.outcome.failure for m in measured if m.outcome.failure]
-    return Row(
+    failures = [m.failure for m in measured if m.failure]
+    return Evaluation(
         position=position,
         architecture=member.architecture,
-        theta=theta,
+        hparams=hparams,
         size=member.size,
         cost=member.cost,
         gain=size_and_speed_gain(member, top),
@@ -290,267 +258,12 @@ def _row(
         error=error,
         failure=failures[0] if failures else "",
         w=0.0 if error is None else w_coefficient(member, top, error),
-        seconds=sum(m.outcome.seconds for m in measured),
+        seconds=sum(m.seconds for m in measured),
     )
 
 
-@dataclass(frozen=True)
-class Trial:
-    """The function a `map` calls: measures one candidate, unless its measurement is known."""
-
-    surrogate_error: SurrogateError
-    max_steps: int
-    seed: int
-    known: Mapping[str, Outcome]
-
-    def key(self, candidate: Candidate) -> str:
-        """Return the text that names the candidate in a journal; its draws do not know `steps`."""
-        return self._text(candidate, steps=self.max_steps)
-
-    def _text(self, candidate: Candidate, **more: int) -> str:
-        named = {
-            "architecture": list(candidate.architecture),
-            "theta": dict(candidate.theta),
-            "repeat": candidate.repeat,
-            "seed": self.seed,
-        }
-        return json.dumps({**named, **more}, sort_keys=True)
-
-    def __call__(self, candidate: Candidate) -> Measurement:
-        """Measure the candidate; a NaN becomes infinity, so that measurements compare."""
-        if self.key(candidate) in self.known:
-            return Measurement(candidate.number, self.known[self.key(candidate)], fresh=False)
-        digest = hashlib.sha256(self._text(candidate).encode()).digest()
-        generator = np.random.default_rng(int.from_bytes(digest, "big"))
-        start = time.perf_counter()
-        error, failure = math.inf, "diverged"
-        try:
-            given = float(
-                self.surrogate_error(
-                    candidate.architecture, self.max_steps, candidate.theta, generator
-                )
-            )
-            if math.isfinite(given):
-                error, failure = given, ""
-        except CapError as broken:
-            failure = str(broken)
-        outcome = Outcome(error, time.perf_counter() - start, failure)
-        return Measurement(candidate.number, outcome, fresh=True)
-
-
-def process_map(workers: int) -> Map:
-    """Return a `map` that spreads candidates over `workers` processes, each with its own cores.
-
-    A candidate that raises ends the search; what the others had measured is in the journal.
-    """
-
-    def spread(
-        function: Callable[[Candidate], Measurement], candidates: Sequence[Candidate]
-    ) -> Iterator[Measurement]:
-        """Yield the measurements in the order in which they end."""
-        # A forked child would inherit MXNet's threads in a state that hangs.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, _limit_threads, (workers,))
-        try:
-            # The largest first: no worker is left with it at the end.
-            waiting = [pool.submit(function, candidate) for candidate in reversed(candidates)]
-            for future in as_completed(waiting):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    return spread
-
-
-def _limit_threads(workers: int) -> None:
-    """The parent may have claimed all cores for itself when it imported MXNet."""
-    die_with_parent()
-    share = max(1, usable_cores() // workers)
-    os.environ["OMP_NUM_THREADS"] = str(min(cpu_threads(), share))
-
-
-def rank_map(rank: int, size: int, all_reduce_sum: Callable[[np.ndarray], np.ndarray]) -> Map:
-    """Return a `map` for rank `rank` of `size`, under Horovod or any other collective.
-
-    Rank r measures candidates r, r + size, ...; one sum over all ranks of a float64 array
-    [candidates, 3] then gives everybody everything. Each rank keeps a journal of its own.
-    """
-
-    def spread(
-        function: Callable[[Candidate], Measurement], candidates: Sequence[Candidate]
-    ) -> Iterator[Measurement]:
-        """Yield this rank's measurements as they come, then those of the others."""
-        shared = np.zeros((len(candidates), len(Outcome._fields)))
-        for candidate in candidates[rank::size]:
-            measurement = function(candidate)
-            error, seconds, failure = measurement.outcome
-            shared[candidate.number] = error, seconds, FAILURES.index(failure)
-            yield measurement
-        shared = all_reduce_sum(shared)
-        for candidate in candidates:
-            if candidate.number % size != rank:
-                error, seconds, failure = shared[candidate.number].tolist()
-                outcome = Outcome(error, seconds, FAILURES[int(failure)])
-                yield Measurement(candidate.number, outcome, fresh=False)
-
-    return spread
-
-
-class Journal:
-    """Measurements on disk, one JSON line each, so that a killed search continues.
-
-    `<folder>/journal-<rank>.jsonl` begins with a line that describes the search. Every rank reads
-    all journals of the folder and writes its own. A last line cut by a kill is dropped.
-
-    Raises `UserError` when a file belongs to another search or a line of it cannot be read.
-    """
-
-    def __init__(self, folder: str, description: Mapping[str, Any], rank: int = 0) -> None:
-        os.makedirs(folder, exist_ok=True)
-        self.description = dict(description)
-        self.path = os.path.join(folder, f"journal-{rank}.jsonl")
-        self.known: dict[str, Outcome] = {}
-        for path in sorted(glob.glob(os.path.join(glob.escape(folder), "journal-*.jsonl"))):
-            self._read(path)
-        self._open()
-
-    def _read(self, path: str) -> None:
-        with open(path, encoding="utf-8") as handle:
-            lines = [line for line in handle if line.endswith("\n")]
-        for number, line in enumerate(lines, start=1):
-            try:
-                content = json.loads(line)
-                if number == 1:
-                    self._check_header(path, content)
-                    continue
-                error = math.inf if content["error"] is None else float(content["error"])
-                failure = FAILURES[FAILURES.index(content["failure"])]
-                self.known[content["candidate"]] = Outcome(
-                    error, float(content["seconds"]), failure
-                )
-            except (ValueError, KeyError, TypeError) as problem:
-                raise UserError(
-                    f"{path}:{number}: is no measurement ({problem}); remove the line"
-                ) from None
-
-    def _check_header(self, path: str, header: Any) -> None:
-        expected = {"format": JOURNAL_FORMAT, "search": self.description}
-        if header == json.loads(json.dumps(expected)):
-            return
-        raise UserError(
-            f"{path}: was written by another search, {json.dumps(header)} where this one is "
-            f"{json.dumps(expected)}; give another folder"
-        )
-
-    def _open(self) -> None:
-        """Cut a torn last line off and write the first one, where the file has none."""
-        with open(self.path, "ab+") as handle:
-            handle.seek(0)
-            whole = handle.read().rfind(b"\n") + 1
-            handle.truncate(whole)
-        if not whole:
-            self._append({"format": JOURNAL_FORMAT, "search": self.description})
-
-    def write(self, key: str, measurement: Measurement) -> None:
-        """Append one measurement; it is on disk when this returns."""
-        self.known[key] = outcome = measurement.outcome
-        error = outcome.error if math.isfinite(outcome.error) else None
-        self._append({"candidate": key, **outcome._asdict(), "error": error})
-
-    def _append(self, content: Any) -> None:
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(content) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-
-
-class LayerCost(NamedTuple):
-    """One layer's closed forms."""
-
-    size: int
-    operations: int
-
-
-class Layers(NamedTuple):
-    """The layers of C(B_n(...B_1(A(x)))): A, the least of the B_i, and C."""
-
-    first: LayerCost
-    middle: LayerCost
-    last: LayerCost
-
-
-class Condition(NamedTuple):
-    """One condition of the AB^nC property, and where in the space it fails first."""
-
-    text: str
-    holds: bool
-    counterexample: str = ""
-
-    def __str__(self) -> str:
-        """Return the line that is printed."""
-        return f"{'holds' if self.holds else 'FAILS'}  {self.text}" + (
-            f" ({self.counterexample})" if self.counterexample else ""
-        )
-
-
-def check_abnc(members: Sequence[Member], layers: Callable[[Any], Layers]) -> list[Condition]:
-    """Say which conditions of the AB^nC property hold on a space of numeric architectures.
-
-    The paper wants A and C to grow more slowly than any middle layer, in size and in operations.
-    Two readings, both ours, are checked: *growth*, that from any member to one with no parameter
-    smaller, A and C grow by a smaller factor than the middle layer, or not at all; and *amount*,
-    that A and C are smaller than the middle layer everywhere. Closed forms say nothing of the other
-    conditions: a smooth, for the FPTAS strongly convex problem, and SGD over a compact set of
-    weights, which the theory mode provides.
-    """
-    costs = [layers(member.architecture) for member in members]
-    conditions = []
-    for measure, outer in itertools.product(LayerCost._fields, ("first", "last")):
-        conditions.append(_growth_condition(members, costs, measure, outer))
-        conditions.append(_amount_condition(members, costs, measure, outer))
-    top = largest(members)
-    beyond = [str(tuple(m.architecture)) for m in members if m.cost > top.cost]
-    text = "one member is the largest in size and in operations"
-    return [*conditions, Condition(text, not beyond, beyond[0] if beyond else "")]
-
-
-def _column(costs: Sequence[Layers], layer: str, measure: str) -> np.ndarray:
-    """Return one layer's measure for all members: float64 [members]."""
-    return np.array([getattr(getattr(cost, layer), measure) for cost in costs], dtype=float)
-
-
-def _growth_condition(
-    members: Sequence[Member], costs: Sequence[Layers], measure: str, outer: str
-) -> Condition:
-    parameters = np.array([member.architecture for member in members])
-    larger = (parameters[None] >= parameters[:, None]).all(axis=2)  # [from, to]
-    amounts = (np.maximum(_column(costs, layer, measure), 1) for layer in (outer, "middle"))
-    grown, middle = (amount[None] / amount[:, None] for amount in amounts)  # [from, to]
-    faster = larger & (grown > 1) & (grown >= middle)
-    text = f"{measure}: the {outer} layer grows by a smaller factor than a middle layer"
-    if not faster.any():
-        return Condition(text, True)
-    start, end = np.argwhere(faster)[0]
-    names = f"{tuple(members[start].architecture)} to {tuple(members[end].architecture)}"
-    factors = f"{grown[start, end]:.3g} against {middle[start, end]:.3g} times"
-    return Condition(text, False, f"{names}: {factors}, and {faster.sum() - 1} more pairs")
-
-
-def _amount_condition(
-    members: Sequence[Member], costs: Sequence[Layers], measure: str, outer: str
-) -> Condition:
-    amount, middle = (_column(costs, layer, measure) for layer in (outer, "middle"))
-    text = f"{measure}: the {outer} layer is smaller than a middle layer"
-    where = np.flatnonzero(amount >= middle)
-    if not len(where):
-        return Condition(text, True)
-    first = where[0]
-    example = f"{tuple(members[first].architecture)}: {amount[first]:.3g} against "
-    return Condition(text, False, f"{example}{middle[first]:.3g}, and {len(where) - 1} more")
-
-
 def pareto_front(points: np.ndarray) -> np.ndarray:
-    """Return which of the points [n, measures] no other beats: bool [n]. Less is better."""
-    no_worse = (points[:, None] <= points[None]).all(axis=2)  # [by, beaten]
+    """Return which of the points [n, measures] no other dominates: bool [n]. Less is better."""
+    no_worse = (points[:, None] <= points[None]).all(axis=2)  # [by, dominated]
     better = (points[:, None] < points[None]).any(axis=2)
     return ~(no_worse & better).any(axis=0)

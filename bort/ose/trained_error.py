@@ -1,19 +1,19 @@
-"""The surrogate error of `bort.ose` on BERT: a short training by the project's pretraining loop.
+"""The surrogate error of `bort.ose` on BERT: a short training run with the pretraining loop.
 
 The error of a shape is its held-out cross-entropy, in nats per masked position, after a bounded
-number of updates. By the accounts of the Bort paper it is the cross-entropy with the maximum point
-T, which acts as teacher: the sum of T's entropy and the divergence of the candidate from T. What
-follows is ours:
+number of training steps. By the accounts of the Bort paper it is the cross-entropy with the maximum
+point T as teacher: the sum of T's entropy and the divergence of the candidate from T. The rest is
+our choice:
 
-- T is a network of the maximum point's shape, trained before the search by masked language
-  modelling, with BERTAdam in both modes, unless its weights are given. The temperature is 1, and a
+- T is a network of the maximum point's shape. Unless its weights are given, it is trained before
+  the search by masked language modelling, with BERTAdam in both modes. The temperature is 1, and a
   candidate is trained by the divergence alone, the loss that is measured. T's outputs are stored
   once for all candidates.
 - With `--loss mlm` the error is the masked-LM loss, by which the candidates are then trained.
-- The rate rises in the first tenth of the steps and falls to zero.
+- The learning rate warms up over the first tenth of the steps and decays to zero.
 - T and each candidate are trained in processes of their own with `--threads` OpenMP threads, on
   which the last bits depend: neither the number of workers nor the order changes the table.
-- A candidate that breaks a cap on time or memory has an infinite error, and its process ends.
+- A candidate that exceeds a cap on time or memory has an infinite error; its process is ended.
 """
 
 from __future__ import annotations
@@ -22,113 +22,32 @@ import glob
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from bort.communicator import SingleProcess
-from bort.config import as_dict, check_limits, option
+from bort.config import as_dict
 from bort.errors import UserError
 from bort.files import read_json
-from bort.jobs import Caps, OverMemoryError, OverTimeError, run_isolated
-from bort.ose.search import MODES, CapError, hyperparameter_sets
-from bort.pretraining.config import OptimizerSettings, PretrainingSettings, settings_of
+from bort.jobs import run as run_in_process
+from bort.ose.config import TrainingSettings
+from bort.pretraining.config import PretrainingSettings, settings_of
 from bort.shapes import Shape
 from bort.types import Hyperparameters
 from data.shards import Manifest, ShardSet, open_shards
 
-# The peak rates where none is given: SGD's gradients are clipped to norm 1, so its steps are small.
-RATES = {"theory": 0.5, "practical": 1e-3}
 WARMUP_RATIO = 0.1
 EVALUATION_BATCH = 64
 CACHE_BATCH = 64
-TEACHER_INTERVAL = 500  # updates between T's checkpoints and evaluations
+TEACHER_INTERVAL = 500  # steps between T's checkpoints and evaluations
 CANDIDATE = ".candidate-"
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How the error is measured when it is not known: by training every candidate on --data."""
-
-    data: Optional[str] = option(None, "folder of training shards, by create_pretraining_data.py")
-    data_eval: Optional[str] = option(
-        None, "folder of held-out shards, where the error is measured"
-    )
-    loss: str = option(
-        "teacher",
-        "the error: cross-entropy with T as teacher, or plain masked-LM loss",
-        choices=("teacher", "mlm"),
-    )
-    steps: int = option(200, "updates of each candidate", minimum=1)
-    repeats: int = option(1, "trainings of each candidate, whose errors are averaged", minimum=1)
-    mode: str = option(
-        "practical",
-        "practical: BERTAdam; theory: SGD, the weights clipped to [-1, 1]",
-        choices=tuple(MODES),
-    )
-    grid: Optional[str] = option(
-        None,
-        'hyper-parameters to combine, as in "lr=5e-4,1e-3 weight_decay=0,0.01": any number among '
-        "the pretraining program's optimiser settings (without: lr=1e-3, in theory mode lr=0.5)",
-    )
-    batch_size: int = option(16, "sequences per update", minimum=1)
-    num_buckets: int = option(2, "ranges of length; a batch is made within one", minimum=1)
-    dropout: float = option(0.1, "dropout rate while training", minimum=0.0, maximum=0.99)
-    teacher_ckpt_dir: Optional[str] = option(
-        None, "T's weights: a parameter file, a checkpoint, or a run's folder; else T is trained"
-    )
-    teacher_steps: int = option(2000, "updates of T", minimum=1)
-    teacher_lr: float = option(5e-4, "peak learning rate of T", minimum=0.0)
-    workers: Optional[int] = option(
-        None, "candidates trained at once (without: as many as the cores allow)", minimum=1
-    )
-    threads: int = option(1, "OpenMP threads of a candidate", minimum=1)
-    max_seconds: Optional[float] = option(
-        None, "a candidate that takes longer has an infinite error", minimum=0.0
-    )
-    max_memory: Optional[float] = option(
-        None, "a candidate that takes more megabytes has an infinite error", minimum=0.0
-    )
-
-    def check(self) -> None:
-        """Raise `UserError` when there are shards of one kind only, or no such hyper-parameter."""
-        if bool(self.data) != bool(self.data_eval):
-            raise UserError("--data and --data_eval go together: one trains, one measures")
-        if self.loss == "mlm" and self.teacher_ckpt_dir:
-            raise UserError("--teacher_ckpt_dir: --loss mlm asks no teacher; leave one of them out")
-        self.thetas()
-
-    def thetas(self) -> list[dict[str, Any]]:
-        """Return the sets of hyper-parameters, of which each is fit for `OptimizerSettings`."""
-        values = read_grid(self.grid) if self.grid else {}
-        sets = hyperparameter_sets(self.mode, **{"lr": [RATES[self.mode]], **values})
-        for theta in sets:
-            check_limits(replace(OptimizerSettings(), **theta))
-        return sets
-
-
-def read_grid(text: str) -> dict[str, list[float]]:
-    """Return the values of each hyper-parameter of `name=value,value name=value`.
-
-    Raises `UserError` for another form, and for a name that is no number of `OptimizerSettings`.
-    """
-    known = [one.name for one in fields(OptimizerSettings) if one.type == "float"]
-    grid: dict[str, list[float]] = {}
-    for part in text.split():
-        name, _, values = part.partition("=")
-        if name not in known:
-            raise UserError(f"--grid {part}: must name one of {', '.join(known)}")
-        try:
-            grid[name] = [float(value) for value in values.split(",")]
-        except ValueError:
-            raise UserError(f"--grid {part}: must be numbers, as in lr=5e-4,1e-3") from None
-    return grid
-
-
-class Teacher(NamedTuple):
-    """T, ready to be imitated."""
+class TrainedTeacher(NamedTuple):
+    """T with its stored outputs."""
 
     cache: str  # folder of its outputs
     sha256: str  # of its parameters
@@ -140,43 +59,32 @@ class TrainedError:
     """The `surrogate_error` of `bort.ose.search.extract` that trains a shape; picklable."""
 
     settings: TrainingSettings
-    folder: str  # where candidates have their runs; each is deleted when it has ended
-    teacher: Optional[Teacher]
+    folder: str  # for the candidates' runs; each is deleted when it has ended
+    teacher: Optional[TrainedTeacher]
 
     def __call__(
-        self, shape: Shape, steps: int, theta: Hyperparameters, generator: np.random.Generator
+        self, shape: Shape, steps: int, hparams: Hyperparameters, generator: np.random.Generator
     ) -> float:
-        """Return the held-out cross-entropy after training, in nats per masked position.
-
-        Raises `CapError` when a cap is broken.
-        """
+        """Return the held-out cross-entropy after training, in nats per masked position."""
         seed = int(generator.integers(2**31))
-        caps = Caps(self.settings.max_seconds, self.settings.max_memory)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=CANDIDATE) as folder:
-            run = candidate_run(self.settings, self.teacher, shape, steps, theta, seed, folder)
-            try:
-                figures = run_isolated(partial(train, run), self.settings.threads, caps)
-            except OverTimeError:
-                raise CapError("time cap") from None
-            except OverMemoryError:
-                raise CapError("memory cap") from None
-        if self.teacher is None:
-            return figures["mlm_loss"]
-        return self.teacher.entropy + figures["kl"]
+            run = candidate_run(self.settings, self.teacher, shape, steps, hparams, seed, folder)
+            losses = train(run)
+        return losses["mlm_loss"] if self.teacher is None else self.teacher.entropy + losses["kl"]
 
 
 def remove_candidates(folder: str) -> None:
-    """Remove what the candidates of a killed search have left."""
-    for left in glob.glob(os.path.join(glob.escape(folder), f"{CANDIDATE}*")):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove the folders that candidates of a killed search have left behind."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f"{CANDIDATE}*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def candidate_run(
     settings: TrainingSettings,
-    teacher: Optional[Teacher],
+    teacher: Optional[TrainedTeacher],
     shape: Shape,
     steps: int,
-    theta: Hyperparameters,
+    hparams: Hyperparameters,
     seed: int,
     folder: str,
 ) -> PretrainingSettings:
@@ -194,7 +102,7 @@ def candidate_run(
         "teacher_ce_weight": float(has_teacher),
         "distillation_temperature": 1.0,
         "warmup_ratio": WARMUP_RATIO,
-        **theta,
+        **hparams,
         "num_steps": steps,
         "on_nonfinite": "skip",
         "ckpt_dir": folder,
@@ -259,16 +167,18 @@ def teacher_run(
     return settings_of(**flags)
 
 
-def prepare_teacher(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -> Teacher:
+def prepare_teacher(
+    settings: TrainingSettings, shape: Shape, seed: int, folder: str
+) -> TrainedTeacher:
     """Train T, unless its weights are given, and store its outputs, in a process of its own.
 
-    `folder` gets the run and the cache; an interrupted call goes on where it stopped. Raises
-    `UserError` when the folder holds a T of other settings.
+    `folder` gets the run and the cache; an interrupted call is resumed. Raises `UserError` when the
+    folder holds a T with other settings.
     """
-    return run_isolated(partial(_prepare, settings, shape, seed, folder), settings.threads)
+    return run_in_process(partial(_prepare, settings, shape, seed, folder), settings.threads)
 
 
-def _prepare(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -> Teacher:
+def _prepare(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -> TrainedTeacher:
     import mxnet as mx
 
     from bort.pretraining.teacher import load_teacher
@@ -286,15 +196,15 @@ def _prepare(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -
     cache = os.path.join(folder, f"teacher_cache-{sha256[:16]}")
     sets = [training, held_out]
     build_cache(cache, sets, network, shape.name, dtype="float32", batch_size=CACHE_BATCH)
-    return Teacher(cache, sha256, held_out_entropy(held_out, cache, settings.num_buckets))
+    return TrainedTeacher(cache, sha256, held_out_entropy(held_out, cache, settings.num_buckets))
 
 
 def _train_teacher(run: PretrainingSettings) -> None:
     config = os.path.join(run.run.ckpt_dir, "config.json")
     if os.path.exists(config) and read_json(config) != as_dict(*run):
         raise UserError(
-            f"{config}: T was begun with other settings; give another --output_dir, or "
-            f"--teacher_ckpt_dir {run.run.ckpt_dir} to take it as it is"
+            f"{config}: the training of T was started with other settings; give another "
+            f"--output_dir, or --teacher_ckpt_dir {run.run.ckpt_dir} to use it as it is"
         )
     _finished(run, quiet=False)
 
@@ -320,9 +230,9 @@ def held_out_entropy(shards: ShardSet, cache: str, num_buckets: int) -> float:
 
 
 def describe(
-    settings: TrainingSettings, manifests: Sequence[Manifest], teacher: Optional[Teacher]
+    settings: TrainingSettings, manifests: Sequence[Manifest], teacher: Optional[TrainedTeacher]
 ) -> dict[str, Any]:
-    """Return all that an error depends on besides what names the candidate: see `ose.Journal`."""
+    """Return what an error depends on besides the key of its candidate: see `SearchJournal`."""
     from bort.pretraining.run import shards_sha256
 
     names = ("loss", "batch_size", "num_buckets", "dropout", "threads", "max_seconds", "max_memory")

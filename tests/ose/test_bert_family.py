@@ -10,6 +10,7 @@ import pytest
 
 from bort.bort import encode, get_bort_model, parameter_count
 from bort.errors import UserError
+from bort.ose.abnc import check_abnc
 from bort.ose.bert_family import (
     BertFamily,
     bert_small_space,
@@ -20,7 +21,7 @@ from bort.ose.bert_family import (
     measure_latency,
     synthetic_error,
 )
-from bort.ose.search import check_abnc, extract, largest, ordered, size_and_speed_gain
+from bort.ose.search import extract, largest, ordered, size_and_speed_gain
 from bort.shapes import Shape, shape_of
 from data.metrics import spearman
 
@@ -248,7 +249,17 @@ def test_spaces_of_a_file(tmp_path):
         ("- 1\n", "must hold the lists"),
         ("layers: 1\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "layers must be a list"),
         ("layers: [0]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "layers must be a list"),
-        ("layers: [true]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "whole numbers"),
+        (
+            f"layers: {list(range(1, 2000))}\nheads: [1, 2, 4, 8, 16, 32]\nhidden: [64]\n"
+            "intermediate: [64]\n",
+            r"11,994 combinations; at most 10,000 are allowed",
+        ),
+        ("layers: [2147483648]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "integers from 1"),
+        (
+            "layers: [1]\nlayers: [2]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n",
+            "again on line 2",
+        ),
+        ("layers: [true]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "integers from 1"),
         ("layers: [1]\nheads: [3]\nhidden: [8]\nintermediate: [4]\n", "no combination"),
         ("architectures: []\n", "a list of model names"),
         ("architectures: [bert]\n", "model name 'bert'"),
@@ -271,9 +282,7 @@ def test_unknown_and_missing_spaces():
 
 def test_latency_is_measured_at_the_length_asked_for(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "bort.ose.bert_family.encode", lambda model, ids, n: seen.append(ids.shape) or ids
-    )
+    monkeypatch.setattr("bort.bort.encode", lambda model, ids, n: seen.append(ids.shape) or ids)
     assert 0 < measure_latency(Shape(1, 1, 4, 4), sequence_length=6, runs=3) < 5
     assert len(seen) > 3
     assert set(seen) == {(1, 6)}

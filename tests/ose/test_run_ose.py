@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bort.ose import run
 from bort.ose.bert_family import bert_small_space
 from bort.shapes import shape_of
 from scripts import run_ose
@@ -18,7 +19,7 @@ from scripts import run_ose
 SMALL = ["--space", "bert-small", "--vocab_size", "8000", "--sequence_length", "128"]
 
 
-def run(capsys, *argv):
+def call(capsys, *argv):
     result = run_ose.main([str(one) for one in argv])
     return result, capsys.readouterr().out
 
@@ -32,7 +33,7 @@ def complaint(capsys, *argv):
 
 
 def test_explain_prints_the_known_figures(capsys):
-    _, out = run(capsys, "--explain", "bort_4_8_768_1024")
+    _, out = call(capsys, "--explain", "bort_4_8_768_1024")
     assert "p = 75,106,304 parameters" in out
     assert "i = 13,958,643,712 multiply-accumulates for 512 tokens" in out
     assert "g = 0.464 against T = bort_12_16_3072_1024: rank 178 of 300" in out
@@ -41,17 +42,17 @@ def test_explain_prints_the_known_figures(capsys):
 
 def test_explain_with_other_counts_and_maximum_points(capsys):
     explain = ["--explain", "bort_4_8_768_1024"]
-    assert "at least 1.45 times lower" in run(capsys, *explain, "--effective")[1]
+    assert "at least 1.45 times lower" in call(capsys, *explain, "--effective")[1]
     roberta = ["--maximum_point", "bort_24_16_4096_1024"]
-    assert "at least 1.26 times lower" in run(capsys, *explain, *roberta)[1]
-    assert "at least 1.16 times lower" in run(capsys, *explain, *roberta, "--effective")[1]
-    assert " operations for 512 tokens" in run(capsys, *explain, "--all_operations")[1]
-    _, out = run(capsys, "--explain", "bort_12_16_3072_1024")
+    assert "at least 1.26 times lower" in call(capsys, *explain, *roberta)[1]
+    assert "at least 1.16 times lower" in call(capsys, *explain, *roberta, "--effective")[1]
+    assert " operations for 512 tokens" in call(capsys, *explain, "--all_operations")[1]
+    _, out = call(capsys, "--explain", "bort_12_16_3072_1024")
     assert "never wins: W is 0 whatever the error" in out
 
 
 def test_list_shows_the_space_in_order_and_the_conditions(capsys):
-    _, out = run(capsys, "--list", *SMALL)
+    _, out = call(capsys, "--list", *SMALL)
     rows = [line.split() for line in out.splitlines()[1:37]]
     assert [row[0] for row in rows] == [str(n) for n in range(36)]
     assert {row[1] for row in rows} == {shape.name for shape in bert_small_space()}
@@ -79,9 +80,9 @@ def test_a_search_with_errors_measured_elsewhere(capsys, tmp_path):
     )
     folder = tmp_path / "out"
     explain = ["--explain", "bort_2_4_256_512"]
-    result, out = run(capsys, "--errors", path, "--output_dir", folder, *explain)
+    result, out = call(capsys, "--errors", path, "--output_dir", folder, *explain)
     assert result.best.architecture == shape_of("bort_4_8_768_1024")
-    assert 'chosen: get_bort_model("bort_4_8_768_1024") or --student_model bort_4_8' in out
+    assert 'selected: get_bort_model("bort_4_8_768_1024") or --student_model bort_4_8' in out
     assert "wins over bort_4_8_768_1024 (W = 0.2321) below error 3.52" in out
     assert "error 3.9, W = 0.2095: rank 2 of 5" in out
 
@@ -105,7 +106,7 @@ def test_a_search_with_errors_measured_elsewhere(capsys, tmp_path):
 
 def test_strides_are_compared(capsys, tmp_path):
     options = ["--errors", "synthetic", "--compare_strides", "4,2,8", "--output_dir", tmp_path]
-    result, out = run(capsys, *options, *SMALL)
+    result, out = call(capsys, *options, *SMALL)
     lines = out.splitlines()
     start = next(n for n, line in enumerate(lines) if line.split()[:2] == ["stride", "trained"])
     rows = [line.split() for line in lines[start + 1 : start + 5]]
@@ -120,7 +121,7 @@ def test_strides_are_compared(capsys, tmp_path):
 def test_stride_and_seed_reach_the_search(capsys, tmp_path):
     def table(*options):
         argv = ["--errors", "synthetic", "--output_dir", tmp_path, *SMALL, *options]
-        return run(capsys, *argv)[0].table
+        return call(capsys, *argv)[0].table
 
     everything = table()
     assert table("--stride", "3") == everything[::3]
@@ -129,17 +130,15 @@ def test_stride_and_seed_reach_the_search(capsys, tmp_path):
 
 
 def test_latency_is_listed_with_its_correlation(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        run_ose, "measure_latency", lambda shape, length: shape.layers * length / 1e5
-    )
+    monkeypatch.setattr(run, "measure_latency", lambda shape, length: shape.layers * length / 1e5)
     path = tmp_path / "space.yaml"
     path.write_text("layers: [1, 2, 3]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n")
     space = ["--space", path, "--sequence_length", "64", "--measure_latency"]
-    _, out = run(capsys, *space)
+    _, out = call(capsys, *space)
     assert [line.split()[-1] for line in out.splitlines()[1:4]] == ["0.64", "1.28", "1.92"]
     assert "correlation of operations and latency over 3: 1.0000" in out
     options = ["--errors", "synthetic", "--output_dir", tmp_path]
-    run(capsys, *space, *options)
+    call(capsys, *space, *options)
     report = json.loads((tmp_path / "ose.json").read_text())
     assert report["spearman_operations_latency"] == pytest.approx(1)
     assert [row["latency_ms"] for row in report["table"]] == pytest.approx([0.64, 1.28, 1.92])
@@ -153,7 +152,7 @@ def test_latency_is_listed_with_its_correlation(capsys, tmp_path, monkeypatch):
         (["bort_4_8_768_1024"], "errors.csv:2: "),
         (["bort_4_8_768_1024,2", "bert,2"], "errors.csv:3: model name 'bert'"),
         (["bort_1_8_768_1024,2"], "errors.csv:2: bort_1_8_768_1024 is not in the space"),
-        ([], "errors.csv: holds no errors"),
+        ([], "errors.csv: contains no errors"),
     ],
 )
 def test_bad_errors_are_named_by_line(capsys, tmp_path, lines, message):
@@ -169,7 +168,7 @@ def test_other_bad_input(capsys, tmp_path):
         (["--errors", tmp_path / "other.csv"], "other.csv:1: needs the columns architecture"),
         (["--errors", tmp_path / "absent.csv"], "absent.csv: cannot be read"),
         (["--list", "--compare_strides", "2"], "--compare_strides needs --errors"),
-        (["--errors", "synthetic", "--compare_strides", "2,x"], "must be whole numbers"),
+        (["--errors", "synthetic", "--compare_strides", "2,x"], "must be integers"),
         (["--errors", "synthetic", "--compare_strides", "0"], "must be from 1 to 36"),
         (["--errors", "synthetic", "--stride", "37"], "stride 37: must be from 1 to 36"),
         (["--list", "--maximum_point", "bort_1_2_128_64"], "maximum point"),

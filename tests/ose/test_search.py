@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -17,25 +16,29 @@ import numpy as np
 import pytest
 
 from bort.errors import UserError
+from bort.jobs import OverMemoryError, OverTimeError, Ranks, Serial
+from bort.ose.abnc import LayerCost, Layers, check_abnc
+from bort.ose.candidates import (
+    Candidate,
+    Measurement,
+    SearchJournal,
+    executor_map,
+    process_map,
+)
 from bort.ose.search import (
     MINIMUM_ERROR,
     MODES,
-    Journal,
-    LayerCost,
-    Layers,
     Member,
-    check_abnc,
     extract,
     hyperparameter_sets,
     largest,
     ordered,
     pareto_front,
-    process_map,
-    rank_map,
     size_and_speed_gain,
     w_coefficient,
 )
 from data.metrics import spearman
+from tests.ranks import ThreadRanks
 
 ROOT = str(Path(__file__).resolve().parents[2])
 SPACE = list(itertools.product(range(1, 9), range(1, 9)))  # 64 of (depth, width)
@@ -51,13 +54,13 @@ def cost(architecture):
     return 2 * depth * width**2 + width
 
 
-def smooth_error(architecture, steps, theta, generator):
+def smooth_error(architecture, steps, hparams, generator):
     return 1 + 20 / size(architecture) ** 0.7
 
 
-def noisy_error(architecture, steps, theta, generator):
-    scale = theta.get("scale", 1)
-    return float(scale * smooth_error(architecture, steps, theta, generator) + generator.random())
+def noisy_error(architecture, steps, hparams, generator):
+    scale = hparams.get("scale", 1)
+    return float(scale * smooth_error(architecture, steps, hparams, generator) + generator.random())
 
 
 def search(error=smooth_error, **options):
@@ -215,11 +218,11 @@ def test_seeds_are_averaged_before_w_is_taken():
 
 
 def test_the_best_of_all_hyperparameter_sets_wins():
-    thetas = [{"scale": 3}, {"scale": 1}, {"scale": 2}]
-    result = search(noisy_error, thetas=thetas, stride=5)
-    assert [row.theta for row in result.table[:3]] == thetas
+    chosen = [{"scale": 3}, {"scale": 1}, {"scale": 2}]
+    result = search(noisy_error, hparams=chosen, stride=5)
+    assert [row.hparams for row in result.table[:3]] == chosen
     assert len(result.table) == 13 * 3
-    assert result.best.theta == {"scale": 1}
+    assert result.best.hparams == {"scale": 1}
     assert result.best.w == max(row.w for row in result.table)
 
 
@@ -239,7 +242,7 @@ def test_candidates_that_fail_cannot_win():
     assert result.best.architecture[1] >= 4
     failed = [row for row in result.table if row.architecture[1] < 4]
     assert {(row.w, row.errors) for row in failed} == {(0.0, (math.inf,))}
-    with pytest.raises(UserError, match="no architecture visited has a W above 0"):
+    with pytest.raises(UserError, match="no visited architecture has a W above 0"):
         search(lambda *_: math.inf)
 
 
@@ -252,7 +255,7 @@ def test_one_failed_repeat_fails_the_candidate():
 
 
 @pytest.mark.parametrize(
-    "options", [{"stride": 0}, {"stride": 65}, {"repeats": 0}, {"thetas": []}], ids=str
+    "options", [{"stride": 0}, {"stride": 65}, {"repeats": 0}, {"hparams": []}], ids=str
 )
 def test_senseless_settings_are_refused(options):
     with pytest.raises(UserError):
@@ -262,8 +265,8 @@ def test_senseless_settings_are_refused(options):
 def test_what_the_error_function_gets():
     calls = []
 
-    def error(architecture, steps, theta, generator):
-        calls.append((architecture, steps, dict(theta), generator.integers(2**40)))
+    def error(architecture, steps, hparams, generator):
+        calls.append((architecture, steps, dict(hparams), generator.integers(2**40)))
         return 1.0
 
     def draws(**options):
@@ -271,30 +274,30 @@ def test_what_the_error_function_gets():
         search(error, **options)
         return list(calls)
 
-    first = draws(max_steps=7, thetas=[{"a": 1}, {"a": 2}], repeats=2, seed=3)
-    assert {(steps, theta["a"]) for _, steps, theta, _ in first} == {(7, 1), (7, 2)}
+    first = draws(max_steps=7, hparams=[{"a": 1}, {"a": 2}], repeats=2, seed=3)
+    assert {(steps, hparams["a"]) for _, steps, hparams, _ in first} == {(7, 1), (7, 2)}
     assert len({draw for *_, draw in first}) == len(first) == 63 * 4
-    assert draws(max_steps=7, thetas=[{"a": 1}, {"a": 2}], repeats=2, seed=3) == first
+    assert draws(max_steps=7, hparams=[{"a": 1}, {"a": 2}], repeats=2, seed=3) == first
     # Neither the limit of steps nor the stride nor the other sets change a candidate's draws.
-    longer = {(a, d) for a, *_, d in draws(max_steps=14, thetas=[{"a": 2}], stride=4, seed=3)}
+    longer = {(a, d) for a, *_, d in draws(max_steps=14, hparams=[{"a": 2}], stride=4, seed=3)}
     assert longer < {(a, d) for a, *_, d in first}
-    other = draws(max_steps=7, thetas=[{"a": 1}, {"a": 2}], repeats=2, seed=4)
+    other = draws(max_steps=7, hparams=[{"a": 1}, {"a": 2}], repeats=2, seed=4)
     assert not {d for *_, d in other} & {d for *_, d in first}
 
 
 # ---------------------------------------------------------------------------------------------
-# Spreading the candidates, and going on after a kill
+# Executors; resuming after a kill
 
 
 def test_processes_find_the_same_table(tmp_path):
-    options = {"thetas": [{"scale": 1}, {"scale": 2}], "repeats": 2, "stride": 7}
-    journal = Journal(str(tmp_path), {})
+    options = {"hparams": [{"scale": 1}, {"scale": 2}], "stride": 31}
+    journal = SearchJournal(str(tmp_path), {})
     spread = search(noisy_error, **options, map=process_map(2), journal=journal)
     assert spread == search(noisy_error, **options)
-    assert len(_lines(tmp_path / "journal-0.jsonl")) == 1 + 9 * 4  # T is the tenth visited
+    assert len(_lines(tmp_path / "journal-0.jsonl")) == 1 + 3 * 2
 
 
-def failing_error(architecture, steps, theta, generator):
+def failing_error(architecture, steps, hparams, generator):
     raise RuntimeError(f"cannot train {architecture}")
 
 
@@ -308,30 +311,6 @@ def test_a_map_that_loses_candidates_is_caught():
         search(map=lambda function, items: (function(item) for item in items[1:]))
 
 
-class Ranks:
-    """Runs a function on several threads that can sum arrays among them."""
-
-    def __init__(self, count):
-        self.count, self.barrier = count, threading.Barrier(count)
-        self.arrays, self.results = {}, {}
-
-    def sum(self, rank, array):
-        self.arrays[rank] = array
-        self.barrier.wait(timeout=20)
-        return sum(self.arrays.values())
-
-    def run(self, work):
-        def one(rank):
-            self.results[rank] = work(rank, rank_map(rank, self.count, lambda a: self.sum(rank, a)))
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [self.results[rank] for rank in range(self.count)]
-
-
 def test_ranks_share_the_work_and_agree(tmp_path):
     calls = []
 
@@ -339,24 +318,39 @@ def test_ranks_share_the_work_and_agree(tmp_path):
         calls.append(architecture)
         return noisy_error(architecture, *rest)
 
-    def work(rank, spread):
-        return search(error, map=spread, journal=Journal(str(tmp_path), {}, rank), stride=2)
+    def on_ranks(count, **options):
+        journal = SearchJournal(str(tmp_path), {})
+        with ThreadRanks(count) as ranks, Ranks(ranks.rank(0)) as executor:
+            return search(error, map=executor_map(executor), journal=journal, stride=2)
 
     serial = search(noisy_error, stride=2)
-    assert Ranks(3).run(work) == [serial] * 3
+    assert on_ranks(3) == serial
     assert len(calls) == len(set(calls)) == 32
-    written = [len(_lines(tmp_path / f"journal-{rank}.jsonl")) - 1 for rank in range(3)]
-    assert sorted(written) == [10, 11, 11]
-    # Another number of ranks finds everything done.
+    assert len(_lines(tmp_path / "journal-0.jsonl")) == 1 + 32
+    # Another number of ranks repeats nothing.
     calls.clear()
-    assert Ranks(2).run(work) == [serial] * 2
+    assert on_ranks(2) == serial
     assert calls == []
 
 
-def test_ranks_carry_infinite_errors():
-    error = lambda a, *_: math.inf if a[0] % 2 else 1.0  # noqa: E731
-    serial = search(error)
-    assert Ranks(2).run(lambda rank, spread: search(error, map=spread)) == [serial] * 2
+def test_journals_of_several_ranks_are_read(tmp_path):
+    """Earlier versions wrote a journal for each rank."""
+    expected = search(noisy_error, journal=SearchJournal(str(tmp_path), {}), stride=2)
+    lines = _lines(tmp_path / "journal-0.jsonl")
+    (tmp_path / "journal-0.jsonl").write_text("\n".join(lines[:10]) + "\n")
+    (tmp_path / "journal-1.jsonl").write_text("\n".join([lines[0], *lines[10:]]) + "\n")
+    assert search(None, journal=SearchJournal(str(tmp_path), {}), stride=2) == expected
+
+
+def test_a_candidate_over_a_cap_of_the_executor_is_named():
+    def over(candidate):
+        raise (OverTimeError if candidate.architecture[0] == 1 else OverMemoryError)(1.5)
+
+    candidates = [Candidate(0, (1, 1), {}, 0), Candidate(1, (2, 1), {}, 0)]
+    assert list(executor_map(Serial())(over, candidates)) == [
+        Measurement(0, math.inf, 1.5, "time cap"),
+        Measurement(1, math.inf, 1.5, "memory cap"),
+    ]
 
 
 def _lines(path):
@@ -366,21 +360,21 @@ def _lines(path):
 def test_measurements_of_an_interrupted_search_are_not_made_again(tmp_path):
     calls = []
 
-    def error(architecture, steps, theta, generator):
+    def error(architecture, steps, hparams, generator):
         if len(calls) == 20:
             raise KeyboardInterrupt
         calls.append(architecture)
-        return math.inf if len(calls) == 5 else noisy_error(architecture, steps, theta, generator)
+        return math.inf if len(calls) == 5 else noisy_error(architecture, steps, hparams, generator)
 
     with pytest.raises(KeyboardInterrupt):
-        search(error, journal=Journal(str(tmp_path), {"data": "x"}))
+        search(error, journal=SearchJournal(str(tmp_path), {"data": "x"}))
     again = []
 
     def error_again(architecture, *rest):
         again.append(architecture)
         return noisy_error(architecture, *rest)
 
-    result = search(error_again, journal=Journal(str(tmp_path), {"data": "x"}))
+    result = search(error_again, journal=SearchJournal(str(tmp_path), {"data": "x"}))
     assert (len(calls), len(again)) == (20, 43)
     assert not set(again) & set(calls)
     undisturbed = {row.architecture: row for row in search(noisy_error).table}
@@ -396,12 +390,12 @@ def test_a_killed_search_continues(tmp_path):
         f"""
         import sys, time
         sys.path[:0] = [{ROOT!r}]
-        from bort.ose import Journal, extract
-        def error(a, steps, theta, generator):
+        from bort.ose import SearchJournal, extract
+        def error(a, steps, hparams, generator):
             time.sleep(0.02)
             return 1 + generator.random()
         result = extract([(k,) for k in range(1, 41)], lambda a: a[0], lambda a: a[0], error,
-                         journal=Journal(sys.argv[1], {{}}))
+                         journal=SearchJournal(sys.argv[1], {{}}))
         assert "mxnet" not in sys.modules, "the search needs NumPy alone"
         print(repr(result.table))
         """
@@ -429,7 +423,7 @@ def test_a_killed_search_continues(tmp_path):
 
 
 def _without_seconds(text):
-    return [part.split(", seconds=")[0] for part in text.split("Row(")]
+    return [part.split(", seconds=")[0] for part in text.split("Evaluation(")]
 
 
 def test_a_journal_serves_strides_but_not_other_steps_or_seeds(tmp_path):
@@ -441,7 +435,7 @@ def test_a_journal_serves_strides_but_not_other_steps_or_seeds(tmp_path):
 
     def count(**options):
         calls.clear()
-        search(error, journal=Journal(str(tmp_path), {}), **options)
+        search(error, journal=SearchJournal(str(tmp_path), {}), **options)
         return len(calls)
 
     assert count(stride=4) == 16
@@ -452,22 +446,56 @@ def test_a_journal_serves_strides_but_not_other_steps_or_seeds(tmp_path):
     assert count(stride=4, repeats=2) == 16
 
 
-def test_journals_of_other_searches_and_broken_lines_are_refused(tmp_path):
-    journal = Journal(str(tmp_path), {"data": "x", "mode": "theory"})
+def test_journals_of_other_searches_are_refused(tmp_path):
+    journal = SearchJournal(str(tmp_path), {"data": "x", "mode": "theory"})
     search(stride=32, journal=journal)
-    assert len(Journal(str(tmp_path), {"data": "x", "mode": "theory"}).known) == 2
+    assert len(SearchJournal(str(tmp_path), {"data": "x", "mode": "theory"}).known) == 2
     with pytest.raises(UserError, match=r"journal-0\.jsonl: was written by another.*give another"):
-        Journal(str(tmp_path), {"data": "y", "mode": "theory"})
-    lines = _lines(tmp_path / "journal-0.jsonl")
-    for broken in ("{", '{"candidate": "a"}', "7"):
-        (tmp_path / "journal-0.jsonl").write_text("\n".join([lines[0], broken, lines[1]]) + "\n")
-        with pytest.raises(UserError, match=r"journal-0\.jsonl:2: is no measurement"):
-            Journal(str(tmp_path), {"data": "x", "mode": "theory"})
+        SearchJournal(str(tmp_path), {"data": "y", "mode": "theory"})
+
+
+DAMAGE = [b"{", b'{"candidate": "a"}', b"7", b"\xff\xfe", b"[" * 100_000, b""]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_a_damaged_line_costs_its_own_measurement_only(tmp_path, capsys, damage):
+    expected = search(noisy_error, stride=8, journal=SearchJournal(str(tmp_path), {}))
+    path = tmp_path / "journal-0.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
+    calls = []
+
+    def error(architecture, *rest):
+        calls.append(architecture)
+        return noisy_error(architecture, *rest)
+
+    assert search(error, stride=8, journal=SearchJournal(str(tmp_path), {})) == expected
+    assert len(calls) == 1
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {path}:3: damaged record, moved to {path}.damaged (")
+    assert len(warning) < 700
+    assert Path(f"{path}.damaged").read_bytes() == damage + b"\n"
+    kept = [json.loads(line).get("candidate") for line in path.read_bytes().splitlines()]
+    assert sorted(map(str, kept)) == sorted(
+        str(json.loads(line).get("candidate")) for line in lines
+    )
+
+
+def test_a_journal_without_its_first_line_is_set_aside(tmp_path, capsys):
+    expected = search(noisy_error, stride=8, journal=SearchJournal(str(tmp_path), {}))
+    path = tmp_path / "journal-0.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(b"x" + content)
+    assert search(noisy_error, stride=8, journal=SearchJournal(str(tmp_path), {})) == expected
+    assert "the line that describes the search is damaged; its 8 records" in capsys.readouterr().err
+    damaged = Path(f"{path}.damaged").read_bytes()
+    assert sorted(damaged.splitlines()) == sorted((b"x" + content).splitlines())
+    assert len(path.read_bytes().splitlines()) == 9
 
 
 def test_a_journal_cut_within_its_first_line_begins_anew(tmp_path):
     (tmp_path / "journal-0.jsonl").write_text('{"format": 2, "sea')
-    assert Journal(str(tmp_path), {}).known == {}
+    assert SearchJournal(str(tmp_path), {}).known == {}
     assert _lines(tmp_path / "journal-0.jsonl") == ['{"format": 2, "search": {}}']
 
 
@@ -546,20 +574,20 @@ def test_spearman_equals_scipy():
 # A family that really trains: perceptrons of depth x width in NumPy, in both modes
 
 
-def perceptron_error(architecture, steps, theta, generator):
+def perceptron_error(architecture, steps, hparams, generator):
     """Held-out squared error of tanh layers after full-batch training on a noisy sin(3x)."""
     depth, width = architecture
     widths = [1, *[width] * depth, 1]
     weights = [generator.normal(0, 1.5 / a**0.5, (a + 1, b)) for a, b in zip(widths, widths[1:])]
     update = (
-        adam_steps(weights) if theta["optimizer"] == "bertadam" else lambda gradients: gradients
+        adam_steps(weights) if hparams["optimizer"] == "bertadam" else lambda gradients: gradients
     )
-    bound = theta.get("weight_bound", math.inf)
+    bound = hparams.get("weight_bound", math.inf)
     x = np.linspace(-1, 1, 80)[:, None]
     y = np.sin(3 * x) + np.random.default_rng(0).normal(0, 0.2, x.shape)
     for _ in range(steps):
         for w, step in zip(weights, update(_gradients(weights, x[::2], y[::2]))):
-            w[:] = np.clip(w - theta["learning_rate"] * step, -bound, bound)
+            w[:] = np.clip(w - hparams["learning_rate"] * step, -bound, bound)
     return float(np.mean((_layers(weights, x[1::2])[-1] - y[1::2]) ** 2))
 
 
@@ -604,9 +632,9 @@ def test_trained_perceptrons_at_several_strides(mode, rates, tmp_path):
             perceptron_error,
             stride=stride,
             max_steps=150,
-            thetas=hyperparameter_sets(mode, learning_rate=rates),
+            hparams=hyperparameter_sets(mode, learning_rate=rates),
             repeats=2,
-            journal=Journal(str(tmp_path), {}),
+            journal=SearchJournal(str(tmp_path), {}),
         )
         for stride in (1, 2, 4)
     }

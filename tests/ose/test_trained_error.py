@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 from bort.bort import get_bort_model
+from bort.communicator import SingleProcess
 from bort.config import build
 from bort.errors import UserError
-from bort.jobs import OverMemoryError, OverTimeError
+from bort.jobs import OverTimeError, Serial
+from bort.ose import run as ose_run
 from bort.ose import trained_error as ose_training
-from bort.ose.search import CapError
+from bort.ose.config import TrainingSettings, read_grid
 from bort.ose.trained_error import (
     TrainedError,
-    TrainingSettings,
     candidate_run,
     prepare_teacher,
-    read_grid,
     teacher_run,
     train,
 )
@@ -50,14 +50,17 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Train in this process, and note what is trained: a fresh one takes seconds to start."""
+    """Train in this process, and note what is trained: a new process takes seconds to start."""
     calls = []
+    trained = ose_training.train
 
-    def call(function, threads, caps=None):
-        calls.append(function.args)
-        return function()
+    def train(run):
+        calls.append(run)
+        return trained(run)
 
-    monkeypatch.setattr(ose_training, "run_isolated", call)
+    monkeypatch.setattr(ose_training, "train", train)
+    monkeypatch.setattr(ose_training, "run_in_process", lambda function, threads: function())
+    monkeypatch.setattr(ose_run, "Processes", lambda *_: Serial())
     return calls
 
 
@@ -100,12 +103,12 @@ def test_the_grid_is_read():
 
 
 def test_the_modes_set_optimiser_and_rate():
-    practical = TrainingSettings(grid="lr=1e-3,2e-3 max_norm=5").thetas()
+    practical = TrainingSettings(grid="lr=1e-3,2e-3 max_norm=5").hyperparameters()
     assert practical == [{"optimizer": "bertadam", "lr": r, "max_norm": 5} for r in (1e-3, 2e-3)]
-    assert TrainingSettings(mode="theory").thetas() == [
+    assert TrainingSettings(mode="theory").hyperparameters() == [
         {"optimizer": "sgd", "weight_bound": 1.0, "lr": 0.5}
     ]
-    bound = TrainingSettings(mode="theory", grid="weight_bound=0.2").thetas()
+    bound = TrainingSettings(mode="theory", grid="weight_bound=0.2").hyperparameters()
     assert bound[0]["weight_bound"] == 0.2
 
 
@@ -114,8 +117,8 @@ def test_senseless_requests_are_refused(data, tmp_path, capsys):
     wrong = [
         ({"data_eval": ""}, "--data and --data_eval go together"),
         ({"data_eval": tmp_path / "other"}, "made with another tokenizer"),
-        ({"loss": "mlm", "teacher_ckpt_dir": "x"}, "--loss mlm asks no teacher"),
-        ({"errors": "synthetic"}, "--errors stands for training"),
+        ({"loss": "mlm", "teacher_ckpt_dir": "x"}, "--loss mlm needs no teacher"),
+        ({"errors": "synthetic"}, "--errors replaces training"),
         ({"vocab_size": 60}, "--vocab_size 60: the shards have 61 tokens"),
         ({"max_length": 64}, "--max_length 64"),
         ({"stride": 4}, "stride 4: must be from 1 to 3"),
@@ -130,11 +133,11 @@ def test_senseless_requests_are_refused(data, tmp_path, capsys):
 
 def test_a_candidate_is_trained_by_the_loss_that_is_measured(data):
     settings = settings_of(data, dropout=0.2)
-    theta = {"optimizer": "sgd", "weight_bound": 0.5, "lr": 0.3}
-    plain = candidate_run(settings, None, SMALL, 7, theta, 5, "folder")
+    hparams = {"optimizer": "sgd", "weight_bound": 0.5, "lr": 0.3}
+    plain = candidate_run(settings, None, SMALL, 7, hparams, 5, "folder")
     assert (plain.loss.mlm_weight, plain.loss.teacher_ce_weight) == (1, 0)
-    teacher = ose_training.Teacher("cache", "sha", 1.0)
-    taught = candidate_run(settings, teacher, SMALL, 7, theta, 5, "folder")
+    teacher = ose_training.TrainedTeacher("cache", "sha", 1.0)
+    taught = candidate_run(settings, teacher, SMALL, 7, hparams, 5, "folder")
     assert (taught.loss.mlm_weight, taught.loss.teacher_ce_weight) == (0, 1)
     assert taught.loss.distillation_temperature == 1
     assert taught.teacher.teacher_cache == "cache"
@@ -194,10 +197,10 @@ def test_the_error_is_the_cross_entropy_with_t(data, tmp_path, in_process):
 
 def test_the_error_may_be_the_masked_lm_loss(data, tmp_path, in_process):
     settings = settings_of(data, loss="mlm")
-    theta = settings.thetas()[0]
-    given = TrainedError(settings, str(tmp_path), None)(SMALL, 9, theta, np.random.default_rng(0))
+    hparams = settings.hyperparameters()[0]
+    given = TrainedError(settings, str(tmp_path), None)(SMALL, 9, hparams, np.random.default_rng(0))
     seed = int(np.random.default_rng(0).integers(2**31))
-    train(candidate_run(settings, None, SMALL, 9, theta, seed, str(tmp_path / "again")))
+    train(candidate_run(settings, None, SMALL, 9, hparams, seed, str(tmp_path / "again")))
     logits, labels = held_out_logits(settings, SMALL, model_path(tmp_path / "again"))
     expected = -log_softmax(logits)[np.arange(len(labels)), labels].mean()
     assert given == pytest.approx(expected, rel=1e-5)
@@ -206,11 +209,11 @@ def test_the_error_may_be_the_masked_lm_loss(data, tmp_path, in_process):
 def test_theory_mode_learns_within_the_bound(data, tmp_path, in_process):
     grid = {"mode": "theory", "grid": "lr=0.3 weight_bound=0.9"}
     settings = settings_of(data, loss="mlm", data_eval=f"{data}/train", **grid)
-    (theta,) = settings.thetas()
+    (hparams,) = settings.hyperparameters()
     figures = {}
     for steps in (1, 60):
         folder = tmp_path / str(steps)
-        run = candidate_run(settings, None, MIDDLE, steps, theta, 0, str(folder))
+        run = candidate_run(settings, None, MIDDLE, steps, hparams, 0, str(folder))
         figures[steps] = train(run)
     network, _ = get_bort_model(MIDDLE.name, vocab=range(VOCAB_SIZE))
     load_parameters(network, model_path(folder))
@@ -229,18 +232,10 @@ def test_a_run_told_to_stop_gives_no_error(data, tmp_path, monkeypatch):
         train(run)
 
 
-@pytest.mark.parametrize(
-    ("error", "failure"), [(OverTimeError, "time cap"), (OverMemoryError, "memory cap")]
-)
-def test_broken_caps_are_named(data, tmp_path, monkeypatch, error, failure):
-    def run_isolated(function, threads, caps):
-        assert (threads, caps) == (3, (60.0, 500.0))
-        raise error
-
-    monkeypatch.setattr(ose_training, "run_isolated", run_isolated)
-    settings = settings_of(data, loss="mlm", threads=3, max_seconds=60.0, max_memory=500.0)
-    with pytest.raises(CapError, match=failure):
-        TrainedError(settings, str(tmp_path), None)(SMALL, 5, {}, np.random.default_rng(0))
+def test_candidates_have_processes_with_the_threads_and_caps_of_the_flags(data):
+    given = {"workers": 3, "threads": 2, "max_seconds": 60.0, "max_memory": 500.0}
+    with ose_run.executor_of(settings_of(data, **given), SingleProcess()) as executor:
+        assert (executor.workers, executor.threads, executor.caps) == (3, 2, (60.0, 500.0))
 
 
 # ---- T -----------------------------------------------------------------------------------------
@@ -261,7 +256,7 @@ def test_t_goes_on_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
     continued = prepare_teacher(settings, TOP, 1, str(tmp_path / "b"))
     assert continued.sha256 == undisturbed.sha256
     assert continued.entropy == undisturbed.entropy
-    with pytest.raises(UserError, match="T was begun with other settings"):
+    with pytest.raises(UserError, match="the training of T was started with other settings"):
         prepare_teacher(replace(settings, teacher_steps=12), TOP, 1, str(tmp_path / "b"))
 
 
@@ -278,14 +273,14 @@ def test_t_may_be_given(data, tmp_path, in_process):
 # ---- searches ----------------------------------------------------------------------------------
 
 
-def candidates_in(calls):
-    return [run.student.student_model for run, *_ in calls if hasattr(run, "student")]
+def shapes_in(calls):
+    return [run.student.student_model for run in calls]
 
 
 def test_a_search_continues_and_repeats(data, tmp_path, in_process, capsys):
     more = {"compare_strides": "1,2", "grid": "lr=0.01,0.02", "repeats": 2}
     result = run_ose.main(flags_of(data, tmp_path / "a", **more))
-    assert sorted(candidates_in(in_process)) == 4 * [MIDDLE.name] + 4 * [SMALL.name]
+    assert sorted(shapes_in(in_process)) == 4 * [MIDDLE.name] + 4 * [SMALL.name]
     out = capsys.readouterr().out
     assert "   8 of 8  " in out
     strides = [line.split()[:2] for line in out.partition("stride  trained")[2].splitlines()]
@@ -297,7 +292,7 @@ def test_a_search_continues_and_repeats(data, tmp_path, in_process, capsys):
     journal.write_text("\n".join(lines[:6]) + '\n{"candidate": "torn')
     in_process.clear()
     assert run_ose.main(flags_of(data, tmp_path / "a", **more)) == result
-    assert len(candidates_in(in_process)) == 3
+    assert len(shapes_in(in_process)) == 3
     assert run_ose.main(flags_of(data, tmp_path / "b", **more)) == result
 
     report = json.loads((tmp_path / "a" / "ose.json").read_text())
@@ -313,19 +308,19 @@ def test_a_search_continues_and_repeats(data, tmp_path, in_process, capsys):
 def test_the_table_names_the_cap_and_the_divergence(
     data, tmp_path, in_process, monkeypatch, capsys
 ):
-    def run_isolated(function, threads, caps):
-        shape = function.args[0].student.student_model
+    def train(run):
+        shape = run.student.student_model
         if shape == MIDDLE.name:
-            raise OverTimeError
+            raise OverTimeError(7.0)
         return {"mlm_loss": 4.0 if shape == SMALL.name else np.nan}
 
-    monkeypatch.setattr(ose_training, "run_isolated", run_isolated)
+    monkeypatch.setattr(ose_training, "train", train)
     more = {"loss": "mlm", "maximum_point": "bort_3_2_32_32"}
     result = run_ose.main(flags_of(data, tmp_path, **more))
     assert result.best.architecture == SMALL
     assert [row.failure for row in result.table] == ["", "time cap", "diverged"]
     out = capsys.readouterr().out
-    assert f"   2 of 3  {MIDDLE.name}  time cap" in out
+    assert f"   2 of 3  {MIDDLE.name}  time cap  7 s" in out
     assert "0.0000   time cap" in out
     assert "0.0000   diverged" in out
     table = json.loads((tmp_path / "ose.json").read_text())["table"]
@@ -360,7 +355,7 @@ def test_caps_and_workers_in_real_processes(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_search_continues(data, tmp_path, monkeypatch):
+def test_a_killed_search_continues(data, tmp_path, capsys):
     folder = tmp_path / "killed"
     journal = folder / "journal-0.jsonl"
     command = [sys.executable, "scripts/run_ose.py", *flags_of(data, folder, repeats=2)]
@@ -371,13 +366,9 @@ def test_a_killed_search_continues(data, tmp_path, monkeypatch):
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     before = journal.read_text()
-    calls = []
-    isolated = ose_training.run_isolated
-    monkeypatch.setattr(
-        ose_training, "run_isolated", lambda f, *rest: calls.append(f.args) or isolated(f, *rest)
-    )
+    capsys.readouterr()
     continued = run_ose.main(flags_of(data, folder, repeats=2))
-    assert len(candidates_in(calls)) == 2  # of four
+    assert "   2 of 2  " in capsys.readouterr().out  # of four
     assert journal.read_text().startswith(before)
     assert not list(folder.glob(".candidate-*"))
     assert continued == run_ose.main(flags_of(data, tmp_path / "undisturbed", repeats=2))
@@ -396,4 +387,4 @@ def test_ranks_find_the_table_of_one_process(data, tmp_path):
             del row["seconds"]
     assert reports[0] == reports[1]
     assert len(alone.table) == 3
-    assert (tmp_path / "2" / "journal-1.jsonl").exists()
+    assert (tmp_path / "2" / "journal-0.jsonl").read_text().count("\n") == 3

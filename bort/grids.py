@@ -1,0 +1,25 @@
+"""Combinations of lists of values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, Iterable, Mapping, Sized
+
+from bort.errors import UserError
+
+MAX_COMBINATIONS = 10_000
+
+
+def check_size(where: str, values: Mapping[str, Sized]) -> None:
+    """Raise `UserError` for more than `MAX_COMBINATIONS`, which are counted, not built."""
+    count = math.prod(len(each) for each in values.values())
+    if count > MAX_COMBINATIONS:
+        raise UserError(
+            f"{where}: {count:,} combinations; at most {MAX_COMBINATIONS:,} are allowed"
+        )
+
+
+def combinations(values: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
+    """Return every combination of the values, the last name's changing fastest."""
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]

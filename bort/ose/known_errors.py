@@ -1,0 +1,67 @@
+"""Errors of architectures that were measured elsewhere, and synthetic ones."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from typing import Mapping, Optional, Sequence
+
+import numpy as np
+
+from bort.errors import UserError, quoted
+from bort.ose.bert_family import synthetic_error
+from bort.ose.candidates import SurrogateError
+from bort.shapes import Shape, shape_of
+from bort.types import Hyperparameters
+
+
+@dataclass(frozen=True)
+class MeanError:
+    """A surrogate error without training: the mean of errors that were measured elsewhere."""
+
+    measured: Mapping[Shape, list[float]]
+
+    def __call__(
+        self, shape: Shape, steps: int, hparams: Hyperparameters, generator: np.random.Generator
+    ) -> float:
+        """Return the mean of the errors measured for this shape."""
+        return float(np.mean(self.measured[shape]))
+
+
+def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], SurrogateError]:
+    """Return the architectures with known errors, and the function that gives these.
+
+    `source` is a CSV file or the word `synthetic`, which knows an error of the whole space. Raises
+    `UserError` naming file and line for what cannot be read or lies outside the space.
+    """
+    if source == "synthetic":
+        return space, synthetic_error
+    measured: dict[Shape, list[float]] = {}
+    try:
+        with open(source, encoding="utf-8-sig", newline="") as handle:
+            reader = csv.DictReader(handle)
+            if not {"architecture", "error"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{source}:1: needs the columns architecture and error")
+            for row in reader:
+                shape, error = _read_row(f"{source}:{reader.line_num}", row)
+                measured.setdefault(shape, []).append(error)
+                if shape not in space:
+                    raise UserError(
+                        f"{source}:{reader.line_num}: {shape.name} is not in the space; give the "
+                        "--space that contains it"
+                    )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{source}: cannot be read ({quoted(str(error))[1:-1]})") from None
+    if not measured:
+        raise UserError(f"{source}: contains no errors; give a row for each architecture")
+    return list(measured), MeanError(measured)
+
+
+def _read_row(where: str, row: Mapping[str, Optional[str]]) -> tuple[Shape, float]:
+    try:
+        shape, error = shape_of(row["architecture"] or ""), float(row["error"] or "")
+    except (UserError, ValueError) as problem:
+        raise UserError(f"{where}: {problem}") from None
+    if error < 0:
+        raise UserError(f"{where}: error {error}: must not be negative")
+    return shape, error

@@ -1,0 +1,238 @@
+"""OSE on the BERT family: what `scripts/run_ose.py` does.
+
+<output_dir>/ose.json, ose.csv, ose.png    the table of the search
+             strides.png                   with --compare_strides
+             journal-0.jsonl               measured errors, from which a search is resumed
+             teacher/, teacher_cache-*/    T's run and its stored outputs
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+
+from bort import jobs
+from bort.communicator import Communicator, SingleProcess, communicator_of_environment
+from bort.config import as_dict
+from bort.errors import UserError
+from bort.files import lock_folder
+from bort.jobs import Caps, Executor, Processes, Ranks, Serial
+from bort.mxnet_setup import usable_cores
+from bort.ose.bert_family import BertFamily, heads_first, load_space, measure_latency
+from bort.ose.candidates import (
+    Candidate,
+    Map,
+    Measurement,
+    SearchJournal,
+    SurrogateError,
+    executor_map,
+)
+from bort.ose.config import (
+    SearchSettings,
+    SpaceSettings,
+    TrainingSettings,
+    check_request,
+    read_strides,
+)
+from bort.ose.known_errors import read_errors
+from bort.ose.report import (
+    OrderedSpace,
+    compare_strides,
+    explanation,
+    member_of,
+    print_space,
+    write_report,
+)
+from bort.ose.search import OseResult, check_maximum_point, extract, largest, ordered
+from bort.ose.trained_error import TrainedError, describe, prepare_teacher, remove_candidates
+from bort.shapes import Shape, shape_of
+from data.shards import Manifest, open_shards
+
+ROBERTA_VOCABULARY = 50265
+STOPPED = "interrupted; rerun the same command to resume the search"
+
+
+class Errors(NamedTuple):
+    """The architectures to search, the function that gives their errors, and how it is called."""
+
+    space: Sequence[Shape]
+    surrogate: SurrogateError
+    options: Mapping[str, Any] = {}  # more arguments of `extract`
+
+
+def run_ose(
+    space_settings: SpaceSettings, settings: SearchSettings, training: TrainingSettings
+) -> Optional[OseResult]:
+    """Print and search as the settings say; returns the result of the search, if there was one.
+
+    On ranks other than 0 it trains candidates for rank 0 and returns nothing.
+    """
+    check_request(space_settings, settings, training)
+    communicator = communicator_of_environment() if training.data else SingleProcess()
+    if communicator.size > 1 and training.workers:
+        raise UserError("--workers: horovodrun spreads the search over its ranks; leave it out")
+    manifests = open_data(training) if training.data else []
+    space = load_ordered_space(space_settings, manifests)
+    if communicator.rank > 0:
+        jobs.serve(communicator)
+        return None
+    shapes = space.shapes
+    known = read_errors(settings.errors, shapes) if settings.errors else None
+    strides = read_strides(settings, len(known[0] if known else shapes))
+    everything = as_dict(space_settings, settings, training)
+    if not known and not training.data:
+        show(space, shapes, settings, {}, everything)
+        return None
+    with lock_folder(settings.output_dir, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
+        with executor_of(training, communicator) as executor:
+            if known:
+                errors = Errors(*known)
+            else:
+                errors = trained_errors(space, settings, training, manifests, executor)
+            results = {
+                stride: run_search(space, errors, settings.seed, stride) for stride in strides
+            }
+        show(space, errors.space, settings, results, everything)
+    return results[settings.stride]
+
+
+def open_data(settings: TrainingSettings) -> list[Manifest]:
+    """Return the manifests of both sets of shards; raises `UserError` when tokenizers differ."""
+    manifests = [open_shards(str(path)).manifest for path in (settings.data, settings.data_eval)]
+    if manifests[0].tokenizer_fingerprint != manifests[1].tokenizer_fingerprint:
+        raise UserError(
+            f"--data_eval {settings.data_eval}: made with another tokenizer than --data "
+            f"{settings.data}"
+        )
+    return manifests
+
+
+def load_ordered_space(settings: SpaceSettings, manifests: Sequence[Manifest]) -> OrderedSpace:
+    """Load and order the space; the vocabulary is that of the shards, if there are any.
+
+    Raises `UserError` for an unknown space or T, for a T that a member exceeds, and for a
+    --vocab_size other than the shards'.
+    """
+    vocab_size = manifests[0].vocab_size if manifests else ROBERTA_VOCABULARY
+    if manifests and settings.vocab_size not in (None, vocab_size):
+        raise UserError(f"--vocab_size {settings.vocab_size}: the shards have {vocab_size} tokens")
+    family = BertFamily(
+        settings.vocab_size or vocab_size,
+        settings.max_length,
+        settings.sequence_length,
+        settings.effective,
+        settings.all_operations,
+    )
+    space = load_space(settings.space)
+    members = ordered(space, family.parameter_size, family.inference_cost, heads_first)
+    top = largest(members)
+    if settings.maximum_point is not None:
+        top = member_of(family, shape_of(settings.maximum_point))
+    check_maximum_point(top, members)
+    return OrderedSpace(family, members, top)
+
+
+# ---- the search ----------------------------------------------------------------------------------
+
+
+def executor_of(training: TrainingSettings, communicator: Communicator) -> Executor:
+    """Return the executor that trains candidates: in processes, or on Horovod's ranks."""
+    if not training.data:
+        return Serial()
+    caps = Caps(training.max_seconds, training.max_memory)
+    if communicator.size > 1:
+        return Ranks(communicator, isolated=(training.threads, caps))
+    workers = training.workers or max(1, usable_cores() // training.threads)
+    return Processes(workers, training.threads, caps)
+
+
+def trained_errors(
+    space: OrderedSpace,
+    settings: SearchSettings,
+    training: TrainingSettings,
+    manifests: Sequence[Manifest],
+    executor: Executor,
+) -> Errors:
+    """Return the errors that training gives; T is trained before, unless it has been."""
+    folder, teacher = settings.output_dir, None
+    remove_candidates(folder)
+    if training.loss == "teacher":
+        top = space.maximum_point.architecture
+        teacher = prepare_teacher(training, top, settings.seed, folder)
+        print(f"T = {top.name}: entropy {teacher.entropy:.4f} nats, the lower bound of all errors")
+    options = {
+        "max_steps": training.steps,
+        "hparams": training.hyperparameters(),
+        "repeats": training.repeats,
+        "map": with_progress(executor_map(executor)),
+        "journal": SearchJournal(folder, describe(training, manifests, teacher)),
+    }
+    return Errors(space.shapes, TrainedError(training, folder, teacher), options)
+
+
+def with_progress(spread: Map) -> Map:
+    """Return a map that also prints each measurement."""
+
+    def printing(
+        function: Callable[[Candidate], Measurement], candidates: Sequence[Candidate]
+    ) -> Iterator[Measurement]:
+        by_number = {candidate.number: candidate for candidate in candidates}
+        for count, measurement in enumerate(spread(function, candidates), start=1):
+            shape = by_number[measurement.number].architecture
+            error = measurement.failure or f"error {measurement.error:.4f}"
+            print(
+                f"{count:>4} of {len(candidates)}  {shape.name}  {error}  "
+                f"{measurement.seconds:.0f} s",
+                flush=True,
+            )
+            yield measurement
+
+    return printing
+
+
+def run_search(space: OrderedSpace, errors: Errors, seed: int, stride: int) -> OseResult:
+    """Extract the best of the architectures with errors, against the T of the whole space."""
+    return extract(
+        errors.space,
+        space.family.parameter_size,
+        space.family.inference_cost,
+        errors.surrogate,
+        maximum_point=space.maximum_point.architecture,
+        stride=stride,
+        seed=seed,
+        tie_break=heads_first,
+        **errors.options,
+    )
+
+
+# ---- what is printed and written -----------------------------------------------------------------
+
+
+def show(
+    space: OrderedSpace,
+    shapes: Sequence[Shape],
+    settings: SearchSettings,
+    results: Mapping[int, OseResult],
+    everything: Mapping[str, Any],
+) -> None:
+    """Print and write what the settings ask for; `everything` is recorded in ose.json."""
+    latencies: dict[Shape, float] = {}
+    if settings.measure_latency:
+        latencies = measure_latencies(shapes, space.family.sequence_length)
+    if settings.list or (settings.measure_latency and not results):
+        print_space(space, latencies)
+    if results:
+        write_report(results[settings.stride], space, latencies, everything, settings.output_dir)
+        if settings.compare_strides:
+            compare_strides(sorted(results.items()), settings.output_dir)
+    if settings.explain:
+        shape = shape_of(settings.explain)
+        print("\n".join(explanation(space, shape, results.get(settings.stride))))
+
+
+def measure_latencies(shapes: Sequence[Shape], sequence_length: int) -> dict[Shape, float]:
+    """Return seconds for one input of each shape, with a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    bar = tqdm(shapes, unit="model", disable=not sys.stderr.isatty())
+    return {shape: measure_latency(shape, sequence_length) for shape in bar}
