@@ -75,7 +75,7 @@ launch() {
     local workers=$1 alone=$2 together=$3 gpus=() ranks status=0
     shift 3
     # Set-up may choose the CPU on a machine with a GPU that MXNet cannot use.
-    if [[ $(<.venv/made-for) != *" cpu" ]] && nvidia-smi -L >/dev/null 2>&1; then
+    if [[ $(cat .venv/made-for 2>/dev/null) != *" cpu" ]] && nvidia-smi -L >/dev/null 2>&1; then
         gpus=(--gpus "$(seq -s, 0 $((workers - 1)))")
     fi
     if ((workers == 1)); then
