@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point
 from bort.inference.prediction_files import INPUT_FORMATS, OUTPUT_FORMATS
-from bort.inference.runtime import RUNTIMES
+from bort.inference.runtime import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PredictSettings:
     )
     fill_mask: bool = option(False, "five words for each <mask>, from a pretrained model")
     runtime: str = option(
-        "mxnet", "int8 ones are made by scripts/quantize.py first", choices=RUNTIMES
+        "mxnet", "int8 ones are made by scripts/quantize.py first", choices=BACKENDS
     )
     batch_size: int = option(32, "inputs in one forward pass", minimum=1)
 

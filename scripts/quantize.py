@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Make the int8 models of a fine-tuned classifier, and show what int8 costs on the dev set.
+"""Make int8 models of a fine-tuned classifier, and compare them on the development set.
 
     python scripts/quantize.py MODEL --data_dir data/glue
 
 MODEL is a .params file of finetune_classifier.py or its folder. The models, and a record of how
-they were made and what they scored, go into a folder `int8` beside it, where the runtimes
+they were made and what they scored, are written into a folder `int8` beside it, where the runtimes
 `onnx-int8` and `mxnet-int8` find them.
 """
 
@@ -20,43 +20,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from bort.config import build, option, parser_for
 from bort.errors import entry_point
 
-MOST_LOST = 0.5
+MAX_LOSS = 0.5  # points; more is marked
 
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What the fixed scales are calibrated with, and what the models are compared on."""
+    """Calibration and comparison."""
 
     data_dir: Optional[str] = option(
         None, "folder of the official data (default: GluonNLP's, $MXNET_HOME/datasets)"
     )
     calibration_inputs: int = option(
-        256, "inputs of the training set, evenly spread, to calibrate MXNet's int8 with", minimum=1
+        256, "training inputs, evenly spread, that calibrate MXNet's int8", minimum=1
     )
     batch_size: int = option(32, "examples per batch of the comparison", minimum=1)
 
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[Any]:
-    """Quantise a classifier; returns a `bort.inference.quantization.Check` for each runtime."""
-    from bort.inference.quantization import Quantization
-    from bort.inference.runtime import int8_folder
-
+    """Quantize a classifier; returns a `bort.inference.quantization.Check` for each runtime."""
     parser = parser_for(str(__doc__), QuantizeSettings)
     parser.add_argument("model", metavar="MODEL", help="a .params file or its folder")
     parsed = vars(parser.parse_args(argv))
     settings = build(QuantizeSettings, parsed)
-    work = Quantization(parsed["model"], settings.data_dir)
-    checks = work.quantize(settings.calibration_inputs, settings.batch_size)
-    task = work.task
+
+    from bort.inference.quantization import Quantization
+
+    quantization = Quantization(parsed["model"], settings.data_dir)
+    checks = quantization.quantize(settings.calibration_inputs, settings.batch_size)
+    print_checks(quantization, checks)
+    return checks
+
+
+def print_checks(quantization: Any, checks: Sequence[Any]) -> None:
+    """Print a line per runtime: its score, the points lost, the similarity of its logits."""
+    from bort.inference.runtime import int8_folder
+
+    task = quantization.task
     print(f"{task.name}, {task.dev[0]}: {' and '.join(task.headline)} in points")
-    print(f"{'runtime':<16}{'score':>8}{'lost':>8}{'cosine of the scores':>24}")
+    print(f"{'runtime':<16}{'score':>8}{'lost':>8}{'cosine of the logits':>24}")
     for check in checks:
         lost = checks[0].score - check.score
-        mark = f"  more than {MOST_LOST} lost" if lost > MOST_LOST else ""
+        mark = f"  more than {MAX_LOSS} lost" if lost > MAX_LOSS else ""
         print(f"{check.runtime:<16}{check.score:8.2f}{lost:8.2f}{check.cosine:24.5f}{mark}")
-    print(f"{int8_folder(work.path)}: onnx-int8, mxnet-int8")
-    return checks
+    print(f"{int8_folder(quantization.path)}: onnx-int8, mxnet-int8")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def predict(
     inputs: texts, sequences of texts (of a pair; of a choice the common text and the options; of
         ReCoRD passage, query with "@placeholder" and the candidates) or rows of the task's
         official files as dictionaries.
-    runtime: one of `bort.inference.runtime.RUNTIMES`.
+    runtime: one of `bort.inference.runtime.BACKENDS`.
     Raises `UserError` for a path that holds no classifier, a wrong task, and a wrong input.
     """
     if isinstance(model, str):
@@ -187,7 +187,7 @@ class Question(NamedTuple):
 class Classifier:
     """A loaded classifier.
 
-    model_config: a bort.saved_model.ModelConfig. runtime: a bort.inference.runtime.Runtime.
+    model_config: a bort.saved_model.ModelConfig. runtime: a bort.inference.runtime.Backend.
     task: the model's task, or another that it can predict; None for a model of no task.
     """
 
@@ -281,7 +281,7 @@ class Classifier:
         for batch in batches(
             rows, self.batch_size, self.model_config.max_len, self.tokenizer.pad_id
         ):
-            scores[batch.rows] = self.runtime.scores(batch.ids, batch.valid_length)
+            scores[batch.rows] = self.runtime.logits(batch.ids, batch.valid_length)
         return scores
 
     def _decide(self, question: Question, scores: np.ndarray) -> Answer:
@@ -330,7 +330,7 @@ def load_classifier(
     Raises `UserError` when there is none, and for another task than the model's.
     """
     from bort import saved_model
-    from bort.inference.runtime import load_runtime, runtime_of
+    from bort.inference.runtime import backend_for, load_runtime
 
     found = parameter_file(path)
     model_config = saved_model.read_model_config(found)
@@ -342,7 +342,7 @@ def load_classifier(
     asked = _task(path, model_config, task)
     if runtime == "mxnet":  # loads the tokenizer beside the parameters, at the same time
         network, model_config, tokenizer = saved_model.load_model(found)
-        loaded = runtime_of(network, runtime)
+        loaded = backend_for(network, runtime)
     else:
         tokenizer = saved_model.load_model_tokenizer(found, model_config)
         loaded = load_runtime(found, runtime)

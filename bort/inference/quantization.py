@@ -1,37 +1,38 @@
-"""int8 models of a fine-tuned classifier, and what int8 costs on the task's development set.
+"""int8 models of a fine-tuned classifier, and their scores on the task's development set.
 
-ONNX Runtime's scales its values batch by batch and needs no data. MXNet's has fixed scales, which
-are calibrated: the smallest and largest value of each layer on inputs of the task.
+ONNX Runtime quantizes activations dynamically, batch by batch, and needs no data. MXNet's int8 uses
+static scales: each layer's minimum and maximum on calibration inputs of the task.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from contextlib import contextmanager
-from typing import Any, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import write_json
-from bort.inference import onnx_graph as onnx_export
-from bort.inference.onnx_graph import write
+from bort.files import lock_folder, sha256_of, write_json
+from bort.inference.onnx_file import write_onnx
+from bort.inference.onnx_graph import build
 from bort.inference.runtime import (
     DATA_NAMES,
+    Backend,
     Int8Files,
-    Runtime,
-    available_runtimes,
+    available_backends,
+    backend_for,
     check_classifier,
+    check_finite,
+    int8_backend,
     int8_folder,
-    int8_runtime,
-    notes_of,
-    runtime_of,
-    symbol_block,
+    load_symbol_block,
+    metadata_of,
 )
 from bort.parameters import parameter_file
 from bort.saved_model import load_model
+from bort.types import Block
 from data.encoding import ClassifierLoader, EncodedSet, encode_examples
 from data.task import MULTIPLE_CHOICE, REGRESSION, Example
 from data.tasks import check_inputs_version, get_task
@@ -41,9 +42,10 @@ CALIBRATION_BATCH = 16
 
 
 class Check(NamedTuple):
-    """What one runtime says of the development set.
+    """The development set in one backend; part of the record.
 
-    score: the task's official figure, in points; cosine: of all its scores with MXNet's float32.
+    score: the task's official metric, in points; cosine: similarity of all logits to those of
+        MXNet in float32.
     """
 
     runtime: str
@@ -51,54 +53,57 @@ class Check(NamedTuple):
     cosine: float
 
 
-def padded_batch(encoded: EncodedSet, most: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids [n, length] and lengths [n] of at most `most` inputs, evenly spread over a set."""
+def calibration_batch(
+    encoded: EncodedSet, count: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids [n, length] and lengths [n] of at most `count` evenly spread inputs of a set."""
     lengths = np.diff(encoded.offsets)
-    chosen = np.unique(np.linspace(0, len(lengths) - 1, most).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(lengths) - 1, count).round().astype(int))
     ids = np.full((len(chosen), lengths[chosen].max()), pad_id, np.int32)
-    for row, place in zip(ids, chosen):
-        row[: lengths[place]] = encoded.ids[encoded.offsets[place] : encoded.offsets[place + 1]]
+    for row, index in zip(ids, chosen):
+        row[: lengths[index]] = encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]]
     return ids, lengths[chosen]
 
 
-def calibrated(exported: Any, ids: np.ndarray, valid_length: np.ndarray) -> Any:
-    """Return the int8 form of an exported classifier, a SymbolBlock, calibrated on a batch."""
+def quantize_in_mxnet(network: Block, ids: np.ndarray, valid_length: np.ndarray) -> Block:
+    """Return the int8 form of a BortClassifier, calibrated on a batch; it can be exported.
+
+    ids: [n, length]; valid_length: [n].
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # MXNet quantizes only blocks that were exported and imported.
+        exported = os.path.join(folder, "network")
+        _hybridize(network).export(exported)
+        return _hybridize(_calibrate(load_symbol_block(exported), ids, valid_length))
+
+
+def _calibrate(exported: Block, ids: np.ndarray, valid_length: np.ndarray) -> Block:
     import mxnet as mx
     from mxnet.contrib.quantization import quantize_net_v2
 
-    arrays = (mx.nd.array(one, dtype="float32") for one in (ids, valid_length))
+    arrays = (mx.nd.array(array, dtype="float32") for array in (ids, valid_length))
     data = mx.io.NDArrayIter(
         dict(zip(DATA_NAMES, arrays)), batch_size=min(CALIBRATION_BATCH, len(ids))
     )
-    # It logs every layer, twice.
-    with _silence():
+    with _silent_stderr():  # MXNet logs every layer, twice
         return quantize_net_v2(exported, calib_data=data, calib_mode="naive", ctx=mx.cpu())
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Send what MXNet's library writes to the process's stderr to nowhere."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
+def _silent_stderr() -> Iterator[None]:
+    """Discard what MXNet's library writes to the process's stderr."""
+    with open(os.devnull, "w", encoding="utf-8") as devnull:
+        stderr = os.dup(2)
+        os.dup2(devnull.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
-def int8_in_mxnet(network: Any, ids: np.ndarray, valid_length: np.ndarray) -> Any:
-    """Return the int8 form of a BortClassifier, calibrated on a batch; it can be exported."""
-    with tempfile.TemporaryDirectory() as folder:
-        # Only a block without a signature of its own can be quantised.
-        exported = os.path.join(folder, "network")
-        _run(network).export(exported)
-        return _run(calibrated(symbol_block(exported), ids, valid_length))
-
-
-def _run(network: Any) -> Any:
-    """Hybridise a classifier and run it once, which makes the graph that can be exported."""
+def _hybridize(network: Block) -> Block:
+    """Hybridize a classifier and run it once, which makes the graph that can be exported."""
     import mxnet as mx
 
     network.hybridize(static_alloc=True)
@@ -106,34 +111,39 @@ def _run(network: Any) -> Any:
     return network
 
 
-def score_examples(runtime: Runtime, source: ClassifierLoader, kind: str) -> np.ndarray:
-    """Score a set: float64 [examples, classes or options]."""
-    found, rows = [], []
-    for number in range(source.batches_per_epoch):
-        batch = source(number)
-        scores = runtime.scores(batch.input_ids, batch.valid_length)
-        found.append(scores.reshape(len(batch.rows), -1) if kind == MULTIPLE_CHOICE else scores)
-        rows.append(batch.rows)
-    return np.concatenate(found).astype(np.float64)[np.argsort(np.concatenate(rows))]
+def predict_logits(backend: Backend, loader: ClassifierLoader, kind: str) -> np.ndarray:
+    """Return the logits of a set in its order: float64 [examples, classes or options]."""
+    logits, indices = [], []
+    for position in range(loader.batches_per_epoch):
+        batch = loader(position)
+        values = backend.logits(batch.input_ids, batch.valid_length)
+        # Multiple choice: [examples * options, 1] -> [examples, options]
+        logits.append(values.reshape(len(batch.rows), -1) if kind == MULTIPLE_CHOICE else values)
+        indices.append(batch.rows)
+    return np.concatenate(logits).astype(np.float64)[np.argsort(np.concatenate(indices))]
 
 
-def _cosine(one: np.ndarray, other: np.ndarray) -> float:
-    return float((one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum()))
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum()))
 
 
 class Quantization:
     """Makes the int8 models of one saved classifier and compares them on its task."""
 
     def __init__(self, path: str, data_dir: str | None) -> None:
-        """Load a classifier by its .params file or folder; its task's data lie in `data_dir`.
+        """Load a classifier by its .params file or folder; the task's data are in `data_dir`.
 
-        Raises `UserError` when it is no classifier or has no tokenizer.
+        Raises `UserError` when it is not a classifier of a task, has no tokenizer or has
+        parameters that are NaN or infinite.
         """
         self.path = parameter_file(path)
         self.network, self.model_config, tokenizer = load_model(self.path)
         check_classifier(self.path, self.model_config)
+        check_finite(self.path, self.network)
         if tokenizer is None:
             raise UserError(f"{self.path}: no tokenizer beside it; restore the folder `tokenizer`")
+        if not self.model_config.task:
+            raise UserError(f"{self.path}: is not the model of a task, whose data int8 needs")
         self.tokenizer = tokenizer
         self.task = get_task(
             self.model_config.task, race_cast=self.model_config.race_cast or "choices"
@@ -142,34 +152,39 @@ class Quantization:
         self._data_dir = data_dir
 
     def quantize(self, calibration_inputs: int, batch_size: int) -> list[Check]:
-        """Make both models and compare all runtimes.
+        """Write both models into the folder `int8` beside the .params file; compare all backends.
 
-        Everything lands in the folder `int8` beside the .params file, whole or not at all.
+        The record is written last, with the SHA-256 of each file. Nothing changes when anything
+        fails before.
+
+        Raises `UserError` for missing data and when the folder cannot be written.
         """
         folder = int8_folder(self.path)
-        temporary = f"{folder}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            os.makedirs(temporary)
-            checks = self._fill(Int8Files.of(self.path, temporary), calibration_inputs, batch_size)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(temporary, folder)
+            with lock_folder(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
+                files = Int8Files.of(self.path, temporary)
+                record, checks = self._make(files, calibration_inputs, batch_size)
+                for path in files.models:
+                    os.replace(path, os.path.join(folder, os.path.basename(path)))
+                write_json(Int8Files.of(self.path).record, record)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return checks
 
-    def _fill(self, files: Int8Files, calibration_inputs: int, batch_size: int) -> list[Check]:
+    def _make(
+        self, files: Int8Files, calibration_inputs: int, batch_size: int
+    ) -> tuple[dict[str, object], list[Check]]:
+        """Write the models; return their record and the comparison."""
         split = str(self.task.train)
         pad_id = self.tokenizer.pad_id
-        ids, lengths = padded_batch(self._encoded(split)[0], calibration_inputs, pad_id)
-        notes = notes_of(self.path, self.model_config)
-        write(onnx_export.build(self.network, "int8", notes), files.onnx)
-        int8_in_mxnet(self.network, ids, lengths).export(files.mxnet)
-        checks = self.compare(files, batch_size)
+        ids, lengths = calibration_batch(self._encode(split)[0], calibration_inputs, pad_id)
+        metadata = metadata_of(self.path, self.model_config)
+        write_onnx(build(self.network, "int8", metadata), files.onnx)
+        quantize_in_mxnet(self.network, ids, lengths).export(files.mxnet)
+        checks = self._compare(files, batch_size)
         record = {
-            "parameters_sha256": notes["parameters_sha256"],
+            "parameters_sha256": metadata["parameters_sha256"],
+            "sha256": {os.path.basename(path): sha256_of(path) for path in files.models},
             "positions": self.network.bort.encoder._max_length,
             "onnx-int8": {
                 "weights": "int8, a scale for each column",
@@ -177,35 +192,33 @@ class Quantization:
             },
             "mxnet-int8": {
                 "weights": "int8, a scale for each matrix",
-                "values": "a scale for each layer, by its smallest and largest value",
+                "values": "a scale for each layer, from its minimum and maximum",
                 "calibration": {"task": self.task.name, "split": split, "inputs": len(ids)},
             },
             "development set": {"task": self.task.name, "split": self.task.dev[0]},
             "checks": [check._asdict() for check in checks],
         }
-        write_json(files.record, record)
-        return checks
+        return record, checks
 
-    def compare(self, files: Int8Files, batch_size: int) -> list[Check]:
-        """Score the (first) development set in every runtime, MXNet in float32 first."""
-        encoded, examples = self._encoded(self.task.dev[0])
-        pad_id = self.tokenizer.pad_id
-        source = ClassifierLoader(encoded, batch_size, NUM_BUCKETS, pad_id, seed=None)
-        positions = self.network.bort.encoder._max_length
+    def _compare(self, files: Int8Files, batch_size: int) -> list[Check]:
+        """Score the (first) development set in every backend, MXNet in float32 first."""
+        encoded, examples = self._encode(self.task.dev[0])
+        loader = ClassifierLoader(encoded, batch_size, NUM_BUCKETS, self.tokenizer.pad_id, None)
+        kind = self.model_config.kind
         checks: list[Check] = []
-        expected = np.empty(0)
-        for name in available_runtimes():
+        reference = np.empty(0)
+        for name in available_backends():
             if name.endswith("int8"):
-                runtime = int8_runtime(files, name, positions)
+                backend = int8_backend(files, name, self.model_config.vocab_size)
             else:
-                runtime = runtime_of(self.network, name)
-            scores = score_examples(runtime, source, self.model_config.kind)
-            expected = expected if checks else scores
-            values = scores[:, 0] if self.model_config.kind == REGRESSION else scores
+                backend = backend_for(self.network, name)
+            logits = predict_logits(backend, loader, kind)
+            reference = reference if checks else logits
+            values = logits[:, 0] if kind == REGRESSION else logits
             points = 100 * self.task.score(self.task.metrics(examples, values))
-            checks.append(Check(name, points, _cosine(scores, expected)))
+            checks.append(Check(name, points, _cosine(logits, reference)))
         return checks
 
-    def _encoded(self, split: str) -> tuple[EncodedSet, list[Example]]:
+    def _encode(self, split: str) -> tuple[EncodedSet, list[Example]]:
         examples = self.task.read(self._data_dir, split).examples
         return encode_examples(examples, self.tokenizer, self.model_config.max_len), examples

@@ -1,100 +1,145 @@
-"""Ways to run a fine-tuned classifier on a CPU, behind one interface.
+"""Backends: ways to run a fine-tuned classifier on a CPU, behind one interface.
 
-    runtime = load_runtime("runs/finetuning/SST-2", "onnx")
-    scores = runtime.scores(ids, valid_length)
+    backend = load_runtime("runs/finetuning/SST-2", "onnx")
+    logits = backend.logits(input_ids, valid_length)
 
-The int8 ones are made by scripts/quantize.py, which lays them in a folder `int8` beside the
-parameters. All take as many threads as OMP_NUM_THREADS says, or one for each usable core.
+scripts/quantize.py makes the int8 models, in a folder `int8` beside the parameters. Every backend
+uses OMP_NUM_THREADS threads, by default one per usable core.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import json
 import os
 import warnings
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Iterable, Mapping, NamedTuple
 
 import numpy as np
 
-from bort.errors import UserError
-from bort.files import read_json, sha256_of
+from bort.errors import UserError, quoted
+from bort.files import read_json, read_json_as, sha256_of
+from bort.inference.onnx_file import OUTPUT, onnx_session, parse_metadata, verify_onnx_file
 from bort.mxnet_setup import cpu_threads
-from bort.parameters import parameter_file
+from bort.parameters import parameter_file, read_arrays
+from bort.saved_model import ModelConfig, load_model, read_model_config, verify_parameters
+from bort.shapes import MAX_LENGTH
+from bort.types import Block
 
-RUNTIMES = ("mxnet", "mxnet-bfloat16", "mxnet-int8", "onnx", "onnx-int8")
+BACKENDS = ("mxnet", "mxnet-bfloat16", "mxnet-int8", "onnx", "onnx-int8")
 # What oneDNN needs for bfloat16 (its "avx512_core"); without it MXNet fails in the first layer.
 BFLOAT16_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl"))
 INT8_FOLDER = "int8"
 DATA_NAMES = ("data0", "data1")  # of token ids and lengths in an exported MXNet symbol
 
 
-class Runtime(Protocol):
-    """One way to run one classifier."""
+class Backend(abc.ABC):
+    """One way to run one classifier; it checks its inputs and its outputs.
 
-    def scores(self, ids: np.ndarray, valid_length: np.ndarray) -> np.ndarray:
-        """Score token ids [n, length], padded at the end: float32 [n, outputs].
+    MXNet reads and writes out of bounds for a wrong length and clips a wrong id silently.
+    """
 
-        Raises `ValueError` for inputs longer than the model has positions.
+    def __init__(self, vocab_size: int, positions: int) -> None:
+        self._vocab_size, self._positions = vocab_size, positions
+
+    def logits(self, input_ids: np.ndarray, valid_length: np.ndarray) -> np.ndarray:
+        """Return the logits, float32 [batch, outputs].
+
+        input_ids: integers [batch, length], padded at the end; valid_length: integers [batch].
+
+        Raises `ValueError` for ids outside the vocabulary, lengths outside 1 to `length`, more
+        tokens than the model has positions and arrays of another dtype or shape; `UserError` when
+        a logit is NaN or infinite.
         """
+        ids, lengths = check_batch(input_ids, valid_length, self._vocab_size, self._positions)
+        logits = self._forward(ids, lengths)
+        if not np.isfinite(logits).all():
+            raise UserError(
+                "the model's logits are NaN or infinite: its parameters are damaged, or its "
+                "training diverged"
+            )
+        return logits
+
+    @abc.abstractmethod
+    def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return the logits of checked inputs, both int32."""
 
 
-class MXNetRuntime:
+def check_batch(
+    input_ids: Any, valid_length: Any, vocab_size: int, positions: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids [batch, length] and lengths [batch] as int32.
+
+    Raises `ValueError` for what a model with `vocab_size` tokens and `positions` cannot take.
+    """
+    ids, lengths = np.asarray(input_ids), np.asarray(valid_length)
+    for name, array, dimensions in (("input_ids", ids, 2), ("valid_length", lengths, 1)):
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"{name}: expected integers, found {array.dtype}")
+        if array.ndim != dimensions or not array.size:
+            shape = "[batch, length]" if dimensions == 2 else "[batch]"
+            raise ValueError(f"{name}: expected shape {shape}, found {array.shape}")
+    batch, length = ids.shape
+    if len(lengths) != batch:
+        raise ValueError(f"valid_length: has {len(lengths)} entries for {batch} sequences")
+    if length > positions:
+        raise ValueError(f"sequence length {length}: the model has {positions} positions")
+    _check_range("valid_length", lengths, 1, length)
+    _check_range("input_ids", ids, 0, vocab_size - 1)
+    return ids.astype(np.int32), lengths.astype(np.int32)
+
+
+def _check_range(name: str, values: np.ndarray, low: int, high: int) -> None:
+    smallest, largest = int(values.min()), int(values.max())
+    if smallest < low or largest > high:
+        wrong = smallest if smallest < low else largest
+        raise ValueError(f"{name}: {wrong} is not between {low} and {high}")
+
+
+class MXNetBackend(Backend):
     """A block of MXNet that takes token ids and lengths."""
 
-    def __init__(self, network: Any, positions: int) -> None:
-        """Take a network, which is hybridised."""
-        self._network, self._positions = network, positions
+    def __init__(self, network: Block, vocab_size: int, positions: int = MAX_LENGTH) -> None:
+        """Take a network and hybridize it."""
+        super().__init__(vocab_size, positions)
+        self._network = network
         network.hybridize(static_alloc=True)
 
-    def scores(self, ids: np.ndarray, valid_length: np.ndarray) -> np.ndarray:
-        """See `Runtime`."""
+    def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         from mxnet import nd
 
-        check_positions(ids, self._positions)
-        arrays = (nd.array(one, dtype="float32") for one in (ids, valid_length))
+        arrays = (nd.array(array, dtype="float32") for array in (ids, lengths))
         return self._network(*arrays).astype("float32", copy=False).asnumpy()
 
 
-class OnnxRuntime:
+class OnnxBackend(Backend):
     """A graph written by bort.inference.onnx_graph, in ONNX Runtime."""
 
     def __init__(self, model: bytes | str, threads: int | None = None) -> None:
-        """Take the path of a file or its content."""
-        self._session = onnx_session(model, threads)
-        if [one.name for one in self._session.get_outputs()] != ["scores"]:
-            raise UserError(f"{model!r:.200}: is no classifier; it has no output `scores` alone")
-        self.notes = self._session.get_modelmeta().custom_metadata_map
-        self._positions = int(self.notes["positions"])
+        """Take the path of a file or its content.
 
-    def scores(self, ids: np.ndarray, valid_length: np.ndarray) -> np.ndarray:
-        """See `Runtime`."""
-        check_positions(ids, self._positions)
-        arrays = {"input_ids": ids, "valid_length": valid_length}
-        feed = {name: np.asarray(array, np.int64) for name, array in arrays.items()}
-        return self._session.run(["scores"], feed)[0]
+        Raises `UserError` for a damaged file and for a graph that is not a classifier of ours.
+        """
+        name = model if isinstance(model, str) else "the ONNX graph"
+        has_digest = isinstance(model, str) and verify_onnx_file(model)
+        self._session = onnx_session(model, threads or cpu_threads())
+        inputs = {array.name for array in self._session.get_inputs()}
+        outputs = [array.name for array in self._session.get_outputs()]
+        if outputs != [OUTPUT] or inputs != {"input_ids", "valid_length"}:
+            raise UserError(f"{name}: is not a classifier; it has no output `{OUTPUT}` alone")
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.metadata = parse_metadata(name, metadata)
+        if isinstance(model, str) and self.metadata.has_digest and not has_digest:
+            raise UserError(f"{name}: its SHA-256 is missing: the file is damaged; write it again")
+        super().__init__(self.metadata.vocab_size, self.metadata.positions)
 
-
-def check_positions(ids: np.ndarray, positions: int) -> None:
-    """Raise `ValueError` when token ids [n, length] are longer than a model's positions."""
-    if ids.shape[1] > positions:
-        raise ValueError(f"sequence length {ids.shape[1]}: the model has {positions} positions")
-
-
-def onnx_session(model: bytes | str, threads: int | None = None) -> Any:
-    """Load a file, or its content, into ONNX Runtime; raises `UserError` when it cannot be."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or cpu_threads()
-    options.log_severity_level = 3  # no warnings
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no class
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{model!r:.200}: ONNX Runtime cannot load it ({reason})") from None
+    def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        feed = {"input_ids": ids.astype(np.int64), "valid_length": lengths.astype(np.int64)}
+        return self._session.run([OUTPUT], feed)[0]
 
 
 # ---- the processor -------------------------------------------------------------------------------
@@ -111,55 +156,57 @@ def processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def available_runtimes() -> tuple[str, ...]:
-    """Return those of `RUNTIMES` that this processor can run."""
+def available_backends() -> tuple[str, ...]:
+    """Return those of `BACKENDS` that this processor can run."""
     can = processor_flags() >= BFLOAT16_FLAGS
-    return tuple(name for name in RUNTIMES if can or name != "mxnet-bfloat16")
+    return tuple(name for name in BACKENDS if can or name != "mxnet-bfloat16")
 
 
 def require_processor(name: str) -> None:
-    """Raise `UserError` when this processor cannot run the named runtime."""
-    if name not in available_runtimes():
+    """Raise `UserError` when this processor cannot run the named backend."""
+    if name not in available_backends():
         flags = ", ".join(sorted(BFLOAT16_FLAGS))
         raise UserError(
             f"runtime {name}: needs a processor with AVX-512 ({flags}); "
-            f"use one of {', '.join(available_runtimes())}"
+            f"use one of {', '.join(available_backends())}"
         )
 
 
 # ---- from a network in memory --------------------------------------------------------------------
 
 
-def runtime_of(network: Any, name: str, threads: int | None = None) -> Runtime:
-    """Return a runtime of a BortClassifier; not mxnet-int8, which needs data to calibrate with.
+def backend_for(network: Block, name: str, threads: int | None = None) -> Backend:
+    """Return a backend for a BortClassifier; not mxnet-int8, which needs data for calibration.
 
-    `threads` counts for ONNX Runtime alone: those of MXNet are fixed when it is imported.
+    `threads` applies to ONNX Runtime only: MXNet's number of threads is fixed when it is imported.
 
-    Raises `UserError` for a runtime that this processor cannot run.
+    Raises `UserError` for a backend that this processor cannot run.
     """
     require_processor(name)
     if name.startswith("onnx"):
         from bort.inference.onnx_graph import build
 
         precision = "int8" if name == "onnx-int8" else "float32"
-        return OnnxRuntime(build(network, precision).SerializeToString(), threads)
+        return OnnxBackend(build(network, precision).SerializeToString(), threads)
+    vocab_size = network.bort.word_embed[0].weight.shape[0]
     positions = network.bort.encoder._max_length
-    return MXNetRuntime(_bfloat16(network) if name == "mxnet-bfloat16" else network, positions)
+    block = _to_bfloat16(network) if name == "mxnet-bfloat16" else network
+    return MXNetBackend(block, vocab_size, positions)
 
 
-def _bfloat16(network: Any) -> Any:
-    """Convert a network; the interleaved products of attention, which only know float32, stay."""
+def _to_bfloat16(network: Block) -> Block:
+    """Convert a network; attention's interleaved products stay: they support float32 only."""
     import mxnet as mx
     from mxnet.contrib import amp
 
     network.hybridize()
-    network(mx.nd.zeros((1, 2)), mx.nd.ones(1))  # its graph is made at the first call
+    network(mx.nd.zeros((1, 2)), mx.nd.ones(1))  # the first call makes the graph
     nodes = json.loads(network(*map(mx.sym.var, DATA_NAMES)).tojson())["nodes"]
-    kept = [node["name"] for node in nodes if "interleaved" in node["op"]]
+    excluded = [node["name"] for node in nodes if "interleaved" in node["op"]]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MXNet cannot tell the inputs' type: it is float32
+        warnings.simplefilter("ignore")  # MXNet cannot infer the dtype of the inputs: float32
         block = amp.convert_hybrid_block(
-            network, target_dtype="bfloat16", excluded_sym_names=kept, ctx=mx.cpu()
+            network, target_dtype="bfloat16", excluded_sym_names=excluded, ctx=mx.cpu()
         )
     block.collect_params().setattr("grad_req", "null")
     return block
@@ -168,8 +215,8 @@ def _bfloat16(network: Any) -> Any:
 # ---- from files ----------------------------------------------------------------------------------
 
 
-def onnx_file(parameters: str) -> str:
-    """Return where the ONNX file, in float32, of a .params file lies."""
+def onnx_path(parameters: str) -> str:
+    """Return the path of the exported float32 ONNX file of a .params file."""
     return f"{parameters.removesuffix('.params')}.onnx"
 
 
@@ -179,121 +226,194 @@ def int8_folder(parameters: str) -> str:
 
 
 class Int8Files(NamedTuple):
-    """The files of the int8 models in a folder; `name` is that of the .params file without it."""
+    """The files of the int8 models in a folder; `name` is that of the .params file, without it."""
 
     folder: str
     name: str
 
     @classmethod
     def of(cls, parameters: str, folder: str | None = None) -> Int8Files:
-        """Return those of a .params file, in its own folder of int8 models or in another one."""
+        """Return the files for a .params file, in its own int8 folder or in another folder."""
         name = os.path.basename(parameters).removesuffix(".params")
         return cls(folder or int8_folder(parameters), name)
 
     @property
     def onnx(self) -> str:
-        """Return the graph for ONNX Runtime."""
+        """Return the path of the graph for ONNX Runtime."""
         return os.path.join(self.folder, f"{self.name}.onnx")
 
     @property
     def mxnet(self) -> str:
-        """Return what MXNet's two files, -symbol.json and -0000.params, begin with."""
+        """Return the prefix of MXNet's two files, -symbol.json and -0000.params."""
         return os.path.join(self.folder, self.name)
 
     @property
     def record(self) -> str:
-        """Return how the models were made, and what they say of the development set."""
+        """Return the path of the record: how the models were made, and their dev scores."""
         return os.path.join(self.folder, f"{self.name}.json")
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Return the paths of the three files of the models."""
+        return (self.onnx, *symbol_files(self.mxnet))
 
-def load_runtime(path: str, name: str, threads: int | None = None) -> Runtime:
+
+@dataclass(frozen=True)
+class Int8Record:
+    """What loading needs of the record of int8 models.
+
+    parameters_sha256: of the float32 parameters that the models were made from.
+    sha256: of each file of the models, by name; empty in records of versions before 0.2.
+    """
+
+    parameters_sha256: str
+    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def load_runtime(path: str, name: str, threads: int | None = None) -> Backend:
     """Load a saved classifier (its .params file or folder, or a file of export_onnx.py) to run it.
 
-    Raises `UserError` for a path that holds none, for a network that is no classifier, and for an
-    int8 model that is absent or was made from other parameters.
+    Raises `UserError` for a path without a classifier, for a masked-LM network, for damaged files,
+    and for an int8 model that is missing or was made from other parameters.
     """
-    if name not in RUNTIMES:
-        raise UserError(f"runtime {name!r}: unknown; there are {', '.join(RUNTIMES)}")
+    if name not in BACKENDS:
+        raise UserError(f"runtime {quoted(name)}: expected one of {', '.join(BACKENDS)}")
     require_processor(name)
     if path.endswith(".onnx"):
-        return _of_onnx_file(path, name, threads)
-    from bort import saved_model
-
+        return _load_onnx_file(path, name, threads)
     found = parameter_file(path)
-    model_config = saved_model.read_model_config(found)
+    model_config = read_model_config(found)
     check_classifier(found, model_config)
     if name.endswith("int8"):
-        return _int8(found, name, threads)
+        return _load_int8(found, model_config, name, threads)
     if name == "onnx":
-        return _float32(found, model_config, threads)
-    return runtime_of(saved_model.load_model(found).network, name, threads)
+        return _load_float32_onnx(found, model_config, threads)
+    return backend_for(load_finite_model(found), name, threads)
 
 
-def check_classifier(path: str, model_config: Any) -> None:
-    """Raise `UserError` when a saved model is no classifier."""
+def load_finite_model(path: str) -> Block:
+    """Load a saved network; raises `UserError` when a parameter is NaN or infinite."""
+    network = load_model(path).network
+    check_finite(path, network)
+    return network
+
+
+def check_classifier(path: str, model_config: ModelConfig) -> None:
+    """Raise `UserError` when a saved model is not a classifier."""
     if not model_config.num_outputs:
         raise UserError(f"{path}: a {model_config.kind} network; fine-tune it on a task first")
 
 
-def _of_onnx_file(path: str, name: str, threads: int | None) -> OnnxRuntime:
+def check_finite(path: str, network: Block) -> None:
+    """Raise `UserError` when a parameter of a network is NaN or infinite."""
+    parameters = network._collect_params_with_prefix().items()
+    check_finite_arrays(path, ((name, value.data().asnumpy()) for name, value in parameters))
+
+
+def check_finite_arrays(path: str, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raise `UserError` for the first of (name, array) that has a NaN or an infinity."""
+    for name, array in arrays:
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{path}: {name} has values that are NaN or infinite: the file is damaged, or the "
+                "training diverged"
+            )
+
+
+def _load_onnx_file(path: str, name: str, threads: int | None) -> OnnxBackend:
     if not name.startswith("onnx"):
-        raise UserError(f"{path}: an ONNX file runs in onnx alone, not in {name}")
+        raise UserError(f"{path}: an ONNX file needs the runtime onnx, not {name}")
     if not os.path.exists(path):
         raise UserError(f"{path}: not found; scripts/export_onnx.py writes it")
-    found = OnnxRuntime(path, threads)
+    backend = OnnxBackend(path, threads)
     precision = "int8" if name == "onnx-int8" else "float32"
-    if found.notes["precision"] != precision:
-        raise UserError(f"{path}: is in {found.notes['precision']}, not in {precision}")
-    return found
+    if backend.metadata.precision != precision:
+        raise UserError(f"{path}: is {backend.metadata.precision}, not {precision}")
+    return backend
 
 
-def _float32(parameters: str, model_config: Any, threads: int | None) -> OnnxRuntime:
-    """Take the exported file while it is of these parameters, else make the graph anew."""
-    if os.path.exists(onnx_file(parameters)):
-        exported = OnnxRuntime(onnx_file(parameters), threads)
-        if exported.notes.get("parameters_sha256") == sha256_of(parameters):
+def _load_float32_onnx(
+    parameters: str, model_config: ModelConfig, threads: int | None
+) -> OnnxBackend:
+    """Load the exported file if it was made from these parameters, else build the graph."""
+    verify_parameters(parameters, model_config)
+    if os.path.exists(onnx_path(parameters)):
+        exported = OnnxBackend(onnx_path(parameters), threads)
+        if exported.metadata.parameters_sha256 == sha256_of(parameters):
             return exported
     from bort.inference.onnx_graph import build, describe_file
 
+    check_finite_arrays(parameters, read_arrays(parameters).items())
     graph = build(describe_file(parameters, model_config))
-    return OnnxRuntime(graph.SerializeToString(), threads)
+    return OnnxBackend(graph.SerializeToString(), threads)
 
 
-def _int8(parameters: str, name: str, threads: int | None) -> Runtime:
+def _load_int8(
+    parameters: str, model_config: ModelConfig, name: str, threads: int | None
+) -> Backend:
     files = Int8Files.of(parameters)
     if not os.path.exists(files.record):
-        raise UserError(f"{parameters}: has no int8 model yet; make it with scripts/quantize.py")
-    noted = read_json(files.record)
-    if noted["parameters_sha256"] != sha256_of(parameters):
+        raise UserError(f"{parameters}: has no int8 model; make it with scripts/quantize.py")
+    record = read_json_as(files.record, Int8Record)
+    if record.parameters_sha256 != sha256_of(parameters):
         raise UserError(
-            f"{files.record}: of other parameters than {parameters}; make the int8 model anew with "
-            "scripts/quantize.py"
+            f"{files.record}: was made from other parameters than {parameters}; run "
+            "scripts/quantize.py again"
         )
-    return int8_runtime(files, name, noted["positions"], threads)
+    _verify_files(files, record, name)
+    return int8_backend(files, name, model_config.vocab_size, threads)
 
 
-def int8_runtime(
-    files: Int8Files, name: str, positions: int, threads: int | None = None
-) -> Runtime:
+def _verify_files(files: Int8Files, record: Int8Record, name: str) -> None:
+    paths = (files.onnx,) if name == "onnx-int8" else symbol_files(files.mxnet)
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: not found; run scripts/quantize.py again")
+        if record.sha256 and sha256_of(path) != record.sha256.get(os.path.basename(path)):
+            raise UserError(
+                f"{path}: its SHA-256 is not that in {os.path.basename(files.record)}: the file "
+                "is damaged; run scripts/quantize.py again"
+            )
+
+
+def int8_backend(
+    files: Int8Files, name: str, vocab_size: int, threads: int | None = None
+) -> Backend:
     """Load onnx-int8 or mxnet-int8 from its files."""
     if name == "onnx-int8":
-        return OnnxRuntime(files.onnx, threads)
-    return MXNetRuntime(symbol_block(files.mxnet), positions)
+        return OnnxBackend(files.onnx, threads)
+    return MXNetBackend(load_symbol_block(files.mxnet), vocab_size)
 
 
-def symbol_block(prefix: str) -> Any:
-    """Load a classifier that MXNet exported to `<prefix>-symbol.json` and `-0000.params`."""
+def symbol_files(prefix: str) -> tuple[str, str]:
+    """Return the paths of the two files that MXNet's `export` writes."""
+    return f"{prefix}-symbol.json", f"{prefix}-0000.params"
+
+
+def load_symbol_block(prefix: str) -> Block:
+    """Load a classifier that MXNet exported to `<prefix>-symbol.json` and `-0000.params`.
+
+    Raises `UserError` when the files are damaged.
+    """
     from mxnet.gluon import SymbolBlock
 
-    files = f"{prefix}-symbol.json", f"{prefix}-0000.params"
-    block = SymbolBlock.imports(files[0], list(DATA_NAMES))
-    block.collect_params().setattr("grad_req", "null")
-    block.collect_params().load(files[1], cast_dtype=True, dtype_source="saved")
+    symbol, parameters = symbol_files(prefix)
+    read_json(symbol)
+    read_arrays(parameters)  # MXNet's own reader can crash on a damaged file
+    try:
+        block = SymbolBlock.imports(symbol, list(DATA_NAMES))
+        block.collect_params().setattr("grad_req", "null")
+        block.collect_params().load(parameters, cast_dtype=True, dtype_source="saved")
+    except Exception as error:  # MXNet raises exceptions of many classes
+        reason = quoted(str(error).strip().splitlines()[-1:])
+        raise UserError(
+            f"{symbol}: MXNet cannot load it ({reason}); run scripts/quantize.py again"
+        ) from None
     return block
 
 
-def notes_of(path: str, model_config: Any) -> dict[str, str]:
-    """Return what an ONNX file says of the saved model it was made from."""
+def metadata_of(path: str, model_config: ModelConfig) -> dict[str, str]:
+    """Return what an ONNX file records about the saved model it was made from."""
     return {
         "parameters_sha256": sha256_of(path),
         "model config": json.dumps(dataclasses.asdict(model_config), ensure_ascii=False),

@@ -28,7 +28,7 @@ import numpy as np
 
 from bort.config import option, parse
 from bort.errors import UserError
-from bort.inference.runtime import RUNTIMES, available_runtimes
+from bort.inference.runtime import BACKENDS, available_backends
 
 # Layers, heads, width inside the feed-forward layers, hidden size; vocabulary.
 SHAPES = {
@@ -68,7 +68,7 @@ class Cell(NamedTuple):
 
 
 WAYS = (
-    *(Way("Bort", name) for name in RUNTIMES),
+    *(Way("Bort", name) for name in BACKENDS),
     *(Way("DistilBERT", name) for name in ("onnx", "onnx-int8", PYTORCH)),
     Way("BERT-base", GLUONNLP),
     Way("BERT-base", PYTORCH),
@@ -130,7 +130,7 @@ def _rows(networks: list[str], threads: list[str]) -> list[tuple[Way, str]]:
     if unknown:
         raise UserError(f"--networks: {', '.join(sorted(unknown))} unknown; {', '.join(SHAPES)}")
     pytorch = all(map(importlib.util.find_spec, ("torch", "transformers")))
-    left_out = {*RUNTIMES} - {*available_runtimes()} | ({PYTORCH} if not pytorch else set())
+    left_out = {*BACKENDS} - {*available_backends()} | ({PYTORCH} if not pytorch else set())
     ways = [way for way in WAYS if way.network in networks and way.engine not in left_out]
     rows = [(way, one) for way in ways for one in threads]
     return rows + [(way, DEFAULT) for way in ways if way.engine == GLUONNLP]
@@ -278,7 +278,8 @@ def _peaks() -> dict[str, float]:
     import mxnet as mx
     from onnx import TensorProto, helper, numpy_helper
 
-    from bort.inference.runtime import onnx_session
+    from bort.inference.onnx_file import onnx_session
+    from bort.mxnet_setup import cpu_threads
 
     ones = mx.nd.ones((PEAK_SIZE, PEAK_SIZE))
     bytes_ = np.ones((PEAK_SIZE, PEAK_SIZE), np.int8)
@@ -291,7 +292,7 @@ def _peaks() -> dict[str, float]:
         [numpy_helper.from_array(bytes_, "matrix")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = onnx_session(model.SerializeToString())
+    session = onnx_session(model.SerializeToString(), cpu_threads())
     feed = {"values": bytes_.astype(np.uint8)}
     products = {
         "float32": lambda _: mx.nd.dot(ones, ones).wait_to_read(),
@@ -322,17 +323,18 @@ def _batch(way: Way, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ours(way: Way) -> tuple[Callable[[Cell], None], float]:
-    from bort.inference.quantization import int8_in_mxnet
-    from bort.inference.runtime import MXNetRuntime, runtime_of
+    from bort.inference.quantization import quantize_in_mxnet
+    from bort.inference.runtime import MXNetBackend, backend_for
 
     network = _classifier(way.network)
     if way.engine == "mxnet-int8":
-        runtime: Any = MXNetRuntime(int8_in_mxnet(network, *_batch(way, Cell(4, 128))), 512)
+        quantized = quantize_in_mxnet(network, *_batch(way, Cell(4, 128)))
+        backend: Any = MXNetBackend(quantized, SHAPES[way.network][1])
     else:
-        runtime = runtime_of(network, way.engine)
+        backend = backend_for(network, way.engine)
     size = sum(p.data().size for p in network.collect_params().values()) / 1e6
     bytes_each = 1 if way.int8 else 4
-    return lambda cell: runtime.scores(*_batch(way, cell)), size * bytes_each
+    return lambda cell: backend.logits(*_batch(way, cell)), size * bytes_each
 
 
 @functools.lru_cache(maxsize=1)

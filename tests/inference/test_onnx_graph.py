@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ from bort import saved_model
 from bort.bort import BortClassifier, get_bort_model, initialize
 from bort.errors import UserError
 from bort.files import sha256_of
-from bort.inference import onnx_graph as onnx_export
+from bort.inference import onnx_graph
+from bort.inference.onnx_file import verify_onnx_file, write_onnx
+from bort.inference.runtime import load_runtime
 from bort.parameters import save_parameters
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from scripts.export_onnx import main
@@ -55,7 +60,7 @@ def run(graph: onnx.ModelProto, **inputs: np.ndarray) -> np.ndarray:
     return found
 
 
-def expected_scores(network: Any, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def expected_logits(network: Any, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Score each sequence for itself, without its padding, in float64."""
     body = reference.parameters_of(network.bort)
     head = reference.parameters_of(network)
@@ -78,7 +83,7 @@ def test_a_file_is_described_as_its_network_is(extra_layer, dtype, tmp_path):
     model_config = saved_model.ModelConfig(
         SHAPE, VOCAB_SIZE, "", "classification", num_outputs=3, extra_layer=extra_layer
     )
-    found, expected = onnx_export.describe_file(path, model_config), onnx_export.describe(network)
+    found, expected = onnx_graph.describe_file(path, model_config), onnx_graph.describe(network)
     assert found[1:4] == expected[1:4]
     np.testing.assert_equal(found.parameters, dict(expected.parameters))
     assert len(found.head) == 2 + extra_layer
@@ -88,17 +93,17 @@ def test_a_file_is_described_as_its_network_is(extra_layer, dtype, tmp_path):
         assert one[2] == other[2]
     wider = dataclasses.replace(model_config, num_outputs=2, model="bort_3_4_24_16")
     with pytest.raises(UserError, match=r"not hold the parameters of bort_3_4_24_16: see"):
-        onnx_export.describe_file(path, wider)
+        onnx_graph.describe_file(path, wider)
 
 
 @pytest.mark.parametrize("extra_layer", [False, True])
 def test_a_classifier_follows_the_formulas(extra_layer):
     network = classifier(extra_layer)
-    graph = onnx_export.build(network)
+    graph = onnx_graph.build(network)
     for lengths in BATCHES:
         ids, valid_length = random_batch(lengths)
         found = run(graph, input_ids=ids, valid_length=valid_length)
-        expected = expected_scores(network, ids, valid_length)
+        expected = expected_logits(network, ids, valid_length)
         assert np.abs(expected).max() > 0.5
         np.testing.assert_allclose(found, expected, atol=2e-5)
         in_mxnet = network(nd.array(ids), nd.array(valid_length)).asnumpy()
@@ -109,7 +114,7 @@ def test_masked_lm_follows_the_formulas():
     network, _ = get_bort_model(SHAPE, vocab=range(VOCAB_SIZE))
     reference.redraw(network, seed=2, deviation=0.3)
     parameters = reference.parameters_of(network)
-    graph = onnx_export.build(network)
+    graph = onnx_graph.build(network)
     for lengths in BATCHES:
         ids, valid_length = random_batch(lengths)
         rows = np.repeat(np.arange(len(lengths)), 2)
@@ -135,20 +140,20 @@ def test_gluonnlps_roberta_can_be_exported():
     body.initialize()
     network = classifier(body=body)
     ids, valid_length = random_batch([5, 2])
-    found = run(onnx_export.build(network), input_ids=ids, valid_length=valid_length)
+    found = run(onnx_graph.build(network), input_ids=ids, valid_length=valid_length)
     in_mxnet = network(nd.array(ids), nd.array(valid_length)).asnumpy()
     assert np.abs(found - in_mxnet).max() < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_only_standard_operators_are_used(precision):
-    graph = onnx_export.build(classifier(), precision)
+    graph = onnx_graph.build(classifier(), precision)
     assert {node.domain for node in graph.graph.node} == {""}
-    assert [(one.domain, one.version) for one in graph.opset_import] == [("", onnx_export.OPSET)]
+    assert [(one.domain, one.version) for one in graph.opset_import] == [("", onnx_graph.OPSET)]
 
 
 def test_the_last_layer_of_a_classifier_multiplies_no_matrix_by_all_tokens():
-    graph = onnx_export.build(classifier())
+    graph = onnx_graph.build(classifier())
     constants = {one.name for one in graph.graph.initializer}
     products = [node for node in graph.graph.node if node.op_type in ("MatMul", "Gemm")]
     multiplied = [node.input[0] for node in products if node.input[1] in constants]
@@ -168,7 +173,7 @@ def test_the_last_layer_of_a_classifier_multiplies_no_matrix_by_all_tokens():
 
 def test_int8_is_a_quarter_of_the_size_and_close():
     network = classifier()
-    full, small = (onnx_export.build(network, precision) for precision in ("float32", "int8"))
+    full, small = (onnx_graph.build(network, precision) for precision in ("float32", "int8"))
     matrices = [one for one in small.graph.initializer if len(one.dims) == 2 and one.dims[1] > 4]
     stored = {one.dims[0]: one.data_type for one in matrices if one.dims[0] == VOCAB_SIZE}
     assert stored == {VOCAB_SIZE: onnx.TensorProto.INT8}
@@ -186,7 +191,7 @@ def test_int8_is_a_quarter_of_the_size_and_close():
 
 def test_a_matrix_is_rounded_to_half_a_step_of_each_column():
     matrix = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32) * [1, 10, 0, 3, 1e-3]
-    rounded, scales = onnx_export._quantize(matrix, axis=0)
+    rounded, scales = onnx_graph._quantize(matrix, axis=0)
     assert rounded.dtype == np.int8
     assert scales.shape == (1, 5)
     assert (np.abs(rounded * scales - matrix) <= scales / 2 * (1 + 1e-6)).all()
@@ -253,14 +258,72 @@ def complaint(capsys: Any, *line: object) -> str:
 def test_mistakes_are_one_line_and_leave_nothing(saved, tmp_path, capsys):
     assert "absent: not found" in complaint(capsys, tmp_path / "absent")
     output = tmp_path / "absent" / "best.onnx"
-    assert f"{output}: cannot be written (" in complaint(capsys, saved, "--output", output)
+    assert f"{output}: there is no folder" in complaint(capsys, saved, "--output", output)
     (tmp_path / "folder").mkdir()
-    assert "cannot be written" in complaint(capsys, saved, "--output", tmp_path / "folder")
+    assert "folder: is a folder" in complaint(capsys, saved, "--output", tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_an_output_that_is_a_link_or_a_fifo_stays_one(saved, tmp_path):
+    target, link, fifo = tmp_path / "target.onnx", tmp_path / "link.onnx", tmp_path / "fifo"
+    link.symlink_to(target)
+    main([str(saved), "--output", str(link)])
+    assert link.is_symlink()
+    assert verify_onnx_file(str(target))
+    os.mkfifo(fifo)
+    with ThreadPoolExecutor(1) as pool:
+        content = pool.submit(fifo.read_bytes)
+        main([str(saved), "--output", str(fifo)])
+        assert content.result() == target.read_bytes()
+    assert fifo.is_fifo()
+
+
+def test_parameters_that_are_not_finite_are_named(tmp_path, capsys):
+    tokenizer = load_tokenizer(TokenizerSettings())
+    model_config = saved_model.ModelConfig(
+        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "classification", "CoLA", ("0", "1"), 2
+    )
+    network = saved_model.build_network(model_config)
+    network.classifier[1].bias.set_data(nd.array([np.nan] * 32))
+    path = tmp_path / "best.params"
+    saved_model.save_model(str(path), network, model_config, tokenizer)
+    assert "has values that are NaN or infinite" in complaint(capsys, path)
+    assert not path.with_name("best.onnx").exists()
+
+
+# ---- the SHA-256 ---------------------------------------------------------------------------------
+
+
+def test_a_file_ends_with_its_sha256_which_onnx_takes_for_metadata(tmp_path):
+    path = tmp_path / "best.onnx"
+    write_onnx(onnx_graph.build(classifier()), str(path))
+    onnx.checker.check_model(str(path), full_check=True)
+    content = path.read_bytes()
+    digest = hashlib.sha256(content[:-76]).hexdigest()
+    metadata = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    assert metadata["sha256"] == digest
+    assert verify_onnx_file(str(path))
+    path.write_bytes(content[:-76])
+    assert not verify_onnx_file(str(path))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "best.onnx"
+    write_onnx(onnx_graph.build(classifier()), str(path))
+    content = bytearray(path.read_bytes())
+    generator = np.random.default_rng(0)
+    places = [*generator.integers(0, len(content), 20), *range(len(content) - 76, len(content), 5)]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged|cannot load it"):
+            load_runtime(str(path), "onnx")
 
 
 def test_a_graph_that_differs_is_not_written(saved, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(onnx_export._Writer, "gelu", lambda self, values: values)
+    monkeypatch.setattr(onnx_graph._Writer, "gelu", lambda self, values: values)
     output = tmp_path / "best.onnx"
     assert "ONNX Runtime differs from MXNet by" in complaint(capsys, saved, "--output", output)
     assert not list(tmp_path.iterdir())

@@ -288,7 +288,7 @@ def test_bad_lines_are_named_and_nothing_is_left(
         (["--fill_mask"], r"--fill_mask: .* is a model of SST-2"),
         (["--fill_mask", "--task", "SST-2"], r"leave --task out"),
         (["--fill_mask", "--runtime", "onnx"], r"--runtime onnx: --fill_mask runs in mxnet"),
-        (["--runtime", "onnx-int8"], r"has no int8 model yet; make it with scripts/quantize.py"),
+        (["--runtime", "onnx-int8"], r"has no int8 model; make it with scripts/quantize.py"),
         (["--input", "nowhere"], r"--input nowhere: cannot be read"),
         (["--input", str(DATA)], r"test_data: cannot be read \(Is a directory\)"),
         (["--input", str(DATA / "glue/CoLA/dev.tsv")], r"dev.tsv:1: the header has no column"),

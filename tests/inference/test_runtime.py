@@ -1,7 +1,8 @@
-"""Runtimes of one classifier: all say the same, and what cannot be run is one line."""
+"""Backends of one classifier: equal logits, checked inputs and files, one-line errors."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from mxnet import nd
+from onnx import helper
 
 from bort import mxnet_setup, saved_model
 from bort.errors import UserError
-from bort.inference import onnx_graph as onnx_export
-from bort.inference import runtime
-from bort.inference.quantization import Quantization, padded_batch
-from bort.inference.runtime import RUNTIMES, available_runtimes, load_runtime, runtime_of
+from bort.inference import onnx_graph, runtime
+from bort.inference.quantization import Quantization, calibration_batch
+from bort.inference.runtime import BACKENDS, available_backends, backend_for, load_runtime
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from scripts.export_onnx import main as export_onnx
 from scripts.quantize import main as quantize
@@ -29,14 +31,14 @@ SHAPE = "bort_2_4_64_32"
 # How far the scores may be from MXNet's in float32, of values up to about 1.
 # On processors without VNNI the int8 products of ONNX Runtime saturate, which costs some more.
 CLOSE = {"mxnet": 0, "onnx": 1e-5, "mxnet-bfloat16": 0.03, "mxnet-int8": 0.1, "onnx-int8": 0.15}
-EVERY_RUNTIME = [
+EVERY_BACKEND = [
     pytest.param(
         name,
         marks=pytest.mark.skipif(
-            name not in available_runtimes(), reason=f"this processor cannot run {name}"
+            name not in available_backends(), reason=f"this processor cannot run {name}"
         ),
     )
-    for name in RUNTIMES
+    for name in BACKENDS
 ]
 
 
@@ -76,66 +78,109 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return generator.integers(0, 1000, (5, 13)), np.array([13, 1, 7, 12, 2])
 
 
-@pytest.mark.parametrize("name", EVERY_RUNTIME)
-def test_every_runtime_says_the_same(quantized, batch, name):
+@pytest.mark.parametrize("name", EVERY_BACKEND)
+def test_every_backend_gives_the_same_logits(quantized, batch, name):
     network = saved_model.load_model(str(quantized)).network
     expected = network(*map(nd.array, batch)).asnumpy()
     assert 0.1 < np.abs(expected).max() < 3
     loaded = load_runtime(str(quantized / "best.params"), name)
-    found = loaded.scores(*batch)
+    found = loaded.logits(*batch)
     assert (found.dtype, found.shape) == (np.float32, (5, 2))
     assert np.abs(found - expected).max() <= CLOSE[name]
     if "int8" in name or "16" in name:
         assert np.abs(found - expected).max() > 1e-5, "is not of reduced precision"
     # Another batch, another length, and the padding makes no difference.
-    one = loaded.scores(batch[0][2:3, :7], batch[1][2:3])
+    one = loaded.logits(batch[0][2:3, :7], batch[1][2:3])
     assert np.abs(one - expected[2:3]).max() <= max(1e-6, CLOSE[name])
 
 
-@pytest.mark.parametrize("name", EVERY_RUNTIME)
-def test_too_long_an_input_is_an_error(quantized, name):
-    with pytest.raises(ValueError, match="sequence length 513: the model has 512 positions"):
-        load_runtime(str(quantized), name).scores(np.zeros((1, 513), int), np.array([513]))
+@pytest.mark.parametrize("name", EVERY_BACKEND)
+def test_inputs_that_the_model_cannot_take_are_errors(quantized, name):
+    backend = load_runtime(str(quantized), name)
+    vocab_size = load_tokenizer(TokenizerSettings()).vocab_size
+    ids = np.ones((2, 5), int)
+    for bad_ids, lengths, message in (
+        (np.zeros((1, 513), int), [513], "sequence length 513: the model has 512 positions"),
+        (ids, [5, 6], "valid_length: 6 is not between 1 and 5"),
+        (ids, [5, 0], "valid_length: 0 is not between 1 and 5"),
+        (ids, [-(2**40), 5], "valid_length: -1099511627776 is not between"),
+        (ids, [2**62, 5], "valid_length: 4611686018427387904 is not between"),
+        (ids, [5], "valid_length: has 1 entries for 2 sequences"),
+        (ids, [[5, 5]], r"valid_length: expected shape \[batch\], found \(1, 2\)"),
+        (ids, [5.0, 5.0], "valid_length: expected integers, found float64"),
+        (ids * vocab_size, [5, 5], f"input_ids: {vocab_size} is not between 0 and"),
+        (-ids, [5, 5], "input_ids: -1 is not between 0 and"),
+        (np.full((2, 5), 2**64 - 1, np.uint64), [5, 5], "input_ids: 18446744073709551615 is not"),
+        (ids * 1.0, [5, 5], "input_ids: expected integers, found float64"),
+        (ids > 0, [5, 5], "input_ids: expected integers, found bool"),
+        (ids[0], [5], r"input_ids: expected shape \[batch, length\], found \(5,\)"),
+        (np.zeros((0, 5), int), np.zeros(0, int), r"input_ids: expected shape .*\(0, 5\)"),
+        (np.zeros((2, 0), int), [1, 1], r"input_ids: expected shape .*\(2, 0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backend.logits(bad_ids, lengths)
+    last = np.full((1, 3), vocab_size - 1, np.uint16)
+    np.testing.assert_array_equal(backend.logits(last, [3]), backend.logits(last.tolist(), [3]))
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny_classifier, batch):
+    tiny_classifier.classifier[3].bias.set_data(nd.array([0, np.inf]))
+    for name in ("mxnet", "onnx"):
+        with pytest.raises(UserError, match="logits are NaN or infinite"):
+            backend_for(tiny_classifier, name).logits(*batch)
+
+
+@pytest.mark.parametrize("name", ["mxnet", "onnx"])
+def test_parameters_that_are_not_finite_are_an_error(tmp_path, name):
+    path = save_classifier(tmp_path)
+    saved = saved_model.load_model(str(path))
+    table = saved.network.bort.word_embed[0].weight
+    values = table.data().asnumpy()
+    values[7, 3] = np.nan
+    table.set_data(nd.array(values))
+    saved_model.save_model(str(path), *saved)
+    assert "best.params: bort.word_embed.0.weight" in (said := refusal(path, name))
+    assert "has values that are NaN or infinite" in said
 
 
 def test_an_exported_file_is_taken_while_it_fits(quantized, tmp_path, batch, monkeypatch):
     shutil.copytree(quantized, tmp_path / "copy")
     parameters = tmp_path / "copy" / "best.params"
     export_onnx([str(parameters)])
-    expected = load_runtime(str(parameters), "mxnet").scores(*batch)
+    expected = load_runtime(str(parameters), "mxnet").logits(*batch)
 
     def build(*_: Any, **__: Any) -> None:
-        raise AssertionError("built anew")
+        raise AssertionError("built again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(onnx_export, "build", build)
-        found = load_runtime(str(parameters), "onnx").scores(*batch)
+        patched.setattr(onnx_graph, "build", build)
+        found = load_runtime(str(parameters), "onnx").logits(*batch)
         np.testing.assert_allclose(found, expected, atol=1e-5)
-        found = load_runtime(str(tmp_path / "copy" / "best.onnx"), "onnx").scores(*batch)
+        found = load_runtime(str(tmp_path / "copy" / "best.onnx"), "onnx").logits(*batch)
         np.testing.assert_allclose(found, expected, atol=1e-5)
     saved = saved_model.load_model(str(parameters))
     reference.redraw(saved.network, seed=4)
     saved_model.save_model(str(parameters), *saved)
     expected = saved.network(*map(nd.array, batch)).asnumpy()
     np.testing.assert_allclose(
-        load_runtime(str(parameters), "onnx").scores(*batch), expected, atol=1e-5
+        load_runtime(str(parameters), "onnx").logits(*batch), expected, atol=1e-5
     )
-    with pytest.raises(UserError, match="of other parameters than"):
+    with pytest.raises(UserError, match="was made from other parameters than"):
         load_runtime(str(parameters), "onnx-int8")
 
 
 def test_bfloat16_needs_avx512(quantized, monkeypatch):
     monkeypatch.setattr(runtime, "processor_flags", lambda: frozenset(("avx2", "avx512f")))
-    assert "mxnet-bfloat16" not in available_runtimes()
+    assert "mxnet-bfloat16" not in available_backends()
     said = refusal(quantized, "mxnet-bfloat16")
     assert "runtime mxnet-bfloat16: needs a processor with AVX-512 (avx512bw, " in said
     assert said.endswith("; use one of mxnet, mxnet-int8, onnx, onnx-int8")
     network = saved_model.load_model(str(quantized)).network
     with pytest.raises(UserError, match="needs a processor with AVX-512"):
-        runtime_of(network, "mxnet-bfloat16")
+        backend_for(network, "mxnet-bfloat16")
     avx512_core = frozenset(("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"))
     monkeypatch.setattr(runtime, "processor_flags", lambda: avx512_core)
-    assert available_runtimes() == RUNTIMES
+    assert available_backends() == BACKENDS
 
 
 def test_the_flags_of_the_processor_are_those_that_linux_lists():
@@ -172,16 +217,16 @@ def refusal(path: object, name: str) -> str:
 
 def test_what_cannot_be_run_is_one_line(quantized, tmp_path):
     parameters = save_classifier(tmp_path)
-    assert "no int8 model yet; make it with scripts/quantize.py" in refusal(tmp_path, "onnx-int8")
-    assert "runtime 'tensorrt': unknown" in refusal(tmp_path, "tensorrt")
+    assert "no int8 model; make it with scripts/quantize.py" in refusal(tmp_path, "onnx-int8")
+    assert "runtime 'tensorrt': expected one of mxnet, " in refusal(tmp_path, "tensorrt")
     assert "absent: not found" in refusal(tmp_path / "absent", "onnx")
     assert "absent.onnx: not found; scripts/export_onnx.py" in refusal("absent.onnx", "onnx")
     int8 = quantized / "int8" / "best.onnx"
-    assert "an ONNX file runs in onnx alone" in refusal(int8, "mxnet")
-    assert "is in int8, not in float32" in refusal(int8, "onnx")
+    assert "an ONNX file needs the runtime onnx, not mxnet" in refusal(int8, "mxnet")
+    assert "is int8, not float32" in refusal(int8, "onnx")
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(int8.read_bytes()[:1000])
-    assert "damaged.onnx': ONNX Runtime cannot load it (" in refusal(damaged, "onnx-int8")
+    assert "damaged.onnx: ONNX Runtime cannot load it (" in refusal(damaged, "onnx-int8")
     tokenizer = load_tokenizer(TokenizerSettings())
     model_config = saved_model.ModelConfig(
         SHAPE, 1000, tokenizer.fingerprint, saved_model.MASKED_LM
@@ -190,8 +235,79 @@ def test_what_cannot_be_run_is_one_line(quantized, tmp_path):
     saved_model.save_model(str(tmp_path / "lm" / "bort.params"), network, model_config, tokenizer)
     assert "a masked_lm network; fine-tune it on a task first" in refusal(tmp_path / "lm", "onnx")
     export_onnx([str(tmp_path / "lm")])
-    assert "is no classifier" in refusal(tmp_path / "lm" / "bort.onnx", "onnx")
+    assert "is not a classifier" in refusal(tmp_path / "lm" / "bort.onnx", "onnx")
     assert parameters.exists()
+
+
+def test_int8_files_are_verified(quantized, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    generator = np.random.default_rng(0)
+    for suffix, name in (
+        ("-symbol.json", "mxnet-int8"),
+        ("-0000.params", "mxnet-int8"),
+        (".onnx", "onnx-int8"),
+    ):
+        path = folder / "int8" / f"best{suffix}"
+        content = path.read_bytes()
+        for place in generator.integers(0, len(content), 5):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << int(generator.integers(8))
+            path.write_bytes(damaged)
+            assert f"{path}: its SHA-256 is not that in best.json" in refusal(folder, name)
+        path.unlink()
+        assert f"{path}: not found; run scripts/quantize.py again" in refusal(folder, name)
+        path.write_bytes(content)
+        load_runtime(str(folder), name)
+
+
+def test_int8_files_of_before_the_sha256_are_read_with_care(quantized, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    record = folder / "int8" / "best.json"
+    content = json.loads(record.read_text("utf-8"))
+    del content["sha256"]
+    record.write_text(json.dumps(content), "utf-8")
+    load_runtime(str(folder), "mxnet-int8")
+    for suffix, damage in (
+        ("-symbol.json", b"{"),
+        ("-symbol.json", b"{}"),
+        ("-symbol.json", b"\xff" * 9),
+        ("-0000.params", b""),
+        ("-0000.params", b"\x12\x01" + b"\xff" * 100),
+    ):
+        path = folder / "int8" / f"best{suffix}"
+        before = path.read_bytes()
+        path.write_bytes(damage)
+        assert str(path.with_name("best")) in refusal(folder, "mxnet-int8")
+        path.write_bytes(before)
+    for text in ("[]", "{}", '{"parameters_sha256": 1}', "{", '{"parameters_sha256": "", "a": '):
+        record.write_text(text, "utf-8")
+        assert f"{record}: " in refusal(folder, "mxnet-int8")
+
+
+def test_an_onnx_file_that_is_not_ours_is_one_line(tmp_path):
+    path = tmp_path / "other.onnx"
+    inputs = [helper.make_tensor_value_info(name, 7, ["n"]) for name in ("input_ids", "mask")]
+    output = helper.make_tensor_value_info("scores", 7, ["n"])
+    node = helper.make_node("Add", ["input_ids", "mask"], ["scores"])
+    graph = helper.make_graph([node], "other", inputs, [output])
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    onnx.save(model, str(path))
+    assert "is not a classifier" in refusal(path, "onnx")
+    graph.node[0].input[1] = graph.input[1].name = "valid_length"
+    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    onnx.save(model, str(path))
+    assert "its model config: Object missing required field `vocab_size`" in refusal(path, "onnx")
+    for metadata, message in (
+        ({"vocab_size": "9"}, "was not written by scripts/export_onnx.py"),
+        ({"vocab_size": "x", "positions": "1", "precision": "float32"}, "was not written by"),
+        ({"vocab_size": "9", "positions": "513", "precision": "float32"}, "is damaged: 513"),
+    ):
+        helper.set_model_props(model, metadata)
+        onnx.save(model, str(path))
+        assert message in refusal(path, "onnx")
 
 
 # ---- scripts/quantize.py -------------------------------------------------------------------------
@@ -200,7 +316,7 @@ def test_what_cannot_be_run_is_one_line(quantized, tmp_path):
 def test_the_record_says_how_the_models_were_made(quantized):
     record = runtime.read_json(str(quantized / "int8" / "best.json"))
     assert record["mxnet-int8"]["calibration"] == {"task": "SST-2", "split": "train", "inputs": 8}
-    assert [check["runtime"] for check in record["checks"]] == list(available_runtimes())
+    assert [check["runtime"] for check in record["checks"]] == list(available_backends())
     assert not list(quantized.glob("*.tmp"))
 
 
@@ -209,15 +325,15 @@ def test_the_comparison_is_printed_and_true(tmp_path, capsys):
     checks = quantize([str(parameters), "--data_dir", str(ROOT / "test_data" / "glue")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "SST-2, dev: accuracy in points"
-    assert [line.split()[0] for line in lines[2:-1]] == list(available_runtimes())
+    assert [line.split()[0] for line in lines[2:-1]] == list(available_backends())
     work = Quantization(str(parameters), str(ROOT / "test_data" / "glue"))
-    encoded, examples = work._encoded("dev")
-    ids, lengths = padded_batch(encoded, 100, work.tokenizer.pad_id)
+    encoded, examples = work._encode("dev")
+    ids, lengths = calibration_batch(encoded, 100, work.tokenizer.pad_id)
     assert len(ids) == len(examples)
     labels = np.array([example.label for example in examples])
-    exact = load_runtime(str(parameters), "mxnet").scores(ids, lengths).astype(float)
+    exact = load_runtime(str(parameters), "mxnet").logits(ids, lengths).astype(float)
     for check in checks:
-        scores = load_runtime(str(parameters), check.runtime).scores(ids, lengths).astype(float)
+        scores = load_runtime(str(parameters), check.runtime).logits(ids, lengths).astype(float)
         cosine = (scores * exact).sum() / np.linalg.norm(scores) / np.linalg.norm(exact)
         assert check.cosine == pytest.approx(cosine, abs=2e-3)
         assert check.cosine > 0.99
@@ -237,8 +353,8 @@ def test_other_kinds_of_tasks(tmp_path, kind, task):
 
 def test_calibration_inputs_are_spread_over_the_set(tmp_path):
     work = Quantization(str(save_classifier(tmp_path)), str(ROOT / "test_data" / "glue"))
-    encoded, examples = work._encoded("train")
-    ids, lengths = padded_batch(encoded, 2, pad_id=7)
+    encoded, examples = work._encode("train")
+    ids, lengths = calibration_batch(encoded, 2, pad_id=7)
     expected = work.tokenizer.encode_batch([one.inputs[0][0] for one in examples])
     for row, length, text in zip(ids, lengths, (expected[0], expected[-1])):
         assert row[1 : length - 1].tolist() == list(text)
@@ -260,15 +376,18 @@ def test_mistakes_are_one_line_and_keep_what_was_there(quantized, tmp_path, caps
     folder = tmp_path / "copy"
     assert "no train set" in complaint(capsys, folder, "--data_dir", tmp_path)
     assert sorted(path.name for path in (folder / "int8").iterdir()) == before
-    assert not (folder / "int8.tmp").exists()
+    (folder / "int8" / "notes.txt").write_text("mine", "utf-8")
+    quantize([str(folder), "--data_dir", str(ROOT / "test_data" / "glue")])
+    after = [path.name for path in (folder / "int8").iterdir()]
+    assert sorted(after) == sorted([*before, "notes.txt"])
     shutil.rmtree(folder / "tokenizer")
     assert "no tokenizer beside it" in complaint(capsys, folder)
 
 
-def test_runtime_of_a_network_needs_no_file(tiny_classifier, batch):
+def test_backend_for_a_network_needs_no_file(tiny_classifier, batch):
     expected = tiny_classifier(*map(nd.array, batch)).asnumpy()
-    for name in {*available_runtimes()} - {"mxnet-int8"}:
-        found = runtime_of(tiny_classifier, name, threads=1).scores(*batch)
+    for name in {*available_backends()} - {"mxnet-int8"}:
+        found = backend_for(tiny_classifier, name, threads=1).logits(*batch)
         assert np.abs(found - expected).max() <= CLOSE[name]
 
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 
 from bort.errors import UserError
-from bort.inference.runtime import available_runtimes
+from bort.inference.runtime import available_backends
 from scripts.benchmarks import inference
 from scripts.benchmarks.inference import DEFAULT, GLUONNLP, PYTORCH, Cell, Way
 
@@ -36,8 +36,8 @@ def test_stock_networks_also_run_on_the_default_threads(monkeypatch):
     assert (BASE, DEFAULT) in rows
     assert [way for way, threads in rows if threads == DEFAULT] == [BASE]
     assert {way.network for way, _ in rows} == {"Bort", "BERT-base"}
-    assert len(rows) == len(available_runtimes()) * 2 + 3
-    monkeypatch.setattr(inference, "available_runtimes", lambda: ("mxnet", "onnx"))
+    assert len(rows) == len(available_backends()) * 2 + 3
+    monkeypatch.setattr(inference, "available_backends", lambda: ("mxnet", "onnx"))
     ours = {way.engine for way, _ in inference._rows(["Bort"], ["1"])}
     assert ours == {"mxnet", "onnx"}
     monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: object())
