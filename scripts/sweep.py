@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-r"""Fine-tune with every set of hyperparameters of a grid, and print their table.
+r"""Fine-tune with every combination of a grid of hyperparameters, and print their table.
 
-All flags of finetune_classifier.py hold for every run. The same command goes on with a sweep that
-was interrupted.
+All flags of finetune_classifier.py apply to every run. The same command resumes an interrupted
+sweep.
 
 Example:
     python scripts/sweep.py --task_name RTE --grid scripts/agora_spaces/published.yaml --jobs 4 \
@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from bort.config import parse
 from bort.errors import entry_point
 from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
-from bort.finetuning.sweep import Row, SweepSettings, sweep
+from bort.finetuning.sweep import SweepRow, SweepSettings, sweep
 
 
 @entry_point
-def main(argv: Optional[Sequence[str]] = None) -> list[Row]:
+def main(argv: Optional[Sequence[str]] = None) -> list[SweepRow]:
     """Run the sweep; returns the table's rows, best first."""
     *base, settings = parse(str(__doc__), argv, *FINETUNING_CLASSES, SweepSettings)
     return sweep(settings, FinetuningSettings(*base))

@@ -3,77 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import typing
 from typing import Any, Sequence
 
 from bort.config import check_limits
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.files import read_yaml
+from bort.grids import check_size, combinations
 from bort.types import Hyperparameters
+
+EXACT_INTEGERS = 2**53  # from here on a float may stand for several integers
 
 
 def read_space(path: str, *defaults: Any) -> list[Hyperparameters]:
-    """Read a YAML grid: the name of a hyperparameter and the list of its values, line by line.
+    """Read a YAML grid: each line the name of a hyperparameter and the list of its values.
 
-    `defaults` are instances of settings dataclasses: their numbers are what a grid may vary, their
-    `option` limits hold, and so do their types (YAML reads 1e-4 as text). Returns every
+    `defaults` are instances of settings dataclasses: their numeric fields are what a grid may
+    vary, with the types and `option` limits of the fields (YAML reads 1e-4 as text). Returns every
     combination, the last name's values changing fastest. Raises `UserError`.
     """
-    kinds = {name: kind for one in defaults for name, kind in _numbers_of(type(one)).items()}
+    types = {name: number for each in defaults for name, number in _numbers_of(type(each)).items()}
     content = _read_grid(path)
-    unknown = [str(name) for name in content if name not in kinds]
+    unknown = [str(name) for name in content if name not in types]
     if unknown:
-        raise UserError(f"{path}: {', '.join(unknown)}: unknown; there are {', '.join(kinds)}")
+        raise UserError(f"{path}: {', '.join(unknown)}: unknown; known are {', '.join(types)}")
+    check_size(path, content)
     values = {
-        name: dict.fromkeys(_typed(path, name, one, kinds[name]) for one in given)
-        for name, given in content.items()
+        name: dict.fromkeys(_typed(path, name, value, types[name]) for value in listed)
+        for name, listed in content.items()
     }
-    sets = [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
-    for theta in sets:
-        _check(path, defaults, theta)
-    return list(sets)
+    space: list[Hyperparameters] = [*combinations(values)]
+    for hparams in space:
+        _check(path, defaults, hparams)
+    return space
 
 
 def _numbers_of(settings_class: type) -> dict[str, type]:
-    """Return the fields of a settings class that are numbers, and which kind of number."""
+    """Return the numeric fields of a settings class, each int or float."""
     hints = typing.get_type_hints(settings_class).items()
-    found = {name: {hint, *typing.get_args(hint)} for name, hint in hints}
-    return {name: int if int in kinds else float for name, kinds in found.items()
-            if kinds & {int, float}}  # fmt: skip
+    types = {name: {hint, *typing.get_args(hint)} for name, hint in hints}
+    return {
+        name: int if int in found else float
+        for name, found in types.items()
+        if found & {int, float}
+    }
 
 
 def _read_grid(path: str) -> dict[str, list[Any]]:
     content = read_yaml(path)
     lists = isinstance(content, dict) and all(isinstance(v, list) and v for v in content.values())
-    if not lists:
+    if not lists or not content:
         raise UserError(f"{path}: must be lines of a name and a list, such as lr: [1e-4, 1e-5]")
     return content
 
 
-def _typed(path: str, name: str, value: Any, kind: type) -> Any:
+def _typed(path: str, name: str, value: Any, expected: type) -> Any:
+    """Return a value of a grid as int or float; integers are never rounded."""
     try:
+        if expected is int and isinstance(value, (int, str)) and not isinstance(value, bool):
+            return int(value)
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number) or number != kind(number):
-        raise UserError(f"{path}: {name}: {value!r} is no {kind.__name__}")
-    return kind(number)
+    exact = math.isfinite(number) and number == expected(number)
+    if expected is int and abs(number) >= EXACT_INTEGERS:
+        exact = False
+    if isinstance(value, bool) or not exact:
+        raise UserError(f"{path}: {name}: {quoted(value)} is no {expected.__name__}")
+    return expected(number)
 
 
-def _check(path: str, defaults: Sequence[Any], theta: Hyperparameters) -> None:
-    for one in with_values(defaults, theta):
+def _check(path: str, defaults: Sequence[Any], hparams: Hyperparameters) -> None:
+    for settings in with_values(defaults, hparams):
         try:
-            check_limits(one)
+            check_limits(settings)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
 
-def with_values(settings: Sequence[Any], theta: Hyperparameters) -> list[Any]:
-    """Return settings dataclasses with the values of a set in place of their own."""
+def with_values(settings: Sequence[Any], hparams: Hyperparameters) -> list[Any]:
+    """Return settings dataclasses with the values of `hparams` in place of their own."""
     chosen = []
-    for one in settings:
-        names = {field.name for field in dataclasses.fields(one)}.intersection(theta)
-        chosen.append(dataclasses.replace(one, **{name: theta[name] for name in names}))
+    for each in settings:
+        names = {field.name for field in dataclasses.fields(each)}.intersection(hparams)
+        chosen.append(dataclasses.replace(each, **{name: hparams[name] for name in names}))
     return chosen

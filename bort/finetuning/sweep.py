@@ -1,58 +1,75 @@
-"""A sweep: one fine-tuning run for each set of a search space, several at a time, and their table.
+"""A sweep: one fine-tuning run for each combination of a grid, several at a time, and their table.
 
     <output_dir>/<task>-sweep/sweep.json                     the flags that all runs share
                               lr=0.0001,seed=0/run.log       what a run printed
                               lr=0.0001,seed=0/<task>/       its results, as of any run
                               sweep.tsv, sweep.md            the table
 
-Only the best run keeps its weights: others' would fill a disk.
+Only the best run keeps its weights: those of all would fill a disk.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, NoReturn, Optional, Sequence
 
 import numpy as np
 
+from bort import jobs
 from bort.config import as_dict, command_of, option, required
 from bort.errors import UserError
-from bort.files import read_json, write_json
+from bort.files import atomic_write, lock_folder, read_json_as, write_json
 from bort.finetuning.config import FinetuningSettings
 from bort.finetuning.search_space import read_space, with_values
-from bort.mxnet_setup import usable_cores
+from bort.jobs import ProcessDiedError, Processes
+from bort.mxnet_setup import cpu_threads
+from bort.resume import changed_flags
+from bort.tables import markdown_table
 from bort.tokenization import TOKENIZER_FOLDER
 from bort.types import Hyperparameters
 from data.tasks import get_task
 
 PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
-POLL = 0.1  # seconds between looks at the running programs
+FREE = ("output_dir", "resume", "gpus", "log_interval", "cache_dir")  # may differ when resumed
+STOPPED = "interrupted; rerun the same command to resume the sweep"
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Which sets are tried, and how many at a time."""
+    """The grid, and how many runs at a time."""
 
-    grid: str = required("YAML file: flags that are numbers, each with the list of its values")
+    grid: str = required("YAML file: each line a numeric flag and the list of its values")
     jobs: int = option(
-        1, "runs at a time; each has its share of the cores, and of --gpus", minimum=1
+        1, "runs at a time; each has its share of the cores and of --gpus", minimum=1
     )
 
 
-class Trial(NamedTuple):
-    """A set, the settings of its run, and the run's folder, which has the task's folder in it."""
+@dataclass(frozen=True)
+class BestEpoch:
+    """What the sweep reads of the best epoch in metrics.json."""
 
-    theta: Hyperparameters
+    score: float
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """What the sweep reads of a run's metrics.json."""
+
+    best: BestEpoch
+    seconds: float
+
+
+class SweepRun(NamedTuple):
+    """A combination, the settings of its run, and the run's folder, above that of the task."""
+
+    hparams: Hyperparameters
     settings: FinetuningSettings
     folder: str
 
@@ -61,16 +78,16 @@ class Trial(NamedTuple):
         """Return the folder of the run's results."""
         return os.path.join(self.folder, get_task(self.settings.task.task_name).name)
 
-    def metrics(self) -> Optional[dict[str, Any]]:
-        """Return the content of metrics.json, None before the run has ended."""
+    def metrics(self) -> Optional[RunMetrics]:
+        """Return the content of metrics.json, None before the run has finished."""
         path = os.path.join(self.results, "metrics.json")
-        return read_json(path) if os.path.exists(path) else None
+        return read_json_as(path, RunMetrics) if os.path.exists(path) else None
 
 
-class Row(NamedTuple):
-    """A set without its seed, and what its runs with different seeds reached and took.
+class SweepRow(NamedTuple):
+    """A combination without its seed, with the scores and times of its runs.
 
-    scores: the task's figure on the dev sets, 0 to 1, one per run that has ended.
+    scores: the task's score on the dev sets, 0 to 1, one per finished run.
     """
 
     values: Hyperparameters
@@ -79,7 +96,7 @@ class Row(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds, NaN before any run has ended."""
+        """Mean over the seeds, NaN before any run has finished."""
         return float(np.mean(self.scores)) if self.scores else np.nan
 
     @property
@@ -88,151 +105,152 @@ class Row(NamedTuple):
         return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else np.nan
 
 
-def sweep(settings: SweepSettings, base: FinetuningSettings) -> list[Row]:
-    """Run every set that has not ended before; returns the table, best mean first.
+def sweep(settings: SweepSettings, base: FinetuningSettings) -> list[SweepRow]:
+    """Run every combination that has not finished before; returns the table, best mean first.
 
-    Runs that failed leave the others alone. Raises `UserError` for them at the end, and for a
-    folder that holds a sweep with other flags.
+    A failed run does not affect the others. Raises `UserError` for failed runs at the end, and for
+    a folder that contains a sweep with other flags or that another process writes.
     """
     folder = os.path.join(base.run.output_dir, f"{get_task(base.task.task_name).name}-sweep")
-    trials = trials_of(settings, base, folder)
-    claim(folder, base, trials[0].theta)
-    pending = [trial for trial in trials if trial.metrics() is None]
-    print(f"{folder}: {len(trials)} runs, {len(trials) - len(pending)} of them ended before")
-    run_all(pending, settings.jobs, trials)
-    rows = table(trials)
-    write_table(folder, rows)
+    runs = runs_of(settings, base, folder)
+    with lock_folder(folder, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
+        claim(folder, base, runs[0].hparams)
+        keep_best_weights(runs)  # a kill may have come before
+        pending = [run for run in runs if run.metrics() is None]
+        print(f"{folder}: {len(runs)} runs, {len(runs) - len(pending)} already finished")
+        run_all(pending, settings.jobs, runs)
+        rows = table(runs)
+        write_table(folder, rows)
     print(as_markdown(rows), end="")
-    failed = [trial.folder for trial in trials if trial.metrics() is None]
+    failed = [run.folder for run in runs if run.metrics() is None]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(trials)} runs failed, {failed[0]} first: see its run.log; the "
-            "same command tries them again"
+            f"{len(failed)} of {len(runs)} runs failed, {failed[0]} first: see its run.log; rerun "
+            "the same command to retry them"
         )
     return rows
 
 
-def trials_of(settings: SweepSettings, base: FinetuningSettings, folder: str) -> list[Trial]:
-    """Return one trial for each set of the grid. Raises `UserError` for a grid that is none."""
+def runs_of(settings: SweepSettings, base: FinetuningSettings, folder: str) -> list[SweepRun]:
+    """Return one run for each combination. Raises `UserError` for an invalid grid."""
     base.check()
     if base.run.only_inference:
         raise UserError("--only_inference: a sweep trains")
-    trials = []
-    for theta in read_space(settings.grid, base.classifier, base.optimizer, base.run):
-        own = os.path.join(folder, ",".join(f"{name}={value:g}" for name, value in theta.items()))
-        chosen = with_values(base, {**theta, "output_dir": own, "resume": True})
-        trials.append(Trial(theta, FinetuningSettings(*chosen), own))
-    return trials
+    space = read_space(settings.grid, base.classifier, base.optimizer, base.run)
+    names = _run_names(space, folder)
+    if len(set(names)) < len(space):
+        raise RuntimeError(f"two combinations of {settings.grid} have one name")
+    runs = []
+    for hparams, name in zip(space, names):
+        own = os.path.join(folder, name)
+        chosen = with_values(base, {**hparams, "output_dir": own, "resume": True})
+        runs.append(SweepRun(hparams, FinetuningSettings(*chosen), own))
+    return runs
 
 
-def claim(folder: str, base: FinetuningSettings, theta: Hyperparameters) -> None:
-    """Note the flags that all runs share, or raise `UserError` when others have been noted."""
-    free = {*theta, "resume", "gpus", "log_interval", "cache_dir"}
+def _run_names(space: Sequence[Hyperparameters], folder: str) -> list[str]:
+    """Return the names of the runs' folders, each the exact values of its combination.
+
+    Earlier versions shortened numbers to six digits. Such a folder is used where its config.json
+    has the values of the combination.
+    """
+    names = []
+    for hparams in space:
+        name = ",".join(f"{key}={spelled(value)}" for key, value in hparams.items())
+        short = ",".join(f"{key}={value:g}" for key, value in hparams.items())
+        if name != short and not os.path.exists(os.path.join(folder, name)):
+            configs = Path(folder, short).glob("*/config.json")
+            if any(_is_run_of(str(path), hparams) for path in configs):
+                name = short
+        names.append(name)
+    return names
+
+
+def _is_run_of(config: str, hparams: Hyperparameters) -> bool:
+    """Tell whether a run's config.json, flags by concern, has the values of a combination."""
+    flags: dict[str, Any] = {}
+    for group in read_json_as(config, dict[str, dict[str, Any]]).values():
+        flags.update(group)
+    return all(flags.get(key) == value for key, value in hparams.items())
+
+
+def spelled(value: float) -> str:
+    """Return the shortest text that reads back as the number, such as 0.0001 or 20201023."""
+    if isinstance(value, int):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> None:
+    """Record the flags that all runs share; raises `UserError` when others are recorded."""
+    free = {*hparams, *FREE}
+    path = os.path.join(folder, "sweep.json")
+    if os.path.exists(path):
+        recorded = read_json_as(path, dict[str, Any])
+        changed = changed_flags(recorded, base, free)
+        if changed:
+            raise UserError(
+                f"{folder}: contains a sweep with another {', '.join(changed)}; give another "
+                "--output_dir"
+            )
     shared = {
         name: value
         for group in as_dict(*base).values()
         for name, value in group.items()
-        if name not in free
+        if name not in {*free} - {"output_dir"}
     }
-    path = os.path.join(folder, "sweep.json")
-    if os.path.exists(path):
-        before = read_json(path)
-        changed = [name for name in {**before, **shared} if before.get(name) != shared.get(name)]
-        if changed:
-            raise UserError(
-                f"{folder}: holds a sweep with another {', '.join(f'--{one}' for one in changed)}; "
-                "another --output_dir starts anew"
-            )
-    os.makedirs(folder, exist_ok=True)
     write_json(path, shared)
 
 
-def run_all(pending: Sequence[Trial], jobs: int, trials: Sequence[Trial]) -> None:
-    """Run those of the trials that are pending, at most `jobs` at a time.
+def run_all(pending: Sequence[SweepRun], count: int, runs: Sequence[SweepRun]) -> None:
+    """Run those of the runs that are pending, at most `count` at a time.
 
-    When interrupted, the runs save and end first.
+    When interrupted, the runs save a checkpoint and end first.
     """
-    waiting = list(reversed(pending))
-    running: dict[int, tuple[Trial, subprocess.Popen]] = {}
-    with _exit_on_sigterm(), _ended(running):
-        while waiting or running:
-            for slot in range(jobs):
-                if slot not in running and waiting:
-                    trial = waiting.pop()
-                    running[slot] = trial, start(trial, slot, jobs)
-            time.sleep(POLL)
-            for slot, (trial, process) in list(running.items()):
-                if process.poll() is not None:
-                    del running[slot]
-                    left = len(waiting) + len(running)
-                    print(
-                        f"{os.path.basename(trial.folder)}: {outcome(trial)}, {left} to go",
-                        flush=True,
-                    )
-                    keep_best_weights(trials)
+    threads = cpu_threads() if "OMP_NUM_THREADS" in os.environ else None
+    left = len(pending)
+    with Processes(count, threads, patience=math.inf) as executor:
+        function = partial(execute, str(PROGRAM))
+        for run in executor.as_completed(function, pending, on_error=_ended):
+            left -= 1
+            name = os.path.basename(run.folder)
+            print(f"{name}: {outcome(run)}, {left} remaining", flush=True)
+            keep_best_weights(runs)
 
 
-def start(trial: Trial, slot: int, jobs: int) -> subprocess.Popen:
-    """Start the program of a trial, with the share of cores and GPUs that `slot` of `jobs` has."""
-    settings = trial.settings
-    if settings.run.gpus:
-        gpus = settings.run.gpus.split(",")
-        own = ",".join(gpus[slot::jobs]) or gpus[slot % len(gpus)]
-        settings = FinetuningSettings(*with_values(settings, {"gpus": own}))
-    words = shlex.split(command_of(PROGRAM.name, *settings))
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // jobs))
-    os.makedirs(trial.folder, exist_ok=True)
-    with open(os.path.join(trial.folder, "run.log"), "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(PROGRAM), *words[2:]],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
+def execute(program: str, run: SweepRun) -> NoReturn:
+    """Become the program of a run, in a process of a job; the GPUs are those of its slot."""
+    gpus = jobs.share_of_gpus(run.settings.run.gpus, *jobs.slot())
+    settings = FinetuningSettings(*with_values(run.settings, {"gpus": gpus}))
+    _, _, *flags = shlex.split(command_of(program, *settings))
+    os.makedirs(run.folder, exist_ok=True)
+    jobs.become_program([program, *flags], os.path.join(run.folder, "run.log"))
 
 
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    def leave(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _ended(run: SweepRun, error: BaseException) -> SweepRun:
+    """Take a run whose program has ended, with any exit status."""
+    if not isinstance(error, ProcessDiedError):
+        raise error
+    return run
 
 
-@contextlib.contextmanager
-def _ended(running: dict[int, tuple[Trial, subprocess.Popen]]) -> Iterator[None]:
-    """Let the programs that still run save what they have and end."""
-    try:
-        yield
-    finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-
-
-def outcome(trial: Trial) -> str:
-    """Return what a run came to, in words: its score, or the last line that it printed."""
-    metrics = trial.metrics()
+def outcome(run: SweepRun) -> str:
+    """Return the score of a run, or the last line that a failed one printed."""
+    metrics = run.metrics()
     if metrics is not None:
-        return f"{metrics['best']['score']:.4f} in {metrics['seconds']:g} s"
-    with open(os.path.join(trial.folder, "run.log"), encoding="utf-8", errors="replace") as log:
-        lines = log.read().split("\n")
-    return f"failed ({next((line for line in reversed(lines) if line), 'without a word')})"
+        return f"{metrics.best.score:.4f} in {metrics.seconds:g} s"
+    with open(os.path.join(run.folder, "run.log"), encoding="utf-8", errors="replace") as log:
+        lines = [line for line in log.read().split("\n") if line]
+    return f"failed ({lines[-1] if lines else 'no output'})"
 
 
-def keep_best_weights(trials: Sequence[Trial]) -> None:
-    """Delete the weights of all ended runs but the one with the best score, the first of equals."""
-    ended = [(Path(trial.results), trial.metrics()) for trial in trials]
+def keep_best_weights(runs: Sequence[SweepRun]) -> None:
+    """Delete the weights of all finished runs but the best, the first of equals."""
     scores = {
-        folder: metrics["best"]["score"]
-        for folder, metrics in ended
-        if metrics is not None and (folder / "best.params").exists()
+        Path(run.results): metrics.best.score
+        for run in runs
+        if (metrics := run.metrics()) and (Path(run.results) / "best.params").exists()
     }
     best = max(scores, key=scores.__getitem__, default=None)
     for folder in scores:
@@ -242,51 +260,47 @@ def keep_best_weights(trials: Sequence[Trial]) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-# ---- the table ----------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
-def table(trials: Sequence[Trial]) -> list[Row]:
-    """Return one row per set, runs that differ in the seed alone together, best mean first."""
-    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for trial in trials:
-        values = tuple((name, value) for name, value in trial.theta.items() if name != "seed")
-        metrics = trial.metrics()
+def table(runs: Sequence[SweepRun]) -> list[SweepRow]:
+    """Return one row per combination without its seed, best mean first."""
+    groups: dict[tuple, list[RunMetrics]] = defaultdict(list)
+    for run in runs:
+        values = tuple((name, value) for name, value in run.hparams.items() if name != "seed")
+        metrics = run.metrics()
         groups[values] += [] if metrics is None else [metrics]
     rows = [
-        Row(
+        SweepRow(
             dict(values),
-            [one["best"]["score"] for one in ended],
-            float(sum(one["seconds"] for one in ended)),
+            [metrics.best.score for metrics in finished],
+            float(sum(metrics.seconds for metrics in finished)),
         )
-        for values, ended in groups.items()
+        for values, finished in groups.items()
     ]
     return sorted(rows, key=lambda row: -row.mean if row.scores else np.inf)
 
 
-def _cells(rows: Sequence[Row]) -> list[list[str]]:
+def _cells(rows: Sequence[SweepRow]) -> tuple[list[str], list[list[str]]]:
     header = [*rows[0].values, "runs", "mean", "spread", "best", "seconds"]
     lines = []
     for row in rows:
-        figures = (row.mean, row.spread, max(row.scores, default=np.nan))
-        shown = ["-" if np.isnan(one) else f"{one:.4f}" for one in figures]
-        values = [f"{value:g}" for value in row.values.values()]
+        statistics = (row.mean, row.spread, max(row.scores, default=np.nan))
+        shown = ["-" if np.isnan(value) else f"{value:.4f}" for value in statistics]
+        values = [spelled(value) for value in row.values.values()]
         lines.append([*values, str(len(row.scores)), *shown, f"{row.seconds:.0f}"])
-    return [header, *lines]
+    return header, lines
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
+def as_markdown(rows: Sequence[SweepRow]) -> str:
     """Return the table in Markdown."""
-    header, *lines = _cells(rows)
-    return "".join(
-        f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines)
-    )
+    return markdown_table(*_cells(rows))
 
 
-def write_table(folder: str, rows: Sequence[Row]) -> None:
+def write_table(folder: str, rows: Sequence[SweepRow]) -> None:
     """Write sweep.tsv and sweep.md."""
-    tabs = "".join("\t".join(cells) + "\n" for cells in _cells(rows))
+    header, lines = _cells(rows)
+    tabs = "".join("\t".join(cells) + "\n" for cells in (header, *lines))
     for name, text in (("sweep.tsv", tabs), ("sweep.md", as_markdown(rows))):
-        path = os.path.join(folder, name)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as handle:
+        with atomic_write(os.path.join(folder, name)) as handle:
             handle.write(text)
-        os.replace(f"{path}.tmp", path)

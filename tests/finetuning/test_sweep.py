@@ -24,6 +24,7 @@ from bort.finetuning.config import (
 from bort.finetuning.search_space import read_space
 from scripts import sweep
 from tests.finetuning.helpers import arguments, write_reviews
+from tests.test_jobs import gone
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "scripts/agora_spaces/published.yaml"
@@ -41,7 +42,7 @@ lr, seed = float(flags["--lr"]), int(flags.get("--seed", 0))
 def note(word):
     with open(os.path.join(here, "calls"), "a") as calls:
         call = {"what": word, "lr": lr, "seed": seed, "resume": flags["--resume"],
-                "gpus": flags.get("--gpus"), "threads": os.environ["OMP_NUM_THREADS"]}
+                "pid": os.getpid(), "gpus": flags.get("--gpus"), "threads": os.environ["OMP_NUM_THREADS"]}
         calls.write(json.dumps(call) + "\\n")
 def stop(*_):
     note("stopped")
@@ -90,7 +91,6 @@ class Sweep:
 def tried(tmp_path, monkeypatch) -> Sweep:
     made = Sweep(tmp_path)
     monkeypatch.setattr(module, "PROGRAM", made.program)
-    monkeypatch.setattr(module, "POLL", 0.01)
     return made
 
 
@@ -125,7 +125,7 @@ def test_ended_runs_are_skipped(tried, capsys):
     capsys.readouterr()
     rows = sweep.main(tried.flags(seed=[0, 1], lr=[0.01, 0.03]))
     assert [len(row.scores) for row in rows] == [2, 2]
-    assert "4 runs, 1 of them ended before" in capsys.readouterr().out
+    assert "4 runs, 1 already finished" in capsys.readouterr().out
     started = tried.calls("start")
     assert len(started) == 4
     assert all(call["resume"] for call in started)
@@ -148,7 +148,8 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tried, capsys):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_jobs_share_cores_and_gpus(tried, jobs, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(module, "usable_cores", lambda: 6)
+    monkeypatch.setattr("bort.jobs.usable_cores", lambda: 6)
+    monkeypatch.setattr("bort.jobs.cpu_threads", lambda: 6)
     monkeypatch.setenv("WAIT", "0.2")
     flags = ("--jobs", str(jobs), "--gpus", "4,5,6")
     sweep.main(tried.flags(*flags, seed=[0, 1, 2], lr=[0.01]))
@@ -189,11 +190,109 @@ def test_an_interrupted_sweep_lets_its_runs_save(tried):
     assert len(tried.calls("stopped")) == 2
 
 
+def start_in_background(tried, *flags):
+    code = (
+        "import sys; from pathlib import Path; from bort.finetuning import sweep as module\n"
+        f"module.PROGRAM = Path({str(tried.program)!r})\n"
+        "from scripts import sweep; sweep.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *tried.flags(*flags, seed=[0, 1, 2], lr=[0.01])]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "WAIT": "60"})
+    for _ in range(600):
+        time.sleep(0.05)
+        if (tried.folder / "calls").exists():
+            return process
+    process.kill()
+    raise AssertionError("no run was started")
+
+
+def test_a_killed_sweep_takes_its_runs_along(tried):
+    process = start_in_background(tried)
+    process.kill()
+    process.wait()
+    (call,) = tried.calls("start")
+    assert gone(call["pid"])
+    assert tried.calls("stopped") == []
+
+
+def test_a_second_sweep_in_a_folder_is_refused(tried, capsys):
+    process = start_in_background(tried)
+    with pytest.raises(SystemExit):
+        sweep.main(tried.flags(seed=[0], lr=[0.01]))
+    assert f"process {process.pid} on " in capsys.readouterr().err
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert len(tried.calls("start")) == 1
+
+
+def test_values_that_share_six_digits_are_different_runs(tried):
+    big = [20201023, 20201024, 9007199254740993, 9007199254740992]
+    (row,) = sweep.main(tried.flags(seed=big, lr=[0.01]))
+    assert len(row.scores) == 4
+    assert sorted(call["seed"] for call in tried.calls("start")) == sorted(big)
+    names = {path.name for path in tried.results.iterdir() if path.is_dir()}
+    assert names == {f"seed={seed},lr=0.01" for seed in big}
+    rows = sweep.main(tried.flags(seed=[0], lr=[0.1234567, 0.1234568]))
+    assert [row.values["lr"] for row in rows] == [0.1234568, 0.1234567]
+
+
+@pytest.mark.parametrize("value", [0, 7, 20201023, 2**63, 1e-4, 9e-6, 0.1, 1 / 3, 1e22, 0.1234567])
+def test_names_read_back_as_the_value(value):
+    assert type(value)(module.spelled(value)) == value
+
+
+def test_a_run_under_its_shortened_name_is_resumed(tried, capsys):
+    """Earlier versions named the folder of seed 1234567 `seed=1.23457e+06`."""
+    sweep.main(tried.flags(seed=[1234567], lr=[0.01]))
+    short = tried.results / "seed=1.23457e+06,lr=0.01"
+    (tried.results / "seed=1234567,lr=0.01").rename(short)
+    config = {"FinetuningRunSettings": {"seed": 1234567}, "Optimizer": {"lr": 0.01}}
+    (short / "SST-2" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    sweep.main(tried.flags(seed=[1234567, 1234568], lr=[0.01]))
+    assert "2 runs, 1 already finished" in capsys.readouterr().out
+    assert [call["seed"] for call in tried.calls("start")] == [1234567, 1234568]
+
+
+def test_weights_that_a_kill_left_are_deleted_at_the_next_call(tried):
+    flags = tried.flags(seed=[0, 1], lr=[0.01])
+    sweep.main(flags)
+    assert tried.weights() == ["seed=1,lr=0.01"]
+    (tried.results / "seed=0,lr=0.01" / "SST-2" / "best.params").touch()
+    sweep.main(flags)
+    assert tried.weights() == ["seed=1,lr=0.01"]
+
+
+def test_other_spellings_of_the_paths_resume_the_sweep(tried, monkeypatch, capsys):
+    (tried.folder / "data").mkdir()
+    monkeypatch.chdir(tried.folder)
+    fixed = ["--task", "SST", "--grid", "grid.yaml"]
+    tried.flags(seed=[0], lr=[0.01])
+
+    def call(output, data, cache, home=tried.folder):
+        capsys.readouterr()
+        argv = [*fixed, "--output_dir", output, "--data_dir", data, "--cache_dir", cache]
+        sweep.main(argv)
+        assert "1 runs, 1 already finished" in capsys.readouterr().out
+
+    sweep.main([*fixed, "--output_dir", "o", "--data_dir", "data"])
+    call("o/", "./data/", "elsewhere")
+    call(str(tried.folder / "o"), str(tried.folder / "data"), "cache")
+    os.rename("o", "moved")
+    call("moved", "data", "cache")
+    (tried.folder / "new").mkdir()
+    os.rename("data", "new/data")
+    call("moved", "new/data", "cache")
+    with pytest.raises(SystemExit):
+        call("moved", "new", "cache")
+    assert "another --data_dir" in capsys.readouterr().err
+
+
 def test_another_sweep_is_refused(tried, capsys):
     sweep.main(tried.flags("--epochs", "3", seed=[0], lr=[0.01]))
     with pytest.raises(SystemExit):
         sweep.main(tried.flags("--epochs", "4", seed=[0, 1], lr=[0.01]))
-    assert "holds a sweep with another --epochs" in capsys.readouterr().err
+    assert "contains a sweep with another --epochs" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         sweep.main(tried.flags("--epochs", "3", "--only_inference", "--model_parameters", "x",
                                seed=[0], lr=[0.01]))  # fmt: skip
@@ -214,7 +313,7 @@ def test_published_space():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("lr: [1e-4, 1e-3]\nlearning: [1]", "learning: unknown; there are dropout"),
+        ("lr: [1e-4, 1e-3]\nlearning: [1]", "learning: unknown; known are dropout"),
         ("task_name: [CB]", "task_name: unknown"),
         ("lr: 1e-4", "must be lines of a name and a list"),
         ("lr: []", "must be lines of a name and a list"),
@@ -225,6 +324,12 @@ def test_published_space():
         ("lr: [.nan]", "lr: nan is no float"),
         ("warmup_ratio: [0.5, 1.5]", "--warmup_ratio 1.5: must be at most 1.0"),
         ("lr: [1", "is not YAML"),
+        ("seed: [1]\nlr: [1]\nseed: [2]", "stands on line 1 and again on line 3"),
+        ("seed: [9007199254740993.5]", "is no int"),
+        (
+            "".join(f"{n}: {list(range(1, 60))}\n" for n in ("epochs", "seed", "batch_size")),
+            "205,379 combinations; at most 10,000 are allowed",
+        ),
         ("lr: ['\xe4']", "lr: 'ä' is no float"),
     ],
 )
