@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import secrets
 import shutil
@@ -25,6 +26,7 @@ Value = TypeVar("Value")
 LOCK_FILE = ".lock"
 MAX_YAML_BYTES = 1 << 20
 _COPY_BYTES = 1 << 20
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What a full disk, a quota or a failing one answers to a write.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -120,7 +122,7 @@ def _reason(error: OSError) -> str:
 # and cutting files. NotImplementedError, for an unknown compression, is a RuntimeError.
 NPZ_ERRORS = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
-    *(struct.error, zlib.error, zipfile.BadZipFile),
+    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
 )
 
 
@@ -227,6 +229,15 @@ def sha256_of(path: str) -> str:
         while piece := file.read(_COPY_BYTES):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def is_lfs_pointer(path: str) -> bool:
+    """Tell whether a file is a Git LFS pointer: a clone has those until `git lfs pull`."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
 
 
 def _content(path: str) -> bytes:

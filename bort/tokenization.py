@@ -227,7 +227,7 @@ class ByteLevelBPE(_Vocabulary):
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 [tokens]; a lone surrogate counts as U+FFFD."""
-        return self._ids.take(self._ranks(_utf8(text).decode()))
+        return self._ids.take(self._ranks(utf8_bytes(text).decode()))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
@@ -239,7 +239,7 @@ class ByteLevelBPE(_Vocabulary):
         A token of several spaces, where a sentence is empty or begins with a space, goes whole to
         the later sentence.
         """
-        content = [_utf8(sentence) for sentence in sentences]
+        content = [utf8_bytes(sentence) for sentence in sentences]
         ranks = self._ranks(b" ".join(content).decode())
         sentence_ends = np.cumsum([len(one) + 1 for one in content])[:-1] - 1
         token_ends = self._sizes.take(ranks).cumsum()
@@ -312,7 +312,7 @@ class SentencePiece(_Vocabulary):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
         # One thread: the parallelism is in the caller's processes.
-        encoded = self._processor.encode([_utf8(text) for text in texts], num_threads=1)
+        encoded = self._processor.encode([utf8_bytes(text) for text in texts], num_threads=1)
         return [np.array(ids, np.int32) for ids in encoded]
 
     def encode_sentences(self, sentences: Sequence[str]) -> list[np.ndarray]:
@@ -326,7 +326,7 @@ class SentencePiece(_Vocabulary):
         if self._continuing is None:
             self._continuing = type(self._processor)()
             self._continuing.LoadFromSerializedProto(self._model + _NO_DUMMY_PREFIX)
-        return np.array(self._continuing.encode(_utf8(text)), np.int32)
+        return np.array(self._continuing.encode(utf8_bytes(text)), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text, with ⁇ for `<unk>`; other special tokens leave nothing in it."""
@@ -337,7 +337,8 @@ class SentencePiece(_Vocabulary):
         _write_files(folder, {_SAVED_FILES[0]: self._model})
 
 
-def _utf8(text: str) -> bytes:
+def utf8_bytes(text: str) -> bytes:
+    """Return a text as UTF-8; a lone surrogate becomes U+FFFD."""
     try:
         return text.encode()
     except UnicodeEncodeError:

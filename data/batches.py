@@ -1,55 +1,66 @@
-"""Batches of pretraining sequences: buckets, padding, and an order that can be resumed anywhere.
+"""Batches of pretraining sequences: length buckets, padding, and an order that can be resumed.
 
-The order is a stream of micro-batches without end, numbered from 0. Which sequences micro-batch k
-holds is a pure function of (seed, k): neither the number of ranks nor where a run was interrupted
-enters. Rank r of W takes micro-batches r, r + W, ...; each epoch uses every sequence once.
+The sampler numbers the micro-batches of an endless stream from 0. The contents of micro-batch k
+are a pure function of (seed, k): they depend neither on the number of ranks nor on interruptions.
+Rank r of W ranks takes micro-batches r, r + W, ...; each epoch uses every sequence once.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Callable, Generator, Iterable, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Generator, Iterable, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
 
-from data.shards import Shard, ShardSet
+from bort.config import build
+from bort.errors import UserError
+from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
+from data.masking import DynamicMasking, MaskingSettings, MaskingTable
+from data.shards import MaskedSequence, ShardSet
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-# The version of the order: a run cannot go on in another one.
+# The version of the order of the data: a run cannot be resumed with another one.
 SAMPLER_VERSION = 2
-# Batches of a bucket among which its shuffled sequences are sorted by length, at most half of the
-# bucket's: more would pad a little less (SST-2: 1.02 tokens for each real one, with 100 batches
-# 1.002), and would let the same sequences meet in every epoch.
-POOL = 8
+# A bucket is shuffled, then sorted by length within windows of this many batches, at most half of
+# the bucket. A larger window would pad a little less (SST-2: 1.02 tokens per real token, with 100
+# batches 1.002), but the same sequences would meet in every epoch.
+SHUFFLE_WINDOW = 8
+# Sequences that are processed at once, which bounds memory.
+_AT_ONCE = 1 << 16
 
 
 class Batch(NamedTuple):
     """One padded micro-batch."""
 
-    input_ids: np.ndarray  # [batch, length] int32; the last columns of short rows are padding
+    input_ids: np.ndarray  # [batch, length] int32; short rows end with padding
     valid_length: np.ndarray  # [batch] int32
     masked_positions: np.ndarray  # [n] int32, into the flattened [batch * length] grid
-    labels: np.ndarray  # [n] int32, the true tokens there
-    teacher_hidden: Optional[np.ndarray] = None  # [n, hidden], what a teacher's cache holds there
+    labels: np.ndarray  # [n] int32, the original tokens there
+    teacher_hidden: Optional[np.ndarray] = None  # [n, hidden], from a teacher cache
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens that are not padding."""
+        """Return the number of tokens without padding."""
         return int(self.valid_length.sum())
 
 
 class BucketSampler:
     """Decides which sequences form which micro-batch.
 
-    Sequences of similar length share a bucket, and are sorted by length within it, so that a batch
-    needs little padding to its longest one. Args:
+    Sequences of similar length share a bucket and are sorted by length within it, so that a batch
+    needs little padding. An epoch takes 4 bytes per sequence and 4 per batch, the buckets 4 bytes
+    per sequence (twice that above 2^31 sequences).
+
+    Args:
         lengths: [sequences], in tokens.
         batch_size: sequences per micro-batch; with `use_avg_len` about that many tokens.
         num_buckets: buckets of equal width between the shortest and the longest sequence.
-        seed: of the shuffling; None sorts each whole bucket and shuffles nothing, for evaluation.
+        seed: for shuffling; None does not shuffle and sorts each whole bucket, for evaluation.
     """
 
     def __init__(
@@ -64,75 +75,141 @@ class BucketSampler:
         self._lengths = lengths
         edges = np.linspace(lengths.min() - 1, lengths.max(), num_buckets + 1)
         widths = np.unique(np.ceil(edges[1:]).astype(np.int64))
-        self.widths = widths[np.unique(np.searchsorted(widths, lengths))]  # those that are used
-        bucket_of = np.searchsorted(self.widths, lengths)
-        self._buckets = [np.flatnonzero(bucket_of == b) for b in range(len(self.widths))]
+        bucket_of = _buckets_of(lengths, widths)
+        used, counts = np.unique(bucket_of, return_counts=True)
+        self.widths = widths[used]  # of the buckets that have sequences
+        self._buckets = np.empty(len(lengths), np.int32 if len(lengths) < 1 << 31 else np.int64)
+        self._bounds = np.append(0, np.cumsum(counts))  # of each bucket in `_buckets`
+        for number, bucket in enumerate(used):
+            start, end = self._bounds[number : number + 2]
+            self._buckets[start:end] = np.flatnonzero(bucket_of == bucket)
         self._sizes = [
             max(1, round(batch_size / int(width))) if use_avg_len else batch_size
             for width in self.widths
         ]
-        counts = [-(-len(rows) // size) for rows, size in zip(self._buckets, self._sizes)]
-        self.batches_per_epoch = sum(counts)
-        self._epoch_in_memory: tuple[int, list[np.ndarray]] | None = None
+        batches = [-(-int(count) // size) for count, size in zip(counts, self._sizes)]
+        self._first_batches = np.append(0, np.cumsum(batches))  # of each bucket
+        self.batches_per_epoch = sum(batches)
+        self._held: _Epoch | None = None
 
-    def rows(self, position: int) -> np.ndarray:
-        """Return the sequence numbers [batch] of micro-batch `position` of the endless stream."""
-        epoch, place = divmod(position, self.batches_per_epoch)
-        # Read once: the thread that prefetches may be in another epoch than its caller.
-        held = self._epoch_in_memory
-        if held is None or held[0] != epoch:
-            held = self._epoch_in_memory = (epoch, self._epoch(epoch))
-        return held[1][place]
+    def __call__(self, position: int) -> np.ndarray:
+        """Return the sequence indices, int64 [batch], of micro-batch `position` of the stream."""
+        number, place = divmod(position, self.batches_per_epoch)
+        # Read once: another thread may be in another epoch.
+        epoch = self._held
+        if epoch is None or epoch.number != number:
+            epoch = self._held = None  # never hold two epochs
+            epoch = self._held = self._epoch(number)
+        batch = place if epoch.batches is None else int(epoch.batches[place])
+        bucket = int(np.searchsorted(self._first_batches, batch, side="right")) - 1
+        first, end = self._bounds[bucket : bucket + 2]
+        start = first + (batch - self._first_batches[bucket]) * self._sizes[bucket]
+        return epoch.sequences[start : min(start + self._sizes[bucket], end)].astype(np.int64)
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        if self._seed is None:
-            return [batch for b in range(len(self._buckets)) for batch in self._cut(b, None)]
-        generator = np.random.default_rng([self._seed, epoch])
-        batches = [batch for b in range(len(self._buckets)) for batch in self._cut(b, generator)]
-        return [batches[place] for place in generator.permutation(len(batches))]
+    def epoch_of(self, position: int) -> int:
+        """Return the epoch, from 0, of micro-batch `position`."""
+        return position // self.batches_per_epoch
 
-    def _cut(self, bucket: int, generator: np.random.Generator | None) -> list[np.ndarray]:
-        rows, size = self._buckets[bucket], self._sizes[bucket]
-        half = max(1, -(-len(rows) // size) // 2)
-        pool = len(rows) if generator is None else min(POOL, half) * size
-        rows = rows if generator is None else generator.permutation(rows)
-        pools = [rows[start : start + pool] for start in range(0, len(rows), pool)]
-        rows = np.concatenate([one[np.argsort(self._lengths[one], kind="stable")] for one in pools])
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def _epoch(self, number: int) -> _Epoch:
+        generator = None if self._seed is None else np.random.default_rng([self._seed, number])
+        sequences = self._buckets.copy()
+        for bucket, size in enumerate(self._sizes):
+            members = sequences[self._bounds[bucket] : self._bounds[bucket + 1]]  # a view
+            window = len(members)
+            if generator is not None:
+                generator.shuffle(members)
+                half = max(1, -(-len(members) // size) // 2)
+                window = min(SHUFFLE_WINDOW, half) * size
+            _sort_windows(members, self._lengths, window)
+        if generator is None:
+            return _Epoch(number, sequences, None)
+        batches = np.arange(self.batches_per_epoch, dtype=self._buckets.dtype)
+        generator.shuffle(batches)
+        return _Epoch(number, sequences, batches)
 
 
-def collate(shards: ShardSet | Shard, rows: np.ndarray, pad_id: int) -> Batch:
-    """Gather the sequences `rows` [batch] into one micro-batch, as wide as the longest of them."""
-    width = int(shards.lengths[rows].max())
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int32)
-    valid_length = np.empty(len(rows), dtype=np.int32)
-    positions, labels = [], []
-    for place, row in enumerate(rows):
-        ids, masked_positions, masked_ids = shards.sequence(int(row))
-        input_ids[place, : len(ids)] = ids
-        valid_length[place] = len(ids)
-        positions.append(masked_positions.astype(np.int32) + place * width)
-        labels.append(masked_ids.astype(np.int32))
+class _Epoch(NamedTuple):
+    """The order of one epoch in flat arrays."""
+
+    number: int
+    sequences: np.ndarray  # [sequences], bucket by bucket, a bucket's batches one after the other
+    batches: np.ndarray | None  # [batches]: the order of the batches; None: as they are
+
+
+def _buckets_of(lengths: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Return the bucket [sequences] of each sequence, in the smallest type that holds them."""
+    dtype = np.min_scalar_type(len(widths))
+    parts = [
+        np.searchsorted(widths, lengths[start : start + _AT_ONCE]).astype(dtype)
+        for start in range(0, len(lengths), _AT_ONCE)
+    ]
+    return np.concatenate(parts)
+
+
+def _sort_windows(sequences: np.ndarray, lengths: np.ndarray, window: int) -> None:
+    """Sort consecutive windows of sequence indices by length, stably and in place."""
+    whole = len(sequences) - len(sequences) % window
+    step = max(1, _AT_ONCE // window) * window
+    for start in range(0, whole, step):
+        windows = sequences[start : min(start + step, whole)].reshape(-1, window)  # a view
+        order = np.argsort(lengths[windows], axis=1, kind="stable")
+        windows[:] = np.take_along_axis(windows, order, axis=1)
+    rest = sequences[whole:]
+    rest[:] = rest[np.argsort(lengths[rest], kind="stable")]
+
+
+def pad(
+    rows: Sequence[np.ndarray], pad_id: int, width: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pad rows of token ids at the end to `width`, by default that of the longest row.
+
+    Returns ids [rows, width] and the lengths before padding [rows], both int32.
+    """
+    lengths = np.array([len(row) for row in rows], np.int32)
+    ids = np.full((len(rows), lengths.max() if width is None else width), pad_id, np.int32)
+    for padded, row in zip(ids, rows):
+        padded[: len(row)] = row
+    return ids, lengths
+
+
+def collate(sequences: Sequence[MaskedSequence], pad_id: int) -> Batch:
+    """Pad sequences (input_ids, masked_positions, masked_ids) to one micro-batch."""
+    input_ids, valid_length = pad([ids for ids, _, _ in sequences], pad_id)
+    width = input_ids.shape[1]
+    # Positions within a sequence -> positions in the flattened [batch * width] grid.
+    positions = [
+        positions.astype(np.int32) + row * width for row, (_, positions, _) in enumerate(sequences)
+    ]
+    labels = [masked_ids.astype(np.int32) for _, _, masked_ids in sequences]
     return Batch(input_ids, valid_length, np.concatenate(positions), np.concatenate(labels))
 
 
 class PretrainingLoader:
     """Makes micro-batches of a set of shards by their number in the endless stream.
 
-    `teacher_rows` are the rows of a teacher's cache, one array [masked positions, hidden] a shard.
+    Args:
+        shards: the sequences.
+        sampler: the order.
+        pad_id: the tokenizer's.
+        teacher_rows: of a teacher cache, one array [masked positions, hidden] per shard.
+        masking: draws the masks of each epoch; None uses those of the shards.
     """
 
     def __init__(
         self,
         shards: ShardSet,
-        order: BucketSampler,
+        sampler: BucketSampler,
         pad_id: int,
         teacher_rows: Optional[Sequence[np.ndarray]] = None,
+        masking: Optional[DynamicMasking] = None,
     ) -> None:
+        if teacher_rows is not None and masking is not None:
+            raise UserError("--dynamic_masking with --teacher_cache: it holds the shards' masks")
         self._shards = shards
-        self.sampler = order
+        self.sampler = sampler
         self._pad_id = pad_id
         self._teacher_rows = teacher_rows
+        self._masking = masking
 
     @property
     def batches_per_epoch(self) -> int:
@@ -140,28 +217,63 @@ class PretrainingLoader:
         return self.sampler.batches_per_epoch
 
     def __call__(self, position: int) -> Batch:
-        """Return micro-batch `position`."""
-        rows = self.sampler.rows(position)
-        batch = collate(self._shards, rows, self._pad_id)
+        """Return micro-batch `position`; raises `UserError` for ids that are out of range."""
+        indices = self.sampler(position)
+        sequences = [self._shards.sequence(int(index)) for index in indices]
+        if self._masking is not None:
+            epoch = self.sampler.epoch_of(position)
+            sequences = [
+                self._masking(*sequence, epoch, int(index))
+                for index, sequence in zip(indices, sequences)
+            ]
+        batch = collate(sequences, self._pad_id)
         if self._teacher_rows is None:
             return batch
-        hidden = [self._teacher_rows[shard][span] for shard, span in map(self._shards.masked, rows)]
+        spans = map(self._shards.masked, indices)
+        hidden = [self._teacher_rows[shard][span] for shard, span in spans]
         return batch._replace(teacher_hidden=np.concatenate(hidden))
+
+
+def open_dynamic_masking(folder: str, shards: ShardSet, seed: int) -> DynamicMasking:
+    """Return the dynamic masking for a folder of shards, with the settings they were made with.
+
+    Raises `UserError` when the folder does not hold the tokenizer of its shards.
+    """
+    path = os.path.join(folder, TOKENIZER_FOLDER)
+    tokenizer = load_tokenizer_folder(path)
+    if tokenizer is None or tokenizer.fingerprint != shards.manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"--dynamic_masking: {path} does not hold the tokenizer of the shards; copy it there, "
+            "or make the shards again"
+        )
+    settings = _masking_settings(folder, shards.manifest.arguments)
+    return DynamicMasking(settings, MaskingTable(tokenizer, settings.whole_word_mask), seed)
+
+
+def _masking_settings(folder: str, arguments: dict[str, Any]) -> MaskingSettings:
+    import msgspec
+
+    try:
+        # An argument of another type would fail later, in the middle of an epoch.
+        settings = msgspec.convert(arguments, MaskingSettings)
+    except msgspec.ValidationError as error:
+        raise UserError(f"--dynamic_masking: the manifest of {folder}: {error}") from None
+    return build(MaskingSettings, dataclasses.asdict(settings))
 
 
 def prefetch(
     make: Callable[[Item], Made], items: Iterable[Item], depth: int = 2
 ) -> Generator[Made, None, None]:
-    """Yield make(item) for each item in order, made up to `depth` ahead in a thread.
+    """Yield make(item) for each item in order, computed up to `depth` ahead in a thread.
 
     A thread, not a process: gathering rows from mapped memory is quick, and a fork after MXNet or
     Horovod has started its own threads can hang.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: deque[Future[Made]] = deque()
+        pending: deque[Future[Made]] = deque()
         for item in items:
-            waiting.append(pool.submit(make, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(make, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

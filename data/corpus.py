@@ -1,41 +1,57 @@
-"""Text files to documents: one sentence per line, a blank line between documents.
+"""Files of text to documents.
 
-Everything is read in pieces, so that memory grows neither with a file nor with a document.
+In plain text a document ends at a blank line and has one sentence per line; in JSON lines and
+parquet a row is a document. Everything is read in pieces: memory grows neither with a file nor with
+a document.
 """
 
 from __future__ import annotations
 
-import bz2
 import codecs
+import contextlib
 import glob
-import gzip
 import hashlib
 import itertools
-import lzma
 import os
 import re
-import zlib
+import shutil
+import stat
+import sys
+import tempfile
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator
 
 from bort.errors import UserError
+from bort.tokenization import utf8_bytes
+from data.text_formats import (
+    BYTE_ORDER_MARK,
+    READ_BYTES,
+    TEXT_FIELD,
+    TextSource,
+    is_json_lines,
+    is_parquet,
+    json_texts,
+    parquet_texts,
+    read_pieces,
+    suffixes,
+    text_pieces,
+)
 
-READ_BYTES = 1 << 20
 # A longer document counts as several: it is cut after the last line (else word) that fits.
 MAX_DOCUMENT_BYTES = 4 << 20
+STANDARD_INPUT = "-"
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANK_LINES = re.compile(rb"\n[ \t\r\f\v]*\n\s*")
-_OPEN: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_DAMAGED = "{path}: damaged, or not a {suffix} file ({error}); get it again"
+_VISIBLE_ASCII = re.compile(rb"[!-~]")
+_COMMA = re.compile(r"(?<!\\),")
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One input file: its path, and the SHA-256, the bytes and the documents of its text.
+    """What was found in one file: the SHA-256, the bytes and the documents of its text.
 
-    The hash is that of the text itself, before compression. `bytes` counts the documents alone,
-    without the blank lines between them.
+    The hash is that of the decompressed text or JSON lines; of a parquet file, that of its
+    documents. `bytes` counts the documents without the blank lines between them, and one line end.
     """
 
     path: str
@@ -44,124 +60,184 @@ class TextFile:
     documents: int
 
 
-def find_inputs(patterns: str) -> list[str]:
-    """Return the files that a comma-separated list of paths and globs names, each once.
+# ---- which files ---------------------------------------------------------------------------------
 
-    The order is that of the list, sorted within a glob. Raises `UserError` for a part of the list
-    that matches no file.
+
+def find_inputs(patterns: str) -> list[str]:
+    r"""Return the files that a comma-separated list of paths, globs and folders names, each once.
+
+    `**` in a glob matches any number of folders; a folder stands for all files in it and below it,
+    except hidden ones; `\,` is a comma in a name; `-` is standard input. The order is that of the
+    list, sorted within a glob or a folder.
+
+    Raises `UserError` for a part of the list that matches no file.
     """
     paths: dict[str, None] = {}
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        files = [path for path in matches if os.path.isfile(path)]
-        if not files:
-            cure = f"; give {pattern}/* for what is in it" if matches == [pattern] else ""
-            raise UserError(f"--input_file {pattern}: no such file{cure}")
-        paths.update(dict.fromkeys(files))
+    for pattern in (part.replace("\\,", ",").strip() for part in _COMMA.split(patterns)):
+        found = _files_of(pattern) if pattern else []
+        if pattern and not found:
+            reason = "the folder holds no files" if os.path.isdir(pattern) else "no such file"
+            cure = "; write \\, for a comma in a name" if os.path.exists(patterns) else ""
+            raise UserError(f"--input_file {pattern}: {reason}{cure}")
+        paths.update(dict.fromkeys(found))
     if not paths:
         raise UserError(f"--input_file {patterns!r}: names no file")
+    for path in paths:
+        _require_utf8_name(path)
     return list(paths)
 
 
-def survey(path: str, advance: Callable[[int], None] = lambda size: None) -> TextFile:
-    """Read a file once to know and check it; `advance` is told of the bytes of each piece.
+def _files_of(pattern: str) -> list[str]:
+    if pattern == STANDARD_INPUT:
+        return [pattern]
+    if os.path.isdir(pattern):
+        return _files_below(pattern)
+    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    return [path for path in matches if not os.path.isdir(path)]
 
-    Raises `UserError` when the file cannot be read, is damaged, is not UTF-8 (with line and byte)
-    or holds no text.
+
+def _files_below(folder: str) -> list[str]:
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if os.path.isfile(path))
+
+
+def _require_utf8_name(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--input_file {os.fsencode(path)!r}: the name is not UTF-8; rename the file"
+        ) from None
+
+
+@contextlib.contextmanager
+def open_sources(patterns: str, text_field: str = TEXT_FIELD) -> Iterator[list[TextSource]]:
+    """Give the files that `find_inputs` finds, as sources that can be read several times.
+
+    Standard input and FIFOs are copied to temporary files, which are removed at the end.
+
+    Raises `UserError` as `find_inputs` does, and when there is no space for a copy.
     """
-    digest, size, documents = hashlib.sha256(), 0, 0
+    with contextlib.ExitStack() as stack:
+        sources = []
+        for path in find_inputs(patterns):
+            if path == STANDARD_INPUT or not _is_regular(path):
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bort-text-"))
+                copy = os.path.join(folder, f"text{suffixes(path)}")
+                _copy_stream(path, copy)
+                sources.append(TextSource(copy, text_field, path))
+            else:
+                sources.append(TextSource(path, text_field))
+        yield sources
 
-    def observed() -> Iterator[bytes]:
-        for piece in read_pieces(path):
-            digest.update(piece)
-            advance(len(piece))
-            yield piece
 
-    for document in split_documents(observed()):
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _copy_stream(path: str, copy: str) -> None:
+    try:
+        with contextlib.ExitStack() as stack:
+            source: Any = sys.stdin.buffer
+            if path != STANDARD_INPUT:
+                source = stack.enter_context(open(path, "rb"))
+            shutil.copyfileobj(source, stack.enter_context(open(copy, "wb")), READ_BYTES)
+    except OSError as error:
+        raise UserError(
+            f"--input_file {path}: cannot be copied to {copy} ({error.strerror}); set TMPDIR to a "
+            "folder with more space, or write the text to a file first"
+        ) from None
+
+
+# ---- documents -----------------------------------------------------------------------------------
+
+
+def scan(source: TextSource, advance: Callable[[int], None] = lambda size: None) -> TextFile:
+    """Read a file once to check and measure it; `advance` is called with the bytes of each piece.
+
+    Raises `UserError` when the file cannot be read, is damaged, is not UTF-8 (with line and byte),
+    has a row without text (with its line) or holds no text at all.
+    """
+    digest, size, documents, has_text = hashlib.sha256(), 0, 0, False
+
+    def observe(piece: bytes) -> None:
+        digest.update(piece)
+        advance(len(piece))
+
+    for document in _documents(source, observe):
         try:
             document.decode()
+            has_text = has_text or _has_text(document)
         except UnicodeDecodeError:
-            raise UserError(_first_bad_byte(path)) from None
+            raise UserError(_first_bad_byte(source)) from None
         size += len(document)
         documents += 1
-    if not documents:
-        raise UserError(f"{path}: holds no text; take it out of --input_file")
-    return TextFile(path, digest.hexdigest(), size, documents)
+    if not has_text:
+        raise UserError(f"{source.shown}: holds no text; leave it out of --input_file")
+    return TextFile(source.shown, digest.hexdigest(), size + 1, documents)
 
 
-def read_documents(path: str) -> Iterator[bytes]:
-    """Yield the documents of a file as UTF-8: lines of text, with no blank line between them."""
-    return split_documents(read_pieces(path))
+def read_documents(source: TextSource) -> Iterator[bytes]:
+    """Yield the documents of a file as UTF-8: lines of text without blank lines between them."""
+    return _documents(source, lambda piece: None)
 
 
-def read_pieces(path: str) -> Iterator[bytes]:
-    """Yield the text of a plain, .gz, .bz2, .xz or .zst file in pieces of about a megabyte.
-
-    Raises `UserError` when the file cannot be read or its compressed data is damaged.
-    """
-    suffix = os.path.splitext(path)[1]
-    try:
-        with _OPEN.get(suffix, _open_plain)(path) as file:
-            yield from _unzstd(file) if suffix == ".zst" else _pieces_of(file, READ_BYTES)
-    except OSError as error:
-        if error.errno is not None:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        raise UserError(_DAMAGED.format(path=path, suffix=suffix, error=error)) from None
-    except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(_DAMAGED.format(path=path, suffix=suffix, error=error)) from None
-
-
-def _open_plain(path: str) -> Any:
-    return open(path, "rb")
+def _documents(source: TextSource, observe: Callable[[bytes], None]) -> Iterator[bytes]:
+    if is_parquet(source.path):
+        for document in map(_document_of_row, parquet_texts(source)):
+            observe(document + b"\n\n")
+            yield from _nonblank_parts(document)
+        return
+    pieces = _observed(text_pieces(source), observe)
+    first = next(pieces, b"")
+    pieces = itertools.chain([first], pieces)
+    if is_json_lines(source, first):
+        for document in map(_document_of_row, json_texts(pieces, source)):
+            yield from _nonblank_parts(document)
+    else:
+        yield from split_documents(pieces)
 
 
-def _pieces_of(file: Any, size: int) -> Iterator[bytes]:
-    while piece := file.read(size):
+def _observed(pieces: Iterable[bytes], observe: Callable[[bytes], None]) -> Iterator[bytes]:
+    for piece in pieces:
+        observe(piece)
         yield piece
 
 
-def _unzstd(file: Any) -> Iterator[bytes]:
-    """Yield what the frames of a .zst file hold.
-
-    Not by zstandard's own reader: it takes the end of a truncated file for the end of the text.
-    """
-    import zstandard
-
-    frame, ready = None, bytearray()
-    # Little at a time, because each byte may unfold to ten thousand.
-    for piece in _pieces_of(file, 512):
-        rest = piece
-        while rest:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                ready += frame.decompress(rest)
-            except zstandard.ZstdError as error:
-                raise EOFError(error) from None
-            rest = frame.unused_data
-            frame = None if frame.eof else frame
-        if len(ready) >= READ_BYTES:
-            yield bytes(ready)
-            ready.clear()
-    if frame:
-        raise EOFError("it ends in the middle")
-    if ready:
-        yield bytes(ready)
+def _has_text(document: bytes) -> bool:
+    """Tell whether a document has more than white space, that of Unicode included."""
+    return bool(_VISIBLE_ASCII.search(document)) or bool(document.decode().strip())
 
 
 def split_documents(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the documents of a text that comes in pieces; where those end changes nothing."""
+    """Yield the documents of a text in pieces; where the pieces end makes no difference."""
     pieces, rest = iter(pieces), b""
-    while len(rest) < len(_BYTE_ORDER_MARK) and (piece := next(pieces, b"")):
+    while len(rest) < len(BYTE_ORDER_MARK) and (piece := next(pieces, b"")):
         rest += piece
-    rest = rest.removeprefix(_BYTE_ORDER_MARK)
-    for piece in itertools.chain([b""], pieces):
+    rest = rest.removeprefix(BYTE_ORDER_MARK)
+    # The end of the text ends the last document as a blank line would.
+    for piece in itertools.chain([b""], pieces, [b"\n\n"]):
         *whole, rest = _BLANK_LINES.split((rest + piece).lstrip())
         *cut, rest = _cut(rest)
         for document in itertools.chain(*map(_cut, whole), cut):
             if document.strip():
                 yield document
-    if rest.strip():
-        yield rest
+
+
+def _document_of_row(text: str) -> bytes:
+    """Return a row's text as one document, in the form that `split_documents` gives."""
+    parts = _BLANK_LINES.split((utf8_bytes(text) + b"\n\n").lstrip())
+    return b"\n".join(part for part in parts if part.strip())
+
+
+def _nonblank_parts(document: bytes) -> Iterator[bytes]:
+    return (part for part in _cut(document) if part.strip())
 
 
 def _cut(document: bytes) -> Iterator[bytes]:
@@ -179,25 +255,26 @@ def _end_of_part(document: bytes) -> int:
         if end > 0:
             return end
     end = MAX_DOCUMENT_BYTES
-    while end > MAX_DOCUMENT_BYTES - 3 and document[end] & 0xC0 == 0x80:  # inside a character
+    while end > MAX_DOCUMENT_BYTES - 3 and document[end] & 0xC0 == 0x80:  # within a character
         end -= 1
     return end
 
 
-def _first_bad_byte(path: str) -> str:
+def _first_bad_byte(source: TextSource) -> str:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, line = 0, 1
-    for piece in itertools.chain(read_pieces(path), [b""]):
+    for piece in itertools.chain(read_pieces(source.path), [b""]):
         pending = len(decoder.getstate()[0])
         try:
             decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
             line += error.object.count(b"\n", 0, error.start)
             byte = offset - pending + error.start
+            bad = error.object[error.start]
             return (
-                f"{path}, line {line}: the byte 0x{error.object[error.start]:02x} at offset {byte} "
-                "is not UTF-8; convert the file, e.g. with iconv -f latin1 -t utf-8"
+                f"{source.shown}, line {line}: the byte 0x{bad:02x} at offset {byte} is not UTF-8; "
+                "convert the file, e.g. with iconv -f latin1 -t utf-8"
             )
         offset += len(piece)
         line += piece.count(b"\n")
-    raise AssertionError(f"{path} changed while it was read")
+    return f"{source.shown}: changed while it was read; run the same command again"

@@ -1,7 +1,7 @@
-"""Examples of a task to token ids, kept on disk by their content, and batches of them.
+"""Examples of a task to token ids, cached on disk by their content, and batches of them.
 
-One encoder input is `<s> A </s>`, with a second text `<s> A </s> B </s>`, and so on: the form that
-pretraining has, too. An example has one input, or one for each option of a multiple choice.
+One encoder input is `<s> A </s>`, with a second text `<s> A </s> B </s>`, and so on: the form of
+pretraining. An example has one input, or one for each choice of a multiple-choice task.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.files import NPZ_ERRORS
+from bort.files import NPZ_ERRORS, atomic_write
 from bort.tokenization import Tokenizer
-from data.batches import BucketSampler
+from data.batches import BucketSampler, pad
 from data.task import Example
 
 # Examples in one file of the cache: what one rank encodes at a time.
@@ -27,9 +27,9 @@ PART = 10_000
 class EncodedSet(NamedTuple):
     """Encoded examples.
 
-    ids: int32, those of all inputs one after another; input i is ids[offsets[i]:offsets[i + 1]].
+    ids: int32, those of all inputs concatenated; input i is ids[offsets[i]:offsets[i + 1]].
     offsets: int64 [examples * width + 1].
-    labels: float32 [examples], NaN where there is none.
+    labels: float32 [examples], NaN for an example without label.
     width: inputs of each example.
     """
 
@@ -41,27 +41,32 @@ class EncodedSet(NamedTuple):
     @property
     def lengths(self) -> np.ndarray:
         """Return the tokens of each example's longest input, int64 [examples]."""
+        # [examples * width] -> [examples, width] -> [examples]
         return np.diff(self.offsets).reshape(-1, self.width).max(axis=1)
+
+    def input(self, index: int) -> np.ndarray:
+        """Return the ids of one input, int32 [tokens]."""
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
 
 
 class ClassifierBatch(NamedTuple):
-    """One padded micro-batch of examples, the inputs of one example one after another."""
+    """One padded micro-batch of examples; the inputs of an example are consecutive rows."""
 
     input_ids: np.ndarray  # [examples * width, length] int32
     valid_length: np.ndarray  # [examples * width] int32
     labels: np.ndarray  # [examples] float32
-    rows: np.ndarray  # [examples] int64: which examples of the set
+    indices: np.ndarray  # [examples] int64, of the examples in the set
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens that are not padding."""
+        """Return the number of tokens without padding."""
         return int(self.valid_length.sum())
 
 
 class ClassifierLoader:
     """Makes micro-batches of an encoded set by their number in an endless stream.
 
-    seed None shuffles nothing, for evaluation.
+    seed: for shuffling; None does not shuffle, for evaluation.
     """
 
     def __init__(
@@ -78,13 +83,11 @@ class ClassifierLoader:
 
     def __call__(self, position: int) -> ClassifierBatch:
         """Return micro-batch `position`."""
-        encoded, rows = self.encoded, self.sampler.rows(position)
-        inputs = (rows[:, None] * encoded.width + np.arange(encoded.width)).reshape(-1)
-        lengths = np.diff(encoded.offsets)[inputs]
-        ids = np.full((len(inputs), lengths.max()), self._pad_id, np.int32)
-        for place, one in enumerate(inputs):
-            ids[place, : lengths[place]] = encoded.ids[encoded.offsets[one] :][: lengths[place]]
-        return ClassifierBatch(ids, lengths.astype(np.int32), encoded.labels[rows], rows)
+        encoded, indices = self.encoded, self.sampler(position)
+        # [examples] -> [examples, width] -> [examples * width]
+        inputs = (indices[:, None] * encoded.width + np.arange(encoded.width)).reshape(-1)
+        ids, lengths = pad([encoded.input(index) for index in inputs], self._pad_id)
+        return ClassifierBatch(ids, lengths, encoded.labels[indices], indices)
 
 
 def encode_inputs(
@@ -95,22 +98,21 @@ def encode_inputs(
     The longest texts of an input are cut first, to equal lengths.
     """
     inputs = list(inputs)
-    # A passage stands in many inputs: each text is encoded once.
-    texts = list(dict.fromkeys(text for one in inputs for text in one))
+    # Many inputs may share a passage: each text is encoded once.
+    texts = list(dict.fromkeys(text for parts in inputs for text in parts))
     ids = dict(zip(texts, tokenizer.encode_batch(texts)))
-    return [_joined(tokenizer, [ids[text] for text in one], max_len) for one in inputs]
+    return [_joined(tokenizer, [ids[text] for text in parts], max_len) for parts in inputs]
 
 
 def _joined(tokenizer: Tokenizer, parts: list[np.ndarray], max_len: int) -> np.ndarray:
-    room = max_len - 1 - len(parts)
-    if sum(map(len, parts)) > room:
+    max_text_tokens = max_len - 1 - len(parts)
+    if sum(map(len, parts)) > max_text_tokens:
         from gluonnlp.data.bert.glue import truncate_seqs_equal
 
-        parts = truncate_seqs_equal(parts, room)
+        parts = truncate_seqs_equal(parts, max_text_tokens)
     end = [tokenizer.eos_id]
-    return np.concatenate([[tokenizer.bos_id], *(p for part in parts for p in (part, end))]).astype(
-        np.int32
-    )
+    with_ends = (ids for part in parts for ids in (part, end))
+    return np.concatenate([[tokenizer.bos_id], *with_ends]).astype(np.int32)
 
 
 def encode_examples(
@@ -120,18 +122,24 @@ def encode_examples(
     cache_dir: Optional[str] = None,
     communicator: Optional[Communicator] = None,
 ) -> EncodedSet:
-    """Encode examples; those that `cache_dir` holds are read from there.
+    """Encode examples, or read them from `cache_dir`.
 
-    Every rank encodes its share of what is not there, and reads the others' (or encodes it too,
-    where ranks do not share a disk). Raises `UserError` for a `max_len` without room for text and
-    for examples of different numbers of inputs.
+    Every rank encodes its share of what the cache lacks and reads the rest, or encodes that too
+    where ranks share no disk. Files of the cache are named by their content and written
+    atomically: any number of runs may share it.
+
+    Raises `UserError` for a `max_len` that leaves no tokens for text, for examples with different
+    numbers of inputs, and when the cache cannot be written.
     """
     widths = {len(example.inputs) for example in examples}
     if len(widths) != 1:
-        raise UserError(f"examples have {sorted(widths)} inputs: they must all have as many")
-    most = max(len(one) for example in examples for one in example.inputs)
-    if max_len < 2 * most + 1:
-        raise UserError(f"--max_len {max_len}: no room for {most} texts; give more")
+        raise UserError(f"examples have {sorted(widths)} inputs: all must have the same number")
+    texts = max(len(parts) for example in examples for parts in example.inputs)
+    if max_len < 2 * texts + 1:
+        raise UserError(
+            f"--max_len {max_len}: leaves no tokens for {texts} texts; give at least "
+            f"{2 * texts + 1}"
+        )
     parts = [examples[start : start + PART] for start in range(0, len(examples), PART)]
     paths = [_cache_path(cache_dir, part, tokenizer, max_len) for part in parts]
     if communicator is not None and communicator.size > 1 and cache_dir:
@@ -164,26 +172,46 @@ def _cache_path(
 def _encoded_part(
     path: Optional[str], part: Sequence[Example], tokenizer: Tokenizer, max_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and the lengths of the inputs, from the cache where it has them."""
-    if path and os.path.exists(path):
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return arrays["ids"], arrays["lengths"]
-        except NPZ_ERRORS:
-            pass  # encoded again, and written again
-    rows = encode_inputs(tokenizer, (one for e in part for one in e.inputs), max_len)
+    """Return the ids [tokens] and the lengths [inputs] of a part, from the cache if it has them."""
+    inputs = [parts for example in part for parts in example.inputs]
+    cached = _read(path, len(inputs), max_len, tokenizer.vocab_size) if path else None
+    if cached is not None:
+        return cached
+    rows = encode_inputs(tokenizer, inputs, max_len)
     ids, lengths = np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
     if path:
         _write(path, ids, lengths)
     return ids, lengths
 
 
+def _read(
+    path: str, inputs: int, max_len: int, vocab_size: int
+) -> Optional[tuple[np.ndarray, np.ndarray]]:
+    """Return ids and lengths of a file of the cache; None where it is missing or damaged."""
+    try:
+        # An archive's members carry checksums, which are compared as they are read.
+        with np.load(path, allow_pickle=False) as arrays:
+            ids, lengths = arrays["ids"], arrays["lengths"]
+    except NPZ_ERRORS:  # the part is encoded again
+        return None
+    is_whole = (
+        (ids.dtype, ids.ndim) == (np.int32, 1)
+        and (lengths.dtype, lengths.shape) == (np.int64, (inputs,))
+        and (lengths >= 2).all()
+        and (lengths <= max_len).all()
+        and lengths.sum() == len(ids)
+        and (ids >= 0).all()
+        and (ids < vocab_size).all()
+    )
+    return (ids, lengths) if is_whole else None
+
+
 def _write(path: str, ids: np.ndarray, lengths: np.ndarray) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(temporary, "wb") as handle:
+        with atomic_write(path, "wb") as handle:
             np.savez(handle, ids=ids, lengths=lengths)
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"--cache_dir: {path} cannot be written ({error.strerror})") from None
+    except UserError as error:
+        raise UserError(f"--cache_dir: {error}") from None

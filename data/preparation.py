@@ -1,37 +1,38 @@
 """Text to pretraining shards: a plan, blocks of documents, worker processes, one writer.
 
-The text is read twice. The first pass checks and counts it, so that the second can divide it among
-the shards by size. That one cuts it into blocks of about a megabyte of whole documents; workers
-turn these into masked sequences, which are written in the order of the text. The random generator
-of a block depends on the seed, the copy and the number of its first document only: the instances
-do not depend on the number of workers, nor on where a run was interrupted.
+The text is read twice. The first pass checks and measures it, so that the second can divide it
+among the shards by size. The second cuts it into blocks of about a megabyte of whole documents;
+workers turn these into masked sequences, which are written in the order of the text. The random
+generator of a block is keyed by the seed, the copy and the number of its first document: the
+sequences depend neither on the number of workers nor on interruptions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import functools
 import glob
 import itertools
 import os
+import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 from bort.config import option, required
 from bort.errors import UserError
-from bort.files import sha256_of
+from bort.files import lock_folder, sha256_of
 from bort.jobs import ProcessDiedError, WorkerPool
 from bort.mxnet_setup import usable_cores
 from bort.progress import Progress
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings, load_tokenizer
-from data.corpus import TextFile, find_inputs, read_documents, survey
+from data.corpus import TextFile, open_sources, read_documents, scan
 from data.masking import (
+    SENTENCE_PAIRS,
     MaskedSequences,
     MaskingSettings,
     MaskingTable,
@@ -46,35 +47,46 @@ from data.shards import (
     Manifest,
     ShardEntry,
     ShardWriter,
+    TokenizerEntry,
     id_type,
     read_manifest,
     shard_name,
     write_manifest,
 )
+from data.text_formats import TEXT_FIELD, TextSource
 
 BLOCK_BYTES = 1 << 20
 # Enough to keep the workers busy while a shard is finished.
 _BLOCKS_AHEAD_PER_WORKER = 4
+# A share of masked tokens that differs from --masked_lm_prob by more than this part is reported.
+_TOLERATED_PART = 0.1
 
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """Which text becomes shards, and where they go."""
+    """Text and shards."""
 
     input_file: str = required(
-        "text files: paths and globs, separated by commas; one sentence per line, a blank line "
-        "between documents; plain, .gz, .bz2, .xz or .zst"
+        "text: files, globs (** for any number of folders) and folders, separated by commas "
+        "(\\, is a comma in a name), or - for standard input. Plain text has one sentence per line "
+        "and a blank line between documents; JSON lines (.jsonl, .ndjson, .json) and parquet have "
+        "one document per row. Any of them may be compressed with gzip, bzip2, xz or zstd"
     )
     output_dir: str = required("folder for the shards, their tokenizer and manifest.json")
-    dupe_factor: int = option(1, "copies of the text, each with other masks", minimum=1)
+    text_field: str = option(
+        TEXT_FIELD, "field of JSON lines, or column of parquet, that holds the text"
+    )
+    dupe_factor: int = option(
+        1, "number of copies of the text, each with different masks", minimum=1
+    )
     num_outputs: int = option(1, "number of shards", minimum=1)
-    random_seed: int = option(12345, "of masks and short sequences", minimum=0)
-    num_workers: int = option(8, "processes, at most one per core", minimum=1)
-    verbose: bool = option(False, "say when a shard is finished")
+    random_seed: int = option(12345, "random seed of the masks and short sequences", minimum=0)
+    num_workers: int = option(8, "number of processes, at most one per core", minimum=1)
+    verbose: bool = option(False, "print a line for each finished shard")
 
 
 class InstanceSettings(NamedTuple):
-    """All that decides the instances of a block of text."""
+    """All settings that decide the sequences of a block of text."""
 
     tokenizer: TokenizerSettings
     sequences: SequenceSettings
@@ -84,7 +96,7 @@ class InstanceSettings(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive documents of one shard, UTF-8; the first is number `first_document` of all."""
+    """Consecutive documents of one shard, UTF-8; `first_document` counts all documents before."""
 
     shard: int
     first_document: int
@@ -97,7 +109,7 @@ class Block(NamedTuple):
 
 
 class Instances(NamedTuple):
-    """What became of a block: the masked sequences of each copy, and counts of its text."""
+    """The masked sequences of a block, one item per copy of the text, and counts of its text."""
 
     shard: int
     copies: list[MaskedSequences]
@@ -116,10 +128,10 @@ def prepare(
     sequences: SequenceSettings,
     masking: MaskingSettings,
 ) -> Manifest:
-    """Make the shards that are not there yet; return the manifest of all.
+    """Make the shards that are missing; return the manifest of all.
 
     Raises `UserError` for input that cannot be used, for a folder that holds shards of other
-    settings or another text, and when the disk is full.
+    settings or another text or that another process writes to, and when the disk is full.
     """
     settings = InstanceSettings(
         tokenizer_settings, sequences, masking, corpus.dupe_factor, corpus.random_seed
@@ -128,23 +140,23 @@ def prepare(
 
 
 def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
-    """Do as `prepare` says, with a tokenizer that is already loaded."""
+    """Do what `prepare` does, with a tokenizer that is already loaded."""
     start = time.perf_counter()
-    paths = find_inputs(corpus.input_file)
-    blocks = -(-sum(map(os.path.getsize, paths)) // BLOCK_BYTES)  # more if they are compressed
-    with workers(maker, min(corpus.num_workers, usable_cores(), blocks)) as make:
-        with Progress("checking the text") as progress:
-            files = [survey(path, progress.advance) for path in paths]
-        _check_number_of_documents(files, corpus.num_outputs)
-        plan = _plan(maker, files, corpus.num_outputs)
-        with _own_folder(corpus.output_dir):
-            plan.shards.extend(_finished_shards(corpus.output_dir, plan))
-            if len(plan.shards) == corpus.num_outputs:
-                print(f"{corpus.output_dir}: is complete, nothing to do")
-            size = _make_missing_shards(corpus, make, files, plan)
-            maker.tokenizer.save(os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
-            _complete(corpus.output_dir, plan)
+    with open_sources(corpus.input_file, corpus.text_field) as sources:
+        # More blocks if the text is compressed.
+        blocks = -(-sum(os.path.getsize(source.path) for source in sources) // BLOCK_BYTES)
+        with workers(maker, min(corpus.num_workers, usable_cores(), blocks)) as make:
+            with Progress("checking the text") as progress:
+                files = [scan(source, progress.advance) for source in sources]
+            _check_number_of_documents(files, corpus.num_outputs)
+            with lock_folder(corpus.output_dir, "--output_dir"):
+                plan = _plan(maker, corpus, files)
+                size = _make_missing_shards(corpus, make, sources, plan)
+                maker.tokenizer.save(os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
+                _complete(corpus.output_dir, plan)
     print(_summary(plan, size, time.perf_counter() - start))
+    if report := masked_share_report(plan.totals, maker.settings):
+        print(report, file=sys.stderr)
     return plan
 
 
@@ -153,73 +165,69 @@ def _check_number_of_documents(files: list[TextFile], num_outputs: int) -> None:
     if documents < num_outputs:
         raise UserError(
             f"--num_outputs {num_outputs}: more than the {documents} documents of the text; "
-            f"give {documents} or fewer, or part documents by blank lines"
+            f"give {documents} or fewer, or separate documents by blank lines"
         )
 
 
-def _plan(maker: InstanceMaker, files: list[TextFile], num_outputs: int) -> Manifest:
-    """Return the manifest of the shards to make, still without shards."""
+def _plan(maker: InstanceMaker, corpus: CorpusSettings, files: list[TextFile]) -> Manifest:
+    """Return the manifest of the shards to make, with the shards that are finished already.
+
+    Raises `UserError` when the folder holds shards of another plan, or of none.
+    """
     settings, tokenizer = maker.settings, maker.tokenizer
     roles = ("bos_id", "pad_id", "eos_id", "unk_id", "mask_id")
-    return Manifest(
-        tokenizer={
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
+    arguments = {
+        "dupe_factor": settings.dupe_factor,
+        "num_outputs": corpus.num_outputs,
+        "random_seed": settings.random_seed,
+        **dataclasses.asdict(settings.sequences),
+        **dataclasses.asdict(settings.masking),
+    }
+    if corpus.text_field != TEXT_FIELD:
+        arguments["text_field"] = corpus.text_field
+    plan = Manifest(
+        tokenizer=TokenizerEntry(
+            name=tokenizer.name,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            settings=dataclasses.asdict(settings.tokenizer),
             **{role: getattr(tokenizer, role) for role in roles},
-            "settings": dataclasses.asdict(settings.tokenizer),
-        },
-        arguments={
-            "dupe_factor": settings.dupe_factor,
-            "num_outputs": num_outputs,
-            "random_seed": settings.random_seed,
-            **dataclasses.asdict(settings.sequences),
-            **dataclasses.asdict(settings.masking),
-        },
-        inputs=[dataclasses.asdict(file) for file in files],
+        ),
+        arguments=arguments,
+        inputs=files,
         shards=[],
     )
+    earlier = _earlier_manifest(corpus.output_dir)
+    return plan if earlier is None else _resumed(corpus.output_dir, plan, earlier)
 
 
-@contextmanager
-def _own_folder(path: str) -> Iterator[None]:
-    """Make the folder and keep other runs out of it; an empty one is not left behind."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot be made ({error.strerror})") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"--output_dir {path}: another run is writing there; let it end") from None
-    finally:
-        os.close(handle)
-        with suppress(OSError):  # raised unless it is empty
-            os.rmdir(path)
+def _earlier_manifest(folder: str) -> Optional[Manifest]:
+    """Return the manifest that an earlier run left; raises `UserError` for shards without one."""
+    for name in (MANIFEST_FILE, UNFINISHED_FILE):
+        if os.path.exists(os.path.join(folder, name)):
+            return read_manifest(folder, name)
+    if glob.glob(os.path.join(glob.escape(folder), "part-*.npz")):
+        raise UserError(f"--output_dir {folder}: holds shards without a manifest; empty it")
+    return None
 
 
-def _finished_shards(folder: str, plan: Manifest) -> list[ShardEntry]:
-    """Return the intact shards that an earlier run with the same plan left in the folder.
-
-    Raises `UserError` when it holds shards of another plan, or of none.
-    """
-    names = (MANIFEST_FILE, UNFINISHED_FILE)
-    name = next((name for name in names if os.path.exists(os.path.join(folder, name))), None)
-    if name is None:
-        if glob.glob(os.path.join(glob.escape(folder), "part-*.npz")):
-            raise UserError(f"--output_dir {folder}: holds shards without a manifest; empty it")
-        return []
-    earlier = read_manifest(folder, name)
+def _resumed(folder: str, plan: Manifest, earlier: Manifest) -> Manifest:
+    """Return the plan with the intact shards that an earlier run with the same plan left."""
     finished = [entry for entry in earlier.shards if _is_intact(folder, entry)]
-    differences = earlier.differences(plan)
-    if finished and differences:
+    if not finished:
+        return plan
+    if differences := earlier.differences(plan):
         raise UserError(
-            f"--output_dir {folder}: holds shards made otherwise: {'; '.join(differences)}. "
+            f"--output_dir {folder}: holds shards with other settings: {'; '.join(differences)}. "
             "Give another folder, or empty this one"
         )
-    return finished
+    # The sizes decide where shards begin; an earlier version counted the last line end of a file
+    # as it stands.
+    inputs = [
+        dataclasses.replace(now, bytes=before.bytes)
+        for now, before in zip(plan.inputs, earlier.inputs)
+    ]
+    return dataclasses.replace(plan, inputs=inputs, shards=finished)
 
 
 def _is_intact(folder: str, entry: ShardEntry) -> bool:
@@ -228,21 +236,23 @@ def _is_intact(folder: str, entry: ShardEntry) -> bool:
 
 
 def _make_missing_shards(
-    corpus: CorpusSettings, make: MakeInstances, files: list[TextFile], plan: Manifest
+    corpus: CorpusSettings, make: MakeInstances, sources: Sequence[TextSource], plan: Manifest
 ) -> int:
-    """Make the shards that `plan` lacks and enter them; return how many bytes of text they hold."""
+    """Make the shards that `plan` lacks and add them to it; return the bytes of their text."""
     done = {entry.file for entry in plan.shards}
     if len(done) == corpus.num_outputs:
+        print(f"{corpus.output_dir}: is complete, nothing to do")
         return 0
     write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
-    total = sum(file.bytes for file in files)
+    total = sum(file.bytes for file in plan.inputs)
     made = 0
     with Progress("making shards", total) as progress:
-        blocks = _missing_blocks(read_blocks(files, corpus.num_outputs), done, progress)
-        for shard, group in itertools.groupby(make(blocks), key=lambda one: one.shard):
+        blocks = read_blocks(sources, plan.inputs, corpus.num_outputs)
+        missing = _missing_blocks(blocks, done, progress)
+        for shard, group in itertools.groupby(make(missing), key=lambda block: block.shard):
             entry, size = _write_shard(corpus.output_dir, shard, group, plan, progress)
             plan.shards.append(entry)
-            plan.shards.sort(key=lambda one: one.file)
+            plan.shards.sort(key=lambda entry: entry.file)
             write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
             made += size
             if corpus.verbose:
@@ -261,7 +271,7 @@ def _missing_blocks(blocks: Iterable[Block], done: set[str], progress: Progress)
 def _write_shard(
     folder: str, shard: int, group: Iterable[Instances], plan: Manifest, progress: Progress
 ) -> tuple[ShardEntry, int]:
-    """Write one shard; return its entry and how many bytes of text it holds."""
+    """Write one shard; return its entry and the bytes of its text."""
     path = os.path.join(folder, shard_name(shard))
     size = documents = sentences = unknown = 0
     with ShardWriter(path, id_type(plan.vocab_size)) as writer:
@@ -277,34 +287,73 @@ def _write_shard(
 
 
 def _complete(folder: str, plan: Manifest) -> None:
+    """Write the final manifest; raises `UserError` when the text gave no tokens at all."""
+    unfinished = os.path.join(folder, UNFINISHED_FILE)
+    if not plan.totals["sequences"]:
+        for path in (unfinished, *(os.path.join(folder, entry.file) for entry in plan.shards)):
+            with suppress(FileNotFoundError):
+                os.remove(path)
+        raise UserError(
+            "--input_file: the vocabulary has no token for any character of the text; choose "
+            "another vocabulary or another text"
+        )
     write_manifest(folder, MANIFEST_FILE, plan)
     with suppress(FileNotFoundError):
-        os.remove(os.path.join(folder, UNFINISHED_FILE))
+        os.remove(unfinished)
 
 
 def _summary(manifest: Manifest, size: int, seconds: float) -> str:
     """Return the closing table; size and seconds are those of this run alone."""
     totals = manifest.totals
-    of_tokens = 100 / totals["tokens"]
+    percent = 100 / totals["tokens"]
     lines = [f"{name:<12}{count:>16,}" for name, count in totals.items()]
-    lines[-2] += f"   {totals['masked'] * of_tokens:.2f} % of the tokens"
-    lines[-1] += f"   {totals['unknown'] * of_tokens:.2f} % of the tokens"
-    lines.append(f"{'text':<12}{sum(file['bytes'] for file in manifest.inputs):>16,}   bytes")
+    lines[-2] += f"   {totals['masked'] * percent:.2f} % of the tokens"
+    lines[-1] += f"   {totals['unknown'] * percent:.2f} % of the tokens"
+    lines.append(f"{'text':<12}{sum(file.bytes for file in manifest.inputs):>16,}   bytes")
     lines.append(f"{'time':<12}{seconds:>16.1f}   s, {size / seconds / 1e6:.1f} MB/s")
     return "\n".join(lines)
 
 
-def read_blocks(files: list[TextFile], num_outputs: int) -> Iterator[Block]:
+def masked_share_report(totals: dict[str, int], settings: InstanceSettings) -> Optional[str]:
+    """Return a warning when the share of masked tokens is far from --masked_lm_prob, else None.
+
+    The share is that of the tokens that may be masked: neither special nor unknown.
+    """
+    masking, sequences = settings.masking, settings.sequences
+    specials = 3 if sequences.format == SENTENCE_PAIRS else 2  # of a sequence
+    maskable = totals["tokens"] - specials * totals["sequences"] - totals["unknown"]
+    wanted, share = masking.masked_lm_prob, totals["masked"] / max(maskable, 1)
+    if abs(share - wanted) <= _TOLERATED_PART * wanted:
+        return None
+    if share > wanted:
+        reason = "many sequences are so short that their one masked token is more"
+    elif wanted * sequences.max_text_tokens > masking.max_predictions_per_seq:
+        reason = f"--max_predictions_per_seq {masking.max_predictions_per_seq} limits it"
+    elif masking.whole_word_mask:
+        reason = (
+            "words that are longer than the masks of a sequence are skipped; for text without "
+            "spaces leave --whole_word_mask out"
+        )
+    else:
+        reason = "most tokens are <unk>, which is never masked; choose another vocabulary"
+    return (
+        f"warning: {share:.1%} of the tokens are masked, --masked_lm_prob asks for "
+        f"{wanted:.1%}: {reason}"
+    )
+
+
+def read_blocks(
+    sources: Sequence[TextSource], files: Sequence[TextFile], num_outputs: int
+) -> Iterator[Block]:
     """Yield the text in blocks of whole documents, each for one shard.
 
     Shard i begins with the first document that starts in part i of `num_outputs` equal parts of
-    the text, or earlier when the documents left are no more than the shards; none stays empty.
+    the text, or earlier when the remaining documents are no more than the shards: none is empty.
     """
     total = sum(file.bytes for file in files)
     left = sum(file.documents for file in files)
     block, size, position, shard = Block(0, 0, []), 0, 0, 0
-    documents = itertools.chain.from_iterable(read_documents(file.path) for file in files)
-    for number, document in enumerate(documents):
+    for number, (document, document_bytes) in enumerate(_sized_documents(sources, files)):
         is_next_part = position * num_outputs >= (shard + 1) * total
         is_next_shard = number > 0 and (is_next_part or left <= num_outputs - shard - 1)
         if is_next_shard or size >= BLOCK_BYTES:
@@ -312,14 +361,26 @@ def read_blocks(files: list[TextFile], num_outputs: int) -> Iterator[Block]:
             shard += is_next_shard
             block, size = Block(shard, number, []), 0
         block.documents.append(document)
-        size += len(document)
-        position += len(document)
+        size += document_bytes
+        position += document_bytes
         left -= 1
     yield block
 
 
+def _sized_documents(
+    sources: Sequence[TextSource], files: Sequence[TextFile]
+) -> Iterator[tuple[bytes, int]]:
+    """Yield documents and their sizes; the last of a file has what is left of `file.bytes`."""
+    for source, file in zip(sources, files):
+        left = file.bytes
+        for number, document in enumerate(read_documents(source), start=1):
+            size = len(document) if number < file.documents else left
+            left -= size
+            yield document, size
+
+
 class InstanceMaker:
-    """Makes instances of blocks; the same block gives the same instances in every process."""
+    """Makes the masked sequences of blocks; a block gives the same ones in every process."""
 
     def __init__(self, settings: InstanceSettings) -> None:
         """Load the tokenizer; raises `UserError` when that fails or its ids do not fit."""
@@ -343,7 +404,7 @@ class InstanceMaker:
         )
 
     def _encode(self, documents: list[bytes]) -> Text:
-        encoded = [self.tokenizer.encode_sentences(_sentences(one)) for one in documents]
+        encoded = [self.tokenizer.encode_sentences(_sentences(text)) for text in documents]
         sentences = list(itertools.chain.from_iterable(encoded))
         return Text(
             ids=np.concatenate([*sentences, []], dtype=self._ids, casting="unsafe"),

@@ -3,12 +3,14 @@
 A folder of shards holds part-00000.npz, part-00001.npz, ... and manifest.json. Each .npz holds flat
 arrays, uncompressed, so that a reader maps them into memory and nothing is ever unpickled:
 
-    input_ids         uint16, or int32 for a vocabulary above 65,536: all sequences one after the
-                      other, special tokens included, masks applied
+    input_ids         uint16, or int32 for a vocabulary above 65,536: all sequences concatenated,
+                      special tokens included, masks applied
     offsets           int64 [sequences + 1]: sequence i is input_ids[offsets[i]:offsets[i + 1]]
-    masked_positions  uint16: places of the masked tokens, each inside its own sequence
-    masked_ids        like input_ids: the true tokens there
+    masked_positions  uint16: positions of the masked tokens, relative to their sequence
+    masked_ids        like input_ids: the original tokens there
     masked_offsets    int64 [sequences + 1], into the two arrays above
+
+A folder that was verified has .verified.json too: the size and times of each verified shard.
 """
 
 from __future__ import annotations
@@ -16,27 +18,55 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import shutil
 import struct
 import tempfile
+import time
 import zipfile
-from contextlib import suppress
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NoReturn, Optional
+from typing import Any, Iterator, Optional
 
 import numpy as np
 
-from bort.errors import UserError
-from bort.files import _COPY_BYTES, read_json, sha256_of, write_json
+from bort.errors import UserError, quoted
+from bort.files import (
+    atomic_path,
+    is_lfs_pointer,
+    read_json,
+    read_json_as,
+    sha256_of,
+    write_json,
+)
+from bort.mxnet_setup import usable_cores
+from data.corpus import TextFile
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 # The manifest of a folder that is not complete yet.
 UNFINISHED_FILE = "manifest.unfinished.json"
+VERIFIED_FILE = ".verified.json"
 
+_COPY_BYTES = 1 << 20
 _ALIGNMENT = 64
 _LOCAL_HEADER = struct.Struct("<26xHH")
+_ZIP64_LIMIT = 0xFFFFFFFF
+_ZIP64_VERSION = 45
+# The header of a flat array, as written here and by NumPy: type and number of values.
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '(<[iu][248])', 'fortran_order': False, 'shape': \(([0-9]{1,18}),\),? ?\} *\n"
+)
+# Tokens whose ids are checked at once, which bounds memory.
+_CHECKED_AT_ONCE = 1 << 22
+# A file that changed so recently may change again within the resolution of its times.
+_SETTLED_SECONDS = 2.0
+_MAKE_AGAIN = "delete it and run create_pretraining_data.py again: it makes missing shards"
+
+# input_ids, masked_positions and masked_ids of one sequence.
+MaskedSequence = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def shard_name(index: int) -> str:
@@ -57,7 +87,7 @@ def id_type(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of one shard; `unknown` counts `<unk>` in the text before masking."""
+    """The manifest's entry of one shard; `unknown` counts `<unk>` in the text before masking."""
 
     file: str
     sha256: str
@@ -70,98 +100,142 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class TokenizerEntry:
+    """The manifest's entry of the tokenizer; `settings` are the flags it was loaded by."""
+
+    fingerprint: str
+    vocab_size: int
+    pad_id: int
+    name: str = "tokenizer"
+    bos_id: Optional[int] = None
+    eos_id: Optional[int] = None
+    unk_id: Optional[int] = None
+    mask_id: Optional[int] = None
+    settings: dict[str, Optional[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a folder of shards was made of, and what it holds.
 
-    `tokenizer` has name, fingerprint, vocab_size, the special ids and the settings it was loaded
-    by; `arguments` those settings that decide the instances; `inputs` path, sha256, bytes and
-    documents of each text file; `shards` one entry per finished shard, in order.
+    `arguments` are the settings that decide the sequences; `inputs` the text files; `shards` has
+    one entry per finished shard, in order.
     """
 
-    tokenizer: dict[str, Any]
+    tokenizer: TokenizerEntry
     arguments: dict[str, Any]
-    inputs: list[dict[str, Any]]
+    inputs: list[TextFile]
     shards: list[ShardEntry]
     format_version: int = FORMAT_VERSION
 
     @property
     def vocab_size(self) -> int:
         """Return the number of tokens of the vocabulary."""
-        return self.tokenizer["vocab_size"]
+        return self.tokenizer.vocab_size
 
     @property
     def pad_id(self) -> int:
-        """Return the id that fills up short rows of a batch."""
-        return self.tokenizer["pad_id"]
+        """Return the id that pads short rows of a batch."""
+        return self.tokenizer.pad_id
 
     @property
     def tokenizer_fingerprint(self) -> str:
         """Return the SHA-256 over all that decides the ids."""
-        return self.tokenizer["fingerprint"]
+        return self.tokenizer.fingerprint
 
     @property
     def totals(self) -> dict[str, int]:
         """Return documents, sentences, sequences, tokens, masked and unknown over all shards."""
         counts = [field.name for field in dataclasses.fields(ShardEntry)][2:]
-        return {name: sum(getattr(one, name) for one in self.shards) for name in counts}
+        return {name: sum(getattr(entry, name) for entry in self.shards) for name in counts}
 
     def differences(self, other: Manifest) -> list[str]:
         """Return in words why `other` describes other data: tokenizer, arguments or inputs."""
         found = []
         if self.tokenizer_fingerprint != other.tokenizer_fingerprint:
-            found.append("the tokenizer is another one")
+            found.append("the tokenizer differs")
         for name in sorted({*self.arguments, *other.arguments}):
             here, there = self.arguments.get(name), other.arguments.get(name)
             if here != there:
                 found.append(f"--{name} was {here}, now {there}")
         if len(self.inputs) != len(other.inputs):
-            found.append(f"{len(self.inputs)} input files, now {len(other.inputs)}")
-        for here, there in zip(self.inputs, other.inputs):
-            if here["sha256"] != there["sha256"]:
-                found.append(f"the text of {there['path']} is not that of {here['path']} then")
+            found.append(f"there were {len(self.inputs)} input files, now {len(other.inputs)}")
+        for before, now in zip(self.inputs, other.inputs):
+            if before.sha256 != now.sha256:
+                found.append(f"the text of {now.path} differs from that of {before.path} before")
         return found
 
 
 def write_manifest(folder: str, name: str, manifest: Manifest) -> None:
-    """Write the manifest as JSON into the folder, whole or not at all."""
+    """Write the manifest as JSON into the folder, atomically."""
     content = {**dataclasses.asdict(manifest), "totals": manifest.totals}
-    path = os.path.join(folder, name)
-    try:
-        write_json(path, content)
-    except OSError as error:
-        with suppress(OSError):
-            os.remove(f"{path}.tmp")
-        _cannot_write(path, error)
+    with _with_cure():
+        write_json(os.path.join(folder, name), content)
 
 
 def read_manifest(folder: str, name: str = MANIFEST_FILE) -> Manifest:
     """Read the manifest of a folder.
 
-    Raises `UserError` when there is none, or one of another format.
+    Raises `UserError` when there is none, or one that is damaged or of another format.
     """
     path = os.path.join(folder, name)
     if not os.path.exists(path):
         cure = "make the folder with create_pretraining_data.py"
         if os.path.exists(os.path.join(folder, UNFINISHED_FILE)):
-            cure = "create_pretraining_data.py was interrupted: run it again, it goes on"
+            cure = "create_pretraining_data.py was interrupted: run it again, it resumes"
         raise UserError(f"{folder}: holds no complete set of shards ({name}); {cure}")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path}: is a Git LFS pointer; fetch the folder with git lfs pull")
     content = read_json(path)
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: is of format {version}, this program reads format {FORMAT_VERSION}; "
+            f"{path}: is of format {quoted(version)}, this program reads format {FORMAT_VERSION}; "
             "make the shards again"
         )
-    shards = [ShardEntry(**entry) for entry in content["shards"]]
-    return Manifest(content["tokenizer"], content["arguments"], content["inputs"], shards)
+    try:
+        manifest = read_json_as(path, Manifest)
+    except UserError as error:
+        raise UserError(f"{error}; make the shards again") from None
+    _check_manifest(path, manifest)
+    return manifest
+
+
+def _check_manifest(path: str, manifest: Manifest) -> None:
+    """Raise `UserError` for values that would lead out of the folder or out of the vocabulary."""
+    for entry in manifest.shards:
+        if not re.fullmatch(r"part-[0-9]{5,}\.npz", entry.file):
+            raise UserError(
+                f"{path}: {quoted(entry.file)} is not the name of a shard in its folder"
+            )
+    tokenizer = manifest.tokenizer
+    id_type(tokenizer.vocab_size)
+    for role in ("pad_id", "bos_id", "eos_id", "unk_id", "mask_id"):
+        value = getattr(tokenizer, role)
+        if value is not None and not 0 <= value < tokenizer.vocab_size:
+            raise UserError(
+                f"{path}: {role} {value} is outside the vocabulary of {tokenizer.vocab_size} "
+                "tokens; make the shards again"
+            )
+
+
+@contextmanager
+def _with_cure() -> Iterator[None]:
+    """Add to an error of writing what to do about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{error}; free some space and run the same command again: finished shards are kept"
+        ) from None
 
 
 class ShardWriter:
     """Writes one shard block by block; memory holds no more than one block.
 
-    The members grow in nameless temporary files beside `path`, which vanish with the process.
-    `finish` joins them to the .npz and puts it in place. Used as a context manager: leaving it
-    without `finish` leaves nothing behind.
+    The arrays grow in unnamed temporary files beside `path`, which the system deletes when the
+    process ends. `finish` joins them to the .npz. Use it as a context manager: without `finish`
+    it leaves nothing behind.
     """
 
     def __init__(self, path: str, ids: np.dtype) -> None:
@@ -176,15 +250,13 @@ class ShardWriter:
         self._counts = dict.fromkeys(self._types, 0)
         self._last_offsets = {"offsets": 0, "masked_offsets": 0}
         folder = os.path.dirname(path)
-        try:
+        with self._writing():
             self._files = {
                 name: tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
                 for name in self._types
             }
             for name in self._last_offsets:
                 self._append(name, np.zeros(1))
-        except OSError as error:
-            _cannot_write(path, error)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -196,9 +268,17 @@ class ShardWriter:
         traceback: Optional[TracebackType],
     ) -> None:
         for file in self._files.values():
-            # Closing writes out what is buffered, which fails again on a full disk.
+            # Closing flushes the buffer, which fails again on a full disk.
             with suppress(OSError):
                 file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with _with_cure():
+            try:
+                yield
+            except OSError as error:
+                raise UserError(f"{self._path}: cannot be written ({error.strerror})") from None
 
     def write(
         self,
@@ -208,46 +288,36 @@ class ShardWriter:
         masked_ids: np.ndarray,
         masked_lengths: np.ndarray,
     ) -> None:
-        """Append sequences: flat arrays, and how much of them belongs to each sequence.
+        """Append sequences: flat arrays [tokens] or [masked], and lengths [sequences].
 
         Raises `UserError` when the disk is full.
         """
-        try:
+        with self._writing():
             self._append("input_ids", input_ids)
             self._append_lengths("offsets", lengths)
             self._append("masked_positions", masked_positions)
             self._append("masked_ids", masked_ids)
             self._append_lengths("masked_offsets", masked_lengths)
-        except OSError as error:
-            _cannot_write(self._path, error)
 
     def _append(self, name: str, values: np.ndarray) -> None:
         self._files[name].write(np.ascontiguousarray(values, self._types[name]).data)
         self._counts[name] += len(values)
 
     def _append_lengths(self, name: str, lengths: np.ndarray) -> None:
-        ends = self._last_offsets[name] + np.cumsum(lengths, dtype=np.int64)
-        self._last_offsets[name] = int(ends[-1])
-        self._append(name, ends)
+        if len(lengths):
+            ends = self._last_offsets[name] + np.cumsum(lengths, dtype=np.int64)
+            self._last_offsets[name] = int(ends[-1])
+            self._append(name, ends)
 
     def finish(self, documents: int, sentences: int, unknown: int) -> ShardEntry:
         """Put the shard in place and return its entry for the manifest.
 
         Raises `UserError` when the disk is full.
         """
-        temporary = f"{self._path}.tmp"
-        try:
-            with open(temporary, "wb") as file:
+        with _with_cure(), atomic_path(self._path) as temporary:
+            with open(temporary, "xb") as file:
                 self._join(file)
-                file.flush()
-                os.fsync(file.fileno())
             digest = sha256_of(temporary)
-            os.replace(temporary, self._path)
-        except OSError as error:
-            _cannot_write(self._path, error)
-        finally:
-            with suppress(FileNotFoundError):
-                os.remove(temporary)
         return ShardEntry(
             file=os.path.basename(self._path),
             sha256=digest,
@@ -263,32 +333,46 @@ class ShardWriter:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, values in self._files.items():
                 values.seek(0)
-                # ZipInfo's own date, 1980: the same data give the same bytes.
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                # The date of an archive's member, 1980, is that of ZipInfo: equal data give
+                # equal bytes.
+                with archive.open(_Member(f"{name}.npy"), "w", force_zip64=True) as member:
                     member.write(_npy_header(self._types[name], self._counts[name], file.tell()))
                     shutil.copyfileobj(values, member, _COPY_BYTES)
 
 
-def _npy_header(kind: np.dtype, count: int, start: int) -> bytes:
-    """Return the .npy header that makes the values begin at a multiple of 64 in the archive."""
-    described = {"descr": kind.str, "fortran_order": False, "shape": (count,)}
+class _Member(zipfile.ZipInfo):
+    """A member of an archive with the same local header in every version of Python.
+
+    That of Python 3.11.4 and later: earlier ones write the sizes of a small member twice.
+    """
+
+    def FileHeader(self, zip64: Optional[bool] = None) -> bytes:  # noqa: N802 (zipfile's name)
+        """Return the local header, always with the ZIP64 field."""
+        self.extract_version = self.create_version = _ZIP64_VERSION
+        name = self.filename.encode("ascii")
+        extra = struct.pack("<HHQQ", 1, 16, self.file_size, self.compress_size)
+        # Of `date_time`, 1980-01-01 00:00:00: the day and month are 1, the rest is 0.
+        header = struct.pack(
+            "<4s2B4HL2L2H", b"PK\003\004", self.extract_version, 0, self.flag_bits,
+            self.compress_type, 0, 1 << 5 | 1, self.CRC, _ZIP64_LIMIT, _ZIP64_LIMIT,
+            len(name), len(extra),
+        )  # fmt: skip
+        return header + name + extra
+
+
+def _npy_header(dtype: np.dtype, count: int, start: int) -> bytes:
+    """Return the .npy header that aligns the values to a multiple of 64 bytes in the archive."""
+    described = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
     plain = repr(described)
     length = len(np.lib.format.magic(1, 0)) + 2 + len(plain) + 1
     text = plain + " " * (-(start + length) % _ALIGNMENT) + "\n"
     return np.lib.format.magic(1, 0) + struct.pack("<H", len(text)) + text.encode("latin1")
 
 
-def _cannot_write(path: str, error: OSError) -> NoReturn:
-    raise UserError(
-        f"{path}: cannot be written ({error.strerror}); "
-        "make room and run the same command again, it goes on after the shards that are finished"
-    ) from None
-
-
 class Shard:
-    """One shard, mapped into memory: opening costs nothing, reading costs the pages touched.
+    """One shard, mapped into memory: opening reads the offsets, the rest is read when it is used.
 
-    `input_ids`, `offsets`, `masked_positions`, `masked_ids` and `masked_offsets` are the members,
+    `input_ids`, `offsets`, `masked_positions`, `masked_ids` and `masked_offsets` are the arrays,
     read-only.
     """
 
@@ -302,11 +386,34 @@ class Shard:
             self.masked_positions = members["masked_positions"]
             self.masked_ids = members["masked_ids"]
             self.masked_offsets = members["masked_offsets"]
-        except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
+            self._check_structure()
+        except FileNotFoundError:
+            raise UserError(f"{path}: is missing; run create_pretraining_data.py again") from None
+        except Exception as error:  # zipfile raises a dozen kinds for a damaged archive
+            if is_lfs_pointer(path):
+                raise UserError(
+                    f"{path}: is a Git LFS pointer, not the shard; fetch it with git lfs pull"
+                ) from None
+            reason = quoted(str(error))[1:-1] or type(error).__name__
             raise UserError(
-                f"{path}: cannot be read as a shard ({error}); "
-                "delete it and run create_pretraining_data.py again, it makes what is missing"
+                f"{path}: cannot be read as a shard ({reason}); {_MAKE_AGAIN}"
             ) from None
+
+    def _check_structure(self) -> None:
+        """Raise `ValueError` unless types and offsets fit together."""
+        types = (self.offsets.dtype, self.masked_offsets.dtype, self.masked_positions.dtype)
+        if types != (np.int64, np.int64, np.uint16):
+            raise ValueError(f"offsets and positions of the types {types}")
+        if self.input_ids.dtype not in (np.uint16, np.int32):
+            raise ValueError(f"ids of the type {self.input_ids.dtype}")
+        if self.masked_ids.dtype != self.input_ids.dtype:
+            raise ValueError("ids of two types")
+        if len(self.masked_ids) != len(self.masked_positions):
+            raise ValueError("as many masked ids as positions were expected")
+        if len(self.offsets) != len(self.masked_offsets):
+            raise ValueError("as many masked offsets as offsets were expected")
+        _check_offsets(self.offsets, len(self.input_ids), shortest=1)
+        _check_offsets(self.masked_offsets, len(self.masked_ids), shortest=0)
 
     @property
     def num_sequences(self) -> int:
@@ -315,10 +422,10 @@ class Shard:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Return the tokens of each sequence, int64 [sequences]."""
-        return np.diff(self.offsets)
+        """Return the tokens of each sequence, int32 [sequences]."""
+        return np.diff(self.offsets).astype(np.int32)
 
-    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def sequence(self, index: int) -> MaskedSequence:
         """Return (input_ids, masked_positions, masked_ids) of one sequence, without copying."""
         start, end = self.offsets[index : index + 2]
         masked_start, masked_end = self.masked_offsets[index : index + 2]
@@ -328,11 +435,8 @@ class Shard:
             self.masked_ids[masked_start:masked_end],
         )
 
-    def check(self, entry: ShardEntry, verify: bool) -> None:
-        """Raise `UserError` unless the shard is the one of the manifest's entry.
-
-        Compares the counts; with `verify` also the SHA-256, for which the whole file is read.
-        """
+    def check_counts(self, entry: ShardEntry) -> None:
+        """Raise `UserError` unless the numbers are those of the manifest's entry."""
         expected = (entry.sequences, entry.tokens, entry.masked)
         found = (self.num_sequences, len(self.input_ids), len(self.masked_ids))
         if found != expected:
@@ -340,11 +444,47 @@ class Shard:
                 f"{self.path}: holds {found} sequences, tokens and masked tokens where "
                 f"the manifest says {expected}; make the shards again in an empty folder"
             )
-        if verify and sha256_of(self.path) != entry.sha256:
+
+    def verify(self, entry: ShardEntry, vocab_size: int) -> None:
+        """Raise `UserError` unless the SHA-256 is the entry's, and ids and positions are in range.
+
+        Reads the whole file.
+        """
+        if sha256_of(self.path) != entry.sha256:
+            raise UserError(f"{self.path}: its SHA-256 is not the manifest's; {_MAKE_AGAIN}")
+        for first, last in self._parts():
+            tokens = slice(self.offsets[first], self.offsets[last])
+            masked = slice(self.masked_offsets[first], self.masked_offsets[last])
+            lengths = np.diff(self.offsets[first : last + 1])
+            # The length of its sequence for each masked token.
+            lengths = np.repeat(lengths, np.diff(self.masked_offsets[first : last + 1]))
+            self._check_range(self.input_ids[tokens], vocab_size, "token id")
+            self._check_range(self.masked_ids[masked], vocab_size, "masked token id")
+            self._check_range(self.masked_positions[masked], lengths, "masked position")
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """Yield ranges of sequences of a bounded number of tokens, at least one sequence each."""
+        first = 0
+        while first < self.num_sequences:
+            end = self.offsets[first] + _CHECKED_AT_ONCE
+            last = max(int(np.searchsorted(self.offsets, end, side="right")) - 1, first + 1)
+            yield first, last
+            first = last
+
+    def _check_range(self, values: np.ndarray, limit: Any, what: str) -> None:
+        wrong = (values < 0) | (values >= limit)
+        if wrong.any():
             raise UserError(
-                f"{self.path}: its SHA-256 is not that of the manifest; "
-                "delete it and run create_pretraining_data.py again, it makes what is missing"
+                f"{self.path}: the {what} {values[wrong.argmax()]} is out of range; {_MAKE_AGAIN}"
             )
+
+
+def _check_offsets(offsets: np.ndarray, end: int, shortest: int) -> None:
+    """Raise `ValueError` unless offsets lead from 0 to `end` in steps of at least `shortest`."""
+    if not len(offsets) or offsets[0] != 0 or offsets[-1] != end:
+        raise ValueError("the offsets do not lead from the first value to the last")
+    if (offsets[1:] - offsets[:-1] < shortest).any():
+        raise ValueError("the offsets do not ascend")
 
 
 def _map_members(path: str) -> dict[str, np.ndarray]:
@@ -367,16 +507,19 @@ def _map_member(content: np.ndarray, member: zipfile.ZipInfo) -> np.ndarray:
     # The header of a flat array is far shorter than this.
     header = io.BytesIO(content[start : min(end, start + 1024)].tobytes())
     np.lib.format.read_magic(header)
-    shape, _, kind = np.lib.format.read_array_header_1_0(header)
-    if kind.kind not in "iu":
-        raise ValueError(f"{member.filename} holds {kind}, not whole numbers")
-    return content[start + header.tell() : end].view(kind).reshape(shape)
+    described = _NPY_HEADER.fullmatch(header.read(struct.unpack("<H", header.read(2))[0]))
+    if described is None:
+        raise ValueError(f"{member.filename} is not a flat array of whole numbers")
+    values = content[start + header.tell() : end].view(np.dtype(described[1].decode()))
+    if len(values) != int(described[2]):
+        raise ValueError(f"{member.filename} holds {len(values)} values, not {int(described[2])}")
+    return values
 
 
 class ShardSet:
-    """All sequences of a folder of shards, numbered through.
+    """All sequences of a folder of shards, numbered consecutively.
 
-    `lengths` are the tokens of each sequence, int64 [num_sequences].
+    `lengths` are the tokens of each sequence, int32 [num_sequences].
     """
 
     def __init__(self, manifest: Manifest, shards: list[Shard]) -> None:
@@ -390,35 +533,109 @@ class ShardSet:
         """Return the number of sequences of all shards."""
         return len(self.lengths)
 
-    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (input_ids, masked_positions, masked_ids) of one sequence, without copying."""
-        shard, row = self._place(index)
-        return self.shards[shard].sequence(row)
+    def sequence(self, index: int) -> MaskedSequence:
+        """Return (input_ids, masked_positions, masked_ids) of one sequence, without copying.
+
+        Raises `UserError` when an id or a position is out of range, as a shard that was not
+        verified may hold: MXNet would read and write outside its arrays.
+        """
+        shard, row = self._shard_of(index)
+        sequence = self.shards[shard].sequence(row)
+        self._check_ranges(self.shards[shard], row, *sequence)
+        return sequence
+
+    def _check_ranges(
+        self,
+        shard: Shard,
+        row: int,
+        input_ids: np.ndarray,
+        masked_positions: np.ndarray,
+        masked_ids: np.ndarray,
+    ) -> None:
+        limits = (self.manifest.vocab_size, self.manifest.vocab_size, len(input_ids))
+        for values, limit in zip((input_ids, masked_ids, masked_positions), limits):
+            if len(values) and (
+                values.max() >= limit or (values.dtype.kind == "i" and values.min() < 0)
+            ):
+                raise UserError(
+                    f"{shard.path}: sequence {row} holds an id or a position out of range; "
+                    f"{_MAKE_AGAIN}"
+                )
 
     def masked(self, index: int) -> tuple[int, slice]:
-        """Return the shard of a sequence, and where its masked tokens lie among the shard's."""
-        shard, row = self._place(index)
+        """Return the shard of a sequence, and the slice of its masked tokens in the shard."""
+        shard, row = self._shard_of(index)
         start, end = self.shards[shard].masked_offsets[row : row + 2]
         return shard, slice(int(start), int(end))
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _shard_of(self, index: int) -> tuple[int, int]:
+        """Return the number of a sequence's shard, and the index of the sequence in it."""
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
 
-def open_shards(folder: str, verify: bool = False) -> ShardSet:
+def open_shards(folder: str, verify: bool = True, remember: bool = True) -> ShardSet:
     """Open a folder that create_pretraining_data.py has completed.
+
+    Counts and offsets are always checked. Verification reads every shard once and compares its
+    SHA-256, ids and positions; a shard that has not changed since is not read again.
 
     Args:
         folder: with manifest.json and its shards.
-        verify: also compare each shard's SHA-256, which reads everything once.
+        verify: verify the shards.
+        remember: False verifies every shard, whether or not it was verified before.
 
-    Raises `UserError` that names the shard which is missing, truncated or not the manifest's.
+    Raises `UserError` that names the shard that is missing, damaged or not the manifest's.
     """
     manifest = read_manifest(folder)
     shards = []
     for entry in manifest.shards:
         shard = Shard(os.path.join(folder, entry.file))
-        shard.check(entry, verify)
+        shard.check_counts(entry)
         shards.append(shard)
+    if not sum(shard.num_sequences for shard in shards):
+        raise UserError(f"{folder}: its shards hold no sequences; make them again")
+    if verify:
+        _verify(folder, manifest, shards, remember)
     return ShardSet(manifest, shards)
+
+
+def _verify(folder: str, manifest: Manifest, shards: list[Shard], remember: bool) -> None:
+    """Verify the shards that have changed since they were verified, several at once."""
+    path = os.path.join(folder, VERIFIED_FILE)
+    # Of the files as they are before they are read.
+    states = [
+        _file_state(shard.path, entry.sha256, manifest.vocab_size)
+        for shard, entry in zip(shards, manifest.shards)
+    ]
+    verified: dict[str, list[Any]] = {}
+    if remember and os.path.exists(path):
+        with suppress(UserError):  # a damaged record: verify again
+            verified = read_json_as(path, dict[str, list[Any]])
+    changed = [
+        number
+        for number, entry in enumerate(manifest.shards)
+        if verified.get(entry.file) != states[number]
+    ]
+    if not changed:
+        return
+    with ThreadPoolExecutor(min(usable_cores(), len(changed))) as pool:
+        for _ in pool.map(
+            lambda n: shards[n].verify(manifest.shards[n], manifest.vocab_size), changed
+        ):
+            pass
+    record = {
+        entry.file: state
+        for entry, state in zip(manifest.shards, states)
+        if time.time_ns() - max(state[1:3]) > _SETTLED_SECONDS * 1e9
+    }
+    if record != verified:
+        with suppress(UserError, OSError):  # a folder that cannot be written to is read each time
+            write_json(path, record)
+
+
+def _file_state(path: str, sha256: str, vocab_size: int) -> list[Any]:
+    """Return what changes with a file's content, and what it is verified against."""
+    status = os.stat(path)
+    # The time of the last change of the file's status cannot be set back, unlike that of content.
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256, vocab_size]

@@ -66,7 +66,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Statistics:
     parsed = vars(parser.parse_args(argv))
     settings = build(InspectSettings, parsed)
     check_limits(settings)
-    shards = open_shards(parsed["folder"], verify=True)
+    shards = open_shards(parsed["folder"], remember=False)
     tokenizer = _tokenizer_of(shards.manifest, build(TokenizerSettings, parsed))
     statistics = measure(shards, tokenizer)
     for what, value in [*_manifest_rows(shards), *statistics.rows()]:
@@ -79,7 +79,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Statistics:
 
 def _tokenizer_of(manifest: Manifest, given: TokenizerSettings) -> Tokenizer:
     if given == TokenizerSettings():
-        given = build(TokenizerSettings, manifest.tokenizer["settings"])
+        given = build(TokenizerSettings, manifest.tokenizer.settings)
     tokenizer = load_tokenizer(given)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(
@@ -91,7 +91,7 @@ def _tokenizer_of(manifest: Manifest, given: TokenizerSettings) -> Tokenizer:
 
 def _manifest_rows(shards: ShardSet) -> Iterator[tuple[str, str]]:
     manifest, lengths = shards.manifest, shards.lengths
-    yield "tokenizer", str(manifest.tokenizer["name"])
+    yield "tokenizer", manifest.tokenizer.name
     yield "vocabulary", f"{manifest.vocab_size:,}"
     for name, value in manifest.arguments.items():
         yield f"--{name}", str(value)

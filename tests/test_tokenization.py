@@ -466,7 +466,7 @@ def test_long_lines_are_learnt_from(tmp_path):
         ({"vocab_size": 50_000}, "--vocab_size 50000: Vocabulary size too high"),
         ({"vocab_size": 10}, "--vocab_size 10: Vocabulary size is smaller"),
         ({"input_file": "/nowhere/*.txt"}, "--input_file /nowhere/*.txt: no such file"),
-        ({"model_file": "/nowhere/a.model"}, "--model_file /nowhere/a.model: cannot be written"),
+        ({"model_file": "/nowhere/a.model"}, "/nowhere/a.model: there is no folder /nowhere"),
     ],
 )
 def test_training_names_what_is_wrong(tmp_path, capsys, flags, says):

@@ -69,7 +69,7 @@ def score_set(
         found = class_scores(network, to_device(batch, device), kind).asnumpy()
         if scores is None:
             scores = np.zeros((len(source.encoded.labels), found.shape[1]))
-        scores[batch.rows] = found
+        scores[batch.indices] = found
     if scores is None:  # more ranks than batches
         width = source.encoded.width if kind == MULTIPLE_CHOICE else network.classifier[3]._units
         scores = np.zeros((len(source.encoded.labels), width))

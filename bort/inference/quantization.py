@@ -118,8 +118,8 @@ def predict_logits(backend: Backend, loader: ClassifierLoader, kind: str) -> np.
         batch = loader(position)
         values = backend.logits(batch.input_ids, batch.valid_length)
         # Multiple choice: [examples * options, 1] -> [examples, options]
-        logits.append(values.reshape(len(batch.rows), -1) if kind == MULTIPLE_CHOICE else values)
-        indices.append(batch.rows)
+        logits.append(values.reshape(len(batch.indices), -1) if kind == MULTIPLE_CHOICE else values)
+        indices.append(batch.indices)
     return np.concatenate(logits).astype(np.float64)[np.argsort(np.concatenate(indices))]
 
 

@@ -179,7 +179,7 @@ def data_rows(inputs: Inputs, micro_batches: int, num_steps: int) -> list[Row]:
     """Describe the shards, and how often `num_steps` updates of so many micro-batches use them."""
     training, held_out, manifest = inputs
     updates = training.batches_per_epoch / micro_batches
-    tokenizer = manifest.tokenizer.get("name", "tokenizer")
+    tokenizer = manifest.tokenizer.name
     rows = [
         Row("tokenizer", f"{tokenizer} {manifest.tokenizer_fingerprint[:12]}"),
         Row("vocabulary", f"{manifest.vocab_size:,}"),

@@ -298,7 +298,7 @@ def _teacher_rows(
     device = next(iter(teacher.collect_params().values())).list_ctx()[0]
     for first in range(start, shard.num_sequences, batch_size):
         numbers = np.arange(first, min(first + batch_size, shard.num_sequences))
-        batch = to_device(collate(shard, numbers, pad_id), device)
+        batch = to_device(collate([shard.sequence(n) for n in numbers], pad_id), device)
         yield masked_states(teacher, batch).asnumpy(), len(numbers)
 
 

@@ -27,9 +27,10 @@ import numpy as np
 from bort.config import option, parse, required
 from bort.mxnet_setup import usable_cores
 from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
-from data.corpus import find_inputs, read_pieces
+from data.corpus import find_inputs
 from data.masking import MaskingSettings, SequenceSettings
 from data.preparation import CorpusSettings, InstanceMaker, InstanceSettings, make_shards
+from data.text_formats import read_pieces
 
 _MAX_TOKENS = 510
 _SHORT_SEQ_PROB = 0.1

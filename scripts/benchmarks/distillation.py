@@ -133,7 +133,14 @@ def timed(step: Callable[[], None]) -> Callable[[], float]:
 
 def write_random_shards(folder: str, settings: DistillationBenchmarkSettings) -> None:
     """Write shards of random tokens, all sequences full, 15 % of the tokens masked."""
-    from data.shards import Manifest, ShardWriter, id_type, shard_name, write_manifest
+    from data.shards import (
+        Manifest,
+        ShardWriter,
+        TokenizerEntry,
+        id_type,
+        shard_name,
+        write_manifest,
+    )
 
     generator = np.random.default_rng(0)
     os.makedirs(folder)
@@ -146,7 +153,7 @@ def write_random_shards(folder: str, settings: DistillationBenchmarkSettings) ->
             lengths = np.array([settings.length]), np.array([masks])
             writer.write(ids, lengths[0], positions, true, lengths[1])
         entry = writer.finish(documents=SEQUENCES, sentences=SEQUENCES, unknown=0)
-    tokenizer = {"fingerprint": "random", "vocab_size": settings.vocab_size, "pad_id": 1}
+    tokenizer = TokenizerEntry("random", settings.vocab_size, pad_id=1)
     write_manifest(folder, "manifest.json", Manifest(tokenizer, {}, [], [entry]))
 
 

@@ -76,7 +76,14 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[int, float]:
 
 def write_shards(folder: str, count: int, sequences: int, length: int, vocab_size: int) -> None:
     """Write `count` shards of random sequences, all full, 15 % of the tokens masked."""
-    from data.shards import Manifest, ShardWriter, id_type, shard_name, write_manifest
+    from data.shards import (
+        Manifest,
+        ShardWriter,
+        TokenizerEntry,
+        id_type,
+        shard_name,
+        write_manifest,
+    )
 
     generator = np.random.default_rng(0)
     os.makedirs(folder)
@@ -94,7 +101,7 @@ def write_shards(folder: str, count: int, sequences: int, length: int, vocab_siz
                 lengths, counts = np.full(rows, length), np.full(rows, masks)
                 writer.write(ids.ravel(), lengths, positions.ravel(), true.ravel(), counts)
             entries.append(writer.finish(documents=sequences, sentences=sequences, unknown=0))
-    tokenizer = {"fingerprint": "random", "vocab_size": vocab_size, "pad_id": 1}
+    tokenizer = TokenizerEntry("random", vocab_size, pad_id=1)
     write_manifest(folder, "manifest.json", Manifest(tokenizer, {}, [], entries))
 
 

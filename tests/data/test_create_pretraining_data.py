@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bz2
-import fcntl
 import gzip
+import json
 import lzma
 import multiprocessing
 import os
@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import chain
 
@@ -22,7 +23,7 @@ import zstandard
 
 import create_pretraining_data
 from bort.errors import UserError
-from bort.files import read_json, write_json
+from bort.files import lock_folder, read_json, write_json
 from bort.tokenization import (
     RELEASED_DATASET,
     TokenizerSettings,
@@ -30,10 +31,11 @@ from bort.tokenization import (
     load_tokenizer_folder,
 )
 from data import preparation
-from data.corpus import survey
+from data.corpus import scan
 from data.masking import MaskingSettings, SequenceSettings
 from data.preparation import Block, InstanceMaker, InstanceSettings, read_blocks, workers
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE, open_shards, read_manifest
+from data.text_formats import TextSource
 from tests.conftest import ROOT
 
 SAMPLE = ROOT / "test_data" / "sample_text.txt"
@@ -106,7 +108,7 @@ def ids_of(text, tokenizer):
 @pytest.mark.parametrize("values", [{}, {"whole_word_mask": True}, {"format": "sentence_pairs"}])
 def test_unmasking_gives_back_every_token_of_the_text(tmp_path, tokenizer, values):
     manifest = create(tmp_path / "out", num_outputs=3, max_seq_length=64, **values)
-    shards = open_shards(str(tmp_path / "out"), verify=True)
+    shards = open_shards(str(tmp_path / "out"))
     assert shards.manifest == manifest
     found = list(chain.from_iterable(unmasked(shards, tokenizer)))
     text = SAMPLE.read_text(encoding="utf-8")
@@ -235,6 +237,156 @@ def test_compression_changes_nothing(tmp_path):
         )
 
 
+def rows_of_sample():
+    return [{"id": i, "text": text} for i, text in enumerate(SAMPLE.read_text().split("\n\n"))]
+
+
+def write_json_lines(path, rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@pytest.mark.parametrize("end", ["\n", "", "\n\n \n"])
+@pytest.mark.parametrize("outputs", [1, 2, 7])
+def test_json_lines_give_the_shards_of_the_text(tmp_path, end, outputs):
+    # Documents of one size, so that a byte more or less would move the bounds of shards.
+    documents = ["Equal texts.\nTwo lines." for _ in range(14)] if outputs > 1 else None
+    documents = documents or [row["text"].strip() for row in rows_of_sample()]
+    (tmp_path / "a.txt").write_text("\n\n".join(documents) + end)
+    write_json_lines(tmp_path / "a.jsonl", [{"text": text} for text in documents])
+    create(tmp_path / "text", tmp_path / "a.txt", num_outputs=outputs)
+    create(tmp_path / "json", tmp_path / "a.jsonl", num_outputs=outputs)
+    text, rows = content(tmp_path / "text"), content(tmp_path / "json")
+    assert {name: text[name] for name in text if name.endswith(".npz")} == {
+        name: rows[name] for name in rows if name.endswith(".npz")
+    }
+
+
+def test_a_row_is_one_document_whatever_blank_lines_it_has(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    write_json_lines(path, [{"text": "One.\n\nStill one.\n"}, {"text": ""}, {"text": "Two."}])
+    manifest = create(tmp_path / "out", path)
+    assert (manifest.totals["documents"], manifest.totals["sentences"]) == (2, 3)
+
+
+def test_the_text_field_is_named_and_part_of_the_settings(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    write_json_lines(path, [{"body": "One text.", "title": "Another."}])
+    line = complaint(capsys, tmp_path / "out", path)
+    assert "a.jsonl, line 1: has no field 'text'; name the one that holds the text by" in line
+    assert line.endswith("--text_field: body, title\n")
+    create(tmp_path / "out", path, text_field="body")
+    line = complaint(capsys, tmp_path / "out", path, text_field="title")
+    assert "--text_field was body, now title" in line
+
+
+@pytest.mark.parametrize("kind", ["stdin", "fifo"])
+@pytest.mark.parametrize("form", ["text", "gzip", "json lines"])
+def test_streams_are_read(tmp_path, kind, form):
+    write_json_lines(tmp_path / "a.jsonl", [{"text": row["text"]} for row in rows_of_sample()])
+    data = {
+        "text": SAMPLE.read_bytes(),
+        "gzip": gzip.compress(SAMPLE.read_bytes()),
+        "json lines": (tmp_path / "a.jsonl").read_bytes(),
+    }[form]
+    create(tmp_path / "plain")
+    if kind == "stdin":
+        command = program(tmp_path / "out", "-", num_workers=1)
+        subprocess.run(command, input=data, check=True, stdout=subprocess.DEVNULL)
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+        writer.start()
+        create(tmp_path / "out", tmp_path / "pipe")
+        writer.join()
+    one, other = content(tmp_path / "out"), content(tmp_path / "plain")
+    assert one["part-00000.npz"] == other["part-00000.npz"]
+    path = open_shards(str(tmp_path / "out")).manifest.inputs[0].path
+    assert path == ("-" if kind == "stdin" else str(tmp_path / "pipe"))
+
+
+def test_text_of_blanks_is_refused_and_leaves_nothing(tmp_path, capsys):
+    text = tmp_path / "a.txt"
+    text.write_text("\u00a0 \u3000\n\n\u2003\n")
+    assert "a.txt: holds no text" in complaint(capsys, tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_document_of_blanks_among_others_may_fill_a_shard(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("One.\n\n" + "\u3000" * 40 + "\n\nThree.\n")
+    manifest = create(tmp_path / "out", text, num_outputs=3)
+    assert [entry.sequences for entry in manifest.shards] == [1, 0, 1]
+    assert open_shards(str(tmp_path / "out")).num_sequences == 2
+
+
+def test_text_that_the_vocabulary_drops_is_refused_and_leaves_nothing(
+    tmp_path, capsys, monkeypatch, tokenizer
+):
+    monkeypatch.setattr(preparation, "load_tokenizer", lambda settings: tokenizer)
+    monkeypatch.setattr(
+        tokenizer, "encode_sentences", lambda lines: [np.zeros(0, np.int32) for _ in lines]
+    )
+    line = complaint(capsys, tmp_path / "out", num_outputs=2)
+    assert "--input_file: the vocabulary has no token for any character of the text" in line
+    assert not [name for name in content(tmp_path / "out") if "tokenizer" not in name]
+
+
+def test_a_masked_share_far_from_what_was_asked_is_reported(tmp_path, capsys, monkeypatch):
+    def reported(text, **values):
+        capsys.readouterr()
+        create(tmp_path / f"out-{len(list(tmp_path.iterdir()))}", text, **values)
+        return capsys.readouterr().err
+
+    assert reported(SAMPLE) == reported(SAMPLE, whole_word_mask=True) == ""
+    limited = reported(SAMPLE, max_predictions_per_seq=5)
+    assert re.fullmatch(
+        r"warning: \d\.\d% of the tokens are masked, --masked_lm_prob asks for 15\.0%: "
+        r"--max_predictions_per_seq 5 limits it\n",
+        limited,
+    )
+    short = tmp_path / "short.txt"
+    short.write_text("Yes.\n\nNo.\n\n" * 20)
+    assert "many sequences are so short" in reported(short)
+    # Words of 300 letters: two of them are above the masks of a sequence, the third is not.
+    words = tmp_path / "words.txt"
+    words.write_text("\n\n".join(f"{'qxz' * 100} and {'zqx' * 100} so" for _ in range(5)))
+    line = reported(words, whole_word_mask=True, short_seq_prob=0)
+    assert "leave --whole_word_mask out" in line
+
+
+def test_chinese_text_has_masks_in_every_sequence(tmp_path, tokenizer):
+    text = tmp_path / "a.txt"
+    text.write_text(
+        "\n\n".join("灯塔曾经由家庭看守他们在那里住了好几个月没有见到任何人" * 9 for _ in range(6))
+    )
+    create(tmp_path / "out", text, whole_word_mask=True)
+    shards = open_shards(str(tmp_path / "out"))
+    counts = [len(shards.sequence(index)[1]) for index in range(shards.num_sequences)]
+    assert min(counts) >= 1
+    share = sum(counts) / (shards.lengths.sum() - 2 * shards.num_sequences)
+    assert share == pytest.approx(0.15, abs=0.015)
+
+
+def test_shards_begun_by_an_earlier_version_are_completed(tmp_path):
+    """It counted the last line end of a file as it stands: none here."""
+    text = tmp_path / "a.txt"
+    text.write_text("\n\n".join(["Equal texts."] * 4))
+    create(tmp_path / "out", text, num_outputs=2)
+    before = content(tmp_path / "out")
+    manifest = read_json(str(tmp_path / "out" / MANIFEST_FILE))
+    (entry,) = manifest["inputs"]
+    assert entry["bytes"] == 4 * len("Equal texts.") + 1
+    # With this size the second shard begins with the third document, not with the fourth.
+    assert [one["documents"] for one in manifest["shards"]] == [3, 1]
+    entry["bytes"] -= 1
+    write_json(str(tmp_path / "out" / MANIFEST_FILE), manifest)
+    os.remove(tmp_path / "out" / "part-00001.npz")
+    resumed = create(tmp_path / "out", text, num_outputs=2)
+    assert resumed.shards[1].documents == 2
+    assert resumed.inputs[0].bytes == entry["bytes"]
+    assert content(tmp_path / "out")["part-00000.npz"] == before["part-00000.npz"]
+
+
 def test_line_ends_and_blanks_change_nothing(tmp_path):
     text = SAMPLE.read_text(encoding="utf-8")
     odd = tmp_path / "odd.txt"
@@ -271,23 +423,26 @@ def test_several_files_in_order(tmp_path, tokenizer):
     assert texts == ["the first file", "the second file", "the third file"]
 
 
+def blocks_of(text, outputs):
+    source = TextSource(str(text))
+    return list(read_blocks([source], [scan(source)], outputs))
+
+
 @pytest.mark.parametrize("outputs", [1, 2, 3, 7, 25])
 def test_shards_are_balanced_and_none_is_empty(outputs):
-    file = survey(str(SAMPLE))
     sizes, numbers = [0] * outputs, []
-    for block in read_blocks([file], outputs):
+    for block in blocks_of(SAMPLE, outputs):
         sizes[block.shard] += block.bytes
         numbers += range(block.first_document, block.first_document + len(block.documents))
     assert numbers == list(range(25))
     assert min(sizes) > 0
-    longest = max(block.bytes for block in read_blocks([file], 25))
-    assert max(sizes) <= file.bytes / outputs + longest
+    longest = max(block.bytes for block in blocks_of(SAMPLE, 25))
+    assert max(sizes) <= scan(TextSource(str(SAMPLE))).bytes / outputs + longest
 
 
 def test_blocks_are_small(small_blocks):
-    file = survey(str(SAMPLE))
-    sizes = [block.bytes for block in read_blocks([file], 2)]
-    longest = max(block.bytes for block in read_blocks([file], 25))
+    sizes = [block.bytes for block in blocks_of(SAMPLE, 2)]
+    longest = max(block.bytes for block in blocks_of(SAMPLE, 25))
     assert len(sizes) > 5
     assert max(sizes) < 2000 + longest
 
@@ -295,7 +450,7 @@ def test_blocks_are_small(small_blocks):
 def test_a_huge_document_first_leaves_no_shard_empty(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("long " * 1000 + "\n\nb\n\nc\n\nd\n")
-    blocks = list(read_blocks([survey(str(text))], 4))
+    blocks = blocks_of(text, 4)
     assert [(block.shard, len(block.documents)) for block in blocks] == [(i, 1) for i in range(4)]
 
 
@@ -313,6 +468,7 @@ BAD_INPUTS = {
     "no worker": (b"One.", {"num_workers": 0}, r"--num_workers 0: must be at least 1"),
     "no copy": (b"One.", {"dupe_factor": 0}, r"--dupe_factor 0: must be at least 1"),
     "no shard": (b"One.", {"num_outputs": 0}, r"--num_outputs 0: must be at least 1"),
+    "binary": (b"%PDF-1.4 \0", {}, r"a.txt: is a PDF file, not text; give UTF-8 text, JSON lines"),
     "no tokenizer": (b"One.", {"sentencepiece": "x.model"}, r"x.model: cannot be read"),
     "odd format": (b"One.", {"format": "odd"}, r"argument --format: invalid choice: 'odd'"),
 }
@@ -337,7 +493,7 @@ def test_a_vocabulary_too_large_is_named(tmp_path, capsys, monkeypatch, tokenize
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
     line = complaint(capsys, tmp_path / "file" / "out")
-    assert f"--output_dir {tmp_path}/file/out: cannot be made (Not a directory)" in line
+    assert f"--output_dir {tmp_path}/file/out: cannot be written (Not a directory)" in line
 
 
 def program(output, text, **values):
@@ -358,7 +514,7 @@ def test_no_room_on_the_disk(tmp_path):
         command, preexec_fn=small_disk, capture_output=True, text=True, check=False
     )
     assert run.returncode == 1
-    assert "part-00000.npz: cannot be written (File too large); make room" in run.stderr
+    assert "part-00000.npz: cannot be written (File too large); free some space" in run.stderr
     # No shard is finished; nothing but the plan is left, which binds nobody.
     assert list(content(tmp_path / "out")) == [UNFINISHED_FILE]
     create(tmp_path / "out", text, **{**values, "dupe_factor": 1})
@@ -387,7 +543,7 @@ def is_running(pid):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, num_workers):
+def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path, num_workers):
     text = tmp_path / "a.txt"
     text.write_bytes(SAMPLE.read_bytes() * 100)
     values = {"num_outputs": 10, "dupe_factor": 2}
@@ -407,7 +563,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, num_workers):
     finished = read_json(str(unfinished))["shards"]
     assert 2 <= len(finished) < 10
     before = {one["file"]: (tmp_path / "out" / one["file"]).stat().st_mtime_ns for one in finished}
-    with pytest.raises(UserError, match="was interrupted: run it again"):
+    with pytest.raises(UserError, match="was interrupted: run it again, it resumes"):
         open_shards(str(tmp_path / "out"))
 
     create(tmp_path / "out", text, **values)
@@ -441,7 +597,8 @@ def test_other_arguments_are_refused(tmp_path, capsys):
     before = content(tmp_path / "out")
     line = complaint(capsys, tmp_path / "out", dupe_factor=2, max_seq_length=128)
     assert (
-        "holds shards made otherwise: --dupe_factor was 1, now 2; --max_seq_length was 512" in line
+        "holds shards with other settings: --dupe_factor was 1, now 2; --max_seq_length was 512"
+        in line
     )
     assert "Give another folder, or empty this one" in line
     assert content(tmp_path / "out") == before
@@ -455,7 +612,7 @@ def test_other_text_is_refused_but_another_name_is_not(tmp_path, capsys):
     create(tmp_path / "out", renamed)
     renamed.write_bytes(SAMPLE.read_bytes() + b"More.\n")
     line = complaint(capsys, tmp_path / "out", renamed)
-    assert f"the text of {renamed} is not that of {renamed} then" in line
+    assert f"the text of {renamed} differs from that of {renamed} before" in line
 
 
 def test_another_tokenizer_is_refused(tmp_path, capsys):
@@ -463,7 +620,7 @@ def test_another_tokenizer_is_refused(tmp_path, capsys):
     manifest = read_json(str(tmp_path / "out" / MANIFEST_FILE))
     manifest["tokenizer"]["fingerprint"] = "another"
     write_json(str(tmp_path / "out" / MANIFEST_FILE), manifest)
-    assert "the tokenizer is another one" in complaint(capsys, tmp_path / "out")
+    assert "the tokenizer differs" in complaint(capsys, tmp_path / "out")
 
 
 def test_shards_of_unknown_origin_are_refused(tmp_path, capsys):
@@ -476,11 +633,12 @@ def test_shards_of_unknown_origin_are_refused(tmp_path, capsys):
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "keep").touch()
-    handle = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    line = complaint(capsys, tmp_path / "out")
-    os.close(handle)
-    assert "another run is writing there; let it end" in line
+    with lock_folder(str(tmp_path / "out")):
+        line = complaint(capsys, tmp_path / "out")
+    assert f"--output_dir {tmp_path}/out: process {os.getpid()} on " in line
+    assert "is writing there" in line
+    create(tmp_path / "out")
+    assert ".lock" not in content(tmp_path / "out")
 
 
 def instance_maker(dupe_factor=1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,63 @@ def test_a_damaged_file_of_the_cache_is_replaced(tokenizer, tmp_path):
         np.testing.assert_array_equal(first.offsets, again.offsets)
 
 
+def damaged(content: bytes, damage: str) -> bytes:
+    """Return the content of a file of the cache, damaged in some way."""
+    made = io.BytesIO()
+    if damage == "cut":
+        return content[: len(content) // 2]
+    if damage == "flipped":
+        place = len(content) // 3
+        return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+    if damage == "lzma":
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_LZMA) as archive:
+            archive.writestr("ids.npy", content)
+        whole = made.getvalue()
+        return whole[:100] + bytes(50) + whole[150:]
+    if damage == "name":
+        return content.replace(b"ids.npy", b"\xff\xfe\xfd.npy")
+    with np.load(io.BytesIO(content)) as arrays:
+        ids, lengths = arrays["ids"].copy(), arrays["lengths"].copy()
+    if damage == "id":
+        ids[3] = 10**6
+    elif damage == "lengths":
+        lengths[0] += 1
+    elif damage == "type":
+        ids = ids.astype(np.float32)
+    np.savez(made, ids=ids, lengths=lengths)
+    return made.getvalue()
+
+
+DAMAGES = ["cut", "flipped", "lzma", "name", "id", "lengths", "type"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", *DAMAGES])
+def test_a_damaged_file_of_the_cache_is_made_again(tokenizer, tmp_path, damage):
+    first = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage if isinstance(damage, bytes) else damaged(whole, damage))
+    again = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
+    np.testing.assert_array_equal(first.ids, again.ids)
+    np.testing.assert_array_equal(first.offsets, again.offsets)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [EOFError, OSError, KeyError, NotImplementedError, RuntimeError])
+def test_any_error_of_reading_the_cache_encodes_again(tokenizer, tmp_path, monkeypatch, error):
+    # NumPy 1.26 raises EOFError for an empty file, 1.23 ValueError.
+    first = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("damaged")
+
+    monkeypatch.setattr(np, "load", fail)
+    np.testing.assert_array_equal(
+        first.ids, encode_examples(examples(6), tokenizer, 32, str(tmp_path)).ids
+    )
+
+
 class Rank(SingleProcess):
     """One of two ranks; what it has encoded when the ranks meet is noted."""
 
@@ -144,7 +202,7 @@ def test_ranks_share_the_encoding(tokenizer, tmp_path, monkeypatch, rank):
 def test_what_cannot_be_encoded_is_said(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"\[1, 2\] inputs"):
         encode_examples([*examples(1), *examples(1, 2)], tokenizer, 32)
-    with pytest.raises(UserError, match="--max_len 4: no room for 2 texts"):
+    with pytest.raises(UserError, match="--max_len 4: leaves no tokens for 2 texts"):
         encode_examples(examples(3), tokenizer, 4)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--cache_dir: .* cannot be written"):
@@ -155,14 +213,14 @@ def test_what_cannot_be_encoded_is_said(tokenizer, tmp_path):
 @pytest.mark.parametrize("seed", [None, 5])
 def test_batches_use_every_example_once(tokenizer, width, seed):
     encoded = encode_examples(examples(23, width), tokenizer, 32)
-    source = ClassifierLoader(encoded, 4, 3, tokenizer.pad_id, seed)
-    batches = [source(number) for number in range(source.batches_per_epoch)]
-    assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(23))
+    loader = ClassifierLoader(encoded, 4, 3, tokenizer.pad_id, seed)
+    batches = [loader(number) for number in range(loader.batches_per_epoch)]
+    assert sorted(np.concatenate([batch.indices for batch in batches])) == list(range(23))
     for batch in batches:
-        assert batch.input_ids.shape == (len(batch.rows) * width, batch.valid_length.max())
-        np.testing.assert_array_equal(batch.labels, batch.rows % 2)
+        assert batch.input_ids.shape == (len(batch.indices) * width, batch.valid_length.max())
+        np.testing.assert_array_equal(batch.labels, batch.indices % 2)
         for place, ids in enumerate(batch.input_ids):
-            number = batch.rows[place // width] * width + place % width
+            number = batch.indices[place // width] * width + place % width
             start, end = encoded.offsets[number : number + 2]
             assert ids[: end - start].tolist() == encoded.ids[start:end].tolist()
             assert batch.valid_length[place] == end - start

@@ -13,6 +13,7 @@ from bort.errors import UserError
 from data.masking import (
     FULL_SENTENCES,
     SENTENCE_PAIRS,
+    DynamicMasking,
     MaskingSettings,
     MaskingTable,
     Sequences,
@@ -20,6 +21,7 @@ from data.masking import (
     Text,
     make_sequences,
     mask_sequences,
+    unmask,
 )
 
 VOCAB_SIZE = 1000
@@ -351,8 +353,11 @@ def test_whole_words_are_masked_whole():
     for row, positions in zip(rows, np.split(result.masked_positions, ends)):
         chosen = set(positions.tolist())
         words = words_of(row.tolist())
-        assert all(chosen >= set(word) or not chosen & set(word) for word in words)
         wanted = min(80, max(1, round(0.15 * sum(map(len, words)))))
+        if words and min(map(len, words)) > wanted:
+            assert len(chosen) == wanted, "single tokens where no word fits"
+            continue
+        assert all(chosen >= set(word) or not chosen & set(word) for word in words)
         left = [len(word) for word in words if not chosen & set(word)]
         # Not more than wanted; fewer only where no further word fits.
         assert len(chosen) <= wanted
@@ -366,8 +371,94 @@ def test_the_rest_of_a_split_word_is_a_word():
     sequences = Sequences(np.array([BOS, 7, 8, EOS, BOS, 7, EOS]), np.array([0, 4, 7]))
     result = masked(sequences, whole_words=True, masked_lm_prob=1.0)
     assert result.masked_positions.tolist() == [1, 2, 1]
-    # As one word of two tokens it does not fit where one token is wanted.
-    assert masked(sequences, whole_words=True).masked_positions.tolist() == [1]
+
+
+def test_where_no_word_fits_single_tokens_are_masked():
+    # One word of 100 tokens, as a URL or Chinese text is, between sequences of short words.
+    long = np.full(100, 7)
+    rows = [[BOS, 9, 12, EOS], [BOS, *long, EOS], [BOS, UNK, EOS], [BOS, *long, UNK, *long, EOS]]
+    sequences = Sequences(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+    result = masked(sequences, whole_words=True)
+    assert result.masked_lengths.tolist() == [1, 15, 0, 30]
+    indices = places_of(sequences, result)
+    assert (np.diff(indices) > 0).all()
+    assert (sequences.input_ids[indices] == result.masked_ids).all()
+    # Over many draws every token of the word is masked equally often.
+    rows = 4000
+    row = np.array([BOS, *np.full(10, 7), EOS])
+    sequences = Sequences(np.tile(row, rows), np.arange(rows + 1) * len(row))
+    result = masked(sequences, whole_words=True, masked_lm_prob=0.2)
+    assert (result.masked_lengths == 2).all()
+    counts = np.bincount(result.masked_positions, minlength=12)[1:-1]
+    assert np.abs(counts / rows - 0.2).max() < 4.5 * np.sqrt(0.2 * 0.8 / rows)
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_every_sequence_with_text_has_a_mask(whole_words):
+    sequences = random_sequences(9, count=3000, longest=20)
+    result = masked(sequences, whole_words=whole_words)
+    rows = np.split(sequences.input_ids, sequences.offsets[1:-1])
+    has_text = np.array([not np.isin(row, SPECIAL).all() for row in rows])
+    assert ((result.masked_lengths > 0) == has_text).all()
+
+
+def sequence_of(result, index):
+    """Return (input_ids, masked_positions, masked_ids) of one masked sequence."""
+    ends, masked_ends = np.cumsum(result.lengths), np.cumsum(result.masked_lengths)
+    ids = slice(ends[index] - result.lengths[index], ends[index])
+    masks = slice(masked_ends[index] - result.masked_lengths[index], masked_ends[index])
+    return result.input_ids[ids], result.masked_positions[masks], result.masked_ids[masks]
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_dynamic_masks_are_drawn_from_the_original_ids(whole_words):
+    sequences = random_sequences(10, count=50)
+    result = masked(sequences, whole_words=whole_words)
+    settings = MaskingSettings(whole_word_mask=whole_words)
+    dynamic = DynamicMasking(settings, table(whole_words), seed=3)
+    rows = np.split(sequences.input_ids, sequences.offsets[1:-1])
+    for index, row in enumerate(rows):
+        ids, positions, masked_ids = dynamic(*sequence_of(result, index), epoch=2, index=index)
+        np.testing.assert_array_equal(unmask(ids, positions, masked_ids), row)
+        assert ids.dtype == row.dtype
+        unmasked = np.delete(np.arange(len(row)), positions)
+        np.testing.assert_array_equal(ids[unmasked], row[unmasked])
+
+
+def test_dynamic_masks_are_a_function_of_seed_epoch_and_sequence():
+    result = masked(random_sequences(11, count=5, longest=300))
+    settings = MaskingSettings()
+
+    def draw(seed, epoch, index):
+        made = DynamicMasking(settings, table(), seed)
+        return [array.tolist() for array in made(*sequence_of(result, 0), epoch, index)]
+
+    first = draw(0, 0, 0)
+    assert first == draw(0, 0, 0)
+    others = [draw(1, 0, 0), draw(0, 1, 0), draw(0, 0, 1)]
+    assert all(other[1] != first[1] for other in others)
+    # The call before does not matter: one object gives the same, whatever it gave before.
+    same = DynamicMasking(settings, table(), 0)
+    for epoch in (3, 0, 2):
+        drawn = [array.tolist() for array in same(*sequence_of(result, 0), epoch, 0)]
+        assert drawn == draw(0, epoch, 0)
+
+
+def test_dynamic_masks_have_the_statistics_of_fixed_ones():
+    ids = np.array([BOS, *range(5, 105), EOS])
+    fixed = masked(Sequences(ids, np.array([0, len(ids)])))
+    dynamic = DynamicMasking(MaskingSettings(), table(), seed=0)
+    epochs = 3000
+    counts, shown = np.zeros(len(ids)), []
+    for epoch in range(epochs):
+        drawn, positions, _ = dynamic(*sequence_of(fixed, 0), epoch, 0)
+        assert len(positions) == 15
+        counts[positions] += 1
+        shown.append(drawn[positions])
+    share = 0.15
+    assert np.abs(counts[1:-1] / epochs - share).max() < 4.5 * np.sqrt(share / epochs)
+    became_mask = np.mean(np.concatenate(shown) == MASK)
+    assert abs(became_mask - 0.8) < 4 * np.sqrt(0.16 / (15 * epochs))
 
 
 def test_whole_words_are_masked_equally_often():

@@ -6,18 +6,23 @@ import dataclasses
 import os
 import subprocess
 import sys
+import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from bort.errors import UserError
 from bort.files import read_json, sha256_of, write_json
+from data.corpus import TextFile
 from data.shards import (
     MANIFEST_FILE,
     UNFINISHED_FILE,
+    VERIFIED_FILE,
     Manifest,
     Shard,
     ShardWriter,
+    TokenizerEntry,
     id_type,
     open_shards,
     read_manifest,
@@ -25,8 +30,8 @@ from data.shards import (
     write_manifest,
 )
 
-TOKENIZER = {"fingerprint": "f", "vocab_size": 300, "pad_id": 1}
-TEXT = {"path": "a.txt", "sha256": "00", "bytes": 10, "documents": 1}
+TOKENIZER = TokenizerEntry("f", 300, pad_id=1)
+TEXT = TextFile("a.txt", sha256="00", bytes=10, documents=1)
 
 
 def random_blocks(seed, blocks=3):
@@ -136,7 +141,7 @@ def test_smallest_type_that_holds_every_id():
 
 def test_a_folder_is_numbered_through(tmp_path):
     sequences = write_folder(tmp_path)
-    shards = open_shards(str(tmp_path), verify=True)
+    shards = open_shards(str(tmp_path))
     assert shards.num_sequences == len(sequences)
     assert shards.lengths.tolist() == [len(ids) for ids, _, _ in sequences]
     assert_equal_sequences(shards, sequences)
@@ -177,7 +182,7 @@ def test_no_room_on_the_disk(tmp_path, tokens, limit):
     path = tmp_path / "a.npz"
     command = [sys.executable, "-c", FULL_DISK, str(tokens), str(limit), str(path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert run.stdout.startswith(f"{path}: cannot be written (File too large); make room and run")
+    assert run.stdout.startswith(f"{path}: cannot be written (File too large); free some space")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,7 +209,7 @@ def test_a_truncated_shard_is_named(tmp_path, kept):
 def test_a_missing_shard_is_named(tmp_path):
     write_folder(tmp_path)
     (tmp_path / shard_name(2)).unlink()
-    with pytest.raises(UserError, match=r"part-00002.npz: cannot be read .*No such file"):
+    with pytest.raises(UserError, match=r"part-00002.npz: is missing; run create_pretraining_data"):
         open_shards(str(tmp_path))
 
 
@@ -240,22 +245,180 @@ def test_a_shard_of_another_run_is_named(tmp_path):
         open_shards(str(tmp_path))
 
 
-def test_a_changed_byte_is_found_on_request(tmp_path):
+def test_any_flipped_bit_is_noticed(tmp_path):
     write_folder(tmp_path)
-    path = tmp_path / shard_name(1)
-    content = bytearray(path.read_bytes())
-    content[200] ^= 1
-    path.write_bytes(content)
+    generator = np.random.default_rng(0)
+    for _ in range(150):
+        path = tmp_path / shard_name(int(generator.integers(3)))
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        content[generator.integers(len(content))] ^= 1 << int(generator.integers(8))
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=path.name):
+            open_shards(str(tmp_path))
+        path.write_bytes(whole)
     open_shards(str(tmp_path))
-    with pytest.raises(UserError, match=r"part-00001.npz: its SHA-256 is not that of the manifest"):
-        open_shards(str(tmp_path), verify=True)
+
+
+def change_entry(folder, **changes):
+    """Give the first shard's entry other values, such as the SHA-256 of a damaged file."""
+    content = read_json(str(folder / MANIFEST_FILE))
+    content["shards"][0].update(changes)
+    write_json(str(folder / MANIFEST_FILE), content)
+
+
+WRONG_VALUES = {
+    "input_ids": (300, "the token id 300 is out of range"),
+    "masked_ids": (65535, "the masked token id 65535 is out of range"),
+    "masked_positions": (600, "the masked position 600 is out of range"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, WRONG_VALUES[name][0]) for name in WRONG_VALUES]
+)
+def test_ids_and_positions_out_of_range_are_refused(tmp_path, name, value):
+    write_folder(tmp_path)
+    path = tmp_path / shard_name(0)
+    content = bytearray(path.read_bytes())
+    place = content.index(f"{name}.npy".encode())
+    place = content.index(b"\n", place) + 1  # where the values begin
+    content[place : place + 2] = np.uint16(value).tobytes()
+    path.write_bytes(content)
+    change_entry(tmp_path, sha256=sha256_of(str(path)))
+    with pytest.raises(UserError, match=WRONG_VALUES[name][1]):
+        open_shards(str(tmp_path))
+    # Without verification nothing is read, but no such value ever leaves the shard.
+    shards = open_shards(str(tmp_path), verify=False)
+    with pytest.raises(UserError, match=r"part-00000.npz: sequence 0 holds an id or a position o"):
+        shards.sequence(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [("offsets", 0, 1), ("offsets", 1, -5), ("offsets", 2, 0), ("offsets", -1, 10**9),
+     ("masked_offsets", 0, 1), ("masked_offsets", 1, 10**12), ("masked_offsets", -1, 0)],
+)  # fmt: skip
+def test_offsets_that_do_not_ascend_are_refused(tmp_path, name, index, value):
+    write_folder(tmp_path)
+    path = tmp_path / shard_name(0)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays[name] = arrays[name].copy()
+    arrays[name][index] = value
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match=r"part-00000.npz: cannot be read as a shard \(the offsets"):
+        open_shards(str(tmp_path), verify=False)
+
+
+def test_verified_shards_are_not_read_again_until_they_change(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.setattr("data.shards._SETTLED_SECONDS", -1.0)
+    read = []
+    monkeypatch.setattr(
+        "data.shards.sha256_of", lambda path: read.append(os.path.basename(path)) or sha256_of(path)
+    )
+    names = [shard_name(index) for index in range(3)]
+    open_shards(str(tmp_path))
+    assert sorted(read) == names
+    open_shards(str(tmp_path))
+    assert sorted(read) == names, "read once"
+    open_shards(str(tmp_path), remember=False)
+    assert sorted(read) == sorted(names * 2)
+    # Another file with the same content, size and time of change is read again.
+    read.clear()
+    path, status = tmp_path / names[1], os.stat(tmp_path / names[1])
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=names[1]):
+        open_shards(str(tmp_path))
+    # So is everything when the record is damaged or lies.
+    content[-200] ^= 1
+    path.write_bytes(content)
+    for record in (b"nonsense", b"[]", b'{"part-00000.npz": 3}', b"{}"):
+        (tmp_path / VERIFIED_FILE).write_bytes(record)
+        read.clear()
+        open_shards(str(tmp_path))
+        assert sorted(read) == names
+
+
+def test_a_shard_that_has_just_changed_is_not_remembered(tmp_path):
+    write_folder(tmp_path)
+    open_shards(str(tmp_path))
+    # The resolution of a file's times is coarser than a write.
+    assert not (tmp_path / VERIFIED_FILE).exists() or read_json(str(tmp_path / VERIFIED_FILE)) == {}
+
+
+def test_a_folder_that_cannot_be_written_to_is_verified(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+
+    def refuse(path, content):
+        raise UserError("read-only")
+
+    monkeypatch.setattr("data.shards._SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("data.shards.write_json", refuse)
+    assert open_shards(str(tmp_path)).num_sequences
+
+
+def test_git_lfs_pointers_are_named(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+    write_folder(tmp_path)
+    (tmp_path / shard_name(1)).write_bytes(pointer)
+    with pytest.raises(UserError, match=r"part-00001.npz: is a Git LFS pointer.* git lfs pull"):
+        open_shards(str(tmp_path))
+    (tmp_path / MANIFEST_FILE).write_bytes(pointer)
+    with pytest.raises(UserError, match=r"manifest.json: is a Git LFS pointer.* git lfs pull"):
+        open_shards(str(tmp_path))
+
+
+def test_archives_of_other_kinds_are_named(tmp_path):
+    write_folder(tmp_path)
+    path = tmp_path / shard_name(0)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("input_ids.npy", whole)
+    with pytest.raises(UserError, match=r"part-00000.npz: cannot be read as a shard"):
+        open_shards(str(tmp_path))
+    path.write_bytes(whole.replace(b"input_ids.npy", b"\xff\xfeput_ids.npy"))
+    with pytest.raises(UserError, match=r"part-00000.npz: cannot be read as a shard"):
+        open_shards(str(tmp_path))
+
+
+def test_the_bytes_are_those_of_zipfile_in_python_311(tmp_path):
+    """Every version of Python writes the same archive; the SHA-256 is that of a fixed shard."""
+    path = tmp_path / "a.npz"
+    with ShardWriter(str(path), np.dtype(np.uint16)) as writer:
+        lengths = np.array([3, 4])
+        writer.write(np.arange(7), lengths, np.array([1, 2]), np.array([9, 8]), np.array([1, 1]))
+        writer.write(np.arange(2), np.array([2]), np.array([1]), np.array([5]), np.array([1]))
+        entry = writer.finish(1, 2, 0)
+    assert entry.sha256 == "3af6f37473982bd261a8674bb9461bf180a44f9304e4e2a7335c7e12e306490c"
+    assert entry.sha256 == sha256_of(str(path))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+
+
+def test_a_shard_may_be_empty_but_a_folder_may_not(tmp_path):
+    with ShardWriter(str(tmp_path / shard_name(0)), np.dtype(np.uint16)) as writer:
+        nothing = np.zeros(0, np.int64)
+        writer.write(nothing, nothing, nothing, nothing, nothing)
+        entry = writer.finish(1, 0, 0)
+    assert (entry.sequences, entry.tokens) == (0, 0)
+    write_manifest(str(tmp_path), MANIFEST_FILE, Manifest(TOKENIZER, {}, [TEXT], [entry]))
+    with pytest.raises(UserError, match="its shards hold no sequences"):
+        open_shards(str(tmp_path))
+    other, sequences = write_shard(tmp_path / shard_name(1))
+    write_manifest(str(tmp_path), MANIFEST_FILE, Manifest(TOKENIZER, {}, [TEXT], [entry, other]))
+    assert_equal_sequences(open_shards(str(tmp_path)), sequences)
 
 
 def test_a_folder_without_manifest(tmp_path):
     with pytest.raises(UserError, match=r"holds no complete set .* create_pretraining_data.py$"):
         open_shards(str(tmp_path))
     write_manifest(str(tmp_path), UNFINISHED_FILE, Manifest(TOKENIZER, {}, [], []))
-    with pytest.raises(UserError, match=r"was interrupted: run it again"):
+    with pytest.raises(UserError, match=r"was interrupted: run it again, it resumes"):
         open_shards(str(tmp_path))
 
 
@@ -270,6 +433,39 @@ def test_a_manifest_of_another_format(tmp_path):
         open_shards(str(tmp_path))
 
 
+DAMAGED_MANIFESTS = {
+    "no shards": ({"shards": []}, "its shards hold no sequences"),
+    "no tokenizer": ({"tokenizer": None}, r"manifest.json: Expected `object`.*make the shards"),
+    "text for a number": (
+        {"tokenizer": {**asdict(TOKENIZER), "vocab_size": "x"}},
+        "Expected `int`",
+    ),
+    "a pad id outside": ({"tokenizer": {**asdict(TOKENIZER), "pad_id": 300}}, "pad_id 300 is outs"),
+    "no vocabulary": ({"tokenizer": {**asdict(TOKENIZER), "vocab_size": 0}}, "pad_id 1 is outside"),
+    "a file elsewhere": ({"file": "../part-00000.npz"}, "is not the name of a shard in its folder"),
+    "an absolute file": ({"file": "/part-00000.npz"}, "is not the name of a shard in its folder"),
+    "the folder above": ({"file": ".."}, "is not the name of a shard in its folder"),
+    "no file": ({"file": ""}, "is not the name of a shard in its folder"),
+    "an odd file": ({"file": "a\0b"}, "is not the name of a shard in its folder"),
+    "a number": ({"file": 3}, "Expected `str`"),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), DAMAGED_MANIFESTS.values(), ids=list(DAMAGED_MANIFESTS)
+)
+def test_a_damaged_manifest_is_named(tmp_path, changes, message):
+    write_folder(tmp_path)
+    content = read_json(str(tmp_path / MANIFEST_FILE))
+    if "file" in changes:
+        content["shards"][0]["file"] = changes["file"]
+    else:
+        content.update(changes)
+    write_json(str(tmp_path / MANIFEST_FILE), content)
+    with pytest.raises(UserError, match=message):
+        open_shards(str(tmp_path))
+
+
 def test_manifests_round_trip_and_tell_what_differs(tmp_path):
     write_folder(tmp_path)
     manifest = read_manifest(str(tmp_path))
@@ -279,18 +475,18 @@ def test_manifests_round_trip_and_tell_what_differs(tmp_path):
     assert (one.vocab_size, one.pad_id, one.tokenizer_fingerprint) == (300, 1, "f")
     assert one.differences(dataclasses.replace(one, shards=[])) == []
     other = Manifest(
-        {**TOKENIZER, "fingerprint": "g"},
+        dataclasses.replace(TOKENIZER, fingerprint="g"),
         {"dupe_factor": 2, "random_seed": 5},
-        [{**TEXT, "path": "b.txt", "sha256": "01"}],
+        [dataclasses.replace(TEXT, path="b.txt", sha256="01")],
         [],
     )
     assert one.differences(other) == [
-        "the tokenizer is another one",
+        "the tokenizer differs",
         "--dupe_factor was 1, now 2",
-        "the text of b.txt is not that of a.txt then",
+        "the text of b.txt differs from that of a.txt before",
     ]
-    renamed = dataclasses.replace(one, inputs=[{**TEXT, "path": "b.txt"}])
+    renamed = dataclasses.replace(one, inputs=[dataclasses.replace(TEXT, path="b.txt")])
     assert one.differences(renamed) == []
     assert one.differences(dataclasses.replace(one, inputs=[TEXT, TEXT])) == [
-        "1 input files, now 2"
+        "there were 1 input files, now 2"
     ]

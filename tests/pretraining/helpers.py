@@ -15,7 +15,14 @@ import pytest
 
 from bort.communicator import Communicator, SingleProcess
 from bort.config import parse
-from data.shards import Manifest, ShardWriter, id_type, shard_name, write_manifest
+from data.shards import (
+    Manifest,
+    ShardWriter,
+    TokenizerEntry,
+    id_type,
+    shard_name,
+    write_manifest,
+)
 from tests.reference import redraw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +52,7 @@ def write_shards(
                 words, first = next(chosen)
                 _write_sequence(writer, np.arange(first, first + words), generator)
             entries.append(writer.finish(documents=size, sentences=size, unknown=0))
-    tokenizer = {"fingerprint": fingerprint, "vocab_size": VOCAB_SIZE, "pad_id": PAD}
+    tokenizer = TokenizerEntry(fingerprint, VOCAB_SIZE, PAD)
     write_manifest(str(folder), "manifest.json", Manifest(tokenizer, {}, [], entries))
 
 

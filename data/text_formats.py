@@ -1,0 +1,313 @@
+"""What a file of text may be: plain text, JSON lines or parquet, compressed or not.
+
+A file's format is told by its name, else by its first bytes. Files are read in pieces.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import re
+import zlib
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
+
+from bort.errors import UserError, quoted
+from bort.files import is_lfs_pointer
+
+READ_BYTES = 1 << 20
+# A row of JSON lines is parsed as a whole.
+MAX_ROW_BYTES = 64 << 20
+TEXT_FIELD = "text"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_ROWS_AT_ONCE = 64
+_OPEN: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED_SUFFIXES = (*_OPEN, ".zst")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+# The first bytes of compressed data, for names that do not say it.
+_COMPRESSED = {
+    ".gz": re.compile(rb"\x1f\x8b\x08"),
+    ".bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+    ".xz": re.compile(rb"\xfd7zXZ\x00"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+}
+# The first bytes of other binary files, to say what they are.
+_BINARY = {
+    b"%PDF-": "a PDF file",
+    b"PK\x03\x04": "a zip archive (as .docx, .odt and .xlsx are)",
+    b"\xd0\xcf\x11\xe0": "a Microsoft Office file",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"\x1f\x9d": "compressed with compress (.Z)",
+    b"\x5d\x00\x00": "compressed with lzma (.lzma)",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"\x7fELF": "a program",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"\x93NUMPY": "a NumPy array",
+    b"SQLite format 3": "an SQLite database",
+}
+_ACCEPTED = (
+    "give UTF-8 text, JSON lines (.jsonl, .ndjson, .json) or parquet (.parquet), plain or "
+    "compressed with gzip, bzip2, xz or zstd"
+)
+_DAMAGED = "{path}: damaged, or not a {suffix} file ({error}); get it again"
+
+
+class TextSource(NamedTuple):
+    """One file to read.
+
+    path: the file.
+    text_field: the field of JSON lines, or the column of parquet, that holds the text.
+    name: what messages and the manifest call the file, where that is not its path.
+    """
+
+    path: str
+    text_field: str = TEXT_FIELD
+    name: str = ""
+
+    @property
+    def shown(self) -> str:
+        """Return the name for messages."""
+        return self.name or self.path
+
+
+def suffixes(path: str) -> str:
+    """Return what a file's name says of its format, such as ".jsonl.gz", in lower case."""
+    name, suffix = os.path.splitext(path.lower())
+    inner = os.path.splitext(name)[1] if suffix in _COMPRESSED_SUFFIXES else ""
+    return inner + suffix
+
+
+# ---- plain text, compressed or not ---------------------------------------------------------------
+
+
+def read_pieces(path: str, name: Optional[str] = None) -> Iterator[bytes]:
+    """Yield a file's content in pieces of about a megabyte, decompressed (gzip, bzip2, xz, zstd).
+
+    Raises `UserError` when the file, called `name`, cannot be read or is damaged.
+    """
+    name, suffix = name or path, _compression_of(path)
+    try:
+        with _OPEN.get(suffix, _open_plain)(path) as file:
+            yield from _decompress_zstd(file) if suffix == ".zst" else _pieces_of(file, READ_BYTES)
+    except OSError as error:
+        if error.errno is not None:
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+        raise UserError(_DAMAGED.format(path=name, suffix=suffix, error=error)) from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(_DAMAGED.format(path=name, suffix=suffix, error=error)) from None
+
+
+def _compression_of(path: str) -> str:
+    """Return the suffix of a file's compression, by its name or its first bytes; "" for none."""
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix if suffix in _COMPRESSED_SUFFIXES else _compression_in(_first_bytes(path))
+
+
+def _compression_in(content: bytes) -> str:
+    return next((suffix for suffix, magic in _COMPRESSED.items() if magic.match(content)), "")
+
+
+def _first_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(16)
+    except OSError:
+        return b""  # whoever reads the file next says why
+
+
+def _open_plain(path: str) -> Any:
+    return open(path, "rb")
+
+
+def _pieces_of(file: Any, size: int) -> Iterator[bytes]:
+    while piece := file.read(size):
+        yield piece
+
+
+def _decompress_zstd(file: Any) -> Iterator[bytes]:
+    """Yield the content of the frames of a .zst file.
+
+    Not by zstandard's own reader: it takes the end of a truncated file for the end of the text.
+    """
+    import zstandard
+
+    frame, ready = None, bytearray()
+    # A few bytes at a time, because each may expand to ten thousand.
+    for piece in _pieces_of(file, 512):
+        rest = piece
+        while rest:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                ready += frame.decompress(rest)
+            except zstandard.ZstdError as error:
+                raise EOFError(error) from None
+            rest = frame.unused_data
+            frame = None if frame.eof else frame
+        if len(ready) >= READ_BYTES:
+            yield bytes(ready)
+            ready.clear()
+    if frame:
+        raise EOFError("it is truncated")
+    if ready:
+        yield bytes(ready)
+
+
+def text_pieces(source: TextSource) -> Iterator[bytes]:
+    """Yield a file's text in pieces; raises `UserError` for a binary file, which it names."""
+    _refuse_lfs_pointer(source)
+    for number, piece in enumerate(read_pieces(source.path, source.shown)):
+        if number == 0 and (kind := _kind_of_binary(piece)):
+            raise UserError(f"{source.shown}: is {kind}, not text; {_ACCEPTED}")
+        yield piece
+
+
+def _refuse_lfs_pointer(source: TextSource) -> None:
+    if is_lfs_pointer(source.path):
+        raise UserError(
+            f"{source.shown}: is a Git LFS pointer, not the text; fetch it with git lfs pull"
+        )
+
+
+def _kind_of_binary(piece: bytes) -> Optional[str]:
+    for magic, kind in _BINARY.items():
+        if piece.startswith(magic):
+            return kind
+    if piece[257:262] == b"ustar":
+        return "a tar archive"
+    if _compression_in(piece):
+        return "compressed twice"
+    return "binary" if b"\0" in piece else None
+
+
+# ---- JSON lines ----------------------------------------------------------------------------------
+
+
+def is_json_lines(source: TextSource, first_piece: bytes) -> bool:
+    """Tell JSON lines by their name, or by a first line that is an object with the text field."""
+    name = suffixes(source.path)
+    if any(name.startswith(suffix) for suffix in _JSON_SUFFIXES):
+        return True
+    line = first_piece.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")[0]
+    if not line.startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(line.decode()).get(source.text_field), str)
+    except (ValueError, RecursionError):
+        return False
+
+
+def json_texts(pieces: Iterable[bytes], source: TextSource) -> Iterator[str]:
+    """Yield the text of each row of JSON lines; empty lines and null are skipped.
+
+    Raises `UserError` that names the line of a row that is not JSON or has no text.
+    """
+    for number, line in enumerate(_lines(pieces, source), start=1):
+        content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if content.strip():
+            yield _text_of_row(content, source.text_field, f"{source.shown}, line {number}")
+
+
+def _lines(pieces: Iterable[bytes], source: TextSource) -> Iterator[bytes]:
+    rest: list[bytes] = []  # of a line that pieces cut
+    size = number = 0
+    for piece in pieces:
+        *lines, last = piece.split(b"\n")
+        for line in lines:
+            number += 1
+            yield b"".join([*rest, line])
+            rest, size = [], 0
+        rest.append(last)
+        size += len(last)
+        if size > MAX_ROW_BYTES:
+            raise UserError(
+                f"{source.shown}, line {number + 1}: longer than {MAX_ROW_BYTES >> 20} MiB; "
+                "JSON lines hold one object per line"
+            )
+    yield b"".join(rest)
+
+
+def _text_of_row(line: bytes, text_field: str, where: str) -> str:
+    try:
+        row = json.loads(line.decode())
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: the byte 0x{line[error.start]:02x} at offset {error.start} of the line is "
+            "not UTF-8"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{where}: is not JSON ({quoted(str(error))[1:-1]}); JSON lines hold one object per "
+            "line"
+        ) from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: is {quoted(row, 40)}, expected an object with {text_field!r}")
+    if text_field not in row:
+        raise UserError(f"{where}: has no field {text_field!r}; {_other_fields(row)}")
+    text = row[text_field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {text_field!r} is {quoted(text, 40)}, expected a string")
+    return text
+
+
+def _other_fields(names: Iterable[str]) -> str:
+    return f"name the one that holds the text by --text_field: {quoted(', '.join(names))[1:-1]}"
+
+
+# ---- parquet -------------------------------------------------------------------------------------
+
+
+def is_parquet(path: str) -> bool:
+    """Tell a parquet file by its name or its first bytes."""
+    return path.lower().endswith(_PARQUET_SUFFIXES) or _first_bytes(path)[:4] == b"PAR1"
+
+
+def parquet_texts(source: TextSource) -> Iterator[str]:
+    """Yield the text of each row of a parquet file; null is an empty text.
+
+    Raises `UserError` without pyarrow, and for a file that is damaged or lacks the column.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(
+            f"{source.shown}: to read parquet, install pyarrow: pip install 'bort[parquet]', or "
+            "'pyarrow>=14,<20'"
+        ) from None
+    _refuse_lfs_pointer(source)
+    try:
+        with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+            _require_text_column(file.schema_arrow, source)
+            columns = [source.text_field]
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+                for text in batch.column(0).to_pylist():
+                    yield text or ""
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = quoted(str(error).split("\n", 1)[0])[1:-1]
+        raise UserError(
+            f"{source.shown}: damaged, or not a parquet file ({reason}); get it again"
+        ) from None
+
+
+def _require_text_column(schema: Any, source: TextSource) -> None:
+    if source.text_field not in schema.names:
+        raise UserError(
+            f"{source.shown}: has no column {source.text_field!r}; {_other_fields(schema.names)}"
+        )
+    column = schema.field(source.text_field).type
+    if not re.match(r"(dictionary<values=)?(large_)?string\b", str(column)):
+        raise UserError(
+            f"{source.shown}: column {source.text_field!r} holds {column}, expected strings"
+        )
