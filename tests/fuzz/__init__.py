@@ -1,0 +1,1 @@
+"""Damaged and hostile files for every reader, and faults of the system for every program."""

@@ -1,0 +1,122 @@
+"""The harness sees what it looks for: every outcome, of readers that are made to have it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bort.errors import UserError
+from tests.fuzz import harness, mutators
+from tests.fuzz.harness import Format, Noticed, Tally, WrongValueError
+
+GOOD = b"a good file\n"
+
+
+def make(folder: Path) -> None:
+    (folder / "file.txt").write_bytes(GOOD)
+
+
+def run(tmp_path: Path, read, cases: int = 4, **more) -> Tally:
+    def guard(folder: Path):
+        content = mutators.content_of(folder / "file.txt")
+        return "good" if content == GOOD else read(folder)
+
+    form = Format("made up", make, guard, **more)
+    samples = harness.make_samples([form], tmp_path / "samples")
+    (tmp_path / "work").mkdir()
+    return harness.run([form], samples, cases, 5, 2, tmp_path / "work")["made up"]
+
+
+def raising(error: BaseException):
+    def read(folder: Path):
+        raise error
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("read", "outcome"),
+    [
+        (raising(UserError("file: is wrong; restore it")), "clean line"),
+        (raising(FileNotFoundError(2, "No such file", "file")), "clean line"),
+        (raising(OSError("no name")), "traceback"),
+        (raising(UserError("x" * 5000)), "traceback"),
+        (raising(UserError("two\nlines")), "traceback"),
+        (raising(KeyError("x")), "traceback"),
+        (raising(MemoryError()), "hang"),
+        (raising(WrongValueError("NaN")), "accepted wrongly"),
+        (lambda folder: "another value", "handled"),
+        (lambda folder: Noticed("without it"), "handled"),
+        (lambda folder: os.kill(os.getpid(), signal.SIGSEGV), "crash"),
+        (lambda folder: (folder / "file.tmp").touch(), "leftovers"),
+    ],
+)
+def test_every_outcome_is_told_apart(tmp_path, read, outcome):
+    tally = run(tmp_path, read)
+    assert set(tally.counts) == {outcome}
+    assert sum(tally.counts.values()) == 4
+
+
+def test_a_changed_value_of_a_guarded_file_is_wrong(tmp_path):
+    tally = run(tmp_path, lambda folder: "another value", guarded=("*.txt",))
+    assert set(tally.counts) == {"accepted wrongly"}
+
+
+def test_what_takes_too_long_or_too_much_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "CPU_SECONDS", 0.2)
+    monkeypatch.setattr(harness, "MEGABYTES", 200)
+
+    def endless(folder: Path) -> None:
+        while True:
+            pass
+
+    held = []
+
+    def greedy(folder: Path) -> None:
+        held.append(np.ones(60_000_000))
+        time.sleep(60)
+
+    for number, read in enumerate((endless, greedy)):
+        (tmp_path / str(number)).mkdir()
+        tally = run(tmp_path / str(number), read, cases=1)
+        assert set(tally.counts) == {"hang"}
+
+
+def test_flipped_bits_are_counted_where_they_have_an_effect():
+    tally = Tally()
+    flip = mutators.Damage("flip_bit", "file")
+    for outcome, detail in (("clean line", "file: x"), ("handled", "equal"), ("handled", ""),
+                            ("handled", "noticed"), ("accepted wrongly", "x")):  # fmt: skip
+        tally.add(harness.Case("made up", 0, flip, outcome, detail))
+    row = harness.table({"made up": tally}).split("\n")[1]
+    assert row.split()[-1] == "2/4"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.yaml", "a.npz", "a.tsv", "a.params"])
+def test_the_same_seed_makes_the_same_damage(tmp_path, name):
+    contents = {".json": b'{"a": [1, {"b": 2}]}', ".jsonl": b'{"a": 1}\n{"a": 2}\n'}
+    if name.endswith("npz"):
+        np.savez(tmp_path / "good", one=np.arange(5), two=np.zeros((2, 2)))
+        good = (tmp_path / "good.npz").read_bytes()
+    else:
+        good = contents.get(Path(name).suffix, b"a: [1, 2]\tb\nc: [1]\td\n")
+    path = tmp_path / name
+    found: dict[int, set] = {}
+    for _ in range(2):
+        for seed in range(200):
+            path.write_bytes(good)
+            done = mutators.damage(random.Random(seed), path, tmp_path)
+            found.setdefault(seed, set()).add((done, mutators.content_of(path)))
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
+    assert all(len(one) == 1 for one in found.values())
+    changed = [content for one in found.values() for _, content in one if content != good]
+    assert len(changed) > 150
