@@ -267,9 +267,3 @@ class Task:
 def is_labelled(examples: Iterable[Example]) -> bool:
     """Return True if every example has a label, so that metrics can be computed."""
     return all(example.label is not None for example in examples)
-
-
-# Names by which the kinds are imported.
-REGRESSION = TaskKind.REGRESSION
-MULTIPLE_CHOICE = TaskKind.MULTIPLE_CHOICE
-CANDIDATES = TaskKind.CANDIDATES

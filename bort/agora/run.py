@@ -47,9 +47,10 @@ from bort.finetuning.config import (
     FinetuningRunSettings,
     TaskSettings,
 )
-from bort.finetuning.predictions import Predicting, Scoring, answer, scores_of
-from bort.finetuning.run import BEST, METRICS, FinetuningOptions, TaskData, finetuning_loop
+from bort.finetuning.predictions import Scoring, logits_of, predict_sets
+from bort.finetuning.run import BEST, METRICS, FinetuningOptions, finetuning_loop
 from bort.finetuning.search_space import read_space, with_values
+from bort.finetuning.task_data import TaskData, read_prediction_sets
 from bort.parameters import load_parameters
 from bort.saved_model import load_model, save_model
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
@@ -116,7 +117,7 @@ class FineTuner:
             return np.full((len(self.dev), max(2, self.task.num_outputs)), np.nan)
         load_parameters(classifier.network, os.path.join(folder, BEST))
         keep_model_only(folder)
-        return scores_of(classifier, self.dev, self._scoring(optimizer, devices))
+        return logits_of(classifier, self.dev, self._scoring(optimizer, devices))
 
     def _starting_point(
         self,
@@ -156,7 +157,7 @@ class FineTuner:
     def score(self, folder: str, rows: Sequence[Example]) -> np.ndarray:
         """Return the scores of rows by the model in a folder."""
         classifier, scoring = self.load(os.path.join(folder, BEST))
-        return scores_of(classifier, rows, scoring)
+        return logits_of(classifier, rows, scoring)
 
     def load(self, path: str) -> tuple[Classifier, Scoring]:
         """Load a model that predicts the task, and how it scores."""
@@ -212,6 +213,7 @@ class _Run:
             settings.run.search_space, optimizer, settings.classifier, FinetuningRunSettings()
         )
         self.data = read_rows(task, settings.task)
+        self.prediction_sets = read_prediction_sets(task, settings.task)
         fits = os.path.join(self.folder, "fits")
         self.tuner = FineTuner(
             task,
@@ -309,7 +311,7 @@ class _Run:
             raise UserError(f"--timaeus {run.timaeus}: {error}") from None
 
         def score(rows: Sequence[Example]) -> np.ndarray:
-            return scores_of(classifier, rows, scoring)
+            return logits_of(classifier, rows, scoring)
 
         return agora_text.ModelTimaeus(task, score), str(run.timaeus)
 
@@ -338,11 +340,13 @@ class _Run:
         model_config = dataclasses.replace(classifier.model_config, details=details)
         path = os.path.join(self.folder, BEST)
         save_model(path, classifier.network, model_config, classifier.tokenizer)
-        inputs = self.settings.task
-        predicting = Predicting(
-            inputs.data_dir, inputs.skip_bad_rows, self.settings.run.output_dir, scoring
+        answers = predict_sets(
+            classifier,
+            self.data.task,
+            self.prediction_sets,
+            scoring,
+            self.settings.run.output_dir,
         )
-        answers = answer(classifier, self.data.task, predicting, self.folder)
         metrics = {
             "task": model_config.task,
             "model": model_config.model,

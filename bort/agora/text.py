@@ -34,8 +34,8 @@ from bort.agora.store import DiskStore
 from bort.agora.tau import Inputs
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.types import Hyperparameters
-from data.task import CANDIDATES, REGRESSION, Example, Task, is_labelled
+from bort.types import Hyperparameters, TaskKind
+from data.task import Example, Task, is_labelled
 
 
 class TextData(NamedTuple):
@@ -111,16 +111,16 @@ def predictions_of(task: Task, scores: np.ndarray) -> np.ndarray:
     """
     if not np.isfinite(scores).all():
         return np.full(len(scores), np.nan)
-    if task.kind == CANDIDATES:
+    if task.kind == TaskKind.CANDIDATES:
         return scores[:, 1] - scores[:, 0]
     return task.predict(scores)
 
 
 def scores_of(task: Task, predictions: np.ndarray) -> np.ndarray:
     """Return scores that `predictions_of` turns into these predictions."""
-    if task.kind == REGRESSION:
+    if task.kind == TaskKind.REGRESSION:
         return predictions
-    if task.kind == CANDIDATES:
+    if task.kind == TaskKind.CANDIDATES:
         return np.stack([np.zeros(len(predictions)), predictions], axis=1)
     return np.eye(max(len(task.labels), int(predictions.max()) + 1))[predictions]
 
@@ -136,9 +136,9 @@ def objective_of(task: Task, dev: Sequence[Example], edges: Sequence[float]) -> 
             return float("nan")
         return task.score(task.metrics(dev, scores_of(task, predictions)))
 
-    if task.kind == REGRESSION:
+    if task.kind == TaskKind.REGRESSION:
         return agora.regression(edges, score)
-    if task.kind == CANDIDATES:
+    if task.kind == TaskKind.CANDIDATES:
         return Objective(score, lambda values: (np.asarray(values) > 0).astype(int))
     return Objective(score, np.asarray)
 
@@ -217,7 +217,9 @@ class ModelTimaeus:
         """Return the labels of inputs: class numbers, or values of a regression."""
         rows = [Example(number, one) for number, one in enumerate(inputs)]
         predictions = predictions_of(self.task, self.score(rows))
-        return (predictions > 0).astype(int) if self.task.kind == CANDIDATES else predictions
+        return (
+            (predictions > 0).astype(int) if self.task.kind == TaskKind.CANDIDATES else predictions
+        )
 
 
 class LabelsMissingError(UserError):
@@ -248,7 +250,7 @@ class FileTimaeus:
             inputs, label = row["inputs"], row["label"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f'{where}: must be {{"inputs": [[...]], "label": ...}}') from None
-        if self.task.kind == REGRESSION:
+        if self.task.kind == TaskKind.REGRESSION:
             if isinstance(label, bool) or not isinstance(label, (int, float)):
                 raise UserError(f"{where}: label {label!r} is not a number")
         elif label not in self.task.labels:

@@ -11,7 +11,7 @@ import mxnet as mx
 from bort import saved_model
 from bort.config import command_of
 from bort.errors import UserError
-from bort.finetuning.config import ClassifierSettings, FinetuningSettings
+from bort.finetuning.config import ClassifierSettings, FinetuningSettings, TaskSettings
 from bort.parameters import load_parameters, parameter_file
 from bort.saved_model import ModelConfig, load_model, model_config_path, read_model_config
 from bort.tokenization import (
@@ -23,10 +23,11 @@ from bort.tokenization import (
 )
 from bort.types import Block, Context
 from data.task import Task
+from data.tasks import check_inputs_version, get_task
 
 DEFAULT_MODEL = "bort_4_8_768_1024"
 PROGRAM = "finetune_classifier.py"
-# By --init: Gluon's initializer of a new head, given its width.
+# By --init: Gluon's initializer of a new head, given --prob.
 HEAD_INITIALIZERS: Mapping[str, Callable[[float], Any]] = {
     "normal": mx.init.Normal,
     "uniform": mx.init.Uniform,
@@ -36,11 +37,26 @@ HEAD_INITIALIZERS: Mapping[str, Callable[[float], Any]] = {
 
 
 class Classifier(NamedTuple):
-    """A network with a head, what it is, and the tokenizer of its vocabulary."""
+    """A network with a head, its model config, and the tokenizer of its vocabulary."""
 
     network: Block
     model_config: ModelConfig
     tokenizer: Tokenizer
+
+
+def task_of(settings: FinetuningSettings) -> Task:
+    """Return the task of a run; how RACE's options are cast is what the model to load says.
+
+    Raises `UserError` for an unknown task, and when --race_cast contradicts the model.
+    """
+    name, cast = settings.task.task_name, settings.task.race_cast
+    path = settings.classifier.model_parameters
+    if path:
+        saved = read_model_config(parameter_file(path)).race_cast or cast
+        if cast not in (saved, TaskSettings.race_cast):
+            raise UserError(f"--race_cast {cast}: the model in {path} has the cast {saved}")
+        cast = saved
+    return get_task(name, race_cast=cast)
 
 
 def build_classifier(
@@ -48,7 +64,7 @@ def build_classifier(
 ) -> Classifier:
     """Build the network of a run on its devices: a fine-tuned one, or a body with a new head.
 
-    Raises `UserError` when weights, shape, vocabulary or task do not go together.
+    Raises `UserError` when weights, shape, vocabulary or task do not match.
     """
     given, max_len = settings.classifier, settings.task.max_len
     details = {"command": command_of(PROGRAM, *settings)}
@@ -94,9 +110,10 @@ def load_classifier(
     ):
         raise UserError(
             f"--model_parameters {path}: a model of "
-            f"{model_config.task or model_config.kind}, whose answers are not "
+            f"{model_config.task or model_config.kind}, whose labels are not "
             f"those of {task.name}; give one of {task.model_task or task.name}"
         )
+    check_inputs_version(task, model_config.inputs_version, f"--model_parameters {path}")
     if tokenizer is None:
         raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
     return Classifier(network, model_config, tokenizer)

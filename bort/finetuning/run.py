@@ -1,12 +1,12 @@
-"""Fine-tuning: a classifier on a task's train set, watched on its dev sets, its answers written.
+"""Fine-tuning: train a classifier on a task, evaluate it after each epoch, write predictions.
 
     <output_dir>/<task>/config.json, metrics.jsonl, tensorboard/     as in pretraining
                         metrics.json                    every epoch, the best one, time, baseline
                         best.params, best.json, tokenizer/           bort.saved_model
-                        <dev split>_predictions.jsonl   answers and scores of the best model
+                        <dev split>_predictions.jsonl   predictions and logits of the best model
                         <official file>                 for the leaderboard, of each test split
 
-While it runs, the newest checkpoint lies there, too.
+During the run the newest checkpoint is there, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -29,27 +29,31 @@ from bort.communicator import Communicator
 from bort.config import as_dict
 from bort.devices import devices_of
 from bort.errors import UserError
-from bort.files import read_json, write_json
-from bort.finetuning.classifier import Classifier, build_classifier
+from bort.files import read_json_as, write_json
+from bort.finetuning.classifier import Classifier, build_classifier, task_of
 from bort.finetuning.config import (
     FinetuningOptimizerSettings,
     FinetuningSettings,
-    TaskSettings,
 )
 from bort.finetuning.predictions import (
-    Predicting,
     Scoring,
-    answer,
-    answer_lines,
     baseline,
+    predict_sets,
+    prediction_lines,
     skipped_lines,
 )
 from bort.finetuning.scoring import (
-    DeviceExamples,
-    class_scores,
+    DeviceBatch,
     classification_loss,
-    score_set,
+    forward,
+    predict_logits,
     to_device,
+)
+from bort.finetuning.task_data import (
+    PredictionSet,
+    TaskData,
+    read_prediction_sets,
+    read_task_data,
 )
 from bort.parameters import load_parameters
 from bort.saved_model import save_model
@@ -57,24 +61,15 @@ from bort.training.job import Evaluation, Job, Metrics, Progress, SavePolicy, St
 from bort.training.loop import Loop
 from bort.training.optimization import linear_warmup_decay, make_trainer
 from bort.training.reporting import FolderReporter, PhaseTimer, Reporter
-from bort.types import Block, Context, NDArray
+from bort.types import Block, Context, NDArray, TaskKind
 from data.encoding import ClassifierBatch, ClassifierLoader, encode_examples
-from data.task import REGRESSION, Example, Task
-from data.tasks import get_task
+from data.task import Example, Task
 
 BEST = "best.params"
 METRICS = "metrics.json"
-# Where the schedule ends and training may go on (the original's fine-tuning).
+# The learning rate after the schedule has ended (the original's fine-tuning).
 LOWEST_RATE = 1e-7
 OUT_OF_MEMORY = re.compile("out of memory|memory allocat|bad_alloc|bad alloc", re.IGNORECASE)
-
-
-class TaskData(NamedTuple):
-    """The examples of a task: the training set and each dev set by its name."""
-
-    task: Task
-    train: Sequence[Example]
-    dev: Mapping[str, Sequence[Example]]
 
 
 class History:
@@ -124,32 +119,32 @@ class ClassificationStep:
         self._network, self._kind = network, kind
         self._batches_per_epoch = batches_per_epoch
 
-    def to_device(self, batch: ClassifierBatch, device: Context) -> DeviceExamples:
+    def to_device(self, batch: ClassifierBatch, device: Context) -> DeviceBatch:
         """Copy a micro-batch to a device."""
         return to_device(batch, device)
 
-    def __call__(self, batch: DeviceExamples, scale: float, timer: PhaseTimer) -> NDArray:
+    def __call__(self, batch: DeviceBatch, scale: float, timer: PhaseTimer) -> NDArray:
         """Add the gradients of a micro-batch; returns the sums [2] over its examples."""
         with timer("model"):
-            rows = EmbeddingRows(self._network.bort, batch.input_ids)
+            embeddings = EmbeddingRows(self._network.bort, batch.input_ids)
             with autograd.record():
-                scores = class_scores(self._network, batch, self._kind, rows)
-                loss = classification_loss(scores, batch.labels, self._kind).sum()
+                logits = forward(self._network, batch, self._kind, embeddings)
+                loss = classification_loss(logits, batch.labels, self._kind).sum()
                 scaled = loss if scale == 1.0 else loss * scale
-            rows.backward(scaled)
-            correct = (scores.argmax(axis=-1) == batch.labels).sum()
+            embeddings.backward(scaled)
+            correct = (logits.argmax(axis=-1) == batch.labels).sum()
             return nd.concat(loss, correct, dim=0)
 
     def metrics(self, means: Metrics, progress: Progress) -> Metrics:
         """Return what a metric line reports, from the means of an interval by name."""
         shown = {"epoch": round(progress.batches / self._batches_per_epoch, 3), **means}
-        if self._kind == REGRESSION:
+        if self._kind == TaskKind.REGRESSION:
             del shown["accuracy"]
         return shown
 
 
 class DevEvaluation:
-    """Scores the dev sets of a task after each epoch, and knows when patience is over."""
+    """Evaluates the dev sets of a task, and decides on early stopping."""
 
     def __init__(
         self,
@@ -163,13 +158,18 @@ class DevEvaluation:
         self._communicator, self._device = communicator, device
 
     def __call__(self) -> Metrics:
-        """Return the metrics of each dev set, and `score`, their mean over the sets."""
+        """Return the metrics of each dev set, and `score`, their mean over the sets.
+
+        Of a model whose logits are NaN or infinite: only `nonfinite_logits`, their number.
+        """
         task, metrics, scores = self._data.task, {}, []
         for name, source in self._sources.items():
-            found = score_set(
+            logits = predict_logits(
                 self._classifier.network, source, task.kind, self._device, self._communicator
             )
-            values = task.metrics(self._data.dev[name], found)
+            if not np.isfinite(logits).all():
+                return {"nonfinite_logits": float(np.sum(~np.isfinite(logits)))}
+            values = task.metrics(self._data.dev[name], logits)
             scores.append(task.score(values))
             metrics.update({self._key(name, metric): v for metric, v in values.items()})
         return {**metrics, "score": float(np.mean(scores))}
@@ -182,7 +182,9 @@ class DevEvaluation:
         if not patience or not entries:
             return False
         names = [self._key(split, self._data.task.early_stop) for split in self._sources]
-        watched = [float(np.mean([entry[name] for name in names])) for entry in entries]
+        watched = [
+            float(np.mean([entry.get(name, -np.inf) for name in names])) for entry in entries
+        ]
         return len(watched) - 1 - watched.index(max(watched)) >= patience
 
 
@@ -292,7 +294,7 @@ def _evaluation(
     return Evaluation(
         due=due,
         run=evaluation,
-        score=lambda metrics: metrics["score"],
+        score=lambda metrics: metrics.get("score", -np.inf),
         record=record,
         stop_early=lambda: evaluation.patience_is_over(history.entries, optimizer.early_stop),
     )
@@ -356,21 +358,19 @@ def require_same_stream(
 def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[str, Any]:
     """Fine-tune or predict; returns the content of metrics.json, empty when told to stop.
 
-    Raises `UserError` for every mistake that the user can fix.
+    All sets are read before the first step. Raises `UserError` for what the user can fix.
     """
     settings.check()
     run = settings.run
     devices = devices_of(run.gpus, run.cpu_contexts, communicator)
-    task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
+    task = task_of(settings)
     folder = os.path.join(run.output_dir, task.name)
     if run.only_inference:
-        return infer(settings, communicator, devices, task, folder)
-    finished = os.path.join(folder, METRICS)
-    if run.resume and os.path.exists(finished):
-        if communicator.rank == 0:
-            print(f"{finished}: the run has ended, nothing to do")
-        return read_json(finished)
-    data, rows = read_data(task, settings.task, run.seed)
+        return infer(settings, communicator, devices, task)
+    if run.resume and os.path.exists(os.path.join(folder, METRICS)):
+        return finished_run(folder, settings, communicator)
+    data, rows = read_task_data(task, settings.task, run.seed)
+    sets = read_prediction_sets(task, settings.task)
     classifier = build_classifier(settings, task, devices)
     if communicator.rank == 0 and not run.resume:
         refuse_other_run(folder)
@@ -379,7 +379,49 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[s
         training.loop.run()
         if not training.loop.finished():
             return {}
-        return conclude(training, rows, predicting_of(settings, communicator, devices))
+        return conclude(training, rows, sets, scoring_of(settings, communicator, devices))
+
+
+def finished_run(
+    folder: str, settings: FinetuningSettings, communicator: Communicator
+) -> dict[str, Any]:
+    """Return the content of a finished run's metrics.json.
+
+    Raises `UserError` when it was made with other flags that decide its result: it has left no
+    checkpoint to continue from.
+    """
+    before = read_json_as(os.path.join(folder, "config.json"), dict[str, dict[str, Any]])
+    now = as_dict(*settings)
+    changed = [
+        f"--{name} {value}, not {now[concern][name]}"
+        for concern, values in before.items()
+        for name, value in values.items()
+        if name in now.get(concern, {})
+        and name not in IRRELEVANT_FLAGS
+        and not _same(value, now[concern][name])
+    ]
+    if changed:
+        raise UserError(
+            f"{folder}: the run there has finished, with {'; '.join(changed)}; a finished run "
+            "cannot be continued, name another --output_dir"
+        )
+    path = os.path.join(folder, METRICS)
+    if communicator.rank == 0:
+        print(f"{path}: the run has finished, nothing to do")
+    return read_json_as(path, dict[str, Any])
+
+
+# They change where a run is, what it prints and how it is computed, not what comes out.
+IRRELEVANT_FLAGS = {
+    *("data_dir", "cache_dir", "output_dir", "resume", "log_interval", "ckpt_interval"),
+    *("gpus", "cpu_contexts", "dev_batch_size", "skip_bad_rows", "on_nonfinite"),
+}
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Tell whether two values of a flag are equal; paths may be spelled differently."""
+    texts = isinstance(before, str) and isinstance(now, str)
+    return before == now or (texts and os.path.basename(before) == os.path.basename(now) != "")
 
 
 def finetuning_run(
@@ -407,15 +449,14 @@ def finetuning_run(
     )
 
 
-def predicting_of(
+def scoring_of(
     settings: FinetuningSettings, communicator: Communicator, devices: Sequence[Context]
-) -> Predicting:
-    """Return how the sets of a task are found and scored."""
-    task, optimizer = settings.task, settings.optimizer
-    scoring = Scoring(
-        optimizer.dev_batch_size, optimizer.num_buckets, task.cache_dir, devices[0], communicator
+) -> Scoring:
+    """Return how the sets of a task are scored."""
+    optimizer, cache_dir = settings.optimizer, settings.task.cache_dir
+    return Scoring(
+        optimizer.dev_batch_size, optimizer.num_buckets, cache_dir, devices[0], communicator
     )
-    return Predicting(task.data_dir, task.skip_bad_rows, settings.run.output_dir, scoring)
 
 
 def infer(
@@ -423,9 +464,18 @@ def infer(
     communicator: Communicator,
     devices: Sequence[Context],
     task: Task,
-    folder: str,
 ) -> dict[str, Any]:
     """Evaluate and predict once with a fine-tuned classifier."""
+    sets = read_prediction_sets(task, settings.task)
+    if not sets:
+        splits = (*task.dev, *task.test)
+        paths = [
+            path for split in splits for path in task.search_paths(settings.task.data_dir, split)
+        ]
+        raise UserError(
+            f"{task.name}: neither a dev nor a test set; name their folder with --data_dir; "
+            f"searched {', '.join(map(str, paths))}"
+        )
     classifier = build_classifier(settings, task, devices)
     if classifier.model_config.task not in (task.name, task.model_task):
         raise UserError(
@@ -433,44 +483,24 @@ def infer(
             f"{classifier.model_config.task}; give one of {task.model_task or task.name}"
         )
     with explained_memory_errors():
-        results = answer(classifier, task, predicting_of(settings, communicator, devices), folder)
-    if not results:
-        raise UserError(f"{task.name}: neither a dev nor a test set is there; see --data_dir")
+        scoring = scoring_of(settings, communicator, devices)
+        results = predict_sets(classifier, task, sets, scoring, settings.run.output_dir)
     if communicator.rank == 0:
-        print("\n".join([task.name, *answer_lines(results, {})]))
+        print("\n".join([task.name, *prediction_lines(results, {})]))
     return results
-
-
-def read_data(task: Task, settings: TaskSettings, seed: int) -> tuple[TaskData, dict[str, Any]]:
-    """Read the training and dev sets; returns them and the rows read and skipped by split."""
-    if task.train is None:
-        raise UserError(
-            f"--task_name {task.name}: has no training set; fine-tune {task.model_task} and "
-            "predict with --only_inference --model_parameters"
-        )
-    splits = {
-        name: task.read(settings.data_dir, name, skip_bad_rows=settings.skip_bad_rows, seed=seed)
-        for name in (task.train, *task.dev)
-    }
-    rows = {name: task.count_rows(split.examples) for name, split in splits.items()}
-    skipped = [message for split in splits.values() for message in split.skipped]
-    train = splits.pop(task.train).examples[: settings.train_rows]
-    data = TaskData(task, train, {name: split.examples for name, split in splits.items()})
-    return data, {"rows": rows, "skipped": skipped}
 
 
 def refuse_other_run(folder: str) -> None:
     """Raise `UserError` when the folder holds another run's results or checkpoints."""
     if os.path.exists(os.path.join(folder, BEST)) or checkpoint.steps(folder):
         raise UserError(
-            f"{folder}: holds another run; --resume goes on with it, another --output_dir starts "
-            "anew"
+            f"{folder}: has another run; --resume continues it, or name another --output_dir"
         )
 
 
 @contextmanager
 def explained_memory_errors() -> Iterator[None]:
-    """Turn MXNet's error about memory into one that says what helps."""
+    """Turn MXNet's out-of-memory error into one that names the flags that help."""
     try:
         yield
     except (mx.MXNetError, MemoryError) as error:
@@ -482,10 +512,12 @@ def explained_memory_errors() -> Iterator[None]:
         ) from None
 
 
-# ---- what a run leaves --------------------------------------------------------------------------
+# ---- the results of a run ------------------------------------------------------------------------
 
 
-def conclude(run: FineTuning, rows: dict[str, Any], predicting: Predicting) -> dict[str, Any]:
+def conclude(
+    run: FineTuning, rows: dict[str, Any], sets: Sequence[PredictionSet], scoring: Scoring
+) -> dict[str, Any]:
     """Write the predictions of the best model and metrics.json; returns the metrics."""
     loop, data, folder = run.loop, run.data, run.loop.job.saving.folder
     best_step = loop.progress.best_step
@@ -495,7 +527,7 @@ def conclude(run: FineTuning, rows: dict[str, Any], predicting: Predicting) -> d
     if is_first:
         load_parameters(run.classifier.network, os.path.join(folder, BEST))
     loop.communicator.broadcast(loop.parameters())
-    answers = answer(run.classifier, data.task, predicting, folder)
+    answers = predict_sets(run.classifier, data.task, sets, scoring, os.path.dirname(folder))
     seconds = run.history.seconds
     metrics = {
         "task": data.task.name,
@@ -528,5 +560,5 @@ def summary(metrics: dict[str, Any]) -> str:
         f"{best['epoch']:g} (step {best['step']})"
     )
     last = f"  {metrics['seconds']:,} s, {metrics['examples_per_second']:,} examples/s"
-    answers = answer_lines(metrics["answers"], metrics["baseline"])
-    return "\n".join([first, *answers, *skipped_lines(metrics["skipped"]), last])
+    sets = prediction_lines(metrics["answers"], metrics["baseline"])
+    return "\n".join([first, *sets, *skipped_lines(metrics["skipped"]), last])

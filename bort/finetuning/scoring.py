@@ -1,76 +1,79 @@
-"""What a classifier says of encoded examples, how far it is from their labels, and its scores."""
+"""Forward pass and loss of a classifier, and the logits of a whole set."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 from mxnet import nd
 
 from bort.bort import EmbeddingRows, encode, encode_rows
 from bort.communicator import Communicator, SingleProcess
+from bort.types import Block, Context, NDArray, TaskKind
 from data.encoding import ClassifierBatch, ClassifierLoader
-from data.task import MULTIPLE_CHOICE, REGRESSION
 
 
-class DeviceExamples(NamedTuple):
-    """A micro-batch as float32 NDArrays on its device (shapes: see data.encoding)."""
+class DeviceBatch(NamedTuple):
+    """A micro-batch as float32 NDArrays on its device; the shapes are in data.encoding."""
 
-    input_ids: Any
-    valid_length: Any
-    labels: Any
+    input_ids: NDArray
+    valid_length: NDArray
+    labels: NDArray
 
 
-def to_device(batch: ClassifierBatch, device: Any) -> DeviceExamples:
-    """Copy a micro-batch to a device, as float32: MXNet's operators take ids as such."""
+def to_device(batch: ClassifierBatch, device: Context) -> DeviceBatch:
+    """Copy a micro-batch to a device, as float32: MXNet's operators take ids in this type."""
     arrays = (batch.input_ids, batch.valid_length, batch.labels)
-    return DeviceExamples(*(nd.array(array, ctx=device, dtype="float32") for array in arrays))
+    return DeviceBatch(*(nd.array(array, ctx=device, dtype="float32") for array in arrays))
 
 
-def class_scores(
-    network: Any, batch: DeviceExamples, kind: str, rows: EmbeddingRows | None = None
-) -> Any:
-    """Return float32 scores: [examples, classes or options], for regression [examples, 1].
+def forward(
+    network: Block, batch: DeviceBatch, kind: str, embeddings: Optional[EmbeddingRows] = None
+) -> NDArray:
+    """Return float32 logits: [examples, classes or options]; for regression [examples, 1].
 
-    With `rows` the word embeddings come from there, for a backward pass that ends in them.
+    embeddings: the word embeddings of the batch, for a backward pass that ends in them.
     """
     body = network.bort
     valid_length = batch.valid_length.astype(body.word_embed[0].weight.dtype, copy=False)
-    if rows is None:
-        sequence = encode(body, batch.input_ids, valid_length, first_only=True)
+    if embeddings is None:
+        hidden_states = encode(body, batch.input_ids, valid_length, first_only=True)
     else:
-        sequence = encode_rows(body, rows, valid_length, first_only=True)
-    scores = network.head(sequence).astype("float32", copy=False)
-    return scores.reshape((len(batch.labels), -1)) if kind == MULTIPLE_CHOICE else scores
+        hidden_states = encode_rows(body, embeddings, valid_length, first_only=True)
+    logits = network.head(hidden_states).astype("float32", copy=False)  # [inputs, outputs]
+    if kind == TaskKind.MULTIPLE_CHOICE:
+        return logits.reshape((len(batch.labels), -1))  # [examples * options, 1] -> [.., options]
+    return logits
 
 
-def classification_loss(scores: Any, labels: Any, kind: str) -> Any:
+def classification_loss(logits: NDArray, labels: NDArray, kind: str) -> NDArray:
     """Return the loss of each example, [n]: cross-entropy in nats, or half the squared error."""
-    if kind == REGRESSION:
-        return nd.square(scores.reshape((-1,)) - labels) / 2
-    return -nd.pick(nd.log_softmax(scores, axis=-1), labels, axis=-1)
+    if kind == TaskKind.REGRESSION:
+        return nd.square(logits.reshape((-1,)) - labels) / 2
+    return -nd.pick(nd.log_softmax(logits, axis=-1), labels, axis=-1)
 
 
-def score_set(
-    network: Any,
-    source: ClassifierLoader,
+def predict_logits(
+    network: Block,
+    loader: ClassifierLoader,
     kind: str,
-    device: Any,
-    communicator: Communicator | None = None,
+    device: Context,
+    communicator: Optional[Communicator] = None,
 ) -> np.ndarray:
-    """Score every example of a set: float64 [examples, classes or options].
+    """Return the logits of every example of a set: float64 [examples, classes or options].
 
-    The batches are split over the ranks; every rank returns all scores.
+    The batches are split over the ranks; every rank returns all logits.
     """
     communicator = communicator or SingleProcess()
-    scores: np.ndarray | None = None
-    for number in range(communicator.rank, source.batches_per_epoch, communicator.size):
-        batch = source(number)
-        found = class_scores(network, to_device(batch, device), kind).asnumpy()
-        if scores is None:
-            scores = np.zeros((len(source.encoded.labels), found.shape[1]))
-        scores[batch.indices] = found
-    if scores is None:  # more ranks than batches
-        width = source.encoded.width if kind == MULTIPLE_CHOICE else network.classifier[3]._units
-        scores = np.zeros((len(source.encoded.labels), width))
-    return communicator.allreduce(scores.reshape(-1)).reshape(scores.shape)
+    logits: Optional[np.ndarray] = None
+    for number in range(communicator.rank, loader.batches_per_epoch, communicator.size):
+        batch = loader(number)
+        batch_logits = forward(network, to_device(batch, device), kind).asnumpy()
+        if logits is None:
+            logits = np.zeros((len(loader.encoded.labels), batch_logits.shape[1]))
+        logits[batch.indices] = batch_logits
+    if logits is None:  # more ranks than batches
+        choices = kind == TaskKind.MULTIPLE_CHOICE
+        width = loader.encoded.width if choices else network.classifier[3]._units
+        logits = np.zeros((len(loader.encoded.labels), width))
+    return communicator.allreduce(logits.reshape(-1)).reshape(logits.shape)

@@ -30,6 +30,7 @@ import numpy as np
 from bort.errors import UserError
 from bort.parameters import parameter_file
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer
+from bort.types import TaskKind
 from data.encoding import encode_inputs
 from data.rows import BadRowError, require_field
 from data.task import Task
@@ -200,9 +201,9 @@ class Classifier:
     @property
     def fields(self) -> int:
         """Return of how many texts an input is made; of candidates there may be more."""
-        if self.model_config.kind == "multiple_choice":
+        if self.model_config.kind == TaskKind.MULTIPLE_CHOICE:
             return 1 + len(self.model_config.labels)
-        if self.model_config.kind == "candidates":
+        if self.model_config.kind == TaskKind.CANDIDATES:
             return 3
         if self.model_config.race_cast == "joined":
             return 1 + len(self.model_config.labels)
@@ -235,7 +236,7 @@ class Classifier:
         if self.task is None:
             raise BadRowError(f"has no {self.columns[0]!r}")
         examples = self.task.cast_row(row, 0)
-        if self.model_config.kind == "candidates":
+        if self.model_config.kind == TaskKind.CANDIDATES:
             queries = groupby(examples, lambda one: _query(one.uid))
             groups = [list(query) for _, query in queries]
             return [
@@ -247,15 +248,15 @@ class Classifier:
     def _question(self, texts: Sequence[str]) -> Question:
         kind, labels = self.model_config.kind, self.model_config.labels
         least = self.fields
-        if len(texts) < least or (len(texts) > least and kind != "candidates"):
+        if len(texts) < least or (len(texts) > least and kind != TaskKind.CANDIDATES):
             raise BadRowError(
                 f"holds {len(texts)} instead of {least} (texts have a tab between them)"
             )
         if not all(texts):
             raise BadRowError(f"has an empty text (number {texts.index('') + 1})")
-        if kind == "multiple_choice":
+        if kind == TaskKind.MULTIPLE_CHOICE:
             return Question([(texts[0], option) for option in texts[1:]], labels)
-        if kind != "candidates":
+        if kind != TaskKind.CANDIDATES:
             return Question([texts], labels)
         passage, query, *candidates = texts
         if PLACEHOLDER not in query:
@@ -286,10 +287,10 @@ class Classifier:
 
     def _decide(self, question: Question, scores: np.ndarray) -> Answer:
         """Turn the scores [inputs, outputs] of one question into its answer."""
-        if self.model_config.kind == "regression":
+        if self.model_config.kind == TaskKind.REGRESSION:
             value = self.task.predict(scores) if self.task else scores[:, 0]
             return Answer(None, float(value[0]), {})
-        if self.model_config.kind == "candidates":
+        if self.model_config.kind == TaskKind.CANDIDATES:
             best = int((scores[:, 1] - scores[:, 0]).argmax())
             probabilities = softmax(scores)[:, 1]
         else:

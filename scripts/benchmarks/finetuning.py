@@ -90,7 +90,8 @@ def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[],
     from bort.communicator import SingleProcess
     from bort.finetuning.classifier import Classifier
     from bort.finetuning.config import FinetuningOptimizerSettings
-    from bort.finetuning.run import FinetuningOptions, TaskData, finetuning_loop
+    from bort.finetuning.run import FinetuningOptions, finetuning_loop
+    from bort.finetuning.task_data import TaskData
     from bort.saved_model import ModelConfig, build_network
     from bort.training.reporting import NullReporter
     from data.task import Example

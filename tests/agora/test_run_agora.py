@@ -162,7 +162,7 @@ def test_every_kind_of_task(places, tmp_path, name):
         (["--regression_edges", "2;1"], "--regression_edges 2;1: must be numbers"),
         (["--tau_model", "absent"], "absent: not found"),
         (["--task_name", "AX"], "--task_name AX: has no training set; run MNLI"),
-        (["--task_name", "CB"], "whose answers are not those of CB"),
+        (["--task_name", "CB"], "whose labels are not those of CB"),
         (["--lower", "0.5"], "--lower 0.5: must not be above --upper 0.2"),
     ],
 )

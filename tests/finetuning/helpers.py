@@ -79,13 +79,14 @@ def make_run(
     """Return a run that is ready to start."""
     from bort.devices import devices_of
     from bort.finetuning.classifier import build_classifier
-    from bort.finetuning.run import finetuning_run, read_data
+    from bort.finetuning.run import finetuning_run
+    from bort.finetuning.task_data import read_task_data
     from data.tasks import get_task
 
     settings = settings_of(data_dir, output_dir, **flags)
     communicator = communicator or SingleProcess()
     task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
-    data, _ = read_data(task, settings.task, settings.run.seed)
+    data, _ = read_task_data(task, settings.task, settings.run.seed)
     devices = devices_of(settings.run.gpus, settings.run.cpu_contexts, communicator)
     classifier = build_classifier(settings, task, devices)
     return finetuning_run(settings, classifier, data, communicator, devices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,17 @@ def test_races_joined_cast_is_one_input_of_four_classes(tmp_path):
         "classification",
     )
     assert found["steps"] > 0
+    for flags in ({}, {"race_cast": "joined"}):
+        answers = finetuned(
+            TEST_DATA / "race",
+            tmp_path / "x",
+            task_name="RACE-H",
+            model_name=None,
+            only_inference=True,
+            model_parameters=tmp_path / "RACE-H",
+            **flags,
+        )
+        assert answers["dev"]["metrics"] == found["answers"]["dev"]["metrics"]
 
 
 def test_diagnostics_are_predicted_with_the_model_of_their_task(tmp_path):
@@ -375,7 +387,7 @@ def test_diagnostics_are_predicted_with_the_model_of_their_task(tmp_path):
         finetuned(
             TEST_DATA / "glue", tmp_path / "x", task_name="QNLI", model_parameters=rte, **flags
         )
-    with pytest.raises(UserError, match="whose answers are not those of BoolQ"):
+    with pytest.raises(UserError, match="whose labels are not those of BoolQ"):
         finetuned(
             TEST_DATA / "superglue", tmp_path, task_name="BoolQ", model_parameters=rte, **flags
         )
@@ -436,10 +448,80 @@ def test_broken_data_are_named(tmp_path, capsys):
     assert "  1 broken rows skipped: " in capsys.readouterr().out
 
 
+def test_broken_test_files_are_found_before_the_first_step(tmp_path, capsys):
+    shutil.copytree(TEST_DATA / "glue", tmp_path / "data")
+    for name, other in (("MNLI", "MNLI/test_mismatched.tsv"), ("MNLI", "AX/diagnostic-full.tsv")):
+        path = tmp_path / "data" / other
+        content = path.read_bytes()
+        path.write_bytes(content + b"99\todd\n")
+        line = arguments(tmp_path / "data", tmp_path / "out", task_name=name)
+        rows = len(content.splitlines())
+        assert f"{other}:{rows + 1}: expected" in complaint(capsys, line)
+        assert not (tmp_path / "out" / name).exists()
+        path.write_bytes(content)
+
+
+def test_a_finished_run_is_not_continued_with_other_flags(reviews, tmp_path, capsys):
+    found = finetuned(reviews, tmp_path, epochs=1)
+    before = (tmp_path / "SST-2" / "metrics.json").read_bytes()
+    for flags in ({"epochs": 5}, {"epochs": 1, "lr": 0.1}, {"epochs": 1, "seed": 8}):
+        line = arguments(reviews, tmp_path, resume=True, **flags)
+        name = list(flags)[-1]
+        assert f"has finished, with --{name} " in complaint(capsys, line)
+    assert (tmp_path / "SST-2" / "metrics.json").read_bytes() == before
+    same = {"epochs": 1, "resume": True, "log_interval": 1, "dev_batch_size": 7}
+    assert finetuned(reviews, Path(f"{tmp_path}/../{tmp_path.name}"), **same) == found
+
+
+def test_train_rows_of_record_are_queries(tmp_path):
+    for rows in (1, 2):
+        flags = {"task_name": "ReCoRD", "epochs": 1, "train_rows": rows}
+        found = finetuned(TEST_DATA / "superglue", tmp_path / str(rows), **flags)
+        task = get_task("ReCoRD")
+        train = task.read(TEST_DATA / "superglue", "train", seed=7).examples
+        assert found["train_examples"] == len(task.first_rows(train, rows)) >= 2 * rows
+
+
+def test_a_model_of_other_inputs_is_refused(tmp_path, capsys):
+    finetuned(TEST_DATA / "superglue", tmp_path, task_name="WSC", epochs=1)
+    path = tmp_path / "WSC" / "best.json"
+    content = json.loads(path.read_text())
+    assert content.pop("inputs_version") == 2
+    path.write_text(json.dumps(content))  # as the version before wrote it
+    line = arguments(
+        TEST_DATA / "superglue",
+        tmp_path / "x",
+        task_name="WSC",
+        model_name=None,
+        only_inference=True,
+        model_parameters=tmp_path / "WSC",
+    )
+    assert "trained on version 1 of WSC's inputs" in complaint(capsys, line)
+
+
+def test_logits_that_are_not_numbers_are_never_the_best_and_never_written(
+    reviews, tmp_path, capsys, monkeypatch
+):
+    from bort.finetuning import predictions
+    from bort.finetuning import run as finetuning
+
+    def not_a_number(network: Any, loader: Any, *_: Any) -> np.ndarray:
+        return np.full((len(loader.encoded.labels), 2), np.nan)
+
+    line = arguments(reviews, tmp_path / "out", epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "predict_logits", not_a_number)
+        assert "no evaluation gave a score" in complaint(capsys, line)
+    line = arguments(reviews, tmp_path / "other", epochs=1)
+    monkeypatch.setattr(predictions, "predict_logits", not_a_number)
+    assert "SST-2 dev: the model's outputs contain NaN" in complaint(capsys, line)
+    assert not list((tmp_path / "other").rglob("*.tsv"))
+
+
 def test_another_runs_folder_is_not_overwritten(reviews, tmp_path, capsys):
     finetuned(reviews, tmp_path, epochs=1)
     before = (tmp_path / "SST-2" / "best.params").read_bytes()
-    assert "holds another run" in complaint(capsys, arguments(reviews, tmp_path))
+    assert "has another run" in complaint(capsys, arguments(reviews, tmp_path))
     assert (tmp_path / "SST-2" / "best.params").read_bytes() == before
 
 
@@ -461,7 +543,7 @@ def test_weights_of_another_shape_and_too_little_memory_are_explained(
     def exhausted(*_: Any) -> None:
         raise mx.MXNetError("Check failed: e == cudaSuccess: Memory allocation failed: out of")
 
-    monkeypatch.setattr(finetuning, "class_scores", exhausted)
+    monkeypatch.setattr(finetuning, "forward", exhausted)
     line = arguments(reviews, tmp_path / "out")
     assert "lower --batch_size and raise --accumulate" in complaint(capsys, line)
 

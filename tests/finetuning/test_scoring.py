@@ -11,11 +11,9 @@ from mxnet import autograd, nd
 from bort.bort import EmbeddingRows
 from bort.communicator import SingleProcess
 from bort.finetuning.scoring import (
-    MULTIPLE_CHOICE,
-    REGRESSION,
-    class_scores,
     classification_loss,
-    score_set,
+    forward,
+    predict_logits,
     to_device,
 )
 from bort.saved_model import ModelConfig, build_network
@@ -53,19 +51,19 @@ def cross_entropy(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return -logarithms[np.arange(len(labels)), labels.astype(int)]
 
 
-@pytest.mark.parametrize("kind", ["classification", MULTIPLE_CHOICE, REGRESSION])
+@pytest.mark.parametrize("kind", ["classification", "multiple_choice", "regression"])
 def test_losses_and_gradients_are_those_of_the_formulas(kind):
     generator = np.random.default_rng(0)
-    width = 1 if kind == REGRESSION else 3
+    width = 1 if kind == "regression" else 3
     scores = generator.normal(0, 3, (6, width))
-    labels = generator.uniform(0, 5, 6) if kind == REGRESSION else generator.integers(0, 3, 6)
+    labels = generator.uniform(0, 5, 6) if kind == "regression" else generator.integers(0, 3, 6)
     given = nd.array(scores)
     given.attach_grad()
     with autograd.record():
         loss = classification_loss(given, nd.array(labels), kind)
         total = loss.sum()
     total.backward()
-    if kind == REGRESSION:
+    if kind == "regression":
         expected, gradient = (scores[:, 0] - labels) ** 2 / 2, scores - labels[:, None]
     else:
         expected = cross_entropy(scores, labels)
@@ -76,11 +74,11 @@ def test_losses_and_gradients_are_those_of_the_formulas(kind):
 
 
 @pytest.mark.parametrize(("kind", "outputs", "width"), [
-    ("classification", 3, 1), (REGRESSION, 1, 1), (MULTIPLE_CHOICE, 1, 4), ("candidates", 2, 1),
+    ("classification", 3, 1), ("regression", 1, 1), ("multiple_choice", 1, 4), ("candidates", 2, 1),
 ])  # fmt: skip
 def test_every_example_is_scored_in_its_place(tokenizer, kind, outputs, width):
     network, source = network_of(tokenizer, kind, outputs), source_of(tokenizer, width)
-    scores = score_set(network, source, kind, nd.zeros(1).context)
+    scores = predict_logits(network, source, kind, nd.zeros(1).context)
     encoded = source.encoded
     for example in range(11):
         alone = []
@@ -99,11 +97,11 @@ class Rank(SingleProcess):
 
 @pytest.mark.parametrize("batch_size", [3, 11])
 def test_ranks_score_what_one_alone_does(tokenizer, batch_size):
-    network = network_of(tokenizer, MULTIPLE_CHOICE, 1)
+    network = network_of(tokenizer, "multiple_choice", 1)
     source = source_of(tokenizer, 2, batch_size)
-    alone = score_set(network, source, MULTIPLE_CHOICE, nd.zeros(1).context)
+    alone = predict_logits(network, source, "multiple_choice", nd.zeros(1).context)
     parts = [
-        score_set(network, source, MULTIPLE_CHOICE, nd.zeros(1).context, Rank(rank, 5))
+        predict_logits(network, source, "multiple_choice", nd.zeros(1).context, Rank(rank, 5))
         for rank in range(5)
     ]
     np.testing.assert_array_equal(sum(parts), alone)
@@ -118,7 +116,7 @@ def test_embedding_rows_give_the_same_scores_and_the_gradient_of_the_matrix(toke
         network.collect_params().zero_grad()
         rows = EmbeddingRows(network.bort, batch.input_ids) if with_rows else None
         with autograd.record():
-            scores = class_scores(network, batch, "classification", rows)
+            scores = forward(network, batch, "classification", rows)
             loss = classification_loss(scores, batch.labels, "classification").sum()
         if rows is None:
             loss.backward()

@@ -17,7 +17,7 @@ from mxnet import nd
 
 import finetune_classifier
 from bort.errors import UserError
-from bort.finetuning.scoring import score_set
+from bort.finetuning.scoring import predict_logits
 from bort.inference.pipelines import (
     MASK,
     WINDOW,
@@ -113,7 +113,7 @@ def expected_answers(task: Any, model: SavedModel, split: str) -> list[Any]:
     examples = task.read(DATA, split).examples
     encoded = encode_examples(examples, model.tokenizer, model.model_config.max_len)
     source = ClassifierLoader(encoded, 8, 3, model.tokenizer.pad_id, None)
-    scores = score_set(model.network, source, task.kind, nd.array([0]).context)
+    scores = predict_logits(model.network, source, task.kind, nd.array([0]).context)
     if task.kind == "candidates":
         return [json.loads(line)["label"] for line in task.submission(examples, scores)]
     predictions = task.predict(scores)
