@@ -32,9 +32,9 @@ from bort.inference.runtime import (
 )
 from bort.parameters import parameter_file
 from bort.saved_model import load_model
-from bort.types import Block
+from bort.types import Block, TaskKind
 from data.encoding import ClassifierLoader, EncodedSet, encode_examples
-from data.task import MULTIPLE_CHOICE, REGRESSION, Example
+from data.task import Example
 from data.tasks import check_inputs_version, get_task
 
 NUM_BUCKETS = 10
@@ -118,7 +118,8 @@ def predict_logits(backend: Backend, loader: ClassifierLoader, kind: str) -> np.
         batch = loader(position)
         values = backend.logits(batch.input_ids, batch.valid_length)
         # Multiple choice: [examples * options, 1] -> [examples, options]
-        logits.append(values.reshape(len(batch.indices), -1) if kind == MULTIPLE_CHOICE else values)
+        choices = kind == TaskKind.MULTIPLE_CHOICE
+        logits.append(values.reshape(len(batch.indices), -1) if choices else values)
         indices.append(batch.indices)
     return np.concatenate(logits).astype(np.float64)[np.argsort(np.concatenate(indices))]
 
@@ -214,7 +215,7 @@ class Quantization:
                 backend = backend_for(self.network, name)
             logits = predict_logits(backend, loader, kind)
             reference = reference if checks else logits
-            values = logits[:, 0] if kind == REGRESSION else logits
+            values = logits[:, 0] if kind == TaskKind.REGRESSION else logits
             points = 100 * self.task.score(self.task.metrics(examples, values))
             checks.append(Check(name, points, _cosine(logits, reference)))
         return checks
