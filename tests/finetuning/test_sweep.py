@@ -42,7 +42,8 @@ lr, seed = float(flags["--lr"]), int(flags.get("--seed", 0))
 def note(word):
     with open(os.path.join(here, "calls"), "a") as calls:
         call = {"what": word, "lr": lr, "seed": seed, "resume": flags["--resume"],
-                "pid": os.getpid(), "gpus": flags.get("--gpus"), "threads": os.environ["OMP_NUM_THREADS"]}
+                "pid": os.getpid(), "gpus": flags.get("--gpus"),
+                "threads": os.environ["OMP_NUM_THREADS"]}
         calls.write(json.dumps(call) + "\\n")
 def stop(*_):
     note("stopped")
