@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(
     write_json(str(path), {"a": 1})
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match="No space left"):
             write_json(str(path), {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     write_json(str(path), [3])
