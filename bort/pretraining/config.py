@@ -21,6 +21,14 @@ class DataSettings:
     accumulate: int = option(1, "micro-batches per worker and update", minimum=1)
     num_buckets: int = option(10, "ranges of length; a batch is made within one", minimum=1)
     use_avg_len: bool = option(False, "batch sizes count tokens instead of sequences")
+    dynamic_masking: bool = option(
+        False,
+        "draw new masks in each epoch, as RoBERTa did, instead of using those of the shards; not "
+        "with --teacher_cache",
+    )
+    no_verify: bool = option(
+        False, "do not read the shards at the start to check their SHA-256 and ids"
+    )
 
 
 @dataclass(frozen=True)

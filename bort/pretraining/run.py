@@ -34,12 +34,13 @@ from bort.training.loop import Loop
 from bort.training.optimization import linear_warmup_decay, make_trainer
 from bort.training.reporting import FolderReporter, PhaseTimer, Reporter
 from bort.types import Block, Context, NDArray
-from data.batches import Batch, BucketSampler, PretrainingLoader
+from data.batches import Batch, BucketSampler, PretrainingLoader, open_dynamic_masking
+from data.masking import DynamicMasking
 from data.shards import Manifest, ShardSet, open_shards
 
 # The micro-batch of a number depends on these, besides the shards.
 STREAM_FLAGS = {
-    "DataSettings": ("batch_size", "num_buckets", "use_avg_len"),
+    "DataSettings": ("batch_size", "num_buckets", "use_avg_len", "dynamic_masking"),
     "RunSettings": ("seed",),
 }
 
@@ -214,7 +215,8 @@ def require_same_stream(
         raise UserError(f"--data {data}: not the checkpoint's shards; {cure}")
     for concern, flags in STREAM_FLAGS.items():
         for flag in flags:
-            given, made_with = settings[concern][flag], state["settings"][concern][flag]
+            # A flag that earlier versions did not have was off.
+            given, made_with = settings[concern][flag], state["settings"][concern].get(flag, False)
             if given != made_with:
                 raise UserError(
                     f"--{flag} {given}: the checkpoint was made with {made_with}; {cure}"
@@ -236,12 +238,15 @@ class Inputs(NamedTuple):
 
 def open_data(data: DataSettings, seed: int, teacher_cache: str | None = None) -> Inputs:
     """Open the training and held-out shards; raises `UserError` when their tokenizers differ."""
-    shards = open_shards(data.data)
+    if data.dynamic_masking and teacher_cache:
+        raise UserError("--dynamic_masking: not with --teacher_cache, which has fixed masks only")
+    shards = open_shards(data.data, verify=not data.no_verify)
     order = BucketSampler(shards.lengths, data.batch_size, data.num_buckets, data.use_avg_len, seed)
-    training = _source(shards, order, teacher_cache)
+    masking = open_dynamic_masking(data.data, shards, seed) if data.dynamic_masking else None
+    training = _source(shards, order, teacher_cache, masking)
     if not data.data_eval:
         return Inputs(training, None, shards.manifest)
-    held_out = open_shards(data.data_eval)
+    held_out = open_shards(data.data_eval, verify=not data.no_verify)
     if held_out.manifest.tokenizer_fingerprint != shards.manifest.tokenizer_fingerprint:
         raise UserError(
             f"--data_eval {data.data_eval}: made with another tokenizer than --data {data.data}"
@@ -264,9 +269,14 @@ def held_out_source(
     return _source(shards, order, teacher_cache)
 
 
-def _source(shards: ShardSet, order: BucketSampler, teacher_cache: str | None) -> PretrainingLoader:
+def _source(
+    shards: ShardSet,
+    order: BucketSampler,
+    teacher_cache: str | None,
+    masking: DynamicMasking | None = None,
+) -> PretrainingLoader:
     rows = open_rows(teacher_cache, shards) if teacher_cache else None
-    return PretrainingLoader(shards, order, shards.manifest.pad_id, rows)
+    return PretrainingLoader(shards, order, shards.manifest.pad_id, rows, masking)
 
 
 def build_student(
