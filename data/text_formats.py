@@ -283,8 +283,8 @@ def parquet_texts(source: TextSource) -> Iterator[str]:
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(
-            f"{source.shown}: to read parquet, install pyarrow: pip install 'bort[parquet]', or "
-            "'pyarrow>=14,<20'"
+            f"{source.shown}: to read parquet, install the package pyarrow: pip install "
+            "pyarrow==19.0.1"
         ) from None
     _refuse_lfs_pointer(source)
     try:

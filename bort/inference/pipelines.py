@@ -31,6 +31,7 @@ from bort.errors import UserError
 from bort.parameters import parameter_file
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer
 from bort.types import TaskKind
+from data.batches import pad
 from data.encoding import encode_inputs
 from data.rows import BadRowError, require_field
 from data.task import Task
@@ -502,10 +503,8 @@ def batches(
         chosen = order[start : start + batch_size]
         longest = int(lengths[chosen[-1]])
         width = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, max(max_len, longest))
-        ids = np.full((len(chosen), width), pad_id, np.int32)
-        for place, row in enumerate(chosen):
-            ids[place, : lengths[row]] = rows[row]
-        yield TokenBatch(ids, lengths[chosen], chosen)
+        ids, valid_length = pad([rows[index] for index in chosen], pad_id, width)
+        yield TokenBatch(ids, valid_length, chosen)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

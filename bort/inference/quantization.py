@@ -33,6 +33,7 @@ from bort.inference.runtime import (
 from bort.parameters import parameter_file
 from bort.saved_model import load_model
 from bort.types import Block, TaskKind
+from data.batches import pad
 from data.encoding import ClassifierLoader, EncodedSet, encode_examples
 from data.task import Example
 from data.tasks import check_inputs_version, get_task
@@ -57,12 +58,9 @@ def calibration_batch(
     encoded: EncodedSet, count: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ids [n, length] and lengths [n] of at most `count` evenly spread inputs of a set."""
-    lengths = np.diff(encoded.offsets)
-    chosen = np.unique(np.linspace(0, len(lengths) - 1, count).round().astype(int))
-    ids = np.full((len(chosen), lengths[chosen].max()), pad_id, np.int32)
-    for row, index in zip(ids, chosen):
-        row[: lengths[index]] = encoded.ids[encoded.offsets[index] : encoded.offsets[index + 1]]
-    return ids, lengths[chosen]
+    last = len(encoded.offsets) - 2
+    chosen = np.unique(np.linspace(0, last, count).round().astype(int))
+    return pad([encoded.input(index) for index in chosen], pad_id)
 
 
 def quantize_in_mxnet(network: Block, ids: np.ndarray, valid_length: np.ndarray) -> Block:

@@ -313,7 +313,7 @@ def test_bad_parquet_is_named(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"a.parquet: to read parquet, install pyarrow"):
+    with pytest.raises(UserError, match=r"a.parquet: to read parquet, install the package pyarrow"):
         scan(TextSource(str(tmp_path / "a.parquet")))
 
 
