@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
@@ -145,13 +146,14 @@ class CoLA(GlueTask):
     folders = ("CoLA", "glue_cola")
     files = split_files(".tsv", 8551, 1043, 1063)
     text_columns = ("sentence",)
+    headerless_columns = ("source", "label", "annotation", "sentence")
     measures = (metrics.matthews, metrics.accuracy)
     headline = ("matthews",)
 
     def _columns(self, path: Path, split: str, lines: Iterator[Line]) -> tuple[list[str], int]:
         if split in self.test:
             return super()._columns(path, split, lines)
-        return ["source", "label", "annotation", "sentence"], 1
+        return list(self.headerless_columns), 1
 
 
 class SST2(GlueTask):
@@ -293,11 +295,13 @@ class AX(GlueTask):
     measures = (metrics.matthews,)
     headline = ("matthews",)
     model_task = "MNLI"
+    column_aliases: Mapping[str, str] = MappingProxyType(
+        {"Premise": "sentence1", "Hypothesis": "sentence2", "Label": "label"}
+    )
 
     def _columns(self, path: Path, split: str, lines: Iterator[Line]) -> tuple[list[str], int]:
         columns, first = super()._columns(path, split, lines)
-        renamed = {"Premise": "sentence1", "Hypothesis": "sentence2", "Label": "label"}
-        return [renamed.get(column, column) for column in columns], first
+        return [self.column_aliases.get(column, column) for column in columns], first
 
 
 GLUE_TASKS = (CoLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI, AX)

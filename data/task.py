@@ -89,6 +89,8 @@ class Task:
     model_task: the task whose model predicts this one (its own if empty).
     text_columns: columns or keys of an input's texts in the official rows; empty where the texts
         are composed from several fields.
+    headerless_columns: all columns of the official files without a header; empty if all have one.
+    column_aliases: {spelling in some official files: column}.
     inputs_version: counts changes of the texts made from a row; a model predicts only rows
         of the version it was trained on.
     """
@@ -106,6 +108,8 @@ class Task:
     counts_from_zero: bool = True
     model_task: str = ""
     text_columns: tuple[str, ...] = ()
+    headerless_columns: tuple[str, ...] = ()
+    column_aliases: Mapping[str, str] = {}
     inputs_version: int = 1
 
     @property

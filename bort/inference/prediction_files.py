@@ -1,4 +1,4 @@
-"""Files of inputs, of answers, and pipes of both: text, TSV and JSON lines, streamed."""
+"""Inputs and predictions in files and pipes: text, TSV and JSON lines, streamed."""
 
 from __future__ import annotations
 
@@ -7,38 +7,74 @@ import os
 import select
 import sys
 from collections import deque
-from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, Callable, Iterator, Mapping, Optional, Sequence, Union
+from contextlib import contextmanager
+from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 from bort.errors import UserError
-from bort.inference.pipelines import Answer, Input, Placed
+from bort.files import atomic_write
+from bort.inference.base import Input, InputSchema, Located, Pipeline, invalid_input, predictions
+from bort.inference.classification import Prediction
+from bort.inference.masked_lm import MaskPrediction
 from data.rows import BadRowError, Line, decode, line_content, parse_object
 
 READ_BYTES = 1 << 16
+MAX_LINE_BYTES = 1 << 24
 INPUT_FORMATS = ("auto", "text", "tsv", "jsonl")
 OUTPUT_FORMATS = ("tsv", "json")
 EXTENSIONS: Mapping[str, str] = {".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}
-STANDARD = "-"
+STDIN = "-"
 
 
-class Lines:
-    """The lines of a file or pipe, as soon as they are there; no blank ones at the end.
+def predict_file(
+    load: Callable[[], Pipeline[Any, Any]],
+    source: str,
+    output: Optional[str],
+    input_format: str,
+    output_format: str,
+) -> int:
+    """Predict every line of a file as it comes; returns the number of predictions.
 
-    Raises `UserError` when it cannot be read.
+    load: loads the model, once input and output are open.
+    source: a file, or "-" for standard input; output: a file, None for standard output.
+
+    Raises `UserError` for files that cannot be opened and for an invalid line; then an output file
+    is not written.
+    """
+    count = 0
+    form = format_json if output_format == "json" else format_tsv
+    with open_input(source) as lines, open_output(output) as stream:
+        pipeline = load()
+        inputs = InputReader(lines, input_format, pipeline.schema)
+        for window in predictions(pipeline, inputs, inputs.ready):
+            for number, result in window:
+                stream.write(f"{form(number, result)}\n".encode())
+            stream.flush()
+            count += len(window)
+    return count
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+
+class LineReader:
+    """The lines of a file or pipe, as soon as they are there, without blank lines at the end.
+
+    Raises `UserError` when it cannot be read and for a line of more than `MAX_LINE_BYTES`.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
         self._descriptor, self._name = descriptor, name
         self._waiting: deque[Line] = deque()
-        self._blank: list[Line] = []
-        self._rest, self._number, self._ended = b"", 0, False
+        self._blank: Optional[Line] = None  # the first of the blank lines read last
+        self._pending: list[bytes] = []  # the pieces of the line that has not ended
+        self._pending_bytes, self._number, self._ended = 0, 0, False
 
     def __iter__(self) -> Iterator[Line]:
         """Return itself."""
         return self
 
     def __next__(self) -> Line:
-        """Return the next line, and wait for it."""
+        """Return the next line, waiting for it."""
         while not self._waiting:
             if self._ended:
                 raise StopIteration
@@ -46,7 +82,7 @@ class Lines:
         return self._waiting.popleft()
 
     def ready(self) -> bool:
-        """Tell whether there is a next line without waiting for one."""
+        """Return whether there is a next line without waiting for one."""
         while not self._waiting and not self._ended and self._readable():
             self._read()
         return bool(self._waiting)
@@ -59,100 +95,140 @@ class Lines:
             chunk = os.read(self._descriptor, READ_BYTES)
         except OSError as error:
             raise UserError(f"{self._name}: cannot be read ({error.strerror})") from None
-        *ended, self._rest = (self._rest + chunk).split(b"\n")
-        if not chunk:
-            ended, self._rest, self._ended = [self._rest], b"", True
-        for raw in ended:
-            self._number += 1
-            content = line_content(raw, first=self._number == 1)
-            self._blank.append(Line(f"{self._name}:{self._number}", self._number, content))
-            if content:
-                self._waiting.extend(self._blank)
-                self._blank.clear()
+        first, *others = chunk.split(b"\n")
+        self._pending.append(first)
+        self._pending_bytes += len(first)
+        if self._pending_bytes > MAX_LINE_BYTES:
+            raise UserError(
+                f"{self._name}:{self._number + 1}: the line is longer than "
+                f"{MAX_LINE_BYTES >> 20} MiB; expected text, TSV or JSON lines"
+            )
+        if others or not chunk:
+            self._add(b"".join(self._pending))
+            for raw in others[:-1]:
+                self._add(raw)
+            self._pending = others[-1:]
+            self._pending_bytes = sum(map(len, self._pending))
+        self._ended = not chunk
+
+    def _add(self, raw: bytes) -> None:
+        self._number += 1
+        content = line_content(raw, first=self._number == 1)
+        line = Line(f"{self._name}:{self._number}", self._number, content)
+        if not content:
+            self._blank = self._blank or line
+            return
+        if self._blank:  # a blank line between others is an error: the first one is enough
+            self._waiting.append(self._blank)
+            self._blank = None
+        self._waiting.append(line)
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Lines]:
-    """Open a file, or standard input for "-"; raises `UserError` when it cannot be."""
-    if path == STANDARD:
-        yield Lines(sys.stdin.fileno(), "standard input")
+def open_input(path: str) -> Iterator[LineReader]:
+    """Open a file, or standard input for "-"; raises `UserError` when it cannot be read."""
+    if path == STDIN:
+        if sys.__stdin__ is None:  # Python's sign that it was closed when the program started
+            raise UserError("standard input is closed; give --input FILE")
+        yield LineReader(sys.stdin.fileno(), "standard input")
         return
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--input {path}: cannot be read ({error.strerror})") from None
     try:
-        yield Lines(descriptor, path)
+        yield LineReader(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-class Inputs:
-    """The inputs that lines hold.
+class LineFormat(NamedTuple):
+    """How lines are parsed. guessed: by the first line alone, so that it may be wrong."""
 
-    file_format: text, tsv or jsonl; auto goes by the file's name, else by the first line.
-    columns: our names of an input's texts. official: the task's own, empty where it has none.
-    Raises `UserError` for a header without the columns.
+    parse: Callable[[bytes], Input]
+    guessed: bool = False
+
+
+class InputReader:
+    """The inputs that lines contain.
+
+    file_format: text, tsv or jsonl; auto decides by the file's name, else by the first line.
+
+    Raises `UserError` for a header without the columns and for an invalid line.
     """
 
-    def __init__(
-        self, lines: Lines, file_format: str, columns: Sequence[str], official: Sequence[str]
-    ) -> None:
+    def __init__(self, lines: LineReader, file_format: str, schema: InputSchema) -> None:
         self._lines, self.ready = lines, lines.ready
-        self._columns, self._official = columns, official
+        self._schema = schema
         self._first = next(lines, None)
-        self._parse = self._parser(file_format)
+        self._format = self._detect(file_format)
 
-    def __iter__(self) -> Iterator[Placed]:
-        """Yield the inputs; raises `UserError` at a line that is none."""
+    def __iter__(self) -> Iterator[Located]:
+        """Yield the inputs."""
         if self._first:
-            yield self._placed(self._first)
+            yield self._located(self._first)
         for line in self._lines:
-            yield self._placed(line)
+            yield self._located(line)
 
-    def _placed(self, line: Line) -> Placed:
+    def _located(self, line: Line) -> Located:
         try:
             if not line.content:
                 raise BadRowError("is blank")
-            return Placed(line.where, line.number, self._parse(line.content))
+            content = self._format.parse(line.content)
+            return Located(line.where, line.number, content, len(line.content))
         except BadRowError as problem:
-            raise UserError(f"{line.where}: {problem}; mend it and start again") from None
+            if self._format.guessed and line is self._first:
+                raise UserError(
+                    f"{line.where}: {problem}; for plain text give --input_format text"
+                ) from None
+            raise invalid_input(line.where, problem) from None
 
-    def _parser(self, file_format: str) -> Callable[[bytes], Input]:
+    def _detect(self, file_format: str) -> LineFormat:
         first = self._first
         if first is None:
-            return text_input
+            return LineFormat(text_input)
         fields = first.content.decode("utf-8", "replace").split("\t")
-        if file_format == "auto":
-            file_format = self._guess(first, fields)
+        guessed = file_format == "auto"
+        if guessed:
+            extension = os.path.splitext(first.where.rpartition(":")[0])[1].lower()
+            guessed = extension not in EXTENSIONS
+            file_format = EXTENSIONS.get(extension) or self._guess(first, fields)
         if file_format == "jsonl":
-            return parse_object
+            return LineFormat(parse_object, guessed)
         if file_format == "text":
-            return text_input
-        if not self._is_header(fields):
-            named = " and ".join(self._official or self._columns)
-            raise UserError(
-                f"{first.where}: the header has no column {named}; name the columns so or "
-                f"{' and '.join(self._columns)}, or give --input_format text"
-            )
-        self._first = None
-        return lambda content: table_input(content, fields)
+            return LineFormat(text_input)
+        return LineFormat(self._table(first, fields))
 
     def _guess(self, first: Line, fields: Sequence[str]) -> str:
-        extension = os.path.splitext(first.where.rpartition(":")[0])[1].lower()
-        if extension in EXTENSIONS:
-            return EXTENSIONS[extension]
         if first.content.startswith(b'{"'):
             return "jsonl"
-        return "tsv" if self._is_header(fields) else "text"
+        return "tsv" if self._is_header(fields) or self._is_headerless(fields) else "text"
+
+    def _table(self, first: Line, fields: list[str]) -> Callable[[bytes], Input]:
+        if self._is_header(fields):
+            self._first = None
+            columns: Sequence[str] = fields
+        elif self._is_headerless(fields):
+            columns = self._schema.headerless
+        else:
+            official, own = self._schema.official, self._schema.columns
+            raise UserError(
+                f"{first.where}: the header has no column {' and '.join(official or own)}; name "
+                f"the columns so or {' and '.join(own)}, or give --input_format text"
+            )
+        return lambda content: table_input(content, columns)
 
     def _is_header(self, fields: Sequence[str]) -> bool:
-        named = (self._columns, self._official) if self._official else (self._columns,)
-        return any(set(names) <= set(fields) for names in named)
+        names = {self._schema.aliases.get(field, field) for field in fields}
+        known = (self._schema.columns, self._schema.official)
+        return any(columns and set(columns) <= names for columns in known)
+
+    def _is_headerless(self, fields: Sequence[str]) -> bool:
+        return len(self._schema.headerless) == len(fields) > 0
 
 
 def text_input(content: bytes) -> list[str]:
-    """Return the texts of a line, with tabs between them."""
+    """Return the texts of a line, separated by tabs."""
     return decode(content).split("\t")
 
 
@@ -164,57 +240,53 @@ def table_input(content: bytes, columns: Sequence[str]) -> dict[str, str]:
     return dict(zip(columns, fields))
 
 
-# ---- answers -------------------------------------------------------------------------------------
+# ---- predictions ---------------------------------------------------------------------------------
 
-Found = Union[Answer, tuple]
+Result = Union[Prediction, "tuple[MaskPrediction, ...]"]
 
 
 @contextmanager
-def written(path: Optional[str]) -> Iterator[BinaryIO]:
-    """Yield standard output, or a file that has its name only when it is complete."""
+def open_output(path: Optional[str]) -> Iterator[IO]:
+    """Open a file, which appears when it is complete, or standard output for None.
+
+    A device or a FIFO is written to as it is, a symbolic link followed; raises `UserError` for a
+    folder.
+    """
     if path is None:
         yield sys.stdout.buffer
         return
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as handle:
-            yield handle
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
-    finally:
-        with suppress(OSError):
-            os.remove(temporary)
+    with atomic_write(path, "wb") as stream:
+        yield stream
 
 
-def table_line(found: Found) -> str:
-    """Return an answer as label and probability, as a score, or as five words with theirs."""
-    if isinstance(found, Answer):
-        cells = [] if found.label is None else [_cell(found.label)]
-        return "\t".join([*cells, f"{found.value:.4f}"])
-    return "\t".join(f"{_cell(word.text)}\t{word.probability:.4f}" for word in found)
+def format_tsv(_: int, result: Result) -> str:
+    """Return a prediction as label and probability, as a score, or as five words with theirs."""
+    if isinstance(result, Prediction):
+        cells = [] if result.label is None else [_cell(result.label)]
+        return "\t".join([*cells, f"{result.value:.4f}"])
+    return "\t".join(f"{_cell(word.text)}\t{word.probability:.4f}" for word in result)
 
 
 def _cell(text: str) -> str:
     return " ".join(text.split())
 
 
-def json_line(number: int, found: Found) -> str:
-    """Return an answer as a JSON object with the number of the line that it answers."""
+def format_json(number: int, result: Result) -> str:
+    """Return a prediction as a JSON object with the number of its input line."""
     content: dict[str, Any] = {"line": number}
-    if not isinstance(found, Answer):
+    if not isinstance(result, Prediction):
         content["words"] = [
-            {"word": word.text, "token": word.token, "probability": _digits(word.probability)}
-            for word in found
+            {"word": word.text, "token": word.token, "probability": _rounded(word.probability)}
+            for word in result
         ]
-    elif found.label is None:
-        content["score"] = _digits(found.value)
+    elif result.label is None:
+        content["score"] = _rounded(result.value)
     else:
-        content["label"], content["probability"] = found.label, _digits(found.value)
-        content["probabilities"] = {n: _digits(p) for n, p in found.probabilities.items()}
+        content["label"], content["probability"] = result.label, _rounded(result.value)
+        content["probabilities"] = {n: _rounded(p) for n, p in result.probabilities.items()}
     return json.dumps(content, ensure_ascii=False)
 
 
-def _digits(value: float) -> float:
-    """Round to six digits: float32 has no more."""
+def _rounded(value: float) -> float:
+    """Round to six significant digits: float32 has no more."""
     return float(f"{value:.6g}")

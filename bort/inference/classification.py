@@ -1,0 +1,240 @@
+"""Classification, regression and multiple choice: labels with probabilities for new text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Mapping, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+from bort.errors import UserError
+from bort.inference.base import (
+    BATCH_SIZE,
+    Input,
+    InputSchema,
+    check_texts,
+    numbered_columns,
+    require_tokenizer,
+    softmax,
+    token_batches,
+)
+from bort.inference.runtime import Backend, backend_for, check_finite, load_runtime
+from bort.parameters import parameter_file
+from bort.saved_model import (
+    MASKED_LM,
+    ModelConfig,
+    load_model,
+    load_model_tokenizer,
+    read_model_config,
+)
+from bort.tokenization import Tokenizer
+from bort.types import TaskKind
+from data.encoding import encode_inputs
+from data.rows import BadRowError, require_field
+from data.task import Example, Task
+from data.tasks import check_inputs_version, get_task
+
+PLACEHOLDER = "@placeholder"
+
+
+class Prediction(NamedTuple):
+    """The prediction for one input.
+
+    label: the class, option or candidate; None for regression.
+    value: the label's probability; for regression the score.
+    probabilities: of every class, option or candidate; empty for regression.
+    """
+
+    label: Optional[str]
+    value: float
+    probabilities: Mapping[str, float]
+
+
+class Query(NamedTuple):
+    """One decision: its encoder inputs, and the names of the classes, options or candidates."""
+
+    inputs: Sequence[Sequence[str]]
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ClassificationPipeline:
+    """A loaded classifier.
+
+    task: the model's task, or another that it can predict; None for a model without a task.
+    """
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    backend: Backend
+    task: Optional[Task]
+    batch_size: int = BATCH_SIZE
+
+    @property
+    def num_texts(self) -> int:
+        """Return the number of texts of an input; candidates may be more."""
+        if self.model_config.kind == TaskKind.MULTIPLE_CHOICE:
+            return 1 + len(self.model_config.labels)
+        if self.model_config.kind == TaskKind.CANDIDATES:
+            return 3
+        if self.model_config.race_cast == "joined":
+            return 1 + len(self.model_config.labels)
+        return len(self.task.text_columns) or 2 if self.task else 1
+
+    @property
+    def schema(self) -> InputSchema:
+        """Return the names of an input's texts."""
+        columns = numbered_columns(self.num_texts)
+        if self.task is None:
+            return InputSchema(columns)
+        task = self.task
+        return InputSchema(columns, task.text_columns, task.headerless_columns, task.column_aliases)
+
+    def prepare(self, content: Input) -> list[Query]:
+        """Return the decisions of an input: one, or several for some official rows.
+
+        Raises `BadRowError` for another number of texts, an empty text, and a row that is not one
+        of the task.
+        """
+        if isinstance(content, Mapping):
+            schema = self.schema
+            row = {schema.aliases.get(key, key): value for key, value in content.items()}
+            if schema.columns[0] not in row:
+                return self._official(row)
+            texts = _own_texts(row, schema.columns)
+        else:
+            texts = [content] if isinstance(content, str) else list(content)
+        return [self._query([text.strip() for text in texts])]
+
+    def _official(self, row: Mapping[str, object]) -> list[Query]:
+        if self.task is None:
+            raise BadRowError(f"has no {self.schema.columns[0]!r}")
+        examples = self.task.cast_row(row, 0)
+        for example in examples:
+            for texts in example.inputs:
+                check_texts(texts)
+        if self.model_config.kind != TaskKind.CANDIDATES:
+            return [Query(example.inputs, self.model_config.labels) for example in examples]
+        groups = [list(group) for _, group in groupby(examples, _query_number)]
+        return [
+            Query([e.inputs[0] for e in group], [e.candidate for e in group]) for group in groups
+        ]
+
+    def _query(self, texts: Sequence[str]) -> Query:
+        kind, labels = self.model_config.kind, self.model_config.labels
+        expected = self.num_texts
+        if len(texts) < expected or (len(texts) > expected and kind != TaskKind.CANDIDATES):
+            more = " or more" if kind == TaskKind.CANDIDATES else ""
+            raise BadRowError(
+                f"has {len(texts)} texts, expected {expected}{more} (tabs separate texts)"
+            )
+        check_texts(texts)
+        if kind == TaskKind.MULTIPLE_CHOICE:
+            return Query([(texts[0], option) for option in texts[1:]], labels)
+        if kind != TaskKind.CANDIDATES:
+            return Query([texts], labels)
+        passage, query, *candidates = texts
+        if PLACEHOLDER not in query:
+            raise BadRowError(f"has no {PLACEHOLDER} in its second text")
+        return Query([(passage, query.replace(PLACEHOLDER, c)) for c in candidates], candidates)
+
+    def predict(self, window: Sequence[list[Query]]) -> list[list[Prediction]]:
+        """Return the predictions of each input of a window.
+
+        Raises `UserError` when a logit is NaN or infinite.
+        """
+        inputs = [texts for queries in window for query in queries for texts in query.inputs]
+        logits = self._logits(encode_inputs(self.tokenizer, inputs, self.model_config.max_len))
+        results: list[list[Prediction]] = []
+        start = 0
+        for queries in window:
+            results.append([])
+            for query in queries:
+                end = start + len(query.inputs)
+                results[-1].append(self._decide(query, logits[start:end]))
+                start = end
+        return results
+
+    def _logits(self, sequences: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the logits [sequences, outputs]."""
+        logits = np.empty((len(sequences), self.model_config.num_outputs))
+        max_len, pad_id = self.model_config.max_len, self.tokenizer.pad_id
+        for batch in token_batches(sequences, self.batch_size, max_len, pad_id):
+            logits[batch.indices] = self.backend.logits(batch.ids, batch.valid_length)
+        return logits
+
+    def _decide(self, query: Query, logits: np.ndarray) -> Prediction:
+        """Turn the logits [inputs, outputs] of one decision into its prediction."""
+        if self.model_config.kind == TaskKind.REGRESSION:
+            value = self.task.predict(logits) if self.task else logits[:, 0]
+            return Prediction(None, float(value[0]), {})
+        if self.model_config.kind == TaskKind.CANDIDATES:
+            best = int((logits[:, 1] - logits[:, 0]).argmax())
+            probabilities = softmax(logits)[:, 1]
+        else:
+            probabilities = softmax(logits.reshape(-1))
+            best = int(probabilities.argmax())
+        values = probabilities.tolist()
+        return Prediction(query.names[best], values[best], dict(zip(query.names, values)))
+
+
+def _query_number(example: Example) -> int:
+    """Return the number of a ReCoRD candidate's query."""
+    assert isinstance(example.uid, tuple)
+    return example.uid[0]
+
+
+def _own_texts(row: Mapping[str, object], columns: Sequence[str]) -> list[str]:
+    """Return the texts of a row under our own names; more may follow (text4, ...): candidates."""
+    texts = [require_field(row, column, str) for column in columns]
+    while len(columns) > 1 and f"text{len(texts) + 1}" in row:
+        texts.append(require_field(row, f"text{len(texts) + 1}", str))
+    return texts
+
+
+def load_classifier(
+    path: str, task: Optional[str] = None, runtime: str = "mxnet", batch_size: int = BATCH_SIZE
+) -> ClassificationPipeline:
+    """Load a saved classifier: its .params file or its folder.
+
+    task: another task that this model predicts, if any (MNLI's predicts AX).
+    runtime: one of `bort.inference.runtime.BACKENDS`.
+
+    Raises `UserError` when there is none, when it is damaged, and for another task than the
+    model's.
+    """
+    found = parameter_file(path)
+    model_config = read_model_config(found)
+    if model_config.kind == MASKED_LM:
+        raise UserError(
+            f"{path}: a pretrained model, which predicts no labels: fine-tune it with "
+            "finetune_classifier.py, or give --fill_mask"
+        )
+    model_task = _task(path, model_config, task)
+    if runtime == "mxnet":  # reads parameters and tokenizer at the same time
+        network, model_config, tokenizer = load_model(found)
+        check_finite(found, network)
+        backend = backend_for(network, runtime)
+    else:
+        tokenizer = load_model_tokenizer(found, model_config)
+        backend = load_runtime(found, runtime)
+    return ClassificationPipeline(
+        model_config, require_tokenizer(tokenizer, path), backend, model_task, batch_size
+    )
+
+
+def _task(path: str, model_config: ModelConfig, name: Optional[str]) -> Optional[Task]:
+    """Return the task whose rows are read; raises `UserError` when the model cannot predict it."""
+    if not (name or model_config.task):
+        return None
+    try:
+        task = get_task(name or model_config.task, race_cast=model_config.race_cast or "choices")
+    except UserError as error:
+        raise UserError(str(error).replace("--task_name", "--task")) from None
+    if model_config.task not in (task.name, task.model_task):
+        raise UserError(
+            f"--task {task.name}: {path} is a model of {model_config.task or 'no task'}"
+        )
+    check_inputs_version(task, model_config.inputs_version, path)
+    return task
