@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import build, option, parser_for
 from bort.errors import UserError, entry_point
+from bort.plots import figure_file
 
 FILE = "metrics.jsonl"
 # Name in the file, title, unit of the vertical axis.
@@ -78,7 +79,7 @@ def main(argv: Optional[Sequence[str]] = None) -> str:
     runs = [read_run(path) for path in parsed["runs"]]
     folder = os.path.dirname(metrics_file(parsed["runs"][0]))
     output = settings.output or os.path.join(folder, "metrics.png")
-    draw(runs, output)
+    plot(runs, output)
     print(output)
     return output
 
@@ -114,11 +115,8 @@ def read_run(path: str) -> Run:
     return Run(os.path.normpath(path), records)
 
 
-def draw(runs: Sequence[Run], path: str) -> None:
-    """Draw a panel for each metric that any run has; raises `UserError` when it cannot write."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def plot(runs: Sequence[Run], path: str) -> None:
+    """Plot a panel for each metric that any run has; raises `UserError` when it cannot write."""
     phases = ("train", "eval")
     panels = [
         panel
@@ -126,30 +124,24 @@ def draw(runs: Sequence[Run], path: str) -> None:
         if any(run.curve(phase, panel[0]).steps for run in runs for phase in phases)
     ]
     if not panels:
-        raise UserError(f"{runs[0].name}: none of its values is finite; there is nothing to draw")
-    rows = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(4.6 * min(COLUMNS, len(panels)), 3.1 * rows + 0.6))
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
-    axes = None
-    for place, (metric, title, unit) in enumerate(panels, start=1):
-        axes = figure.add_subplot(rows, min(COLUMNS, len(panels)), place, sharex=axes)
-        for number, run in enumerate(runs):
-            _draw_run(axes, run, metric, f"C{number % 10}")
-        axes.set_title(title, fontsize=10)
-        axes.set_ylabel(unit)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        if metric == "tokens_per_second":
-            axes.set_ylim(bottom=0)
-    _add_legend(figure, runs)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--output {path}: cannot be written ({error})") from None
+        raise UserError(f"{runs[0].name}: none of its values is finite; there is nothing to plot")
+    rows, columns = -(-len(panels) // COLUMNS), min(COLUMNS, len(panels))
+    with figure_file(path, 4.6 * columns, 3.1 * rows + 0.6) as figure:
+        axes = None
+        for number, (metric, title, unit) in enumerate(panels, start=1):
+            axes = figure.add_subplot(rows, columns, number, sharex=axes)
+            for run_number, run in enumerate(runs):
+                _plot_run(axes, run, metric, f"C{run_number % 10}")
+            axes.set_title(title, fontsize=10)
+            axes.set_ylabel(unit)
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+            if metric == "tokens_per_second":
+                axes.set_ylim(bottom=0)
+        _add_legend(figure, runs)
 
 
-def _draw_run(axes: Any, run: Run, metric: str, colour: str) -> None:
+def _plot_run(axes: Any, run: Run, metric: str, colour: str) -> None:
     trained, held_out = run.curve("train", metric), run.curve("eval", metric)
     # A single point has no line.
     axes.plot(*trained, color=colour, linewidth=1.2, marker="." if len(trained.steps) == 1 else "")

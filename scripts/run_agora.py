@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-r"""Fine-tune on scarce data with Agora: a search space, a rough labeller, and images of mistakes.
+r"""Fine-tune on scarce data with Agora: a search space, a labeller, augmented examples of mistakes.
 
     python scripts/run_agora.py --task_name SST-2 --data_dir DATA --timaeus MODEL \
         --pretrained_parameters RUN --search_space scripts/agora_spaces/many_rows.yaml
 
-The same command goes on with a run that was killed. Under horovodrun the ranks share the fits.
+The same command resumes an interrupted run. Under horovodrun the ranks share the fits.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
@@ -21,22 +20,14 @@ from bort.config import parse
 from bort.errors import entry_point
 
 
-def say(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    """Print a warning as one line."""
-    print(f"warning: {category.__name__}: {message}", file=sys.stderr)
-
-
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> dict[str, Any]:
     """Run Agora as the flags say; returns the content of agora.json."""
     settings = AgoraTextSettings(*parse(str(__doc__), argv, *AGORA_CLASSES))
 
     from bort.agora.run import run_agora
-    from bort.communicator import communicator_of_environment
 
-    with warnings.catch_warnings():
-        warnings.showwarning = say
-        return run_agora(settings, communicator_of_environment())
+    return run_agora(settings)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from bort.agora.algorithm import (
     Examples,
     Objective,
     agora,
-    grid,
     regression,
 )
 from bort.agora.store import DiskStore, Store
+from bort.grids import combinations as grid
 
 __all__ = [
     "CLASSIFICATION",

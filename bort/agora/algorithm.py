@@ -1,13 +1,13 @@
 """Agora: fine-tuning when training data is scarce or biased (A. de Wynter, arXiv 2010.07990).
 
 A candidate model (*Socrates*) is fitted once for every set of hyperparameters in a search space.
-Examples of the dev set that the best fit gets wrong are moved a little by a *tau-function*,
-labelled by a model that is only roughly right (*Timaeus*) and appended to the training set; the
-least promising sets are dropped; and so on until none is left. The loop knows nothing about
-models, text or frameworks: it needs the three small protocols below, NumPy and nothing else.
+Examples of the dev set that the best fit predicts wrongly are perturbed by a *tau-function*,
+labelled by a moderately accurate model (*Timaeus*) and appended to the training set; the least
+promising sets are dropped. This is repeated until no set is left. The loop knows nothing about
+models, text or frameworks: it needs the three small protocols below and NumPy.
 
-Theirs - [P] the paper's abstract and first page, [A] its author's post about the trilogy, [R] the
-README of the code released with Bort:
+From the sources - [P] the paper's abstract and first page, [A] its author's post about the trilogy,
+[R] the README of the code released with Bort:
 
 - a trained labeller, a candidate, a train and an evaluation set, a search space and a function
   that makes data; the search space is searched and pruned round by round; the choice of the best
@@ -23,25 +23,25 @@ README of the code released with Bort:
   be; the evaluation set has to be representative; regression can be cast to classes [A];
 - some rounds were done again ("replay") [R]; its recommended space is the 480 sets [R].
 
-Ours, where those are silent (the text of the algorithm itself was not at hand, nor was the origin
-of the names Socrates, Timaeus and tau checked):
+Ours, where those are silent (the text of the algorithm itself was not available, and the origin of
+the names Socrates, Timaeus and tau was not checked):
 
 - "ordered" is ascending, so that "the first element" is the worst set. A set is the sequence of
   its (name, value) pairs without the seed. Its longest common subsequence with each other set is
-  found; the longest of these (between equals: the one with the worst-scoring set) is the common
-  part; every set that contains it goes, with the worst. The round's best stays while others do.
-  `worst-only` and `halving` (drop the lower half) are alternatives;
-- one image per mistake, none after the last set is gone; an image equal to a row of dev, test or
-  the current train is drawn again;
+  found; the longest of these (of equals, the one with the worst-scoring set) is the common part;
+  all sets that contain it are dropped, with the worst. The best set of the round stays while
+  others do. `worst-only` and `halving` (drop the lower half) are alternatives;
+- one augmented example per mistake, none after the last set is dropped; one that equals a row of
+  dev, test or the current train is drawn again;
 - every fit starts from the initial state; a warm start from the best model so far is an option;
 - ties: a later round wins (it saw more data), then the earlier set of the space;
 - the loop also ends when the round's best makes no mistake, or after `max_rounds`;
-- balancing drops new images of a class whose share would pass 1 / classes + tolerance;
-- regression counts a prediction as a mistake when it falls into another bin than its label;
-- choosing images at random instead of from mistakes, which is there to measure what they add;
-- what is kept on disk, and that a killed run resumes to the result of an uninterrupted one.
+- balancing drops augmented examples of a class whose share would exceed 1 / classes + tolerance;
+- in regression a prediction is a mistake when it falls into another bin than its label;
+- augmenting random rows instead of mistakes, to measure what the mistakes contribute;
+- what is stored, and that an interrupted run resumes to the result of an uninterrupted one.
 
-Scores on the dev set are selected on in every round: report results on a test set only.
+Sets are selected by their scores on dev in every round: report results on a test set only.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ IMBALANCE = 0.5  # a class share this far from an equal share, relatively, is wo
 
 
 class EmptySearchSpaceError(UserError):
-    """The search space holds no set of hyperparameters."""
+    """The search space is empty."""
 
 
 class DevInTrainError(UserError):
@@ -93,15 +93,15 @@ class DevInTrainError(UserError):
 
 
 class TestEqualsDevError(UserError):
-    """The test set holds the same rows as the dev set."""
+    """The test set has the rows of the dev set."""
 
 
 class OtherRunError(UserError):
-    """The store holds the records of a run with other arguments or data."""
+    """The store contains the records of a run with other arguments or data."""
 
 
 class WeakTimaeusWarning(UserWarning):
-    """Timaeus' accuracy on the dev set is not above 2/3."""
+    """The accuracy of Timaeus on the dev set is not above 2/3."""
 
 
 class ImbalanceWarning(UserWarning):
@@ -122,38 +122,38 @@ class Examples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def plus(self, images: Sequence[TauImage]) -> Examples:
-        """Return these examples followed by the images."""
-        if not images:
+    def plus(self, added: Sequence[AugmentedExample]) -> Examples:
+        """Return these examples followed by augmented ones."""
+        if not added:
             return self
-        labels = np.array([image.label for image in images])
-        inputs = [*self.inputs, *(image.input for image in images)]
+        labels = np.array([example.label for example in added])
+        inputs = [*self.inputs, *(example.input for example in added)]
         return Examples(inputs, np.concatenate([self.labels, labels]))
 
 
 class Socrates(Protocol):
     """The candidate: how to fit it and how to predict with it.
 
-    A fit has to be determined by its arguments (the seed is part of `theta`), or runs with one
-    seed differ. `start` is passed in a warm start only: a socrates without it starts cold.
+    A fit has to be determined by its arguments (the seed is one of the hyperparameters); else runs
+    with the same seed differ. `start` is passed in warm starts only.
     """
 
-    def fit(self, dataset: Examples, theta: Hyperparameters, start: Any = None) -> Any:
-        """Return the model fitted with `theta`, from its initial state or from a model `start`."""
+    def fit(self, dataset: Examples, hparams: Hyperparameters, start: Any = None) -> Any:
+        """Return the model fitted from its initial state, or from the model `start`."""
 
     def predict(self, model: Any, inputs: Sequence[Any]) -> np.ndarray:
         """Return the model's labels of n inputs, shape [n]."""
 
 
 class Timaeus(Protocol):
-    """The labeller of new examples; it has to be right more often than 2 times in 3."""
+    """The labeller of augmented examples; its accuracy has to be above 2/3."""
 
     def label(self, inputs: Sequence[Any]) -> np.ndarray:
         """Return labels of n inputs, shape [n] (real values for regression)."""
 
 
 class Tau(Protocol):
-    """The generator of new examples."""
+    """The function that perturbs examples."""
 
     def __call__(self, example: Any, generator: np.random.Generator) -> Any:
         """Return another example near `example`, neither too near nor too far."""
@@ -161,7 +161,7 @@ class Tau(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Jitter:
-    """The tau-function for vectors: a step in a random direction.
+    """A tau-function for vectors: a step in a random direction.
 
     The step's length is uniform between `lower` and `upper`, in the units of the inputs.
     """
@@ -178,11 +178,11 @@ class Jitter:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is scored, and which values count as the same answer.
+    """How predictions are scored, and which values count as the same class.
 
     `score(labels, predictions)` is a number, higher is better. `classes(values)` maps labels or
     predictions [n] to classes [n]: a prediction in another class than its label is a mistake, and
-    balance and Timaeus' accuracy are about classes.
+    balance and Timaeus' accuracy are those of classes.
     """
 
     score: Callable[[np.ndarray, np.ndarray], float]
@@ -211,55 +211,56 @@ def regression(
 
 @dataclasses.dataclass(frozen=True)
 class AgoraSettings:
-    """How Agora goes through its rounds."""
+    """The rounds of Agora."""
 
     max_rounds: Optional[int] = option(
-        None, "stop after this many rounds (default: when no set is left)", minimum=1
+        None, "maximum number of rounds (default: until no set is left)", minimum=1
     )
-    replay: int = option(0, "do each round again this often on the enlarged data", minimum=0)
+    replay: int = option(0, "repeats of each round on the augmented data", minimum=0)
     warm_start: bool = option(False, "start each fit from the best model so far")
     prune: str = option(
         "lcs",
-        "sets that a round drops: those that share the longest common sequence with the worst, "
-        "the worst only, or the lower half",
+        "sets that a round drops: those that contain the longest common subsequence with the worst "
+        "set, the worst set only, or the lower half",
         choices=("lcs", "worst-only", "halving"),
     )
-    images_per_mistake: int = option(1, "new examples for each mistake and round", minimum=1)
-    image_attempts: int = option(10, "draws before a mistake is left without image", minimum=1)
+    images_per_mistake: int = option(1, "augmented examples per mistake and round", minimum=1)
+    image_attempts: int = option(10, "draws before a mistake is skipped", minimum=1)
     images_from: str = option(
         "mistakes",
-        "dev examples to make images of: the round's mistakes, or as many at random",
+        "dev examples to augment: the mistakes of the round, or as many at random",
         choices=("mistakes", "random"),
     )
     balance: Optional[float] = option(
         None,
-        "drop new examples of a class whose share would pass 1 / classes + this (default: keep)",
+        "drop augmented examples of a class whose share would exceed 1 / classes + this "
+        "(default: keep all)",
         minimum=0,
         maximum=1,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class TauImage:
-    """A tau-image: the place in dev it comes from, its input, Timaeus' label, and its fate.
+class AugmentedExample:
+    """An example that the tau-function made, with Timaeus' label.
 
-    Two images compare equal whatever their inputs, which need not be comparable.
+    Inputs are not compared: they need not be comparable.
     """
 
-    source: int
+    source: int  # index in dev of the example that it was made of
     input: Any = dataclasses.field(compare=False)
     label: Any
-    kept: bool
+    kept: bool  # False: dropped by balancing
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What happened in one round, or in one replay of it.
+    """The record of one round, or of one replay of it.
 
-    Sets are named by their place in the search space. `scores` has the order of `space`;
-    `best_score` is the best so far, this round included; `mistakes` are places in dev;
-    `train_size` and `label_counts` describe the data that the fits saw; `seconds` are those spent
-    in fits, summed over workers.
+    Sets are named by their index in the search space. `scores` has the order of `space`;
+    `best_score` is the best so far, including this round; `mistakes` are indices in dev;
+    `train_size` and `label_counts` describe the data of the fits; `seconds` is the time of the
+    fits, summed over workers.
     """
 
     number: int
@@ -269,30 +270,31 @@ class Round:
     best: int
     best_score: float
     mistakes: Tuple[int, ...]
-    images: Tuple[TauImage, ...]
+    augmented: Tuple[AugmentedExample, ...]
     pruned: Tuple[int, ...]
     train_size: int
     label_counts: Mapping[str, int]
     seconds: float = dataclasses.field(compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record for JSON: images are counted, scores that are no number are None."""
+        """Return the record for JSON: augmented examples as counts, NaN and infinity as None."""
         record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         record["scores"] = [score if math.isfinite(score) else None for score in self.scores]
         record["best_score"] = self.best_score if math.isfinite(self.best_score) else None
+        del record["augmented"]
         record["images"] = {
-            "made": len(self.images),
-            "kept": sum(image.kept for image in self.images),
+            "made": len(self.augmented),
+            "kept": sum(example.kept for example in self.augmented),
         }
         return record
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best fit: its set (and the set's place in the space), its round, dev score and model."""
+    """The best fit: its set and the set's index in the space, its round, dev score and model."""
 
-    theta: Hyperparameters
-    place: int
+    hparams: Hyperparameters
+    index: int
     round: int
     replay: int
     score: float
@@ -301,19 +303,14 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class AgoraResult:
-    """The best fit ever seen, and the record of every round."""
+    """The best fit of all rounds, and the record of every round."""
 
     best: Best
     rounds: List[Round]
 
 
-def grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return every combination of the values, the last name's changing fastest."""
-    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
-
-
 def input_key(example: Any) -> Hashable:
-    """Return a key that equal inputs share: arrays and lists compare by value, dicts by item."""
+    """Return a key that equal inputs share: arrays and lists by value, dicts by item."""
     if isinstance(example, (np.ndarray, np.generic)):
         return input_key(example.tolist())
     if isinstance(example, (list, tuple)):
@@ -324,7 +321,7 @@ def input_key(example: Any) -> Hashable:
 
 
 def generator_for(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """Return the generator of one purpose, so that no draw depends on what was drawn before."""
+    """Return the generator of one purpose: no draw depends on earlier ones."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *numbers])
 
 
@@ -347,11 +344,11 @@ def agora(
     """Fit the candidate on scarce data (see the module's docstring for the algorithm).
 
     `test_inputs` are never predicted: they are kept out of train, and dev must not equal them.
-    `store` remembers fits: given the store of a killed run, the run goes on to the same result;
-    `max_rounds` alone may be raised. `map_fits(function, tasks)` may spread the fits of a round
-    over workers and return their results in any order; `function`, tasks and results can be
-    pickled when the socrates, its models and the examples can. `on_round` sees each round's
-    record, those recalled from the store included.
+    `store` records fits: given the store of an interrupted run, the run is resumed and gives the
+    same result; only `max_rounds` may differ. `map_fits(function, tasks)` may distribute the fits
+    of a round over workers and return the results in any order; `function`, tasks and results can
+    be pickled when the socrates, its models and the examples can. `on_round` gets the record of
+    each round, including those recalled from the store.
 
     Raises `EmptySearchSpaceError`, `DevInTrainError`, `TestEqualsDevError` or `OtherRunError`
     before any fit; warns `WeakTimaeusWarning` and `ImbalanceWarning`, which
@@ -364,52 +361,52 @@ def agora(
     store = store or Store()
     _check_store(store, seed, settings, search_space, train, dev)
     fitting = _Fitting(socrates, dev, search_space, objective, store, map_fits, settings.warm_start)
-    imaging = _Imaging(timaeus, dev, tau, objective, settings, seed, test_inputs)
+    augmentation = _Augmentation(timaeus, dev, tau, objective, settings, seed, test_inputs)
     rounds = []
-    for record in _rounds(fitting, imaging, train, settings):
+    for record in _rounds(fitting, augmentation, train, settings):
         rounds.append(record)
         on_round(record)
     best = fitting.best()
     number, replay = divmod(best.step, settings.replay + 1)
     model = store.load_model(best.name)
-    theta = search_space[best.place]
-    return AgoraResult(Best(theta, best.place, number, replay, best.score, model), rounds)
+    hparams = search_space[best.index]
+    return AgoraResult(Best(hparams, best.index, number, replay, best.score, model), rounds)
 
 
 def _rounds(
-    fitting: _Fitting, imaging: _Imaging, data: Examples, settings: AgoraSettings
+    fitting: _Fitting, augmentation: _Augmentation, data: Examples, settings: AgoraSettings
 ) -> Iterator[Round]:
-    """Go through the rounds. A *step* is a round or a replay; fits and images are named by it."""
+    """Yield the rounds. A *step* is a round or a replay; it keys fits and augmented examples."""
     space = list(range(len(fitting.search_space)))
     passes, limit = settings.replay + 1, settings.max_rounds
     for step in itertools.islice(itertools.count(), limit and limit * passes):
         fits = fitting.fit_all(step, space, data)
-        mistakes = imaging.mistakes(fits[-1].predictions)
+        mistakes = augmentation.mistakes(fits[-1].predictions)
         pruned: list[int] = []
         if mistakes and (step + 1) % passes == 0:
-            order = [fit.place for fit in fits]
+            order = [fit.index for fit in fits]
             pruned = sets_to_drop(order, fitting.search_space, settings.prune)
-        going_on = len(pruned) < len(space)  # else nothing would ever be fitted on the images
-        images = imaging.images(step, mistakes, data) if going_on else []
-        by_place = sorted(fits, key=lambda fit: fit.place)
+        last = len(pruned) == len(space)  # nothing would be fitted on the augmented data
+        augmented = [] if last else augmentation.augment(step, mistakes, data)
+        by_index = sorted(fits, key=lambda fit: fit.index)
         yield Round(
             number=step // passes,
             replay=step % passes,
-            space=tuple(fit.place for fit in by_place),
-            scores=tuple(fit.score for fit in by_place),
-            best=fits[-1].place,
+            space=tuple(fit.index for fit in by_index),
+            scores=tuple(fit.score for fit in by_index),
+            best=fits[-1].index,
             best_score=fitting.best().score,
             mistakes=tuple(mistakes),
-            images=tuple(images),
+            augmented=tuple(augmented),
             pruned=tuple(pruned),
             train_size=len(data),
-            label_counts=imaging.label_counts(data),
+            label_counts=augmentation.label_counts(data),
             seconds=sum(fit.seconds for fit in fits),
         )
-        space = [place for place in space if place not in pruned]
+        space = [index for index in space if index not in pruned]
         if not space or not mistakes:
             return
-        data = data.plus([image for image in images if image.kept])
+        data = data.plus([example for example in augmented if example.kept])
 
 
 def _check_data(
@@ -422,32 +419,35 @@ def _check_data(
         raise EmptySearchSpaceError("the search space is empty: give at least one set")
     if not len(train) or not len(dev):
         raise UserError(f"train has {len(train)} and dev {len(dev)} rows: both need at least one")
-    places = {input_key(example): place for place, example in enumerate(dev.inputs)}
+    rows = {input_key(example): row for row, example in enumerate(dev.inputs)}
     for row, example in enumerate(train.inputs):
-        if input_key(example) in places:
+        if input_key(example) in rows:
             raise DevInTrainError(
-                f"row {row} of train is row {places[input_key(example)]} of dev: "
+                f"row {row} of train is row {rows[input_key(example)]} of dev: "
                 "remove it from one of them"
             )
-    if set(map(input_key, test_inputs)) == set(places):
+    if set(map(input_key, test_inputs)) == set(rows):
         raise TestEqualsDevError(
-            "the test set holds the rows of dev, which Agora selects on: give a test set apart"
+            "the test set contains the rows of dev, on which Agora selects: give another test set"
         )
 
 
 def _check_labels(timaeus: Timaeus, train: Examples, dev: Examples, objective: Objective) -> None:
-    answers = np.asarray(timaeus.label(dev.inputs))
-    _check_shape("label", answers, dev.inputs)
-    known, truth = objective.classes(train.labels), objective.classes(dev.labels)
-    share = accuracy(truth, objective.classes(answers))
+    labels = np.asarray(timaeus.label(dev.inputs))
+    _check_shape("label", labels, dev.inputs)
+    in_train, in_dev = objective.classes(train.labels), objective.classes(dev.labels)
+    share = accuracy(in_dev, objective.classes(labels))
     if share <= TIMAEUS_ACCURACY:
-        _warn(WeakTimaeusWarning, f"Timaeus labels {share:.3f} of dev rightly; 2/3 is too little")
-    every = np.unique(np.concatenate([known, truth]))
-    for name, classes in (("train", known), ("dev", truth)):
-        for one in every:
-            ratio = float(np.mean(classes == one)) * len(every)
+        _warn(
+            WeakTimaeusWarning,
+            f"the accuracy of Timaeus on dev is {share:.3f}; it should be above 2/3",
+        )
+    all_classes = np.unique(np.concatenate([in_train, in_dev]))
+    for name, classes in (("train", in_train), ("dev", in_dev)):
+        for label in all_classes:
+            ratio = float(np.mean(classes == label)) * len(all_classes)
             if abs(ratio - 1) > IMBALANCE:
-                text = f"class {one} has {ratio:.2f} times an equal share of {name}"
+                text = f"class {label} has {ratio:.2f} times an equal share of {name}"
                 _warn(ImbalanceWarning, f"{text}; see the setting balance")
 
 
@@ -464,16 +464,16 @@ def _check_store(
     dev: Examples,
 ) -> None:
     arguments = {"seed": seed, **dataclasses.asdict(settings), "search_space": search_space}
-    del arguments["max_rounds"]  # decides where the run ends, not how it goes
+    del arguments["max_rounds"]  # decides when the run ends, not its rounds
     arguments.update(train=_digest(train), dev=_digest(dev))
     arguments = json.loads(json.dumps(arguments, default=repr))
-    kept = store.recall("run")
-    if kept is None:
+    recorded = store.recall("run")
+    if recorded is None:
         store.record("run", arguments)
-    elif kept != arguments:
-        names = [name for name, value in arguments.items() if kept.get(name) != value]
+    elif recorded != arguments:
+        names = [name for name, value in arguments.items() if recorded.get(name) != value]
         raise OtherRunError(
-            f"the store holds a run with another {', '.join(names)}: use a new folder"
+            f"the store contains a run with another {', '.join(names)}: use a new folder"
         )
 
 
@@ -491,16 +491,16 @@ def _check_shape(name: str, labels: np.ndarray, inputs: Sequence[Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One fit, as a worker is given it: everything but the socrates and the data."""
+    """One fit of a step, without the socrates and the data."""
 
     step: int
-    place: int
-    theta: Hyperparameters
+    index: int
+    hparams: Hyperparameters
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fitted:
-    """What a worker returns."""
+    """The result of a fit, as a worker returns it."""
 
     task: _Task
     model: Any
@@ -515,9 +515,9 @@ def _fit(
     warm: Mapping[str, Any],
     task: _Task,
 ) -> _Fitted:
-    """Fit one set and predict dev; a function of the module, so that processes can run it."""
+    """Fit one set and predict dev; a function of the module, so that it can be pickled."""
     start = time.perf_counter()
-    model = socrates.fit(data, task.theta, **warm)
+    model = socrates.fit(data, task.hparams, **warm)
     predictions = np.asarray(socrates.predict(model, dev_inputs))
     _check_shape("predict", predictions, dev_inputs)
     return _Fitted(task, model, predictions.tolist(), time.perf_counter() - start)
@@ -525,31 +525,31 @@ def _fit(
 
 @dataclasses.dataclass(frozen=True)
 class _Fit:
-    """A fit's score and predictions on dev. Of two fits, the one of greater rank is the best."""
+    """The score and predictions of a fit on dev; the fit of the greatest rank is the best."""
 
     score: float
     step: int
-    place: int
+    index: int
     predictions: List[Any]
     seconds: float
 
     @property
     def rank(self) -> tuple[float, int, int]:
-        return self.score, self.step, -self.place
+        return self.score, self.step, -self.index
 
     @property
     def name(self) -> str:
-        return fit_name(self.step, self.place)
+        return fit_name(self.step, self.index)
 
 
-def fit_name(step: int, place: int) -> str:
+def fit_name(step: int, index: int) -> str:
     """Return the name under which a store keeps the fit of a set in a step."""
-    return f"fit-{step:04d}-{place:04d}"
+    return f"fit-{step:04d}-{index:04d}"
 
 
 @dataclasses.dataclass
 class _Fitting:
-    """Makes fits or recalls them from the store, and keeps the best one's model there."""
+    """Makes fits or recalls them from the store, which keeps the model of the best."""
 
     socrates: Socrates
     dev: Examples
@@ -566,29 +566,29 @@ class _Fitting:
         return self.leader
 
     def fit_all(self, step: int, space: Sequence[int], data: Examples) -> list[_Fit]:
-        """Return the fits of the space's sets on the data, worst first."""
+        """Return the fits of the sets in the space on the data, worst first."""
         before = self.leader
         digest = _digest(data)
         fits, tasks = [], []
-        for place in space:
-            record = self.store.recall(fit_name(step, place))
-            if record is None:
-                tasks.append(_Task(step, place, self.search_space[place]))
+        for index in space:
+            record = self.store.recall(fit_name(step, index))
+            if record is None or len(record["predictions"]) != len(self.dev):
+                tasks.append(_Task(step, index, self.search_space[index]))
             else:
-                fits.append(self._recalled(step, place, record, digest))
+                fits.append(self._recalled(step, index, record, digest))
         if tasks:
             fits += self._fit_missing(tasks, data, digest, before)
         if before and before is not self.leader:  # not sooner: the warm start may still need it
             self.store.drop_model(before.name)
         return sorted(fits, key=lambda fit: fit.rank)
 
-    def _recalled(self, step: int, place: int, record: Mapping[str, Any], digest: str) -> _Fit:
+    def _recalled(self, step: int, index: int, record: Mapping[str, Any], digest: str) -> _Fit:
         if record["data"] != digest:
             raise OtherRunError(
-                f"the store's {fit_name(step, place)} saw other data: tau or Timaeus differ from "
-                "those of the run to resume, or do not repeat themselves; use a new folder"
+                f"{fit_name(step, index)} in the store was fitted on other data: tau or Timaeus "
+                "differ from those of the run to resume, or are not deterministic; use a new folder"
             )
-        fit = self._scored(step, place, record["predictions"], record["seconds"])
+        fit = self._scored(step, index, record["predictions"], record["seconds"])
         self._lead(fit)
         return fit
 
@@ -603,7 +603,7 @@ class _Fitting:
 
     def _keep(self, fitted: _Fitted, digest: str) -> _Fit:
         task = fitted.task
-        fit = self._scored(task.step, task.place, fitted.predictions, fitted.seconds)
+        fit = self._scored(task.step, task.index, fitted.predictions, fitted.seconds)
         if self._leads(fit):
             self.store.save_model(fit.name, fitted.model)
         record = {"data": digest, "predictions": fit.predictions, "seconds": fit.seconds}
@@ -611,11 +611,11 @@ class _Fitting:
         self._lead(fit)
         return fit
 
-    def _scored(self, step: int, place: int, predictions: list[Any], seconds: float) -> _Fit:
+    def _scored(self, step: int, index: int, predictions: list[Any], seconds: float) -> _Fit:
         score = float(self.objective.score(self.dev.labels, np.asarray(predictions)))
-        if math.isnan(score):  # the fit diverged: it is the worst, and must not win by accident
+        if math.isnan(score):  # the fit diverged: it ranks last
             score = -math.inf
-        return _Fit(score, step, place, predictions, seconds)
+        return _Fit(score, step, index, predictions, seconds)
 
     def _leads(self, fit: _Fit) -> bool:
         return self.leader is None or fit.rank > self.leader.rank
@@ -628,8 +628,8 @@ class _Fitting:
 
 
 @dataclasses.dataclass
-class _Imaging:
-    """Finds mistakes, makes tau-images of them, and has Timaeus label them."""
+class _Augmentation:
+    """Finds mistakes, perturbs them by tau, and lets Timaeus label the results."""
 
     timaeus: Timaeus
     dev: Examples
@@ -643,7 +643,7 @@ class _Imaging:
         self.kept_out = set(map(input_key, [*self.dev.inputs, *self.test_inputs]))
 
     def mistakes(self, predictions: list[Any]) -> list[int]:
-        """Return the places in dev whose prediction is of another class than the label."""
+        """Return the indices in dev whose prediction is of another class than the label."""
         classes = self.objective.classes
         wrong = classes(self.dev.labels) != classes(np.asarray(predictions))
         return np.flatnonzero(wrong).tolist()
@@ -651,20 +651,20 @@ class _Imaging:
     def label_counts(self, data: Examples) -> dict[str, int]:
         """Return the number of rows of each class."""
         counts = np.unique(self.objective.classes(data.labels), return_counts=True)
-        return {str(one): int(count) for one, count in zip(*counts)}
+        return {str(label): int(count) for label, count in zip(*counts)}
 
-    def images(self, step: int, mistakes: list[int], data: Examples) -> list[TauImage]:
-        """Return labelled images of the mistakes (or of as many random rows of dev)."""
+    def augment(self, step: int, mistakes: list[int], data: Examples) -> list[AugmentedExample]:
+        """Return labelled examples near the mistakes (or near as many random rows of dev)."""
         drawn = self._draw(step, self._sources(step, mistakes), data)
         if not drawn:
             return []
-        inputs = [image for _, image in drawn]
+        inputs = [example for _, example in drawn]
         labels = np.asarray(self.timaeus.label(inputs))
         _check_shape("label", labels, inputs)
         keep = self._balance(step, data.labels, labels)
         return [
-            TauImage(source, image, label, kept)
-            for (source, image), label, kept in zip(drawn, labels, keep.tolist())
+            AugmentedExample(source, example, label, kept)
+            for (source, example), label, kept in zip(drawn, labels, keep.tolist())
         ]
 
     def _sources(self, step: int, mistakes: list[int]) -> list[int]:
@@ -680,11 +680,11 @@ class _Imaging:
             generator = generator_for(self.seed, "image", step, source)
             for _ in range(self.settings.images_per_mistake):
                 for _ in range(self.settings.image_attempts):
-                    # A copy, for a tau that works in place must not change dev.
-                    image = self.tau(copy.deepcopy(self.dev.inputs[source]), generator)
-                    if input_key(image) not in taken:
-                        taken.add(input_key(image))
-                        drawn.append((source, image))
+                    # A copy: a tau that works in place must not change dev.
+                    example = self.tau(copy.deepcopy(self.dev.inputs[source]), generator)
+                    if input_key(example) not in taken:
+                        taken.add(input_key(example))
+                        drawn.append((source, example))
                         break
         return drawn
 
@@ -692,7 +692,7 @@ class _Imaging:
         if self.settings.balance is None:
             return np.ones(len(new_labels), bool)
         values = (labels, new_labels, self.dev.labels)
-        present, new, in_dev = (self.objective.classes(each) for each in values)
-        every = np.unique(np.concatenate([present, new, in_dev]))
+        present, new, in_dev = (self.objective.classes(labels) for labels in values)
+        all_classes = np.unique(np.concatenate([present, new, in_dev]))
         generator = generator_for(self.seed, "balance", step)
-        return within_balance(present, new, every, self.settings.balance, generator)
+        return within_balance(present, new, all_classes, self.settings.balance, generator)

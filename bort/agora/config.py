@@ -1,4 +1,4 @@
-"""The settings of Agora on text: its own, and those that it shares with fine-tuning."""
+"""The settings of Agora on text: its own and those shared with fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,24 +19,30 @@ from bort.tokenization import TokenizerSettings
 
 @dataclass(frozen=True)
 class AgoraRunSettings:
-    """The labeller, the search space, and where the run goes; the same command goes on with it."""
+    """The labeller, the search space and the folder of the run."""
 
-    search_space: str = required("YAML grid: lines of a hyperparameter and a list of its values")
+    search_space: str = required("YAML grid: each line a hyperparameter and the list of its values")
     timaeus: Optional[str] = option(None, "the labeller: a fine-tuned model, its file or folder")
     timaeus_labels: Optional[str] = option(
-        None, "or labels made elsewhere: JSON lines; what is missing is written for labelling"
+        None, "labels made elsewhere, JSON lines; inputs without one are written for labelling"
     )
     regression_edges: str = option(
         "0.5,1.5,2.5,3.5,4.5",
-        "STS-B: values between which a prediction and its label must both lie, else a mistake",
+        "STS-B: edges of the bins; a prediction in another bin than its label is a mistake",
     )
-    output_dir: str = option("runs/agora", "results go to a folder of the task's name in here")
-    seed: int = option(0, "of the images; the fits' seed is a hyperparameter", minimum=0)
-    workers: int = option(1, "processes that share the fits of a round", minimum=1)
-    gpus: Optional[str] = option(None, "device numbers such as 0,1; without: the CPU")
+    output_dir: str = option(
+        "runs/agora", "results are written to a folder named after the task in here"
+    )
+    seed: int = option(
+        0, "random seed of the augmentation; that of fits is a hyperparameter", minimum=0
+    )
+    workers: int = option(
+        1, "fits at a time; each has its share of the cores and of --gpus", minimum=1
+    )
+    gpus: Optional[str] = option(None, "device numbers such as 0,1 (default: the CPU)")
 
     def check(self) -> None:
-        """Raise `UserError` unless there is one labeller, and for edges that do not rise."""
+        """Raise `UserError` unless there is one labeller and the edges increase."""
         if bool(self.timaeus) == bool(self.timaeus_labels):
             raise UserError("give one labeller: --timaeus or --timaeus_labels")
         if sorted(set(self.edges)) != self.edges:
@@ -54,7 +60,7 @@ class AgoraRunSettings:
 
 
 class AgoraTextSettings(NamedTuple):
-    """All settings of a run, one member per concern."""
+    """All settings of a run."""
 
     run: AgoraRunSettings
     agora: AgoraSettings

@@ -1,4 +1,4 @@
-"""Which hyperparameter sets a round drops, and how new examples are balanced."""
+"""Which sets of hyperparameters a round drops, and how augmented examples are balanced."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def longest_common_subsequence(first: Sequence[Any], second: Sequence[Any]) -> l
     for item in first:
         previous = longest
         longest = [[]]
-        for place, other in enumerate(second):
+        for index, other in enumerate(second):
             if item == other:
-                longest.append([*previous[place], item])
+                longest.append([*previous[index], item])
             else:
-                longest.append(max(longest[place], previous[place + 1], key=len))
+                longest.append(max(longest[index], previous[index + 1], key=len))
     return longest[-1]
 
 
@@ -36,7 +36,7 @@ def _common_with_worst(sequences: Sequence[Sequence[Any]]) -> set[int]:
     )
     if not common:
         return {0}
-    return {place for place, sequence in enumerate(sequences) if _contains(sequence, common)}
+    return {index for index, each in enumerate(sequences) if _contains(each, common)}
 
 
 _STRATEGIES: dict[str, Callable[[Sequence[Sequence[Any]]], set[int]]] = {
@@ -49,17 +49,18 @@ _STRATEGIES: dict[str, Callable[[Sequence[Sequence[Any]]], set[int]]] = {
 def sets_to_drop(
     order: Sequence[int], search_space: Sequence[Hyperparameters], strategy: str
 ) -> list[int]:
-    """Return the sets that a round drops, worst first; a set's name is its place in the space.
+    """Return the sets that a round drops, worst first, as indices in the search space.
 
-    `order` lists the current sets from worst to best. At least one set goes, and the best only
-    when it is alone.
+    `order` lists the current sets from worst to best. At least one set is dropped, and the best
+    only when it is the only one.
     """
-    thetas = (search_space[name] for name in order)
-    sequences = [[item for item in theta.items() if item[0] != "seed"] for theta in thetas]
-    places = _STRATEGIES[strategy](sequences) | {0}
+    sequences = [
+        [item for item in search_space[index].items() if item[0] != "seed"] for index in order
+    ]
+    dropped = _STRATEGIES[strategy](sequences) | {0}
     if len(order) > 1:
-        places -= {len(order) - 1}
-    return [order[place] for place in sorted(places)]
+        dropped -= {len(order) - 1}
+    return [order[rank] for rank in sorted(dropped)]
 
 
 def within_balance(
@@ -69,19 +70,19 @@ def within_balance(
     tolerance: float,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    """Choose new rows so that no class that gains rows has more than 1 / classes + tolerance.
+    """Choose new rows so that no class that gains rows has a share above 1 / classes + tolerance.
 
-    `present` [n] and `new` [m] are the classes of the rows there are and of those to add. Returns
-    a mask [m] with as many True as the limit allows; which rows of a class are left out is drawn.
+    `present` [n] and `new` [m] are the classes of present and of new rows. Returns a mask [m] with
+    as many True as the limit allows; which rows of a class are dropped is random.
     """
     limit = 1 / len(classes) + tolerance + 1e-9
-    have = np.array([np.sum(present == one) for one in classes])
-    quota = np.array([np.sum(new == one) for one in classes])
+    have = np.array([np.sum(present == label) for label in classes])
+    quota = np.array([np.sum(new == label) for label in classes])
     over = np.ones(len(classes), bool)
-    while over.any():  # less of one class lowers the limits of all: until nothing changes
+    while over.any():  # fewer rows of one class lower the limits of all
         over = (quota > 0) & (have + quota > limit * (have.sum() + quota.sum()))
         quota = quota - over
     keep = np.zeros(len(new), bool)
-    for one, count in zip(classes, quota):
-        keep[generator.permutation(np.flatnonzero(new == one))[:count]] = True
+    for label, count in zip(classes, quota):
+        keep[generator.permutation(np.flatnonzero(new == label))[:count]] = True
     return keep

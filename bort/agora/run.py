@@ -1,39 +1,43 @@
 """Agora with the fine-tuning of this project: Socrates, Timaeus and tau of real models, and a run.
 
 <output_dir>/<task>/config.json      the settings
-                    agora.json       every round, the outcome, Timaeus' own figures
-                    images.tsv       every tau-image with Timaeus' label
+                    agora.json       every round, the best model, the metrics of Timaeus
+                    images.tsv       every augmented example with Timaeus' label
                     agora.png        score and data size by round
                     best.params, best.json, tokenizer/, <split>_predictions.jsonl,
                     <official file>  as in fine-tuning
-                    journal.jsonl    predictions of every fit: what a killed run goes on from
+                    journal.jsonl    predictions of every fit, from which a run is resumed
                     models/          the best model so far
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shutil
+import signal
+import sys
 import time
+import warnings
 from dataclasses import dataclass
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 
+from bort import jobs
 from bort.agora import algorithm as agora
 from bort.agora import text as agora_text
 from bort.agora.algorithm import AgoraResult, Round
 from bort.agora.config import AgoraTextSettings
-from bort.agora.report import Outcome, Report
+from bort.agora.labellers import FileTimaeus, ModelTimaeus
+from bort.agora.report import ModelMetrics, Report
 from bort.agora.tau import Change, make_tau, masked_model
 from bort.agora.text import FittedText, TextData
-from bort.communicator import Communicator, SingleProcess
+from bort.communicator import SingleProcess, communicator_of_environment
 from bort.config import as_dict, command_of
 from bort.devices import devices_of
-from bort.errors import UserError
-from bort.files import read_json, write_json
+from bort.errors import Stopped, UserError
+from bort.files import lock_folder, read_json_as, write_json
 from bort.finetuning.classifier import (
     Classifier,
     for_task,
@@ -52,6 +56,7 @@ from bort.finetuning.run import BEST, METRICS, FinetuningOptions, finetuning_loo
 from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import TaskData, read_prediction_sets
 from bort.parameters import load_parameters
+from bort.resume import changed_flags
 from bort.saved_model import load_model, save_model
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
 from bort.training.reporting import FolderReporter
@@ -60,13 +65,22 @@ from data.task import Example, Task
 from data.tasks import get_task
 
 NEVER = 10**9  # no checkpoint inside a fit
-# What may differ when a run goes on: where it ends, and who does the work.
-FREE = {"AgoraSettings": ("max_rounds",), "AgoraRunSettings": ("workers", "gpus")}
+# Flags that may differ when a run is resumed. The content of the search space is compared.
+FREE = (
+    "max_rounds",
+    "workers",
+    "gpus",
+    "output_dir",
+    "cache_dir",
+    "search_space",
+    "timaeus_labels",
+)
+STOPPED = "interrupted; rerun the same command to resume"
 
 
 @dataclass(frozen=True)
 class FineTuner:
-    """Fine-tuning as `bort.agora.text.Tuner`: the best epoch by dev is taken, as always."""
+    """Fine-tuning as `bort.agora.text.Tuner`; the best epoch on dev is kept."""
 
     task: Task
     dev: Sequence[Example]
@@ -77,18 +91,19 @@ class FineTuner:
     gpus: Optional[str] = None
 
     def fit(
-        self, rows: Sequence[Example], theta: Hyperparameters, start: Optional[str], folder: str
+        self, rows: Sequence[Example], hparams: Hyperparameters, start: Optional[str], folder: str
     ) -> np.ndarray:
-        """Train from the pretrained body, or from a model; leave the model in the folder.
+        """Train from the pretrained model, or from the one in `start`; write it to `folder`.
 
-        Returns its scores of dev, which are no numbers when no epoch's were.
+        Returns its scores on dev, which are NaN when those of every epoch were.
         """
         alone = SingleProcess()
         classifier_flags, optimizer, run = with_values(
-            (self.classifier, self.optimizer, FinetuningRunSettings()), theta
+            (self.classifier, self.optimizer, FinetuningRunSettings()), hparams
         )
-        devices = devices_of(self.gpus, run.cpu_contexts, alone)
-        classifier = self._starting_point(classifier_flags, run.seed, theta, start, devices)
+        gpus = jobs.share_of_gpus(self.gpus, *jobs.slot())
+        devices = devices_of(gpus, run.cpu_contexts, alone)
+        classifier = self._starting_point(classifier_flags, run.seed, hparams, start, devices)
         options = FinetuningOptions(
             folder,
             self.inputs.max_len,
@@ -96,7 +111,7 @@ class FineTuner:
             run.seed,
             run.log_interval,
             ckpt_interval=NEVER,
-            config={"Fit": dict(theta)},
+            config={"Fit": dict(hparams)},
         )
         data = TaskData(self.task, rows, {self.task.dev[0]: self.dev})
         reporter = FolderReporter(folder, alone, quiet=True)
@@ -111,7 +126,7 @@ class FineTuner:
         ).loop
         loop.run()
         if not loop.finished():
-            raise UserError("interrupted; rerun the same command to resume")
+            raise Stopped(signal.SIGTERM, STOPPED)
         if loop.progress.best_step is None:
             save_model(os.path.join(folder, BEST), *classifier)
             return np.full((len(self.dev), max(2, self.task.num_outputs)), np.nan)
@@ -123,11 +138,11 @@ class FineTuner:
         self,
         flags: ClassifierSettings,
         seed: int,
-        theta: Hyperparameters,
+        hparams: Hyperparameters,
         start: Optional[str],
         devices: Sequence[Context],
     ) -> Classifier:
-        details, max_len = {"theta": dict(theta)}, self.inputs.max_len
+        details, max_len = {"theta": dict(hparams)}, self.inputs.max_len
         if start:
             path = os.path.join(start, BEST)
             loaded = load_classifier(path, self.task, devices, flags.dropout, trained=True)
@@ -175,39 +190,33 @@ def keep_model_only(folder: str) -> None:
             shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
 
 
-def run_agora(settings: AgoraTextSettings, communicator: Communicator) -> dict[str, Any]:
-    """Do what the settings say; returns the content of agora.json (other ranks: nothing).
+def run_agora(settings: AgoraTextSettings) -> dict[str, Any]:
+    """Run Agora; returns the content of agora.json (on other ranks than 0: nothing).
 
-    Raises `UserError` for every mistake that the user can mend.
+    Warnings are one line each on stderr.
     """
+    communicator = communicator_of_environment()
     if communicator.rank > 0:
-        agora_text.serve(communicator)
+        jobs.serve(communicator)
         return {}
-    with spreading(settings.run.workers, communicator) as map_fits:
-        return _Run(settings, map_fits).run()
+    with warnings.catch_warnings(), jobs.stopped_by_sigterm(STOPPED):
+        warnings.showwarning = _print_warning  # type: ignore[assignment]  # fewer named arguments
+        with agora_text.fits_on(settings.run.workers, communicator) as map_fits:
+            return _Run(settings, map_fits).run()
 
 
-@contextlib.contextmanager
-def spreading(workers: int, communicator: Communicator) -> Iterator[agora.MapFits]:
-    """Give the map that makes the fits of a round: here, in processes, or on ranks."""
-    if communicator.size > 1:
-        with agora_text.ranks(communicator) as map_fits:
-            yield map_fits
-    elif workers > 1:
-        with agora_text.processes(workers) as map_fits:
-            yield map_fits
-    else:
-        yield agora_text.one_after_another
+def _print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    print(f"warning: {category.__name__}: {message}", file=sys.stderr)
 
 
 class _Run:
-    """One run: its parts, and what is written at its end."""
+    """The parts of a run, and what it writes."""
 
     def __init__(self, settings: AgoraTextSettings, map_fits: agora.MapFits) -> None:
         self.settings, self.map_fits = settings, map_fits
         task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
         self.folder = os.path.join(settings.run.output_dir, task.name)
-        # A fit that diverges must not end the others.
+        # A fit that diverges must not end the run.
         optimizer = dataclasses.replace(settings.optimizer, on_nonfinite="skip")
         self.space = read_space(
             settings.run.search_space, optimizer, settings.classifier, FinetuningRunSettings()
@@ -228,21 +237,25 @@ class _Run:
         self.socrates = agora_text.TextSocrates(self.tuner, task, dev, fits)
 
     def run(self) -> dict[str, Any]:
-        """Go through the rounds, write everything; returns the content of agora.json."""
-        settings, data, start = self.settings, self.data, time.perf_counter()
-        tau = make_tau(settings.tau, self.infill)
+        """Run all rounds under the folder's lock; returns the content of agora.json."""
+        tau = make_tau(self.settings.tau, self.infill)
         timaeus, source = self.timaeus()
-        self.claim_folder()
+        with lock_folder(self.folder, "--output_dir"):
+            self.claim_folder()
+            return self._rounds(tau, timaeus, source)
+
+    def _rounds(self, tau: agora.Tau, timaeus: agora.Timaeus, source: str) -> dict[str, Any]:
+        settings, data, start = self.settings, self.data, time.perf_counter()
         report = Report(self.folder, data, self.space, source)
         store = agora_text.open_store(self.folder)
-        if isinstance(timaeus, agora_text.ModelTimaeus):
-            report.timaeus(self.outcome(timaeus.score(data.dev), timaeus.score))
+        if isinstance(timaeus, ModelTimaeus):
+            report.add_timaeus(self.metrics(timaeus.score(data.dev), timaeus.score))
 
         def on_round(record: Round) -> None:
             report.add(record)
-            if store.recall("best_of_grid") is None:  # later, its model may be gone
+            if store.recall("best_of_grid") is None:  # later its model may be gone
                 model = store.load_model(agora.fit_name(0, record.best))
-                store.record("best_of_grid", self.outcome_of(model)._asdict())
+                store.record("best_of_grid", self.metrics_of(model)._asdict())
 
         result = agora.agora(
             self.socrates,
@@ -260,51 +273,49 @@ class _Run:
             on_round=on_round,
         )
         best = self.write_best(result)
-        first = Outcome(**store.recall("best_of_grid"))
+        first = ModelMetrics(**store.recall("best_of_grid"))
         report.finish(result.best, first, best, time.perf_counter() - start)
         shutil.rmtree(self.socrates.folder, ignore_errors=True)
         return report.content
 
     def claim_folder(self) -> None:
-        """Make the folder of the run, or find in it the run that this command goes on with.
+        """Record the flags in the folder, or check those of the run that is resumed.
 
-        Raises `UserError` naming what differs when it is of another run.
+        Raises `UserError` naming the flags that differ.
         """
-        path, content = os.path.join(self.folder, "config.json"), as_dict(*self.settings)
-        os.makedirs(self.folder, exist_ok=True)
+        path = os.path.join(self.folder, "config.json")
         if os.path.exists(path):
-            before = read_json(path)
-            other = [
-                f"--{name}"
-                for concern, values in content.items()
-                for name, value in values.items()
-                if name not in FREE.get(concern, ()) and before.get(concern, {}).get(name) != value
-            ]
-            if other:
+            recorded: dict[str, Any] = {}
+            for group in read_json_as(path, dict[str, dict[str, Any]]).values():
+                recorded.update(group)
+            changed = changed_flags(recorded, self.settings, FREE)
+            if changed:
                 raise UserError(
-                    f"{self.folder}: holds a run with another {', '.join(other)}; give what it was "
-                    "begun with, or another --output_dir"
+                    f"{self.folder}: contains a run with another {', '.join(changed)}; give the "
+                    "flags that it was started with, or another --output_dir"
                 )
-        write_json(path, content)
+        write_json(path, as_dict(*self.settings))
         shutil.rmtree(self.socrates.folder, ignore_errors=True)
         os.makedirs(self.socrates.folder)
 
     def infill(self) -> Change:
-        """Load the masked language model that infills."""
+        """Load the masked language model for infilling."""
         path = self.settings.tau.tau_model or self.settings.classifier.pretrained_parameters
         if path is None:
             raise UserError("--tau infill needs --tau_model: a pretrained model")
         saved = load_model(path)
         if saved.model_config.kind != "masked_lm" or saved.tokenizer is None:
-            raise UserError(f"{path}: is no pretrained model with its tokenizer; --tau needs one")
+            raise UserError(
+                f"{path}: is not a pretrained model with its tokenizer, which --tau infill needs"
+            )
         return masked_model(saved, self.settings.tau.tau_samples)
 
     def timaeus(self) -> tuple[agora.Timaeus, str]:
-        """Return the labeller and where it comes from."""
+        """Return the labeller and its path."""
         run, task = self.settings.run, self.data.task
         if run.timaeus_labels:
             wanted = os.path.join(self.folder, "to_label.jsonl")
-            return agora_text.FileTimaeus(task, run.timaeus_labels, wanted), run.timaeus_labels
+            return FileTimaeus(task, run.timaeus_labels, wanted), run.timaeus_labels
         try:
             classifier, scoring = self.tuner.load(str(run.timaeus))
         except UserError as error:
@@ -313,29 +324,31 @@ class _Run:
         def score(rows: Sequence[Example]) -> np.ndarray:
             return logits_of(classifier, rows, scoring)
 
-        return agora_text.ModelTimaeus(task, score), str(run.timaeus)
+        return ModelTimaeus(task, score), str(run.timaeus)
 
-    def outcome_of(self, model: FittedText) -> Outcome:
+    def metrics_of(self, model: FittedText) -> ModelMetrics:
         """Return the metrics of a model on dev and test."""
-        return self.outcome(
+        return self.metrics(
             self.tuner.score(model.folder, self.data.dev),
             lambda rows: self.tuner.score(model.folder, rows),
         )
 
-    def outcome(self, dev_scores: np.ndarray, score: Any) -> Outcome:
-        """Return metrics: of dev from its scores, of test, where it has labels, by `score`."""
+    def metrics(
+        self, dev_scores: np.ndarray, score: Callable[[Sequence[Example]], np.ndarray]
+    ) -> ModelMetrics:
+        """Return metrics: on dev from its scores, on test, if it has labels, by `score`."""
         task, test = self.data.task, self.data.test
-        found = task.metrics(test, score(test)) if test else None
-        return Outcome(task.metrics(self.data.dev, dev_scores), found)
+        on_test = task.metrics(test, score(test)) if test else None
+        return ModelMetrics(task.metrics(self.data.dev, dev_scores), on_test)
 
-    def write_best(self, result: AgoraResult) -> Outcome:
-        """Write the best model and its answers in the layout of fine-tuning."""
+    def write_best(self, result: AgoraResult) -> ModelMetrics:
+        """Write the best model and its predictions in the layout of fine-tuning."""
         classifier, scoring = self.tuner.load(os.path.join(result.best.model.folder, BEST))
-        outcome = self.outcome_of(result.best.model)
+        metrics = self.metrics_of(result.best.model)
         details = {
-            "theta": dict(result.best.theta),
+            "theta": dict(result.best.hparams),
             "command": command_of("scripts/run_agora.py", *self.settings),
-            "metrics": outcome._asdict(),
+            "metrics": metrics._asdict(),
         }
         model_config = dataclasses.replace(classifier.model_config, details=details)
         path = os.path.join(self.folder, BEST)
@@ -347,21 +360,21 @@ class _Run:
             scoring,
             self.settings.run.output_dir,
         )
-        metrics = {
+        summary = {
             "task": model_config.task,
             "model": model_config.model,
             "selected_on": self.data.task.dev[0],
             "answers": answers,
         }
-        write_json(os.path.join(self.folder, METRICS), metrics)
-        return outcome
+        write_json(os.path.join(self.folder, METRICS), summary)
+        return metrics
 
 
 def read_rows(task: Task, settings: TaskSettings) -> TextData:
-    """Read the task's data and say how many rows of train were dropped."""
+    """Read the data of the task; print how many rows of train were dropped."""
     data = agora_text.read_data(
         task, settings.data_dir, settings.skip_bad_rows, settings.train_rows
     )
     if data.dropped:
-        print(f"{data.dropped} rows of train are in dev or test, too: left out")
+        print(f"{data.dropped} rows of train were dropped: they are in dev or test")
     return data

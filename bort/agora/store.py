@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Mapping
 
-from bort.errors import UserError
+from bort.journal import Journal
 
 
 class Store:
-    """Where a run keeps its fits: a JSON record for each, and the models that still matter.
+    """Where a run keeps its fits: a JSON record for each, and the models that are still needed.
 
     A record is written after the model that it may make the best, and a model is dropped after
-    the record that supersedes it, so that a run killed between any two calls can go on. This one
-    lasts as long as the process; a subclass may keep everything elsewhere.
+    the record that supersedes it, so that a run that was killed between any two calls can be
+    resumed. This store lasts as long as the process; `DiskStore` keeps everything in a folder.
     """
 
     def __init__(self) -> None:
@@ -31,7 +30,7 @@ class Store:
         self.records[name] = content
 
     def save_model(self, name: str, model: Any) -> None:
-        """Keep a model under `name`, instead of the one that may be there."""
+        """Keep a model under `name`, instead of a former one."""
         self.models[name] = model
 
     def load_model(self, name: str) -> Any:
@@ -39,16 +38,16 @@ class Store:
         return self.models[name]
 
     def drop_model(self, name: str) -> None:
-        """Forget the model under `name`; does nothing when there is none."""
+        """Remove the model under `name`, if there is one."""
         self.models.pop(name, None)
 
 
 class DiskStore(Store):
     """A store in a folder: `journal.jsonl` with a line for each record, and `models/`.
 
-    `write_model(path, model)` and `read_model(path)` know the models' format; a model may be a
-    file or a folder. A last line that a crash cut short is removed; any other line that is no
-    record raises `UserError`.
+    `write_model(path, model)` and `read_model(path)` know the format of models, each a file or a
+    folder. Damaged lines of the journal are reported and moved aside (see `bort.journal`): their
+    fits are made again.
     """
 
     def __init__(
@@ -59,37 +58,18 @@ class DiskStore(Store):
     ) -> None:
         super().__init__()
         self.folder = os.path.join(folder, "models")
-        self.journal = os.path.join(folder, "journal.jsonl")
         self.write_model, self.read_model = write_model, read_model
         os.makedirs(self.folder, exist_ok=True)
-        self.records.update(self._read_journal())
-
-    def _read_journal(self) -> Iterator[tuple[str, Any]]:
-        if not os.path.exists(self.journal):
-            return
-        with open(self.journal, "rb+") as handle:
-            whole, newline, _ = handle.read().rpartition(b"\n")
-            handle.truncate(len(whole) + len(newline))
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                yield record["name"], record["content"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self.journal}, line {number}: is no record of a fit; "
-                    "restore the file, or start again in an empty folder"
-                ) from None
+        self._journal = Journal(os.path.join(folder, "journal.jsonl"), _is_record)
+        self.records.update((line["name"], line["content"]) for line in self._journal.records)
 
     def record(self, name: str, content: Any) -> None:
         """Append the record to the journal; it is on the disk when this returns."""
-        with open(self.journal, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"name": name, "content": content}) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        self._journal.append({"name": name, "content": content})
         super().record(name, content)
 
     def save_model(self, name: str, model: Any) -> None:
-        """Write the model; it appears under its name whole or not at all."""
+        """Write the model; it appears under its name complete or not at all."""
         path = os.path.join(self.folder, name)
         temporary = f"{path}.tmp"
         _remove(temporary)
@@ -103,8 +83,25 @@ class DiskStore(Store):
         return self.read_model(os.path.join(self.folder, name))
 
     def drop_model(self, name: str) -> None:
-        """Remove the model under `name`; does nothing when there is none."""
+        """Remove the model under `name`, if there is one."""
         _remove(os.path.join(self.folder, name))
+
+
+def _is_record(line: Any) -> bool:
+    name, content = line["name"], line["content"]
+    if not isinstance(name, str) or not isinstance(content, dict):
+        return False
+    return not name.startswith("fit-") or _is_fit(content)
+
+
+def _is_fit(content: Mapping[str, Any]) -> bool:
+    number = (int, float)
+    return (
+        isinstance(content["data"], str)
+        and isinstance(content["predictions"], list)
+        and all(isinstance(value, number) for value in content["predictions"])
+        and isinstance(content["seconds"], number)
+    )
 
 
 def _flush(path: str) -> None:

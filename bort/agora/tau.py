@@ -1,15 +1,15 @@
-"""Tau-functions for text: they move an example a little, within bounds, and leave it readable.
+"""Tau-functions for text: they perturb an example within bounds and leave it readable.
 
-An example is `data.task.Example.inputs`: the texts of each encoder input. Its image is of the same
-form and again texts, so that a labeller with another vocabulary can read it. Words are what blanks
-separate, and the distance is the share of words changed: the optimal string alignment distance
-over words (a word put in, left out, replaced, or exchanged with its neighbour costs one), divided
-by the number of words. At least one word may change whatever the bounds, or a text of four words
-would have no image at 20 %.
+An example is `data.task.Example.inputs`: the texts of each encoder input. The augmented example has
+the same form and consists of texts, so that a labeller with another vocabulary can read it. Words
+are separated by white space. The distance of two texts is the share of words changed: the optimal
+string alignment distance over words (a word inserted, deleted, replaced, or swapped with its
+neighbour costs one), divided by the number of words. At least one word may change whatever the
+bounds; otherwise a text of four words could not change at 20 %.
 
-No published source says which tau-function was used for text; these are ours, within the bounds
-from below and above that the author of Agora asks for (see bort/agora.py). The masked model sees
-one text at a time, not the pair it belongs to.
+No published source says which tau-function was used for text. These are ours, with the lower and
+upper bound that the author of Agora requires (see bort/agora/algorithm.py). The masked language
+model reads one text at a time, not the pair to which it belongs.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class Change(Protocol):
     def __call__(
         self, words: Sequence[str], count: int, generator: np.random.Generator
     ) -> list[str]:
-        """Return the words with `count` of them changed, fewer or none where that cannot be."""
+        """Return the words with `count` of them changed, or fewer where that is impossible."""
 
 
 def drop_words(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Leave out `count` words, at random; none when no word would remain."""
+    """Drop `count` random words; none when no word would remain."""
     if count >= len(words):
         return list(words)
-    gone = set(generator.choice(len(words), count, replace=False).tolist())
-    return [word for place, word in enumerate(words) if place not in gone]
+    dropped = set(generator.choice(len(words), count, replace=False).tolist())
+    return [word for index, word in enumerate(words) if index not in dropped]
 
 
 def swap_neighbours(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Exchange `count` pairs of neighbours that differ; no word moves twice."""
+    """Swap `count` pairs of neighbours that differ; no word is swapped twice."""
     swapped = list(words)
     moved: set[int] = set()
     for left in generator.permutation(max(0, len(words) - 1)).tolist():
@@ -59,7 +59,7 @@ def swap_neighbours(words: Sequence[str], count: int, generator: np.random.Gener
 
 
 def crop_span(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Keep a span: `count` words go, at the beginning, the end or both; never all words."""
+    """Crop `count` words at the beginning, the end or both; never all words."""
     if count >= len(words):
         return list(words)
     start = int(generator.integers(0, count, endpoint=True))
@@ -67,47 +67,47 @@ def crop_span(words: Sequence[str], count: int, generator: np.random.Generator) 
 
 
 def misspell(words: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:
-    """Make one slip of the keyboard in each of `count` words.
+    """Make one typing error in each of `count` words.
 
-    A character is exchanged with its neighbour, left out, doubled, or replaced by one that occurs
-    in the text, so that the script stays the text's own.
+    A character is swapped with its neighbour, deleted, doubled, or replaced by one that occurs in
+    the text, so that no other script appears.
     """
     noisy = list(words)
     alphabet = sorted(set("".join(words)))
-    for place in generator.choice(len(words), min(count, len(words)), replace=False).tolist():
-        noisy[place] = _slip(words[place], alphabet, generator)
+    for index in generator.choice(len(words), min(count, len(words)), replace=False).tolist():
+        noisy[index] = _with_typo(words[index], alphabet, generator)
     return noisy
 
 
-def _slip(word: str, alphabet: Sequence[str], generator: np.random.Generator) -> str:
+def _with_typo(word: str, alphabet: Sequence[str], generator: np.random.Generator) -> str:
     at = int(generator.integers(len(word)))
     head, letter, tail = word[:at], word[at], word[at + 1 :]
-    slips = (
+    typos = (
         head + tail[:1] + letter + tail[1:],
         head + tail,
         head + letter + letter + tail,
         head + alphabet[generator.integers(len(alphabet))] + tail,
     )
-    possible = [slip for slip in slips if slip not in ("", word)]  # a letter can be doubled
+    possible = [typo for typo in typos if typo not in ("", word)]  # never empty: doubled letters
     return possible[generator.integers(len(possible))]
 
 
 @dataclass(frozen=True)
 class Infill:
-    """Masks words and has a masked language model write others in their place.
+    """Masks words and replaces them by words from a masked language model.
 
-    Each masked word becomes one `<mask>`, filled by a token that is a whole word: drawn from the
-    model's distribution over these, without the word that stood there. Of several such texts the
-    one is taken that the model finds likeliest: the sum of the log-probabilities of the new tokens,
-    each of them masked in turn (a pseudo-log-likelihood). A text too long for the model is changed
-    in its first words only, as many as the model can read.
+    Each chosen word becomes one `<mask>`, which is filled with a token that is a whole word: drawn
+    from the model's distribution over these, without the original word. Of several such texts the
+    one with the greatest pseudo-log-likelihood is returned: the sum of the log-probabilities of the
+    new tokens, each of them masked in turn. In a text too long for the model only the words that
+    it can read are changed.
 
     Args:
-        logits: ids [n, length], valid lengths [n] and places in the flattened ids [m] to logits
-            [m, vocabulary].
-        tokenizer: the model's.
-        max_len: tokens that the model can read.
-        samples: texts to choose from.
+        logits: maps ids [n, length], valid lengths [n] and positions in the flattened ids [m] to
+            logits [m, vocabulary].
+        tokenizer: of the model.
+        max_len: the model's maximum sequence length.
+        samples: number of texts to choose from.
     """
 
     logits: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -118,29 +118,29 @@ class Infill:
     def __call__(
         self, words: Sequence[str], count: int, generator: np.random.Generator
     ) -> list[str]:
-        """Return the words with `count` of them written anew."""
+        """Return the words with `count` of them replaced."""
         pieces = self.tokenizer.encode_sentences(words)
-        readable = int(np.sum(np.cumsum([len(each) for each in pieces]) <= self.max_len - 2))
+        readable = int(np.sum(np.cumsum([len(ids) for ids in pieces]) <= self.max_len - 2))
         count = min(count, readable)
         if not count:
             return list(words)
         chosen = np.sort(generator.choice(readable, count, replace=False))
-        masked, places = self._masked(pieces[:readable], chosen)
-        # A text of no blank in its first word: the same word may be spelt by two tokens.
-        banned = [self._spelt.get(words[place], []) for place in chosen]
-        filled = self._draw(masked, places, banned, generator)
-        ids = filled[np.argmax(self._likelihood(masked, places, filled))]
+        masked, positions = self._masked(pieces[:readable], chosen)
+        # One word may be spelled by two tokens: with and without a space before it.
+        banned = [self._tokens_by_word.get(words[index], []) for index in chosen]
+        filled = self._draw(masked, positions, banned, generator)
+        ids = filled[np.argmax(self._likelihood(masked, positions, filled))]
         changed = list(words)
-        for place, token in zip(chosen, ids.tolist()):
-            changed[place] = self._word(token)
+        for index, token in zip(chosen, ids.tolist()):
+            changed[index] = self._word(token)
         return changed
 
     def _masked(
         self, pieces: Sequence[np.ndarray], chosen: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids with special tokens and masks, and where the masks are."""
-        mask, hidden = np.array([self.tokenizer.mask_id], np.int32), set(chosen.tolist())
-        parts = [mask if place in hidden else part for place, part in enumerate(pieces)]
+        """Return the ids with special tokens and masks, and the positions of the masks."""
+        mask, replaced = np.array([self.tokenizer.mask_id], np.int32), set(chosen.tolist())
+        parts = [mask if index in replaced else part for index, part in enumerate(pieces)]
         starts = np.cumsum([1, *(len(part) for part in parts)])
         ids = np.concatenate([[self.tokenizer.bos_id], *parts, [self.tokenizer.eos_id]])
         return ids, starts[chosen]
@@ -148,12 +148,12 @@ class Infill:
     def _draw(
         self,
         masked: np.ndarray,
-        places: np.ndarray,
+        positions: np.ndarray,
         banned: Sequence[Sequence[int]],
         generator: np.random.Generator,
     ) -> np.ndarray:
         """Draw tokens [samples, masks] from the model's distribution over whole words."""
-        logits = self._logits(masked[None], places[None])[0]
+        logits = self._logits(masked[None], positions[None])[0]
         drawn = []
         for row, unwanted in zip(logits, banned):
             allowed = self._words.copy()
@@ -163,33 +163,35 @@ class Infill:
             drawn.append(generator.choice(len(odds), self.samples, p=odds / odds.sum()))
         return np.stack(drawn, axis=1)
 
-    def _likelihood(self, masked: np.ndarray, places: np.ndarray, filled: np.ndarray) -> np.ndarray:
+    def _likelihood(
+        self, masked: np.ndarray, positions: np.ndarray, filled: np.ndarray
+    ) -> np.ndarray:
         """Return the pseudo-log-likelihood [samples] of the filled tokens [samples, masks]."""
         samples, masks = filled.shape
         rows = np.tile(masked, (samples, masks, 1))
         for turn in range(masks):
-            rows[:, turn, places] = filled
-            rows[:, turn, places[turn]] = self.tokenizer.mask_id
-        positions = np.tile(places, samples)[:, None]
-        logits = self._logits(rows.reshape(samples * masks, -1), positions)[:, 0]
+            rows[:, turn, positions] = filled
+            rows[:, turn, positions[turn]] = self.tokenizer.mask_id
+        repeated = np.tile(positions, samples)[:, None]
+        logits = self._logits(rows.reshape(samples * masks, -1), repeated)[:, 0]
         top = logits.max(axis=1)
         totals = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
         scores = logits[np.arange(len(logits)), filled.reshape(-1)] - totals
         return scores.reshape(samples, masks).sum(axis=1)
 
-    def _logits(self, ids: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return the logits [n, m, vocabulary] at places [n, m] of ids [n, length]."""
+    def _logits(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return the logits [n, m, vocabulary] at positions [n, m] of ids [n, length]."""
         rows, length = ids.shape
-        flat = (np.arange(rows)[:, None] * length + places).reshape(-1)
+        flat = (np.arange(rows)[:, None] * length + positions).reshape(-1)
         found = self.logits(ids, np.full(rows, length), flat)
-        return np.asarray(found, np.float64).reshape(*places.shape, -1)
+        return np.asarray(found, np.float64).reshape(*positions.shape, -1)
 
     def _word(self, token: int) -> str:
         return self.tokenizer.decode([token]).strip()
 
     @functools.cached_property
     def _words(self) -> np.ndarray:
-        """Tell of each token whether it is a readable word: [vocabulary] bool."""
+        """Return which tokens are readable words: bool [vocabulary]."""
         readable = np.array(self.tokenizer.word_starts, bool)
         readable[self.tokenizer.special_ids] = False
         for token in np.flatnonzero(readable).tolist():
@@ -198,12 +200,12 @@ class Infill:
         return readable
 
     @functools.cached_property
-    def _spelt(self) -> Mapping[str, list[int]]:
-        """Return the tokens that are written as a word."""
-        spelt: dict[str, list[int]] = {}
+    def _tokens_by_word(self) -> Mapping[str, list[int]]:
+        """Return the tokens whose text is a word."""
+        tokens: dict[str, list[int]] = {}
         for token in np.flatnonzero(self._words).tolist():
-            spelt.setdefault(self._word(token), []).append(token)
-        return spelt
+            tokens.setdefault(self._word(token), []).append(token)
+        return tokens
 
 
 def masked_model(saved: Any, samples: int = 4) -> Infill:
@@ -214,11 +216,11 @@ def masked_model(saved: Any, samples: int = 4) -> Infill:
 
     network = saved.network
 
-    def logits(ids: np.ndarray, valid_length: np.ndarray, places: np.ndarray) -> np.ndarray:
-        arrays = (nd.array(each, dtype="float32") for each in (ids, valid_length, places))
-        device_ids, lengths, positions = arrays
+    def logits(ids: np.ndarray, valid_length: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        arrays = (nd.array(each, dtype="float32") for each in (ids, valid_length, positions))
+        device_ids, lengths, device_positions = arrays
         sequence = encode(network, device_ids, lengths)
-        return decode(network, masked_hidden(network, sequence, positions)).asnumpy()
+        return decode(network, masked_hidden(network, sequence, device_positions)).asnumpy()
 
     return Infill(logits, saved.tokenizer, network.encoder._max_length, samples)
 
@@ -236,7 +238,7 @@ NAMES = (INFILL, *CHANGES)
 def distance(before: Sequence[str], after: Sequence[str]) -> int:
     """Return the optimal string alignment distance of two sequences of words.
 
-    Words put in, left out, replaced, or exchanged with their neighbour cost one each.
+    Words inserted, deleted, replaced, or swapped with their neighbour cost one each.
     """
     older: list[int] = []
     previous = list(range(len(after) + 1))
@@ -253,30 +255,30 @@ def distance(before: Sequence[str], after: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class TauSettings:
-    """How examples are moved."""
+    """The tau-function: how examples are perturbed."""
 
     tau: str = option(
         "infill,dropout,swap,crop,noise",
-        f"ways to change a text, commas between, each with a weight if wanted (infill:3,swap), "
-        f"of {', '.join(NAMES)}; one of them is drawn for each text",
+        "comma-separated ways to change a text, optionally with weights (infill:3,swap), of "
+        f"{', '.join(NAMES)}; one is drawn for each text",
     )
     tau_model: Optional[str] = option(
         None,
-        "pretrained model that infills: a checkpoint or its run; without: --pretrained_parameters",
+        "pretrained model for infilling: a checkpoint or a run (default: --pretrained_parameters)",
     )
-    tau_samples: int = option(4, "texts that infilling chooses the likeliest from", minimum=1)
-    lower: float = option(0.1, "least share of words that changes", minimum=0, maximum=1)
+    tau_samples: int = option(4, "texts of which infilling takes the most likely", minimum=1)
+    lower: float = option(0.1, "minimum share of words that are changed", minimum=0, maximum=1)
     upper: float = option(
-        0.2, "greatest share of words that changes, but for one word", minimum=0, maximum=1
+        0.2, "maximum share of words that are changed (at least one word)", minimum=0, maximum=1
     )
     sides: str = option(
         "one",
-        "of inputs of several texts: change one, drawn at random, or all",
+        "in inputs of several texts: change one, chosen at random, or all",
         choices=("one", "all"),
     )
 
     def check(self) -> None:
-        """Raise `UserError` for bounds in the wrong order and for an unknown way."""
+        """Raise `UserError` for bounds in the wrong order and for a wrong --tau."""
         if self.lower > self.upper:
             raise UserError(f"--lower {self.lower}: must not be above --upper {self.upper}")
         parse_weights(self.tau)
@@ -295,11 +297,11 @@ def parse_weights(text: str) -> dict[str, float]:
         try:
             weights[name] = float(weight) if colon else 1.0
         except ValueError:
-            raise UserError(f"--tau {text}: {weight!r} is no number") from None
+            raise UserError(f"--tau {text}: {weight!r} is not a number") from None
         if name not in NAMES:
-            raise UserError(f"--tau {text}: {name!r} is unknown; there are {', '.join(NAMES)}")
+            raise UserError(f"--tau {text}: {name!r} is unknown; known are {', '.join(NAMES)}")
         if not 0 < weights[name] < math.inf:
-            raise UserError(f"--tau {text}: the weight of {name} has to be above 0")
+            raise UserError(f"--tau {text}: the weight of {name} must be above 0")
     return weights
 
 
@@ -308,8 +310,8 @@ class TextTau:
     """The tau-function for examples of text (`bort.agora.algorithm.Tau`).
 
     A text that several inputs share (the passage of a multiple choice) is changed once, for all of
-    them. An example that has no image within the bounds, such as a single word that may only be
-    left out, is returned as it is, and Agora makes no image of it.
+    them. An example that cannot be changed within the bounds, such as a single word that may only
+    be dropped, is returned unchanged, and Agora skips it.
     """
 
     changes: Sequence[Tuple[Change, float]]
@@ -319,21 +321,21 @@ class TextTau:
     attempts: int = 10
 
     def __call__(self, example: Inputs, generator: np.random.Generator) -> Inputs:
-        """Return an image of the example: the same form, other texts."""
+        """Return an example of the same form with other texts."""
         count = max(map(len, example))
         sides = set(range(count) if self.all_sides else [int(generator.integers(count))])
-        images: dict[str, str] = {}
+        changed: dict[str, str] = {}
         for texts in example:
             for side, text in enumerate(texts):
-                if side in sides and text not in images:
-                    images[text] = self.image(text, generator)
+                if side in sides and text not in changed:
+                    changed[text] = self.change(text, generator)
         return tuple(
-            tuple(images[text] if side in sides else text for side, text in enumerate(texts))
+            tuple(changed[text] if side in sides else text for side, text in enumerate(texts))
             for texts in example
         )
 
-    def image(self, text: str, generator: np.random.Generator) -> str:
-        """Return another text within the bounds, or the same one when `attempts` draws fail."""
+    def change(self, text: str, generator: np.random.Generator) -> str:
+        """Return another text within the bounds, or the same text after `attempts` failures."""
         words = text.split()
         least, most = word_bounds(len(words), self.lower, self.upper)
         weights = np.array([weight for _, weight in self.changes])
@@ -347,13 +349,13 @@ class TextTau:
 
 
 def word_bounds(words: int, lower: float, upper: float) -> tuple[int, int]:
-    """Return the least and greatest number of words to change; the least is at least one."""
+    """Return the minimum and maximum number of words to change; the minimum is at least 1."""
     least = max(1, math.ceil(lower * words - ROUNDING))
     return least, max(least, math.floor(upper * words + ROUNDING))
 
 
 def make_tau(settings: TauSettings, infill: Callable[[], Change]) -> TextTau:
-    """Return the tau-function that the settings name; `infill` is called if it is among them."""
+    """Return the tau-function of the settings; `infill` is called only if they name it."""
     changes = [
         (infill() if name == INFILL else CHANGES[name], weight)
         for name, weight in settings.weights.items()

@@ -43,7 +43,7 @@ def rule(rows):
 
 @dataclass(frozen=True)
 class RidgeTuner:
-    """Ridge regression on hashed words, once per class; theta is a decay and a seed."""
+    """Ridge regression on hashed words, once per class; hparams is a decay and a seed."""
 
     dev: Any
     outputs: int = 2
@@ -51,23 +51,23 @@ class RidgeTuner:
 
     def features(self, rows, seed):
         table = np.zeros((len(rows), self.width))
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             for texts in row.inputs:
                 for word in " ".join(texts).split():
-                    table[place, zlib.crc32(f"{seed}{word}".encode()) % self.width] += 1
+                    table[index, zlib.crc32(f"{seed}{word}".encode()) % self.width] += 1
         return table
 
-    def fit(self, rows, theta, start, folder):
-        x = self.features(rows, theta["seed"])
+    def fit(self, rows, hparams, start, folder):
+        x = self.features(rows, hparams["seed"])
         labels = np.array([row.label for row in rows])
         y = np.eye(self.outputs)[labels.astype(int)] if self.outputs > 1 else labels[:, None]
         origin = np.zeros((self.width, self.outputs))
         if start:
             with np.load(os.path.join(start, "model.npz")) as arrays:
                 origin = arrays["weights"]
-        penalty = theta["decay"] * np.eye(self.width)
+        penalty = hparams["decay"] * np.eye(self.width)
         weights = np.linalg.solve(x.T @ x + penalty, x.T @ y + penalty @ origin)
-        np.savez(os.path.join(folder, "model.npz"), weights=weights, seed=theta["seed"])
+        np.savez(os.path.join(folder, "model.npz"), weights=weights, seed=hparams["seed"])
         return self.score(folder, self.dev)
 
     def score(self, folder, rows):

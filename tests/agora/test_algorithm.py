@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from bort.agora import algorithm as module
-from bort.agora.algorithm import AgoraSettings, Examples, Jitter, agora, grid, input_key
+from bort.agora.algorithm import AgoraSettings, Examples, Jitter, agora, input_key
 from bort.agora.pruning import longest_common_subsequence
 from bort.agora.store import DiskStore, Store
 from bort.errors import UserError
+from bort.grids import combinations
 
-SPACE = grid({"degree": [1, 2, 3], "decay": [1e-3, 1.0], "seed": [0, 1]})
+SPACE = combinations({"degree": [1, 2, 3], "decay": [1e-3, 1.0], "seed": [0, 1]})
 TAU = Jitter(0.05, 0.2)
 STRATEGIES = ("lcs", "worst-only", "halving")
 
@@ -37,13 +38,13 @@ class Polynomial:
         self.seen = []
         self.starts = []
 
-    def fit(self, dataset, theta, start=None):
+    def fit(self, dataset, hparams, start=None):
         self.seen.append(dataset)
         self.starts.append(start)
-        generator = np.random.default_rng(theta["seed"])
-        powers = generator.integers(0, theta["degree"] + 1, (8, len(dataset.inputs[0])))
+        generator = np.random.default_rng(hparams["seed"])
+        powers = generator.integers(0, hparams["degree"] + 1, (8, len(dataset.inputs[0])))
         features = self.features(dataset.inputs, powers)
-        penalty = theta["decay"] * np.eye(8)
+        penalty = hparams["decay"] * np.eye(8)
         origin = np.zeros(8) if start is None else start[1]
         pull = features.T @ dataset.labels + penalty @ origin
         return powers, np.linalg.solve(features.T @ features + penalty, pull)
@@ -116,7 +117,7 @@ def run(settings=None, socrates=None, timaeus=None, **more):
 
 def comparable(result):
     """Everything a run decides: also the images' inputs, which records do not compare."""
-    inputs = [input_key(image.input) for one in result.rounds for image in one.images]
+    inputs = [input_key(example.input) for one in result.rounds for example in one.augmented]
     return result.best, result.rounds, inputs, input_key(result.best.model)
 
 
@@ -136,7 +137,7 @@ def test_rounds_spaces_scores_and_cost(strategy, replay):
     ]
     assert rounds[0].space == tuple(range(sets))
     for one, following in zip(rounds, rounds[1:]):
-        assert following.space == tuple(place for place in one.space if place not in one.pruned)
+        assert following.space == tuple(index for index in one.space if index not in one.pruned)
         assert (one.pruned == ()) == (one.replay < replay)
         assert one.best not in one.pruned
         assert following.best_score >= one.best_score
@@ -144,11 +145,11 @@ def test_rounds_spaces_scores_and_cost(strategy, replay):
     assert result.best.score == max(score for one in rounds for score in one.scores)
     predictions = socrates.predict(result.best.model, dev.inputs)
     assert module.accuracy(dev.labels, predictions) == result.best.score
-    assert result.best.theta == SPACE[result.best.place]
+    assert result.best.hparams == SPACE[result.best.index]
     chosen = next(
         one for one in rounds if (one.number, one.replay) == (result.best.round, result.best.replay)
     )
-    assert chosen.scores[chosen.space.index(result.best.place)] == result.best.score
+    assert chosen.scores[chosen.space.index(result.best.index)] == result.best.score
     # The paper's bounds: |Theta| fits and |E| labels per round, and once dev for the guard.
     assert len(socrates.seen) == sum(len(one.space) for one in rounds)
     assert len(socrates.seen) <= sets * (sets + 1) // 2 * (replay + 1)
@@ -168,43 +169,43 @@ def test_train_grows_only_by_labelled_images_of_the_best_fits_mistakes():
     expected = points(12, low=0.0)
     for one in result.rounds:
         models = {}
-        for place in one.space:
+        for index in one.space:
             data = next(fits)
             assert np.array_equal(np.stack(data.inputs), np.stack(expected.inputs))
             assert np.array_equal(data.labels, expected.labels)
-            models[place] = Polynomial().fit(data, SPACE[place])
+            models[index] = Polynomial().fit(data, SPACE[index])
         predictions = socrates.predict(models[one.best], dev.inputs)
         assert one.mistakes == tuple(np.flatnonzero(predictions != dev.labels))
         assert one.scores == tuple(
-            np.mean(socrates.predict(models[place], dev.inputs) == dev.labels)
-            for place in one.space
+            np.mean(socrates.predict(models[index], dev.inputs) == dev.labels)
+            for index in one.space
         )
         assert one.train_size == len(expected)
         assert one.label_counts == {
             str(label): count for label, count in collections.Counter(data.labels.tolist()).items()
         }
         expected_sources = [] if one is result.rounds[-1] else list(one.mistakes)
-        assert [image.source for image in one.images] == expected_sources
-        offsets = {tuple(image.input - dev.inputs[image.source]) for image in one.images}
-        assert len(offsets) == len(one.images)
-        for image in one.images:
-            distance = np.linalg.norm(image.input - dev.inputs[image.source])
+        assert [example.source for example in one.augmented] == expected_sources
+        offsets = {tuple(example.input - dev.inputs[example.source]) for example in one.augmented}
+        assert len(offsets) == len(one.augmented)
+        for example in one.augmented:
+            distance = np.linalg.norm(example.input - dev.inputs[example.source])
             assert TAU.lower <= distance <= TAU.upper
-            assert image.label == wavy(image.input[None])[0]
-            assert image.kept
-        expected = expected.plus(one.images)
+            assert example.label == wavy(example.input[None])[0]
+            assert example.kept
+        expected = expected.plus(one.augmented)
     assert next(fits, None) is None
 
 
 def test_several_images_of_a_mistake_differ():
     first = run(AgoraSettings(images_per_mistake=3, max_rounds=1)).rounds[0]
-    assert len({input_key(image.input) for image in first.images}) == 3 * len(first.mistakes)
-    assert [image.source for image in first.images] == list(np.repeat(first.mistakes, 3))
+    assert len({input_key(example.input) for example in first.augmented}) == 3 * len(first.mistakes)
+    assert [example.source for example in first.augmented] == list(np.repeat(first.mistakes, 3))
 
 
 def test_images_at_random_are_as_many_but_not_of_the_mistakes():
     first = run(AgoraSettings(images_from="random", max_rounds=1), Constant()).rounds[0]
-    sources = [image.source for image in first.images]
+    sources = [example.source for example in first.augmented]
     assert len(sources) == len(set(sources)) == len(first.mistakes) > 10
     assert set(sources) != set(first.mistakes)
 
@@ -224,13 +225,13 @@ def test_dev_and_test_never_enter_train():
     kept_out = {input_key(example) for example in [*dev.inputs, *test.inputs]}
     for data in socrates.seen:
         assert not kept_out & {input_key(example) for example in data.inputs}
-    assert all(len(one.images) == len(one.mistakes) for one in result.rounds[:-1])
-    assert result.rounds[-1].images == ()  # no set is left to be fitted on them
+    assert all(len(one.augmented) == len(one.mistakes) for one in result.rounds[:-1])
+    assert result.rounds[-1].augmented == ()  # no set is left to be fitted on them
 
 
 def test_a_tau_that_stands_still_makes_no_image():
     result = run(tau=lambda example, generator: example)
-    assert all(one.images == () and one.train_size == 12 for one in result.rounds)
+    assert all(one.augmented == () and one.train_size == 12 for one in result.rounds)
 
 
 def test_a_tau_that_works_in_place_leaves_dev_alone():
@@ -241,7 +242,7 @@ def test_a_tau_that_works_in_place_leaves_dev_alone():
         example += generator.uniform(0.1, 0.2)
         return example
 
-    assert run(dev=dev, tau=tau).rounds[0].images
+    assert run(dev=dev, tau=tau).rounds[0].augmented
     assert np.array_equal(dev.inputs, before)
 
 
@@ -250,7 +251,7 @@ def test_images_of_one_round_do_not_repeat():
         return np.array([2.0, generator.integers(3)])
 
     result = run(AgoraSettings(max_rounds=2, image_attempts=50), tau=tau)
-    assert [len(one.images) for one in result.rounds] == [3, 0]
+    assert [len(one.augmented) for one in result.rounds] == [3, 0]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +268,7 @@ def test_one_seed_one_run(settings):
 def test_replay_fits_the_same_space_on_more_data():
     first, again = run(AgoraSettings(replay=1)).rounds[:2]
     assert again.space == first.space
-    assert again.train_size == first.train_size + len(first.images)
+    assert again.train_size == first.train_size + len(first.augmented)
 
 
 def test_a_warm_start_begins_from_the_best_so_far():
@@ -285,7 +286,7 @@ def test_a_warm_start_begins_from_the_best_so_far():
 
 def test_a_cold_start_needs_no_start_argument():
     class Plain:
-        fit = staticmethod(lambda dataset, theta: theta["degree"])
+        fit = staticmethod(lambda dataset, hparams: hparams["degree"])
         predict = staticmethod(lambda model, inputs: np.full(len(inputs), model % 2))
 
     assert run(socrates=Plain()).best.model in (1, 2, 3)
@@ -304,13 +305,13 @@ def test_it_ends_when_no_mistake_remains():
 
     result = run(socrates=Knows(), dev=dev)
     assert len(result.rounds) == 1
-    assert result.rounds[0].mistakes == result.rounds[0].images == result.rounds[0].pruned == ()
+    assert result.rounds[0].mistakes == result.rounds[0].augmented == result.rounds[0].pruned == ()
 
 
 def test_of_equal_scores_the_later_round_and_the_earlier_set_win():
     result = run(AgoraSettings(prune="worst-only"), socrates=Constant())
     assert result.best.round == len(result.rounds) - 1
-    assert {one.best for one in result.rounds} == {result.best.place} == {0}
+    assert {one.best for one in result.rounds} == {result.best.index} == {0}
     assert result.rounds[0].pruned == (len(SPACE) - 1,)
 
 
@@ -324,7 +325,7 @@ def test_a_fit_that_diverged_is_the_worst():
     first = result.rounds[0]
     diverged = [place for place, score in zip(first.space, first.scores) if score == -np.inf]
     assert diverged
-    assert result.best.place not in diverged
+    assert result.best.index not in diverged
     assert first.pruned[0] in diverged
     assert json.dumps(first.as_dict(), allow_nan=False).count("null") == len(diverged)
 
@@ -346,9 +347,9 @@ def test_many_classes():
 
 def test_labels_may_be_words():
     class Words(Polynomial):
-        def fit(self, dataset, theta, start=None):
+        def fit(self, dataset, hparams, start=None):
             labels = np.array([["no", "yes"].index(label) for label in dataset.labels])
-            return super().fit(Examples(dataset.inputs, labels), theta)
+            return super().fit(Examples(dataset.inputs, labels), hparams)
 
         def predict(self, model, inputs):
             return np.array(["no", "yes"])[super().predict(model, inputs)]
@@ -383,10 +384,10 @@ def test_regression_counts_other_bins_as_mistakes_and_takes_timaeus_value():
     def bins(values):
         return [int(value >= -0.5) + int(value >= 0.5) for value in values]
 
-    wrong = [place for place in range(40) if bins(predictions)[place] != bins(dev.labels)[place]]
+    wrong = [index for index in range(40) if bins(predictions)[index] != bins(dev.labels)[index]]
     assert list(first.mistakes) == wrong
-    assert [image.label for image in first.images] == [
-        rule(image.input[None])[0] for image in first.images
+    assert [example.label for example in first.augmented] == [
+        rule(example.input[None])[0] for example in first.augmented
     ]
     assert max(first.scores) == pytest.approx(-np.mean((predictions - dev.labels) ** 2))
 
@@ -491,14 +492,34 @@ def test_a_line_cut_short_is_forgotten(tmp_path):
     assert names == [json.loads(line)["name"] for line in whole.splitlines()]
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path):
-    run(AgoraSettings(max_rounds=1), store=Mortal(tmp_path))
+DAMAGE = [b"{}", b"{", b"7", b"\xff", b"[" * 100_000, b'{"name": "fit-0000-0001", "content": {}}']
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
+def test_a_damaged_line_costs_its_own_fit_only(tmp_path, capsys, damage):
+    expected = comparable(run(AgoraSettings(max_rounds=1), store=Mortal(tmp_path)))
     journal = tmp_path / "journal.jsonl"
-    lines = journal.read_text().splitlines()
-    lines[2] = "{}"
-    journal.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"journal.jsonl, line 3"):
-        Mortal(tmp_path)
+    lines = journal.read_bytes().splitlines()
+    lines[2] = damage
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    socrates = Polynomial()
+    again = run(AgoraSettings(max_rounds=1), socrates=socrates, store=Mortal(tmp_path))
+    assert comparable(again) == expected
+    assert len(socrates.seen) == 1
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {journal}:3: damaged record, moved to {journal}.damaged (")
+    assert (tmp_path / "journal.jsonl.damaged").read_bytes() == damage + b"\n"
+    assert all(json.loads(line) for line in journal.read_bytes().splitlines())
+
+
+def test_predictions_of_the_wrong_number_are_made_again(tmp_path):
+    expected = comparable(run(AgoraSettings(max_rounds=1), store=Mortal(tmp_path)))
+    journal = tmp_path / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    del lines[2]["content"]["predictions"][0]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = run(AgoraSettings(max_rounds=1), store=Mortal(tmp_path))
+    assert comparable(again) == expected
 
 
 @pytest.mark.parametrize(
@@ -681,13 +702,13 @@ def test_balance_keeps_as_many_as_the_limit_allows():
 def test_balance_in_a_run_leaves_images_out_of_train():
     lopsided = Examples(points(12, low=0.0).inputs, np.ones(12, int))
     rounds = run(AgoraSettings(balance=0.0), train=lopsided).rounds
-    dropped = [image for one in rounds for image in one.images if not image.kept]
+    dropped = [example for one in rounds for example in one.augmented if not example.kept]
     assert dropped
     for one, following in zip(rounds, rounds[1:]):
-        kept = [image for image in one.images if image.kept]
+        kept = [example for example in one.augmented if example.kept]
         assert following.train_size == one.train_size + len(kept)
-        assert one.as_dict()["images"] == {"made": len(one.images), "kept": len(kept)}
-        gained = {str(image.label) for image in kept}
+        assert one.as_dict()["images"] == {"made": len(one.augmented), "kept": len(kept)}
+        gained = {str(example.label) for example in kept}
         for label in gained:
             assert following.label_counts[label] <= following.train_size / 2
 
@@ -709,7 +730,7 @@ def test_keys_of_equal_inputs_are_equal():
 
 
 def test_the_grid_of_the_authors_has_480_sets():
-    space = grid(
+    space = combinations(
         {
             "seed": range(5),
             "learning_rate": [1e-4, 1e-5, 9e-6],
@@ -718,16 +739,17 @@ def test_the_grid_of_the_authors_has_480_sets():
             "batch_size": [8, 16],
         }
     )
-    assert len(space) == len({tuple(theta.values()) for theta in space}) == 480
+    assert len(space) == len({tuple(hparams.values()) for hparams in space}) == 480
     gone = module.sets_to_drop(range(480), space, "lcs")
     assert len(gone) == 5  # the worst set with every seed
-    assert len({tuple(space[place].values())[1:] for place in gone}) == 1
+    assert len({tuple(space[index].values())[1:] for index in gone}) == 1
 
 
 def test_records_are_json():
     for one in run().rounds:
         record = json.loads(json.dumps(one.as_dict(), allow_nan=False))
-        assert set(record) == {field.name for field in dataclasses.fields(one)}
+        names = {field.name for field in dataclasses.fields(one)}
+        assert set(record) == names - {"augmented"} | {"images"}  # the key on disk
 
 
 def test_it_needs_neither_mxnet_nor_scikit_learn():

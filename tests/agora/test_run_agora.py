@@ -1,4 +1,4 @@
-"""The program run_agora.py on the small data here: what it leaves, and that it goes on."""
+"""The program run_agora.py on small data: what it writes, and that it is resumed."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_run_what_it_leaves_and_the_same_command_again(places, tmp_path, capsy
     content = run_agora.main(given)
     folder = tmp_path / "SST-2"
     shown = capsys.readouterr()
-    assert shown.err.startswith("warning: WeakTimaeusWarning: Timaeus labels 0.")
+    assert shown.err.startswith("warning: WeakTimaeusWarning: the accuracy of Timaeus on dev is 0.")
     assert shown.out.startswith("round 0  sets 2  train 8  dev 0.")
     check_layout(folder, get_task("SST-2"), content)
     assert (folder / "SST-2.tsv").read_text().startswith("index\tprediction\n")
@@ -109,7 +109,7 @@ def test_a_run_what_it_leaves_and_the_same_command_again(places, tmp_path, capsy
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run_agora.main([*given, "--upper", "0.3", "--prune", "halving"])
-    assert "holds a run with another --prune, --upper; give" in capsys.readouterr().err
+    assert "contains a run with another --prune, --upper; give" in capsys.readouterr().err
 
 
 @pytest.mark.slow

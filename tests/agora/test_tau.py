@@ -174,10 +174,10 @@ def test_ways_are_drawn_by_their_weights():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"tau": "infil"}, "--tau infil: 'infil' is unknown; there are infill, dropout"),
-        ({"tau": "swap:x"}, "--tau swap:x: 'x' is no number"),
-        ({"tau": "swap:0"}, "weight of swap has to be above 0"),
-        ({"tau": "swap:nan"}, "weight of swap has to be above 0"),
+        ({"tau": "infil"}, "--tau infil: 'infil' is unknown; known are infill, dropout"),
+        ({"tau": "swap:x"}, "--tau swap:x: 'x' is not a number"),
+        ({"tau": "swap:0"}, "weight of swap must be above 0"),
+        ({"tau": "swap:nan"}, "weight of swap must be above 0"),
         ({"tau": ""}, "'' is unknown"),
         ({"lower": 0.3}, "--lower 0.3: must not be above --upper 0.2"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import warnings
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import pytest
 from bort.agora import algorithm as agora
 from bort.agora import tau
 from bort.agora import text as agora_text
+from bort.agora.labellers import FileTimaeus, LabelsMissingError, ModelTimaeus
 from bort.agora.report import Report
-from bort.agora.text import FileTimaeus, LabelsMissingError, ModelTimaeus, TextSocrates
+from bort.agora.text import TextSocrates
 from bort.communicator import SingleProcess
 from bort.errors import UserError
 from bort.finetuning.config import (
@@ -24,15 +24,19 @@ from bort.finetuning.config import (
     FinetuningRunSettings,
 )
 from bort.finetuning.search_space import read_space
+from bort.grids import combinations
+from bort.jobs import Serial
 from data.task import Example
 from data.tasks import get_task
 from tests.agora.helpers import RidgeTuner, reviews, rule
+from tests.ranks import ThreadRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_DATA = str(ROOT / "test_data")
 SPACES = ROOT / "scripts" / "agora_spaces"
 DEFAULTS = (FinetuningOptimizerSettings(), ClassifierSettings(), FinetuningRunSettings())
-SPACE = agora.grid({"decay": [1e-3, 1.0, 30.0], "seed": [0, 1]})
+SERIAL = agora_text.fits_by(Serial())
+SPACE = combinations({"decay": [1e-3, 1.0, 30.0], "seed": [0, 1]})
 TASK = get_task("SST-2")
 TRAIN, DEV, TEST = reviews(120)[:12], reviews(120)[12:62], reviews(120)[62:]
 
@@ -67,7 +71,7 @@ def test_a_test_set_without_labels_only_keeps_its_rows_out():
 
 def test_a_labelled_test_set_that_shares_rows_with_dev_is_refused(tmp_path):
     folder = write_task(tmp_path, train=[("one", 1)], dev=[("two", 0)], test=[("two", 0)])
-    with pytest.raises(UserError, match=r"test.tsv: 1 of its inputs are in dev, too"):
+    with pytest.raises(UserError, match=r"test.tsv: 1 of its inputs are also in dev"):
         agora_text.read_data(TASK, folder)
 
 
@@ -121,7 +125,7 @@ def test_scores_that_are_no_numbers_give_no_score(name):
 # Runs
 
 
-def run(folder, settings=None, tuner=None, map_fits=agora_text.one_after_another, **more):
+def run(folder, settings=None, tuner=None, map_fits=SERIAL, **more):
     fits = Path(folder) / "fits"
     fits.mkdir(parents=True, exist_ok=True)
     tuner = tuner or RidgeTuner(DEV)
@@ -148,7 +152,7 @@ def run(folder, settings=None, tuner=None, map_fits=agora_text.one_after_another
 
 
 def comparable(result):
-    inputs = [image.input for one in result.rounds for image in one.images]
+    inputs = [example.input for one in result.rounds for example in one.augmented]
     return result.best, result.rounds, inputs
 
 
@@ -165,14 +169,14 @@ def test_a_run_on_text(finished):
     assert last.train_size > first.train_size
     kept_out = {row.inputs for row in [*DEV, *TEST]}
     for one in result.rounds:
-        for image in one.images:
-            assert image.input not in kept_out
-            words, image_words = (
-                each[0][0].split() for each in (DEV[image.source].inputs, image.input)
+        for example in one.augmented:
+            assert example.input not in kept_out
+            words, new_words = (
+                each[0][0].split() for each in (DEV[example.source].inputs, example.input)
             )
-            assert 1 <= tau.distance(words, image_words) <= 1  # 10 to 20 % of 8 words
-            row = Example(0, image.input)
-            assert image.label == int(rule([row])[0, 1] > 0)
+            assert 1 <= tau.distance(words, new_words) <= 1  # 10 to 20 % of 8 words
+            row = Example(0, example.input)
+            assert example.label == int(rule([row])[0, 1] > 0)
     # The best model's predictions are those that were scored; nothing else is left of the fits.
     scores = RidgeTuner(DEV).score(result.best.model.folder, DEV)
     assert TASK.metrics(DEV, scores)["accuracy"] == result.best.score
@@ -185,12 +189,12 @@ class DyingTuner(RidgeTuner):
 
     fits_left = 0
 
-    def fit(self, rows, theta, start, folder):
+    def fit(self, rows, hparams, start, folder):
         if not DyingTuner.fits_left:
             (Path(folder) / "half").write_text("written")
             raise KeyboardInterrupt
         DyingTuner.fits_left -= 1
-        return super().fit(rows, theta, start, folder)
+        return super().fit(rows, hparams, start, folder)
 
 
 @pytest.mark.parametrize("fits", [0, 1, 5, 6, 8])
@@ -205,10 +209,10 @@ def test_a_warm_start_gets_the_folder_of_the_best(tmp_path):
     starts = []
 
     class Watching(RidgeTuner):
-        def fit(self, rows, theta, start, folder):
+        def fit(self, rows, hparams, start, folder):
             starts.append(start and os.path.basename(start))
             assert start is None or os.listdir(start) == ["model.npz"]
-            return super().fit(rows, theta, start, folder)
+            return super().fit(rows, hparams, start, folder)
 
     settings = agora.AgoraSettings(warm_start=True, max_rounds=2)
     result = run(tmp_path, settings, Watching(DEV))
@@ -221,73 +225,28 @@ def test_a_warm_start_gets_the_folder_of_the_best(tmp_path):
 
 
 def test_processes_share_the_fits(finished, tmp_path):
-    with agora_text.processes(2) as map_fits:
-        result = run(tmp_path, agora.AgoraSettings(max_rounds=2), map_fits=map_fits)
-    expected = run(tmp_path / "alone", agora.AgoraSettings(max_rounds=2))
+    with agora_text.fits_on(2, SingleProcess()) as map_fits:
+        result = run(tmp_path, agora.AgoraSettings(max_rounds=1), map_fits=map_fits)
+    expected = run(tmp_path / "alone", agora.AgoraSettings(max_rounds=1))
     assert comparable(result) == comparable(expected)
     assert os.listdir(tmp_path / "fits") == []
 
 
 class ExitingTuner(RidgeTuner):
-    def fit(self, rows, theta, start, folder):
+    def fit(self, rows, hparams, start, folder):
         os._exit(3)
 
 
-def test_a_worker_that_dies_is_a_mistake_the_user_can_mend(tmp_path):
-    died = pytest.raises(UserError, match=r"--workers 1: a worker died")
-    with died, agora_text.processes(1) as map_fits:
+def test_a_worker_that_dies_is_reported_in_one_line(tmp_path):
+    died = pytest.raises(UserError, match=r"--workers 2: a worker process ended with status 3; re")
+    with died, agora_text.fits_on(2, SingleProcess()) as map_fits:
         run(tmp_path, tuner=ExitingTuner(DEV), map_fits=map_fits)
 
 
-class Threads:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, size):
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=20)
-        self.sent, self.values = [None], [None] * size
-
-    def rank_of(self, rank):
-        return ThreadRank(self, rank)
-
-
-class ThreadRank:
-    def __init__(self, threads, rank):
-        self.threads, self.rank, self.size = threads, rank, threads.size
-
-    def broadcast_object(self, value):
-        if self.rank == 0:
-            self.threads.sent[0] = value
-        self.threads.barrier.wait()
-        received = self.threads.sent[0]
-        self.threads.barrier.wait()
-        return received
-
-    def barrier(self):
-        self.threads.barrier.wait()
-
-    def allgather_object(self, value):
-        self.threads.values[self.rank] = value
-        self.threads.barrier.wait()
-        values = list(self.threads.values)
-        self.threads.barrier.wait()
-        return values
-
-
-@pytest.mark.parametrize("size", [2, 5])
-def test_ranks_share_the_fits(finished, tmp_path, size):
-    threads = Threads(size)
-    others = [
-        threading.Thread(target=agora_text.serve, args=(threads.rank_of(rank),))
-        for rank in range(1, size)
-    ]
-    for other in others:
-        other.start()
-    with agora_text.ranks(threads.rank_of(0)) as map_fits:
+def test_ranks_share_the_fits(finished, tmp_path):
+    with ThreadRanks(3) as ranks, agora_text.fits_on(1, ranks.rank(0)) as map_fits:
         result = run(tmp_path, map_fits=map_fits)
-    for other in others:
-        other.join(10)
-        assert not other.is_alive()
+    assert ranks.finished()
     assert comparable(result) == comparable(finished[1])
     assert os.listdir(tmp_path / "fits") == []
 
@@ -314,19 +273,21 @@ def test_labels_made_elsewhere(finished, tmp_path):
     """The run stops for the labels of dev, then of each round's images, and ends as the other."""
     labels, wanted = tmp_path / "labels.jsonl", tmp_path / "to_label.jsonl"
 
-    def go_on():
+    def resume():
         return run(tmp_path, timaeus=FileTimaeus(TASK, str(labels), str(wanted)))
 
     for _ in finished[1].rounds:
-        with pytest.raises(LabelsMissingError, match=r"give those in .* one of 0, 1, append them"):
-            go_on()
+        with pytest.raises(
+            LabelsMissingError, match=r"replace null in .* by one of 0, 1, append its"
+        ):
+            resume()
         lines = [json.loads(line) for line in wanted.read_text().splitlines()]
         rows = [Example(0, tuple(map(tuple, line["inputs"]))) for line in lines]
         with open(labels, "a", encoding="utf-8") as handle:
             for line, scores in zip(lines, rule(rows)):
                 handle.write(json.dumps({**line, "label": "01"[int(scores[1] > 0)]}) + "\n")
     # It stopped for dev, and for the images of each round but the last.
-    assert comparable(go_on()) == comparable(finished[1])
+    assert comparable(resume()) == comparable(finished[1])
     assert not wanted.exists()
 
 
@@ -338,13 +299,31 @@ def test_labels_made_elsewhere(finished, tmp_path):
         ("SST-2", '{"inputs": [["a"]], "label": 1}', r"label 1 is none of 0, 1"),
         ("CB", '{"inputs": [["a", "b"]], "label": null}', r"label None is none of entail"),
         ("STS-B", '{"inputs": [["a", "b"]], "label": "4"}', r"label '4' is not a number"),
+        ("STS-B", '{"inputs": [["a", "b"]], "label": NaN}', r"label nan is not from 0 to 5"),
+        ("STS-B", '{"inputs": [["a", "b"]], "label": 99}', r"label 99 is not from 0 to 5"),
+        ("STS-B", '{"inputs": [["a", "b"]], "label": -0.5}', r"label -0.5 is not from 0 to 5"),
+        ("SST-2", '{"inputs": ["a"], "label": "1"}', r"labels.jsonl:2: inputs must be a list of l"),
+        ("SST-2", '{"inputs": "a", "label": "1"}', r"inputs must be a list of lists of texts"),
+        ("SST-2", '{"inputs": [[1]], "label": "1"}', r"inputs must be a list of lists of texts"),
+        ("SST-2", "\udcff", r"labels.jsonl:2: is not UTF-8"),
     ],
 )
 def test_a_line_that_is_no_label_is_named(tmp_path, task, line, message):
     path = tmp_path / "labels.jsonl"
-    path.write_text("\n" + line + "\n")
+    path.write_text("\n" + line + "\n", encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         FileTimaeus(get_task(task), str(path), str(tmp_path / "to_label.jsonl"))
+
+
+def test_two_labels_of_one_input_are_refused_and_a_byte_order_mark_is_not(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    line = '{"inputs": [["a"]], "label": "%s"}\n'
+    path.write_text("\ufeff" + line % 1 + line % 1, encoding="utf-8")
+    timaeus = FileTimaeus(TASK, str(path), str(tmp_path / "to_label.jsonl"))
+    assert timaeus.label([(("a",),)]).tolist() == [1]
+    path.write_text(line % 1 + line % 0)
+    with pytest.raises(UserError, match=r"jsonl:2: another label than on line 1 for the same"):
+        FileTimaeus(TASK, str(path), str(tmp_path / "to_label.jsonl"))
 
 
 # Search spaces
@@ -356,8 +335,8 @@ def test_the_smaller_spaces_take_their_values_from_it():
     for path in SPACES.glob("*_rows.yaml"):
         space = read_space(str(path), *DEFAULTS)
         sizes[path.stem] = len(space)
-        for theta in space:
-            plain = {name: value for name, value in theta.items() if name != "epochs"}
+        for hparams in space:
+            plain = {name: value for name, value in hparams.items() if name != "epochs"}
             assert plain in published
     assert sizes == {"hundreds_of_rows": 24, "thousands_of_rows": 12, "many_rows": 4}
 
@@ -372,21 +351,24 @@ def test_the_report_of_a_run(finished, tmp_path, capsys):
     report = Report(str(tmp_path), data, SPACE, "a rule")
     for record in result.rounds:
         report.add(record)
-    from bort.agora.report import Outcome
+    from bort.agora.report import ModelMetrics
 
-    first, last = Outcome({"accuracy": 0.5}, {"accuracy": 0.25}), Outcome({"accuracy": 1.0}, None)
+    first, last = (
+        ModelMetrics({"accuracy": 0.5}, {"accuracy": 0.25}),
+        ModelMetrics({"accuracy": 1.0}, None),
+    )
     report.finish(result.best, first, last, 12.0)
     content = json.loads((tmp_path / "agora.json").read_text())
     assert content["rows"] == {"train": 12, "dev": 50, "test": len(TEST)}
     assert content["search_space"] == SPACE
     assert content["best_of_grid"] == {"dev": {"accuracy": 0.5}, "test": {"accuracy": 0.25}}
-    assert content["best"]["theta"] == dict(result.best.theta)
+    assert content["best"]["theta"] == dict(result.best.hparams)
     assert len(content["rounds"]) == len(result.rounds)
     for kept, record in zip(content["rounds"], result.rounds):
         assert kept["space"] == list(record.space)
         assert kept["scores"] == list(record.scores)
         assert kept["mistakes"] == list(record.mistakes)
-        assert kept["images"]["made"] == len(record.images)
+        assert kept["images"]["made"] == len(record.augmented)
         assert kept["seconds"] == record.seconds > 0
         assert sum(kept["label_shares"].values()) == pytest.approx(1)
     shown = capsys.readouterr().out.splitlines()
@@ -397,12 +379,12 @@ def test_the_report_of_a_run(finished, tmp_path, capsys):
         "Agora             dev (selected on): accuracy 1.0000",
     ]
     lines = [line.split("\t") for line in (tmp_path / "images.tsv").read_text().splitlines()]
-    images = [(one, image) for one in result.rounds for image in one.images]
+    images = [(one, example) for one in result.rounds for example in one.augmented]
     assert len(lines) == len(images) + 1
-    for line, (one, image) in zip(lines[1:], images):
-        row = DEV[image.source]
+    for line, (one, example) in zip(lines[1:], images):
+        row = DEV[example.source]
         assert line == [
-            str(one.number), "0", str(image.source), "yes", str(image.label), str(row.label),
-            image.input[0][0], row.inputs[0][0],
+            str(one.number), "0", str(example.source), "yes", str(example.label), str(row.label),
+            example.input[0][0], row.inputs[0][0],
         ]  # fmt: skip
     assert (tmp_path / "agora.png").read_bytes().startswith(b"\x89PNG")

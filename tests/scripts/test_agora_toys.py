@@ -7,14 +7,15 @@ import pytest
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
+from bort.agora import toys
 from bort.agora.algorithm import input_key
 from scripts import agora_toys
 
 
-@pytest.mark.parametrize("name", agora_toys.TASKS)
+@pytest.mark.parametrize("name", toys.TASKS)
 def test_only_the_training_set_is_biased_and_no_row_is_shared(name):
-    task, _ = agora_toys.TASKS[name]
-    data = agora_toys.draw(task, seed=3)
+    task, _ = toys.TASKS[name]
+    data = toys.draw(task, seed=3)
     sets = (data.train, data.dev, data.sample, data.test)
     assert [len(each) for each in sets] == [40, 100, 30, 2000]
     keys = [input_key(example) for each in sets for example in each.inputs]
@@ -29,7 +30,7 @@ def test_only_the_training_set_is_biased_and_no_row_is_shared(name):
 
 
 def test_interval_is_students():
-    mean, half = agora_toys.interval(np.array([1.0, 2.0, 3.0, 4.0]))
+    mean, half = toys.interval(np.array([1.0, 2.0, 3.0, 4.0]))
     assert mean == 2.5
     assert half == pytest.approx(3.18245 * np.sqrt(5 / 3) / 2, rel=1e-4)
 
@@ -40,7 +41,7 @@ def test_table_and_plot(tmp_path, capsys):
     plot, table = tmp_path / "toys.png", tmp_path / "toys.md"
     argv = ["--seeds", "3", "--plot", str(plot), "--table", str(table)]
     accuracies = agora_toys.main(argv)
-    assert list(accuracies) == list(agora_toys.TASKS)
+    assert list(accuracies) == list(toys.TASKS)
     assert all(values.shape == (3, 4) for values in accuracies.values())
     assert np.mean([values[:, 1] - values[:, 0] for values in accuracies.values()]) > 0
     assert plot.read_bytes().startswith(b"\x89PNG")

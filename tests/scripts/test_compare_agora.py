@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bort.files import write_json
+from bort.files import read_json, write_json
 from scripts import compare_agora
 
 
@@ -34,11 +34,12 @@ def write_runs(folder, plain=(0.5, 0.6), grid=(0.55, 0.7), best=(0.65, 0.6), ran
 def test_means_spreads_and_draws_won(tmp_path, capsys):
     columns = compare_agora.main(["SST-2", *write_runs(tmp_path)])
     found = {column.name: column for column in columns}
-    assert list(found) == ["plain", "best of grid", "Agora", "random images", "Timaeus"]
+    assert list(found) == ["plain", "best of grid", "Agora", "random augmentation", "Timaeus"]
     assert np.allclose(found["Agora"].scores, [0.65, 0.6])
     seconds = {name: column.seconds for name, column in found.items()}
     assert seconds == {
-        "plain": 2.5, "best of grid": 10.0, "Agora": 14.5, "random images": 14.5, "Timaeus": None,
+        "plain": 2.5, "best of grid": 10.0,
+        "Agora": 14.5, "random augmentation": 14.5, "Timaeus": None,
     }  # fmt: skip
     given = write_runs(tmp_path / "again")
     without = compare_agora.main(["SST-2", *given[: given.index("--random")]])
@@ -57,7 +58,7 @@ def test_mistakes_are_named(tmp_path, capsys):
         compare_agora.main(["SST-2", *given, str(tmp_path / "random" / "0")])
     assert "give as many runs of each" in capsys.readouterr().err
     path = str(tmp_path / "agora" / "1" / "SST-2" / "agora.json")
-    content = compare_agora.read_json(path)
+    content = read_json(path)
     content["best"]["test"] = None
     write_json(path, content)
     with pytest.raises(SystemExit):

@@ -116,7 +116,7 @@ def test_no_metrics_are_one_line(tmp_path, capsys):
     (tmp_path / "empty" / "metrics.jsonl").write_text(
         '{"step": 1, "phase": "train", "loss": NaN}\n'
     )
-    assert "nothing to draw" in complaint(capsys, tmp_path / "empty")
+    assert "nothing to plot" in complaint(capsys, tmp_path / "empty")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\n")
     assert "cannot be read" in complaint(capsys, tmp_path / "binary")
     assert not list(tmp_path.rglob("*.png"))
@@ -135,6 +135,9 @@ def test_a_line_that_is_no_metrics_is_named(tmp_path, capsys, line):
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
     folder = write_metrics(tmp_path / "run", steps=1)
-    for output in (tmp_path / "absent" / "x.png", tmp_path / "x.words"):
+    wrong = {tmp_path / "absent" / "x.png": "there is no folder", tmp_path / "x.words": "use .png"}
+    for output, message in wrong.items():
         said = complaint(capsys, folder, "--output", output)
-        assert said.startswith(f"error: --output {output}: cannot be written (")
+        assert said.startswith(f"error: {output}: ")
+        assert message in said
+    assert not list(tmp_path.glob("*x.*"))

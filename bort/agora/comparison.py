@@ -1,0 +1,92 @@
+"""Agora compared with plain fine-tuning and the best of a grid, over several draws of a task."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+from bort.errors import UserError
+from bort.files import read_json
+from bort.tables import markdown_table
+from data.task import Task
+
+
+class Column(NamedTuple):
+    """A method: its test score in each draw, and the mean seconds of a run, if known."""
+
+    name: str
+    scores: np.ndarray
+    seconds: Optional[float] = None
+
+
+def columns_of(
+    task: Task, plain: Sequence[str], agora: Sequence[str], random: Sequence[str]
+) -> list[Column]:
+    """Read the test scores and times of the runs.
+
+    Raises `UserError` for a run without metrics of a test set, and for unequal numbers of runs.
+    """
+    if not len(plain) == len(agora) == len(random or agora):
+        raise UserError("--plain, --agora and --random: give as many runs of each, one per draw")
+    plain_runs = _contents(task, plain, "metrics.json")
+    agora_runs = _contents(task, agora, "agora.json")
+    random_runs = _contents(task, random, "agora.json")
+    fine_tuned = [run["answers"][task.test[0]].get("metrics") for run in plain_runs]
+    enumerated = [run["best_of_grid"]["test"] for run in agora_runs]
+    grid_seconds = [run["rounds"][0]["seconds"] for run in agora_runs]
+    labeller = [run["timaeus"].get("test") for run in agora_runs]
+    columns = [
+        Column("plain", _scores(task, plain, fine_tuned), _mean(plain_runs)),
+        Column("best of grid", _scores(task, agora, enumerated), float(np.mean(grid_seconds))),
+    ]
+    for name, folders, runs in (
+        ("Agora", agora, agora_runs),
+        ("random augmentation", random, random_runs),
+    ):
+        if not runs:
+            continue
+        best = [run["best"]["test"] for run in runs]
+        seconds = [sum(record["seconds"] for record in run["rounds"]) for run in runs]
+        columns.append(Column(name, _scores(task, folders, best), float(np.mean(seconds))))
+    if all(labeller):
+        columns.append(Column("Timaeus", _scores(task, agora, labeller)))
+    return columns
+
+
+def _contents(task: Task, folders: Sequence[str], name: str) -> list[dict[str, Any]]:
+    return [read_json(os.path.join(folder, task.name, name)) for folder in folders]
+
+
+def _scores(
+    task: Task, folders: Sequence[str], metrics: Sequence[Optional[Mapping[str, float]]]
+) -> np.ndarray:
+    scores = []
+    for folder, on_test in zip(folders, metrics):
+        if not on_test:
+            raise UserError(f"{folder}: has no metrics of a test set: its test file had no labels")
+        scores.append(task.score(dict(on_test)))
+    return np.array(scores)
+
+
+def _mean(runs: Sequence[Mapping[str, Any]]) -> float:
+    return float(np.mean([run["seconds"] for run in runs]))
+
+
+def table(name: str, columns: Sequence[Column]) -> str:
+    """Return the columns of one task as a Markdown table."""
+    by_name = {column.name: column for column in columns}
+    gains = by_name["Agora"].scores - by_name["best of grid"].scores
+    scores = [_spread(column.scores) for column in columns]
+    won = f"{int(np.sum(gains > 0))} of {len(gains)}"
+    times = ["" if column.seconds is None else f"{column.seconds:.0f}" for column in columns]
+    return markdown_table(
+        ["task", *by_name, "Agora - best of grid", "draws won"],
+        [[name, *scores, _spread(gains), won], ["seconds of fits", *times, "", ""]],
+    )
+
+
+def _spread(values: np.ndarray) -> str:
+    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+    return f"{values.mean():.3f} ± {deviation:.3f}"

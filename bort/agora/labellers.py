@@ -1,0 +1,134 @@
+"""Timaeus on the tasks: a fine-tuned model, or a file of labels that were made elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+from bort.agora.algorithm import input_key
+from bort.agora.tau import Inputs
+from bort.agora.text import predictions_of
+from bort.errors import UserError, quoted
+from bort.files import atomic_write
+from bort.types import TaskKind
+from data.task import Example, Task
+
+FORM = '{"inputs": [["text", ...], ...], "label": ...}'
+
+
+@dataclass(frozen=True)
+class ModelTimaeus:
+    """A fine-tuned model as labeller: `score` turns rows into the task's scores."""
+
+    task: Task
+    score: Callable[[Sequence[Example]], np.ndarray]
+
+    def label(self, inputs: Sequence[Inputs]) -> np.ndarray:
+        """Return the labels of inputs: class numbers, or the values of a regression."""
+        rows = [Example(number, each) for number, each in enumerate(inputs)]
+        predictions = predictions_of(self.task, self.score(rows))
+        return (
+            (predictions > 0).astype(int) if self.task.kind == TaskKind.CANDIDATES else predictions
+        )
+
+
+class LabelsMissingError(UserError):
+    """Inputs have to be labelled elsewhere before the run can be resumed."""
+
+
+class _Known(NamedTuple):
+    label: Any
+    line: int
+
+
+class FileTimaeus:
+    """Labels made elsewhere: a file of JSON lines, and a file of the inputs that it lacks.
+
+    A line is {"inputs": [["text", ...], ...], "label": ...}: the texts of each encoder input as
+    `to_label` spells them, and the name of the label or, in a regression, its value.
+    """
+
+    def __init__(self, task: Task, path: str, to_label: str) -> None:
+        """Read the labels; raises `UserError` naming the first invalid line."""
+        self.task, self.path, self.to_label = task, path, to_label
+        self._known: dict[Any, _Known] = {}
+        for number, line in enumerate(_lines(path), start=1):
+            if line.strip():
+                self._add(number, line)
+
+    def _add(self, number: int, line: bytes) -> None:
+        where = f"{self.path}:{number}"
+        inputs, label = _parsed(where, line)
+        known = _Known(self._checked(where, label), number)
+        before = self._known.setdefault(input_key(inputs), known)
+        if before.label != known.label:
+            raise UserError(
+                f"{where}: another label than on line {before.line} for the same input; keep one"
+            )
+
+    def _checked(self, where: str, label: Any) -> Any:
+        """Return a class number, or the value of a regression."""
+        if self.task.kind != TaskKind.REGRESSION:
+            if label not in self.task.labels:
+                names = ", ".join(self.task.labels)
+                raise UserError(f"{where}: label {quoted(label)} is none of {names}")
+            return self.task.labels.index(label)
+        if isinstance(label, bool) or not isinstance(label, (int, float)):
+            raise UserError(f"{where}: label {quoted(label)} is not a number")
+        low, high = self.task.predict(np.array([[-np.inf], [np.inf]])).tolist()  # it clips
+        if not (math.isfinite(label) and low <= label <= high):
+            raise UserError(f"{where}: label {quoted(label)} is not from {low:g} to {high:g}")
+        return label
+
+    def label(self, inputs: Sequence[Inputs]) -> np.ndarray:
+        """Return the labels of inputs.
+
+        Raises `LabelsMissingError` after it has written the inputs without a label to `to_label`.
+        """
+        missing = [each for each in inputs if input_key(each) not in self._known]
+        if missing:
+            write_lines(self.to_label, ({"inputs": each, "label": None} for each in missing))
+            raise LabelsMissingError(
+                f"{self.path}: {len(missing)} inputs have no label; replace null in "
+                f"{self.to_label} by one of {', '.join(self.task.labels) or 'the values'}, append "
+                "its lines to the file of labels, and rerun the same command to resume"
+            )
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.to_label)
+        return np.array([self._known[input_key(each)].label for each in inputs])
+
+
+def _lines(path: str) -> Iterable[bytes]:
+    """Return the lines of a file, without a byte order mark; none when it does not exist."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as handle:
+        return handle.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+
+
+def _parsed(where: str, line: bytes) -> tuple[Any, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+        inputs, label = row["inputs"], row["label"]
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: is not UTF-8; save the file as UTF-8") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{where}: must be {FORM}") from None
+    nested = isinstance(inputs, list) and inputs and all(isinstance(each, list) for each in inputs)
+    if not nested or not all(isinstance(text, str) for each in inputs for text in each):
+        raise UserError(f"{where}: inputs must be a list of lists of texts, as in {FORM}")
+    return inputs, label
+
+
+def write_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, atomically."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with atomic_write(path) as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
