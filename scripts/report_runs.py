@@ -1,4 +1,4 @@
-"""Print what fine-tuning runs read, reached and took, and check the submission files they left."""
+"""Print a table of fine-tuning runs: rows read, scores, time, and checks of their submissions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import OneLineParser
-from bort.errors import entry_point
+from bort.errors import UserError, entry_point
 from bort.finetuning.run_report import RunReport, as_markdown, report
 
 
@@ -18,9 +18,11 @@ def main(argv: Optional[Sequence[str]] = None) -> list[RunReport]:
     """Print one line per task of every run, and return them."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders with metrics.json files")
-    lines = report(parser.parse_args(argv).runs)
-    print(as_markdown(lines), end="")
-    return lines
+    reports, problems = report(parser.parse_args(argv).runs)
+    print(as_markdown(reports), end="")
+    if problems:
+        raise UserError("; ".join(problems))
+    return reports
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import OneLineParser
 from bort.errors import entry_point
-from bort.finetuning.scoreboard import SuiteScore, as_table, read_scores, suite_score
+from bort.finetuning.scoreboard import SuiteScore, as_table, suite_scores
 from data.tasks import SUITES
 
 
@@ -19,9 +19,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, SuiteScore]:
     """Print one table per suite that has a run, and return them by suite."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders with metrics.json files")
-    scores = read_scores(parser.parse_args(argv).runs)
-    tables = {suite: suite_score(suite, scores) for suite in SUITES}
-    tables = {suite: table for suite, table in tables.items() if table.tasks}
+    tables = suite_scores(SUITES, parser.parse_args(argv).runs)
     print("\n\n".join(as_table(suite, table) for suite, table in tables.items()))
     return tables
 

@@ -1,13 +1,16 @@
-"""What fine-tuning runs read, reached and took, and whether leaderboards would take their files."""
+"""A table of fine-tuning runs: rows read, scores, time, and the check of their submissions."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 from bort.errors import UserError
-from bort.files import read_json
-from bort.finetuning.scoreboard import read_runs
+from bort.files import read_json_as
+from bort.finetuning.scoreboard import RunMetrics, metrics_files, read_run
+from bort.tables import markdown_table
 from data.submission import check_submission
 from data.task import Task
 from data.tasks import get_task
@@ -19,11 +22,11 @@ HEADER = (
 
 
 class RunReport(NamedTuple):
-    """One task of a run, each field in words.
+    """One task of a run; each field is text, "-" where the run does not record it.
 
-    rows: rows of every split, and the official number where fewer are there.
-    dev, baseline: the metrics on the dev sets, and those of the most frequent answer.
-    submission: the files checked against the test sets they are for, or what is wrong with them.
+    rows: rows of every split, and the official number where fewer were read.
+    dev, baseline: the metrics on the dev sets, and those of the most frequent label.
+    submission: the files checked against their test sets, or what is wrong with them.
     """
 
     task: str
@@ -36,79 +39,115 @@ class RunReport(NamedTuple):
     submission: str
 
 
-def report(folders: Sequence[Path]) -> list[RunReport]:
+@dataclass(frozen=True)
+class _DataDir:
+    data_dir: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class _RunConfig:
+    """What the report reads of a run's config.json: the flags of its concern `TaskSettings`."""
+
+    TaskSettings: _DataDir
+
+
+def report(folders: Sequence[Path]) -> tuple[list[RunReport], list[str]]:
     """Return one report per run under the folders, and per task that a run predicted besides.
 
-    The test sets are read again, from where the run's config.json says. Raises `UserError` where
-    there is no run.
+    The test sets are read again, from the folder in the run's config.json. Also returns one
+    message per metrics.json that is not of a run. Raises `UserError` where there is none at all.
     """
-    return [line for path, content in read_runs(folders) for line in _reports(path, content)]
+    reports: list[RunReport] = []
+    problems: list[str] = []
+    for path in metrics_files(folders):
+        try:
+            reports += _reports(path, read_run(path))
+        except UserError as error:
+            problems.append(str(error))
+    return reports, problems
 
 
-def _reports(path: Path, content: dict[str, Any]) -> list[RunReport]:
-    task = get_task(content["task"])
-    data_dir = read_json(str(path.parent / "config.json"))["TaskSettings"]["data_dir"]
-    answers = content["answers"]
-    tests = {name: one["rows"] for name, one in answers.items() if name in task.test}
+def _reports(path: Path, run: RunMetrics) -> list[RunReport]:
+    task = get_task(run.task)
+    data_dir = _data_dir(path.parent / "config.json")
+    tests = {name: each.rows for name, each in run.answers.items() if name in task.test}
+    # An Agora run records the rows of the sets it predicted, not of its training set.
+    rows = run.rows or {name: run.answers[name].rows for name in task.dev if name in run.answers}
     own = RunReport(
         task=task.name,
-        rows=_rows(task, {**content["rows"], **tests}),
-        train_examples=f"{content['train_examples']:,}",
-        steps=f"{content['steps']:,}",
-        dev=_metrics({name: answers[name]["metrics"] for name in task.dev}),
-        baseline=_metrics(content["baseline"]),
-        seconds=f"{content['seconds']:.0f}",
+        rows=_rows(task, {**rows, **tests}),
+        train_examples="-" if run.train_examples is None else f"{run.train_examples:,}",
+        steps="-" if run.steps is None else f"{run.steps:,}",
+        dev=_metrics({name: run.answers[name].metrics for name in task.dev if name in run.answers}),
+        baseline=_metrics(run.baseline),
+        seconds="-" if run.seconds is None else f"{run.seconds:.0f}",
         submission=_submission(task, tests, data_dir, path.parent),
     )
-    return [own, *_predicted(path.parent.parent, data_dir, answers)]
+    return [own, *_predicted(path.parent.parent, data_dir, run)]
 
 
-def _predicted(folder: Path, data_dir: str, answers: dict[str, Any]) -> list[RunReport]:
-    """Return the reports of the diagnostic sets that a run's model has answered."""
-    lines = []
-    for name, found in answers.items():
+def _data_dir(path: Path) -> Optional[str]:
+    """Return the data folder in a run's config.json; None, the default one, without the file."""
+    if not os.path.exists(path):
+        return None
+    return read_json_as(str(path), _RunConfig).TaskSettings.data_dir
+
+
+def _predicted(folder: Path, data_dir: Optional[str], run: RunMetrics) -> list[RunReport]:
+    """Return the reports of the diagnostic sets that a run's model has predicted."""
+    reports = []
+    for name, predictions in run.answers.items():
         other, _, split = name.rpartition("/")
         if other:
             task = get_task(other)
-            rows = {split: found["rows"]}
+            rows = {split: predictions.rows}
             checked = _submission(task, rows, data_dir, folder / task.name)
-            reached = _metrics({split: found.get("metrics", {})})
-            lines.append(
-                RunReport(task.name, _rows(task, rows), "-", "-", reached, "-", "-", checked)
+            shown = _metrics({split: predictions.metrics})
+            reports.append(
+                RunReport(task.name, _rows(task, rows), "-", "-", shown, "-", "-", checked)
             )
-    return lines
+    return reports
 
 
-def _rows(task: Task, found: dict[str, int]) -> str:
-    words = []
-    for split, rows in found.items():
+def _rows(task: Task, rows_by_split: Mapping[str, int]) -> str:
+    parts = []
+    for split, rows in rows_by_split.items():
         official = task.official_rows(split)
-        words.append(f"{split} {rows:,}" + (f" (of {official:,})" if rows < official else ""))
-    return ", ".join(words)
+        withdrawn = task.withdrawn_version(split, rows)
+        note = f" (of {official:,})" if rows < official else ""
+        parts.append(f"{split} {rows:,}" + (f" ({withdrawn})" if withdrawn else note))
+    return ", ".join(parts) or "-"
 
 
-def _metrics(found: dict[str, dict[str, float]]) -> str:
+def _metrics(metrics_by_split: Mapping[str, Optional[Mapping[str, float]]]) -> str:
     shown = [
-        ", ".join(f"{name} {v:.3f}" for name, v in values.items()) for values in found.values()
+        ", ".join(f"{name} {value:.3f}" for name, value in (metrics or {}).items())
+        for metrics in metrics_by_split.values()
     ]
-    return "; ".join(one for one in shown if one) or "-"
+    return "; ".join(filter(None, shown)) or "-"
 
 
-def _submission(task: Task, tests: dict[str, int], data_dir: str, folder: Path) -> str:
-    words = []
+def _submission(task: Task, tests: Mapping[str, int], data_dir: Optional[str], folder: Path) -> str:
+    parts = []
     for split in tests:
         name = task.submission_file(split)
         if name is None:
             continue
-        examples = task.read(data_dir, split).examples
+        path = task.find(data_dir, split)
+        if path is None:
+            parts.append(
+                f"{name}: NOT CHECKED, no {split} set in {data_dir or 'the default folder'}"
+            )
+            continue
         try:
-            words.append(f"{name}: {check_submission(folder / name, task, split, examples):,} good")
+            examples = task.read(data_dir, split, skip_bad_rows=True).examples
+            rows = check_submission(folder / name, task, split, examples)
+            parts.append(f"{name}: {rows:,} valid")
         except UserError as error:
-            words.append(f"REFUSED: {error}")
-    return ", ".join(words) or "-"
+            parts.append(f"REFUSED: {error}")
+    return ", ".join(parts) or "-"
 
 
-def as_markdown(lines: Sequence[RunReport]) -> str:
-    """Return the table in Markdown."""
-    rows = (HEADER, ["---"] * len(HEADER), *lines)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+def as_markdown(reports: Sequence[RunReport]) -> str:
+    """Format the table in Markdown."""
+    return markdown_table(HEADER, reports)

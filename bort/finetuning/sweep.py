@@ -28,6 +28,7 @@ from bort.errors import UserError
 from bort.files import atomic_write, lock_folder, read_json_as, write_json
 from bort.finetuning.config import FinetuningSettings
 from bort.finetuning.search_space import read_space, with_values
+from bort.finetuning.task_data import check_sets
 from bort.jobs import ProcessDiedError, Processes
 from bort.mxnet_setup import cpu_threads
 from bort.resume import changed_flags
@@ -113,6 +114,8 @@ def sweep(settings: SweepSettings, base: FinetuningSettings) -> list[SweepRow]:
     """
     folder = os.path.join(base.run.output_dir, f"{get_task(base.task.task_name).name}-sweep")
     runs = runs_of(settings, base, folder)
+    if any(run.metrics() is None for run in runs):
+        check_sets(base.task)
     with lock_folder(folder, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
         claim(folder, base, runs[0].hparams)
         keep_best_weights(runs)  # a kill may have come before

@@ -63,5 +63,12 @@ def read_prediction_sets(task: Task, settings: TaskSettings) -> list[PredictionS
     ]
 
 
+def check_sets(settings: TaskSettings) -> None:
+    """Raise `UserError` when a set is missing or broken that a run reads, now or at its end."""
+    task = get_task(settings.task_name, race_cast=settings.race_cast)
+    read_task_data(task, settings, seed=0)
+    read_prediction_sets(task, settings)
+
+
 def _read(task: Task, split: str, settings: TaskSettings, seed: int = 0) -> Split:
     return task.read(settings.data_dir, split, skip_bad_rows=settings.skip_bad_rows, seed=seed)

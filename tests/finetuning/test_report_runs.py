@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -38,9 +39,9 @@ def test_report_of_a_run_and_of_the_set_that_it_predicts(runs, capsys):
            for split in ("dev_matched", "dev_mismatched")]  # fmt: skip
     assert own.dev == "; ".join(f"accuracy {one:.3f}" for one in dev)
     assert own.baseline.count("accuracy") == 2
-    assert own.submission == "MNLI-m.tsv: 2 good, MNLI-mm.tsv: 3 good"
+    assert own.submission == "MNLI-m.tsv: 2 valid, MNLI-mm.tsv: 3 valid"
     assert predicted.task == "AX"
-    assert predicted.submission == "AX.tsv: 4 good"
+    assert predicted.submission == "AX.tsv: 4 valid"
     assert predicted.dev.startswith("matthews ")
     assert capsys.readouterr().out.splitlines()[2] == f"| {' | '.join(own)} |"
 
@@ -52,7 +53,7 @@ def test_a_spoilt_submission_is_refused(runs):
     own = report_runs.main([str(runs)])[0].submission
     assert own.startswith("REFUSED: ")
     assert "MNLI-m.tsv:2: label 'perhaps'" in own
-    assert own.endswith("MNLI-mm.tsv: 3 good")
+    assert own.endswith("MNLI-mm.tsv: 3 valid")
 
 
 def test_all_rows_of_the_official_set(runs):
@@ -71,10 +72,64 @@ def test_scores_of_a_run_and_of_the_set_that_it_predicts(runs, capsys):
     assert tasks["AX"] == pytest.approx(
         [100 * metrics["answers"]["AX/test"]["metrics"]["matthews"]]
     )
-    assert "average: not given, no run of CoLA" in capsys.readouterr().out
+    assert "average: none, no run of CoLA" in capsys.readouterr().out
+
+
+def test_missing_test_set_is_named_and_the_others_are_reported(runs, tmp_path):
+    shutil.copytree(TEST_DATA / "glue", tmp_path / "data")
+    (tmp_path / "data" / "MNLI" / "test_matched.tsv").unlink()
+    path = str(runs / "MNLI" / "config.json")
+    config = read_json(path)
+    config["TaskSettings"]["data_dir"] = str(tmp_path / "data")
+    write_json(path, config)
+    own, predicted = report_runs.main([str(runs)])
+    assert own.submission == (
+        f"MNLI-m.tsv: NOT CHECKED, no test_matched set in {tmp_path}/data, MNLI-mm.tsv: 3 valid"
+    )
+    assert predicted.submission == "AX.tsv: 4 valid"
+
+
+def test_run_of_agora_is_reported_too(runs, capsys):
+    metrics = read_json(str(runs / "MNLI" / "metrics.json"))
+    folder = runs / "agora" / "MNLI"
+    folder.mkdir(parents=True)
+    content = {name: metrics[name] for name in ("task", "model", "answers")}
+    write_json(str(folder / "metrics.json"), {**content, "selected_on": "dev_matched"})
+    reports = report_runs.main([str(runs)])
+    assert [each.task for each in reports] == ["MNLI", "AX", "MNLI", "AX"]
+    agora = next(each for each in reports if each.task == "MNLI" and each.seconds == "-")
+    assert (agora.train_examples, agora.steps, agora.baseline) == ("-", "-", "-")
+    assert agora.rows.startswith("dev_matched 3 (of 9,815), dev_mismatched 3")
+    assert agora.dev == next(each for each in reports if each.seconds != "-").dev
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "Squad"}, "--task_name Squad: unknown"),
+        ({"seconds": "long"}, "Expected"),
+        ({"steps": float("nan")}, "is not JSON"),
+        ({"answers": {"dev_matched": {"rows": 3, "metrics": {"f1": 1.0}}}}, "no metric 'accuracy'"),
+    ],
+)
+def test_broken_metrics_are_named_after_the_others(runs, capsys, change, message):
+    other = runs / "other" / "MNLI"
+    other.mkdir(parents=True)
+    content = {**read_json(str(runs / "MNLI" / "metrics.json")), **change}
+    (other / "metrics.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as caught:
+        report_runs.main([str(runs)])
+    assert caught.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 4
+    assert captured.err.startswith(f"error: {other / 'metrics.json'}: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        score.main([str(runs)])
 
 
 def test_no_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report_runs.main([str(tmp_path)])
-    assert "no metrics.json there" in capsys.readouterr().err
+    assert "no metrics.json found" in capsys.readouterr().err

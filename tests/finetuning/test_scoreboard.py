@@ -66,7 +66,7 @@ def test_no_average_of_half_a_benchmark(tmp_path, capsys):
     assert tables["glue"].missing[:2] == ["SST-2", "MRPC"]
     assert "AX" not in tables["glue"].missing
     assert tables["race"].missing == []
-    assert "average: not given, no run of SST-2, MRPC" in capsys.readouterr().out
+    assert "average: none, no run of SST-2, MRPC" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"task": "CoLA"}', '{"task": 3, "answers": {}}'])
@@ -79,4 +79,4 @@ def test_other_json_is_refused(tmp_path, content):
 def test_no_run_is_a_user_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         score.main([str(tmp_path)])
-    assert "no metrics.json there" in capsys.readouterr().err
+    assert "no metrics.json found" in capsys.readouterr().err

@@ -78,7 +78,7 @@ class Sweep:
         path = self.folder / "grid.yaml"
         path.write_text("".join(f"{name}: {values}\n" for name, values in grid.items()))
         fixed = ["--task", "SST", "--grid", str(path), "--output_dir", str(self.folder / "out")]
-        return [*fixed, *others]
+        return [*fixed, "--data_dir", str(ROOT / "test_data"), *others]
 
     def calls(self, what: str) -> list[dict]:
         lines = (self.folder / "calls").read_text().splitlines()
@@ -265,7 +265,7 @@ def test_weights_that_a_kill_left_are_deleted_at_the_next_call(tried):
 
 
 def test_other_spellings_of_the_paths_resume_the_sweep(tried, monkeypatch, capsys):
-    (tried.folder / "data").mkdir()
+    write_reviews(tried.folder / "data")
     monkeypatch.chdir(tried.folder)
     fixed = ["--task", "SST", "--grid", "grid.yaml"]
     tried.flags(seed=[0], lr=[0.01])
@@ -287,6 +287,16 @@ def test_other_spellings_of_the_paths_resume_the_sweep(tried, monkeypatch, capsy
     with pytest.raises(SystemExit):
         call("moved", "new", "cache")
     assert "another --data_dir" in capsys.readouterr().err
+
+
+def test_a_broken_test_file_is_found_before_any_run(tried, tmp_path, capsys):
+    folder = write_reviews(tmp_path / "data") / "SST-2"
+    (folder / "test.tsv").write_text("index\tsentence\n0\tfine\n1\n")
+    with pytest.raises(SystemExit):
+        sweep.main(tried.flags("--data_dir", str(tmp_path / "data"), lr=[0.1, 0.2]))
+    assert "test.tsv:3: expected 2 columns, found 1" in capsys.readouterr().err
+    assert not (tmp_path / "calls").exists()
+    assert not tried.results.exists()
 
 
 def test_another_sweep_is_refused(tried, capsys):
