@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; returns the content of metrics.json."""
     from bort.finetuning.run import finetune
 
-    settings = FinetuningSettings(*parse(__doc__, argv, *FINETUNING_CLASSES))
+    settings = FinetuningSettings(*parse(__doc__, argv, *FINETUNING_CLASSES, config=True))
     return finetune(settings, communicator_of_environment())
 
 

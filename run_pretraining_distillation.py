@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     from bort.pretraining.preflight import preflight
     from bort.pretraining.run import pretrain
 
-    settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES))
+    settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES, config=True))
     if settings.run.check:
         preflight(settings, SingleProcess())
         return []

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     from bort.pretraining.preflight import preflight
     from bort.pretraining.run import pretrain
 
-    *parsed, elasticity = parse(__doc__, argv, *SETTINGS_CLASSES, ElasticSettings)
+    *parsed, elasticity = parse(__doc__, argv, *SETTINGS_CLASSES, ElasticSettings, config=True)
     settings = PretrainingSettings(*parsed)
     if settings.run.check:
         preflight(settings, Horovod())

@@ -2,37 +2,49 @@
 
     <folder>/step-0001000/model.params   parameters, MXNet's format, the tied matrix once
                           model.json, tokenizer/   what makes it a saved model (bort.saved_model)
-                          trainer.npz    optimiser state, plain arrays
+                          trainer.npz    optimizer state, plain arrays
                           state.json     step, position, settings, SHA-256 of the files and itself
     <folder>/checkpoint_last             link to the newest
     <folder>/checkpoint_best             link to the best by held-out loss, never pruned
+    <folder>/damaged-step-0001000/       a checkpoint that failed verification
 
 A checkpoint is written under a temporary name, fsynced and renamed: one that stands under its
-final name is complete, and its checksums are verified before it is loaded.
+final name is complete, and its checksums are verified before it is loaded. Where a file system has
+no symbolic links there are none.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import warnings
-from typing import Any, NamedTuple
+import zipfile
+from typing import Any, Callable, Mapping, NamedTuple
 
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import read_json, sha256_of, write_json
+from bort.files import sha256_of, write_json
 
 MODEL = "model.params"
+MODEL_CONFIG = "model.json"
 TRAINER = "trainer.npz"
 STATE = "state.json"
 OWN_SUM = "state_sha256"
 LAST = "checkpoint_last"
 BEST = "checkpoint_best"
+DAMAGED = "damaged-"
+# What the read of a damaged or absent file answers; any other error may pass (ESTALE, EIO).
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# What a file system without symbolic links answers.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Checkpoint(NamedTuple):
@@ -47,13 +59,25 @@ class Checkpoint(NamedTuple):
         return os.path.join(self.path, MODEL)
 
     def trainer_arrays(self) -> dict[str, np.ndarray]:
-        """Read the optimiser's state as {name: array}."""
-        with np.load(os.path.join(self.path, TRAINER), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        """Read the optimizer state as {name: array}; raises `UserError` unless it is arrays."""
+        path = os.path.join(self.path, TRAINER)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: cannot be read as arrays ({error})") from None
+
+
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save(
-    folder: str, step: int, write_model: Any, arrays: dict[str, np.ndarray], state: dict[str, Any]
+    folder: str,
+    step: int,
+    write_model: Callable[[str], None],
+    arrays: Mapping[str, np.ndarray],
+    state: Mapping[str, Any],
+    unfinished: bool = False,
 ) -> str:
     """Write the checkpoint of a step and point `checkpoint_last` to it; returns its path.
 
@@ -61,56 +85,143 @@ def save(
         folder: where the run keeps its checkpoints.
         step: number of updates made.
         write_model: called with the path that the parameters go to; may write more beside them.
-        arrays: the optimiser's state.
+        arrays: the optimizer state.
         state: what else a resumed run needs; JSON.
+        unfinished: `amend` will follow, with another state and model config.
+
+    Raises `UserError` when it cannot be written; nothing of it is left then.
     """
     name = _name(step)
-    temporary = os.path.join(folder, f".{name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    write_model(os.path.join(temporary, MODEL))
-    np.savez(os.path.join(temporary, TRAINER), **arrays)
-    sums = {file: _flushed_sha256(os.path.join(temporary, file)) for file in _files(temporary)}
-    content = {"step": step, **state, "sha256": sums}
-    write_json(os.path.join(temporary, STATE), {**content, OWN_SUM: _json_sha256(content)})
-    _fsync_folder(temporary)
-    final = os.path.join(folder, name)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _fsync_folder(folder)
-    point(folder, LAST, name)
-    return final
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
+    try:
+        os.makedirs(temporary)
+        write_model(os.path.join(temporary, MODEL))
+        np.savez(os.path.join(temporary, TRAINER), **arrays)
+        files = [file for file in _files(temporary) if not (unfinished and file == MODEL_CONFIG)]
+        sums = {file: _flushed_sha256(os.path.join(temporary, file)) for file in files}
+        _write_state(temporary, {"step": step, **state, "sha256": sums})
+        _fsync_folder(temporary)
+        _move(temporary, os.path.join(folder, name))
+        _fsync_folder(folder)
+        point(folder, LAST, name)
+    except (OSError, UserError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _not_saved(folder, step, error) from None
+    return os.path.join(folder, name)
+
+
+def amend(path: str, write_config: Callable[[str], None], state: Mapping[str, Any]) -> None:
+    """Finish a checkpoint that was saved as unfinished: replace its model config and its state.
+
+    Killed in between, it is still unfinished, with either config. `write_config` is called with the
+    path of the parameters.
+    """
+    step = _step_of(os.path.basename(path))
+    try:
+        write_config(os.path.join(path, MODEL))
+        sums = dict(_read_state(path)["sha256"])
+        if os.path.exists(os.path.join(path, MODEL_CONFIG)):
+            sums[MODEL_CONFIG] = sha256_of(os.path.join(path, MODEL_CONFIG))
+        sums = {file: sums[file] for file in sorted(sums)}
+        _write_state(path, {"step": step, **state, "sha256": sums})
+    except (OSError, UserError) as error:
+        raise _not_saved(os.path.dirname(path), step, error) from None
+
+
+def _write_state(path: str, content: Mapping[str, Any]) -> None:
+    write_json(os.path.join(path, STATE), {**content, OWN_SUM: _json_sha256(content)})
+
+
+def _move(source: str, target: str) -> None:
+    """Rename a folder; what stood there, an earlier save of the same step, is removed after it."""
+    replaced = None
+    if os.path.isdir(target):
+        replaced = f"{source}.replaced"
+        os.rename(target, replaced)
+    os.replace(source, target)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _not_saved(folder: str, step: int, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    good = [other for other in steps(folder) if other < step]
+    last = f"the last good checkpoint is {_name(good[-1])}" if good else "there is none before it"
+    return UserError(
+        f"{folder}: the checkpoint of step {step} cannot be written ({reason}); {last}; "
+        "free some space and resume"
+    )
 
 
 def point(folder: str, link: str, name: str) -> None:
     """Let the link `checkpoint_last` or `checkpoint_best` lead to checkpoint `name`."""
-    temporary = os.path.join(folder, f".{link}.tmp")
-    if os.path.lexists(temporary):
-        os.remove(temporary)
-    os.symlink(name, temporary)
-    os.replace(temporary, os.path.join(folder, link))
+    temporary = os.path.join(folder, f".{link}.{secrets.token_hex(8)}.tmp")
+    try:
+        os.symlink(name, temporary)
+        os.replace(temporary, os.path.join(folder, link))
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def load(path: str) -> Checkpoint:
-    """Verify and open one checkpoint; raises `UserError` naming what is missing or altered."""
-    state = read_json(os.path.join(path, STATE))
-    if not isinstance(state, dict) or state.pop(OWN_SUM, None) != _json_sha256(state):
-        raise UserError(
-            f"{os.path.join(path, STATE)}: its own SHA-256 is missing or wrong; altered"
-        )
+    """Verify and open one checkpoint.
+
+    Raises `UserError` that names what is missing or altered, and `OSError` for a read that failed
+    though the file is there: that may pass.
+    """
+    state = _read_state(path)
     for file, expected in state["sha256"].items():
         full = os.path.join(path, file)
-        if not os.path.exists(full):
-            raise UserError(f"{full}: missing; the checkpoint is not complete")
-        if sha256_of(full) != expected:
+        try:
+            found = sha256_of(full)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+            raise UserError(f"{full}: missing; the checkpoint is not complete") from None
+        if found != expected:
             raise UserError(f"{full}: its SHA-256 is not that of state.json; altered or truncated")
     return Checkpoint(path, state)
+
+
+def _read_state(path: str) -> dict[str, Any]:
+    """Return the content of state.json, verified by its own SHA-256, which is left out."""
+    file = os.path.join(path, STATE)
+    try:
+        with open(file, "rb") as handle:
+            content = handle.read()
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            raise
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    try:
+        state = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: is not JSON") from None
+    if not isinstance(state, dict) or state.pop(OWN_SUM, None) != _json_sha256(state):
+        raise UserError(f"{file}: its own SHA-256 is missing or wrong; altered")
+    sums = state.get("sha256")
+    if not (
+        isinstance(state.get("step"), int)
+        and isinstance(sums, dict)
+        and {MODEL, TRAINER} <= sums.keys()
+        and all(_inside(name) and isinstance(value, str) for name, value in sums.items())
+    ):
+        raise UserError(f"{file}: is not the state of a checkpoint")
+    return state
+
+
+def _inside(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in name.split("/")
 
 
 def latest(folder: str) -> Checkpoint | None:
     """Open the newest good checkpoint of a run; None when the run has not saved any.
 
-    Warns of each damaged one that it passes over; raises `UserError` when all are damaged.
+    Warns of each damaged one that it skips; raises `UserError` when all are damaged.
     """
     names = _names(folder)
     for name in reversed(names):
@@ -120,27 +231,9 @@ def latest(folder: str) -> Checkpoint | None:
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
     if names:
         raise UserError(
-            f"{folder}: all its checkpoints are damaged; give another --ckpt_dir to start anew"
+            f"{folder}: all its checkpoints are damaged; give another --ckpt_dir for a new run"
         )
     return None
-
-
-def rewind(folder: str, step: int, best_step: int | None) -> None:
-    """Make the folder what it was when the run had saved the checkpoint of `step`.
-
-    Later checkpoints, damaged or of a continuation that is given up, would otherwise outlive the
-    ones to come when those are pruned. What a killed run left half-written goes, too.
-    """
-    for name in _names(folder):
-        if _step_of(name) > step:
-            shutil.rmtree(os.path.join(folder, name))
-    for half_written in glob.glob(os.path.join(glob.escape(folder), ".step-*.tmp")):
-        shutil.rmtree(half_written)
-    point(folder, LAST, _name(step))
-    if best_step is not None and _name(best_step) in _names(folder):
-        point(folder, BEST, _name(best_step))
-    elif os.path.lexists(os.path.join(folder, BEST)):
-        os.remove(os.path.join(folder, BEST))
 
 
 def at_step(folder: str, step: int) -> Checkpoint:
@@ -157,8 +250,27 @@ def require_none(folder: str) -> None:
     if _names(folder):
         raise UserError(
             f"--ckpt_dir {folder}: holds the checkpoints of another run; "
-            "--resume goes on from them, another folder starts anew"
+            "--resume continues it, another folder starts a new run"
         )
+
+
+def require_usable(folder: str, flag: str) -> None:
+    """Raise `UserError` when checkpoints cannot be written into a folder, or into a new one there.
+
+    Writes nothing.
+    """
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise UserError(f"{flag} {folder}: {path} is not a folder; name another one")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: {path} cannot be written to; name another folder")
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if _is_checkpoint(name) and not os.path.isdir(os.path.join(folder, name)):
+            raise UserError(
+                f"{flag} {folder}: {name} is a file where a checkpoint would go; move it away"
+            )
 
 
 def steps(folder: str) -> list[int]:
@@ -166,20 +278,69 @@ def steps(folder: str) -> list[int]:
     return [_step_of(name) for name in _names(folder)]
 
 
+def path_of(folder: str, step: int) -> str:
+    """Return the path of the checkpoint of a step."""
+    return os.path.join(folder, _name(step))
+
+
+def newest_path(folder: str) -> str | None:
+    """Return the path of a run's newest checkpoint, links or not; None when there is none."""
+    last = os.path.join(folder, LAST)
+    if os.path.isdir(last):
+        return last
+    names = _names(folder)
+    return os.path.join(folder, names[-1]) if names else None
+
+
+# ---- the folder of a run -------------------------------------------------------------------------
+
+
+def rewind(folder: str, step: int, best_step: int | None, remove_later: bool = False) -> None:
+    """Make the folder what it was when the run had saved the checkpoint of `step`.
+
+    With `remove_later` the later checkpoints are of a continuation that is given up. Without it
+    they are damaged: they are renamed, so that the ones to come do not meet them. What a killed run
+    left half-written is removed.
+    """
+    for name in _names(folder):
+        if _step_of(name) > step:
+            path = os.path.join(folder, name)
+            if remove_later:
+                shutil.rmtree(path)
+            else:
+                os.rename(path, _free_name(os.path.join(folder, f"{DAMAGED}{name}")))
+    for half_written in glob.glob(os.path.join(glob.escape(folder), ".step-*.tmp*")):
+        shutil.rmtree(half_written)
+    for link in glob.glob(os.path.join(glob.escape(folder), ".checkpoint_*.tmp")):
+        os.remove(link)
+    point(folder, LAST, _name(step))
+    if best_step is not None and _name(best_step) in _names(folder):
+        point(folder, BEST, _name(best_step))
+    elif os.path.islink(os.path.join(folder, BEST)):
+        os.remove(os.path.join(folder, BEST))
+
+
+def _free_name(path: str) -> str:
+    names = itertools.chain([path], (f"{path}.{number}" for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def remove_all(folder: str) -> None:
     """Delete the checkpoints of a run that has ended, and what leads to them."""
     for link in (LAST, BEST):
-        if os.path.lexists(os.path.join(folder, link)):
+        if os.path.islink(os.path.join(folder, link)):
             os.remove(os.path.join(folder, link))
     for name in _names(folder):
         shutil.rmtree(os.path.join(folder, name))
 
 
-def prune(folder: str, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best."""
+def prune(folder: str, keep: int, best_step: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints, the one linked as best, and `best_step`'s."""
     best = os.path.join(folder, BEST)
     kept = {os.readlink(best)} if os.path.islink(best) else set()
     kept.update(_names(folder)[-keep:])
+    if best_step is not None:
+        kept.add(_name(best_step))
     for name in _names(folder):
         if name not in kept:
             shutil.rmtree(os.path.join(folder, name))
@@ -193,10 +354,15 @@ def _step_of(name: str) -> int:
     return int(name[len("step-") :])
 
 
+def _is_checkpoint(name: str) -> bool:
+    return re.fullmatch(r"step-\d{7,}", name) is not None
+
+
 def _names(folder: str) -> list[str]:
     found = os.listdir(folder) if os.path.isdir(folder) else []
+    names = [n for n in found if _is_checkpoint(n) and os.path.isdir(os.path.join(folder, n))]
     # By number: ten million has a digit more than the names are padded to.
-    return sorted((name for name in found if re.fullmatch(r"step-\d{7,}", name)), key=_step_of)
+    return sorted(names, key=_step_of)
 
 
 def _files(folder: str) -> list[str]:
@@ -204,7 +370,7 @@ def _files(folder: str) -> list[str]:
     return sorted(os.path.relpath(path, folder) for path in paths)
 
 
-def _json_sha256(content: dict[str, Any]) -> str:
+def _json_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -216,5 +382,7 @@ def _flushed_sha256(path: str) -> str:
 
 def _fsync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

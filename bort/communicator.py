@@ -1,15 +1,25 @@
-"""One process or many: rank, size, broadcast and sum, behind one small interface.
+"""One process or many: rank, size, broadcast and allreduce, behind one small interface.
 
-The training loops know nothing else of Horovod. Sums are asked for as sums: whether the gradients
-of Horovod's own trainer hold sums or means depends on the backend it was built with.
+The training loop uses nothing else of Horovod. allreduce always sums: whether the gradients of
+Horovod's own trainer hold sums or means depends on the backend it was built with.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Iterator, Protocol, Sequence
 
 import numpy as np
+
+from bort.errors import UserError
+from bort.files import lock_folder
+from bort.types import NDArray
+
+# Where mpirun and srun say how many processes they start. A batch script of Slurm has SLURM_NTASKS,
+# too, and may run one process on purpose, unless that is a program for many.
+LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+LAUNCHERS_OF_RANKS = (*LAUNCHERS, "SLURM_NTASKS")
 
 
 class Communicator(Protocol):
@@ -18,16 +28,19 @@ class Communicator(Protocol):
     rank: int
     size: int
     local_rank: int
+    local_size: int  # ranks on this machine
 
-    def broadcast(self, arrays: Sequence[Any]) -> None:
+    def broadcast(self, arrays: Sequence[NDArray]) -> None:
         """Overwrite the NDArrays with those of rank 0; waits for the others."""
 
-    def allreduce_(self, arrays: Sequence[Any], compression: str = "none") -> None:
+    def allreduce_(
+        self, arrays: Sequence[NDArray], name: str = "sum", compression: str = "none"
+    ) -> None:
         """Overwrite each NDArray with its sum over all ranks, without waiting.
 
-        A place in the sequence has to hold the same array at every call: the sums of one call may
-        still be under way when the next is queued, and only the array keeps them apart.
-        `compression` fp16 halves what travels of all but the last, which counts positions.
+        An index of the sequence has to hold the same array at every call of a `name`: the sums of
+        one call may not have ended when the next is queued, and only the array keeps them apart.
+        With `compression` fp16 the arrays are sent in float16.
         """
 
     def allreduce(self, values: np.ndarray) -> np.ndarray:
@@ -40,7 +53,7 @@ class Communicator(Protocol):
         """Return the value of every rank, in their order; waits for the others."""
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has reached this call."""
 
 
 class SingleProcess:
@@ -49,12 +62,15 @@ class SingleProcess:
     rank = 0
     size = 1
     local_rank = 0
+    local_size = 1
 
-    def broadcast(self, arrays: Sequence[Any]) -> None:
-        """Nothing to overwrite: this is rank 0."""
+    def broadcast(self, arrays: Sequence[NDArray]) -> None:
+        """Do nothing: this is rank 0."""
 
-    def allreduce_(self, arrays: Sequence[Any], compression: str = "none") -> None:
-        """Nothing to add."""
+    def allreduce_(
+        self, arrays: Sequence[NDArray], name: str = "sum", compression: str = "none"
+    ) -> None:
+        """Do nothing: the arrays are the sums."""
 
     def allreduce(self, values: np.ndarray) -> np.ndarray:
         """Return the values."""
@@ -69,7 +85,7 @@ class SingleProcess:
         return [value]
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """Return: there is no other rank."""
 
 
 class Horovod:
@@ -80,43 +96,44 @@ class Horovod:
 
         self._hvd = hvd
         self._join()
+        if self.size == 1:
+            _refuse_unconnected_processes(LAUNCHERS_OF_RANKS)
 
     def _join(self) -> None:
         self._hvd.init()
         self.rank: int = self._hvd.rank()
         self.size: int = self._hvd.size()
         self.local_rank: int = self._hvd.local_rank()
+        self.local_size: int = self._hvd.local_size()
 
     def reinit(self) -> None:
-        """Leave, and meet the processes there are now: rank and size change.
+        """Re-initialise Horovod with the current workers: rank and size change.
 
-        Under elastic Horovod only, after a process was lost or before a new one is let in.
+        Under elastic Horovod only, after a worker was lost or before a new one is admitted.
         """
         self._hvd.shutdown()
         self._join()
 
-    def broadcast(self, arrays: Sequence[Any]) -> None:
+    def broadcast(self, arrays: Sequence[NDArray]) -> None:
         """Overwrite the NDArrays with those of rank 0."""
         for number, array in enumerate(arrays):
             self._hvd.broadcast_(array, root_rank=0, name=f"broadcast.{number}")
-        # The next call uses the same names, and two messages of one name must not be under way.
+        # The next call uses the same names, and two messages of one name must not overlap.
         for array in arrays:
             array.wait_to_read()
 
-    def allreduce_(self, arrays: Sequence[Any], compression: str = "none") -> None:
+    def allreduce_(
+        self, arrays: Sequence[NDArray], name: str = "sum", compression: str = "none"
+    ) -> None:
         """Overwrite each NDArray with its sum over all ranks, fused into few messages."""
-        last = len(arrays) - 1
         for number, array in enumerate(arrays):
-            name = f"sum.{number}"
-            if compression == "fp16" and number < last:
-                narrow = array.astype("float16")
-                self._hvd.allreduce_(narrow, average=False, name=name, priority=-number)
-                narrow.copyto(array)
-            else:
-                self._hvd.allreduce_(array, average=False, name=name, priority=-number)
+            sent = array.astype("float16") if compression == "fp16" else array
+            self._hvd.allreduce_(sent, average=False, name=f"{name}.{number}", priority=-number)
+            if sent is not array:
+                sent.copyto(array)
 
     def allreduce(self, values: np.ndarray) -> np.ndarray:
-        """Return the sum over all ranks; float64 goes over the wire unrounded."""
+        """Return the sum over all ranks; float64 is sent unrounded."""
         from mxnet import nd
 
         array = nd.array(values, dtype="float64")
@@ -132,10 +149,33 @@ class Horovod:
         return self._hvd.allgather_object(value, name="objects")
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has reached this call."""
         self.allreduce(np.zeros(1))
 
 
 def communicator_of_environment() -> Communicator:
-    """Return Horovod's processes when `horovodrun` started this one, else a single process."""
-    return Horovod() if "HOROVOD_RANK" in os.environ else SingleProcess()
+    """Return Horovod's processes when `horovodrun` started this one, else a single process.
+
+    Raises `UserError` when another launcher started several, which would not know of one another.
+    """
+    if "HOROVOD_RANK" in os.environ:
+        return Horovod()
+    _refuse_unconnected_processes(LAUNCHERS)
+    return SingleProcess()
+
+
+def _refuse_unconnected_processes(variables: Sequence[str]) -> None:
+    for name in variables:
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            raise UserError(
+                f"{name} is {value}, but this process is alone: {value} independent copies would "
+                "run; start them with horovodrun, or rebuild Horovod with MPI"
+            )
+
+
+@contextmanager
+def lock_of_rank_0(folder: str, flag: str, communicator: Communicator) -> Iterator[None]:
+    """Hold the lock of a folder on rank 0; see `bort.files.lock_folder`."""
+    with lock_folder(folder, flag) if communicator.rank == 0 else nullcontext():
+        yield

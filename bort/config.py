@@ -1,20 +1,24 @@
 """Settings: one frozen dataclass per concern; argparse, config.json and the checks come from it.
 
 A field is made by `option(default, "help")`; its name is the flag (`--batch_size`), its annotation
-the type. A dataclass checks itself in `check`, with a message that names the flag and the cure.
+the type. The first line of the class's docstring is the title of its flags in --help. A dataclass
+checks itself in `check`, with a message that names the flag and the cure.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shlex
 import typing
-from typing import Any, NoReturn, Sequence, TypeVar
+from typing import Any, Mapping, NoReturn, Sequence, TypeVar
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
+from bort.files import read_json
 
 Settings = TypeVar("Settings")
+CONFIG_FLAG = "--config"
 
 
 def option(
@@ -24,10 +28,20 @@ def option(
     choices: Sequence[str] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    rerun: bool = True,
 ) -> Any:
-    """Declare one field of a settings dataclass: default, help text, and its limits (inclusive)."""
+    """Declare one field of a settings dataclass.
+
+    Args:
+        default: its value without the flag.
+        text: its help.
+        choices: the values it may have.
+        minimum: the least value, inclusive.
+        maximum: the greatest value, inclusive.
+        rerun: False when `--config` does not take it over from an earlier run.
+    """
     limits = {"help": text, "choices": choices, "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata=limits)
+    return dataclasses.field(default=default, metadata={**limits, "rerun": rerun})
 
 
 def required(text: str) -> Any:
@@ -36,7 +50,7 @@ def required(text: str) -> Any:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Argument parser whose complaint is one line that says where the help is."""
+    """Argument parser that reports an error in one line, which says where the help is."""
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with status 2."""
@@ -49,8 +63,8 @@ def parser_for(description: str, *classes: type) -> OneLineParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for cls in classes:
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        group = parser.add_argument_group(cls.__name__, summary)
+        title = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        group = parser.add_argument_group(title)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             _add_flag(group, field, hints[field.name])
@@ -59,31 +73,96 @@ def parser_for(description: str, *classes: type) -> OneLineParser:
 
 def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
     needed = field.default is dataclasses.MISSING
-    shown = "" if needed or field.default in (None, False, "") else f" (default {field.default})"
-    text = (field.metadata["help"] + shown).replace("%", "%%")
+    if needed:
+        note = " (required)"
+    else:
+        note = "" if field.default in (None, False, "") else f" (default {field.default})"
+    text = (field.metadata["help"] + note).replace("%", "%%")
     flag = f"--{field.name}"
     if hint is bool:
         group.add_argument(flag, action="store_true", default=field.default, help=text)
         return
-    plain = next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint)
+    value_type = next((t for t in typing.get_args(hint) if t is not type(None)), hint)
     group.add_argument(
         flag,
-        type=plain,
+        type=value_type,
         required=needed,
         default=None if needed else field.default,
         choices=field.metadata.get("choices"),
-        metavar=None if field.metadata.get("choices") else plain.__name__.upper(),
+        metavar=None if field.metadata.get("choices") else value_type.__name__.upper(),
         help=text,
     )
 
 
-def parse(description: str, argv: Sequence[str] | None, *classes: type) -> tuple[Any, ...]:
-    """Parse `argv` (None: the process's own) into one checked instance of each settings class."""
-    parsed = vars(parser_for(description, *classes).parse_args(argv))
+def parse(
+    description: str, argv: Sequence[str] | None, *classes: type, config: bool = False
+) -> tuple[Any, ...]:
+    """Parse `argv` (None: the process's own) into one checked instance of each settings class.
+
+    With `config` the program has --config, the config.json of an earlier run: flags that are not
+    given are taken from there.
+    """
+    parser = parser_for(description, *classes)
+    if config:
+        parser.add_argument(
+            CONFIG_FLAG,
+            metavar="FILE",
+            help="rerun a run: take the flags from its config.json; flags given here override them",
+        )
+        _use_config(parser, argv, classes)
+    parsed = vars(parser.parse_args(argv))
     return tuple(build(cls, parsed) for cls in classes)
 
 
-def build(cls: type[Settings], values: dict[str, Any]) -> Settings:
+def _use_config(parser: OneLineParser, argv: Sequence[str] | None, classes: Sequence[type]) -> None:
+    """Make the values of the file that --config names the defaults of a parser."""
+    first = OneLineParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    first.add_argument(CONFIG_FLAG)
+    path = first.parse_known_args(argv)[0].config
+    if path is None:
+        return
+    values = read_config(path, classes)
+    parser.set_defaults(**values)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in values
+
+
+def read_config(path: str, classes: Sequence[type]) -> dict[str, Any]:
+    """Return the flags that a config.json holds for settings classes, without those of one run.
+
+    Raises `UserError` when it is of another program or a value is of another type.
+    """
+    content, by_name = read_json(path), {cls.__name__: cls for cls in classes}
+    if not isinstance(content, dict) or not content.keys() & by_name.keys():
+        raise UserError(f"{CONFIG_FLAG} {path}: is not the config.json of a run of this program")
+    values: dict[str, Any] = {}
+    for name, settings in content.items():
+        if name not in by_name or not isinstance(settings, dict):
+            raise UserError(
+                f"{CONFIG_FLAG} {path}: {quoted(name)} is not a part of this program's settings"
+            )
+        values.update(_typed(path, by_name[name], settings))
+    return values
+
+
+def _typed(path: str, cls: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    import msgspec
+
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for flag, value in settings.items():
+        if flag not in fields:
+            raise UserError(f"{CONFIG_FLAG} {path}: {quoted(flag)} is not a flag of this program")
+        if not fields[flag].metadata.get("rerun", True):
+            continue
+        try:
+            values[flag] = msgspec.convert(value, hints[flag])
+        except msgspec.ValidationError as error:
+            raise UserError(f"{CONFIG_FLAG} {path}: {flag}: {error}") from None
+    return values
+
+
+def build(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Make and check one settings instance from a dictionary that may hold other keys too."""
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     settings = cls(**{name: values[name] for name in names if name in values})
@@ -95,30 +174,38 @@ def build(cls: type[Settings], values: dict[str, Any]) -> Settings:
 
 
 def check_limits(settings: Any) -> None:
-    """Raise `UserError` for the first field outside the limits that its `option` declares."""
+    """Raise `UserError` for the first field outside the limits that its `option` declares.
+
+    No number may be infinite or nan.
+    """
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
+        choices = field.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise UserError(f"--{field.name} {quoted(value)}: must be one of {', '.join(choices)}")
         if value is None or isinstance(value, str):
             continue
-        # Asked the other way round, so that "nan" is outside.
+        low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
+        # Not `value < low`: "nan" is outside, too.
         if low is not None and not value >= low:
             raise UserError(f"--{field.name} {value}: must be at least {low}")
         if high is not None and not value <= high:
             raise UserError(f"--{field.name} {value}: must be at most {high}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{field.name} {value}: must be a finite number")
 
 
 def as_dict(*settings: Any) -> dict[str, dict[str, Any]]:
     """Return the settings as {class name: {field: value}}, the content of config.json."""
-    return {type(one).__name__: dataclasses.asdict(one) for one in settings}
+    return {type(each).__name__: dataclasses.asdict(each) for each in settings}
 
 
 def command_of(program: str, *settings: Any) -> str:
     """Return the command line that gives these settings: flags at their default are left out."""
     words = ["python", program]
-    for one in settings:
-        for field in dataclasses.fields(one):
-            value = getattr(one, field.name)
+    for each in settings:
+        for field in dataclasses.fields(each):
+            value = getattr(each, field.name)
             if value != field.default:
                 words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
     return shlex.join(words)

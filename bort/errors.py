@@ -23,8 +23,11 @@ class Stopped(Exception):  # noqa: N818  (not an error: the program did as it wa
     """The program was told to stop by a signal and has saved its state."""
 
     def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
+        super().__init__(signum, message)  # all of it: a child process sends it to its parent
+        self.signum, self.message = signum, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def quoted(value: Any, characters: int = QUOTED_CHARACTERS) -> str:

@@ -26,7 +26,7 @@ def parameter_file(path: str) -> str:
 
     Raises `UserError` when there is none or several.
     """
-    for candidate in (path, os.path.join(path, checkpoint.LAST)):
+    for candidate in (path, checkpoint.newest_path(path) or path):
         model = os.path.join(candidate, checkpoint.MODEL)
         if os.path.isfile(model) and os.path.isfile(os.path.join(candidate, checkpoint.STATE)):
             return checkpoint.load(candidate).model_path

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from bort import checkpoint
 from bort.errors import UserError
+from bort.parameters import parameter_file
 
 ARRAYS = {
     "mean.0": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32),
@@ -60,7 +63,7 @@ def test_nothing_is_ever_unpickled(tmp_path):
     state["state_sha256"] = checkpoint._json_sha256(state)
     (path / "state.json").write_text(json.dumps(state))
     planted = checkpoint.load(str(path))
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(UserError, match="pickle"):
         planted.trainer_arrays()
 
 
@@ -227,7 +230,7 @@ def test_rewinding_forgets_what_came_later_and_finds_the_best_again(tmp_path):
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
     checkpoint.point(str(tmp_path), checkpoint.BEST, "step-0000008")
-    checkpoint.rewind(str(tmp_path), 6, best_step=4)
+    checkpoint.rewind(str(tmp_path), 6, best_step=4, remove_later=True)
     assert steps(tmp_path) == [2, 4, 6]
     assert checkpoint.load(str(tmp_path / "checkpoint_last")).state["step"] == 6
     assert checkpoint.load(str(tmp_path / "checkpoint_best")).state["step"] == 4
@@ -245,3 +248,94 @@ def test_a_damaged_later_checkpoint_does_not_outlive_the_good_ones(tmp_path):
     save(tmp_path, 5)
     checkpoint.prune(str(tmp_path), keep=1)
     assert steps(tmp_path) == [5]
+
+
+def test_a_damaged_checkpoint_is_renamed_not_removed(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "damaged-step-0000009").mkdir()
+    damaged = (save(tmp_path, 9) / "model.params").read_bytes()[:-1]
+    truncate(tmp_path / "step-0000009" / "model.params")
+    checkpoint.rewind(str(tmp_path), 1, best_step=None)
+    assert (tmp_path / "damaged-step-0000009.2" / "model.params").read_bytes() == damaged
+    assert steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("file", ["state.json", "trainer.npz"])
+def test_a_read_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, file, code):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    real = open
+
+    def failing(path, *rest, **keywords):
+        if str(path).endswith(f"step-0000002/{file}"):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *rest, **keywords)
+
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))):
+        checkpoint.latest(str(tmp_path))
+
+
+def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_args, **_keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 7)
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(UserError) as caught:
+        save(tmp_path, 9)
+    assert str(caught.value) == (
+        f"{tmp_path}: the checkpoint of step 9 cannot be written (No space left on device); the "
+        "last good checkpoint is step-0000007; free some space and resume"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint_last", "step-0000007"]
+
+
+def test_without_symbolic_links_checkpoints_are_saved_found_and_pruned(tmp_path, monkeypatch):
+    def unsupported(*_args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", unsupported)
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+        checkpoint.prune(str(tmp_path), keep=1, best_step=1)
+    assert steps(tmp_path) == [1, 3]
+    checkpoint.rewind(str(tmp_path), 3, best_step=1)
+    assert sorted(os.listdir(tmp_path)) == ["step-0000001", "step-0000003"]
+    assert checkpoint.newest_path(str(tmp_path)) == str(tmp_path / "step-0000003")
+    assert parameter_file(str(tmp_path)) == str(tmp_path / "step-0000003" / "model.params")
+
+
+def test_an_unfinished_checkpoint_is_good_before_and_after_it_is_amended(tmp_path):
+    def write(path):
+        Path(path).write_bytes(b"parameters")
+        Path(path).with_name("model.json").write_text("first")
+
+    def write_config(path):
+        Path(path).with_name("model.json").write_text("second")
+
+    arguments = (str(tmp_path), 4, write, ARRAYS, {**STATE, "evaluation_pending": True})
+    path = checkpoint.save(*arguments, unfinished=True)
+    assert checkpoint.load(path).state["evaluation_pending"]
+    checkpoint.amend(path, write_config, STATE)
+    amended = checkpoint.load(path).state
+    assert "evaluation_pending" not in amended
+    assert list(amended["sha256"]) == ["model.json", "model.params", "trainer.npz"]
+    flip(Path(path) / "model.json")
+    with pytest.raises(UserError, match=r"model\.json: its SHA-256"):
+        checkpoint.load(path)
+
+
+def test_a_folder_that_cannot_hold_checkpoints_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below/it"):
+        with pytest.raises(UserError, match=r"--ckpt_dir .*file is not a folder; name another"):
+            checkpoint.require_usable(str(tmp_path / folder), "--ckpt_dir")
+    checkpoint.require_usable(str(tmp_path / "new" / "run"), "--ckpt_dir")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "run").mkdir()
+    checkpoint.require_usable(str(tmp_path / "run"), "--ckpt_dir")
+    (tmp_path / "run" / "step-0000004").write_text("")
+    with pytest.raises(UserError, match="step-0000004 is a file where a checkpoint would go"):
+        checkpoint.require_usable(str(tmp_path / "run"), "--ckpt_dir")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import textwrap
 
 import numpy as np
 import pytest
 
-from bort.communicator import SingleProcess
-from tests.pretraining.helpers import horovodrun
+from bort.communicator import LAUNCHERS, SingleProcess, communicator_of_environment
+from bort.errors import UserError
+from tests.pretraining.helpers import ROOT, horovodrun
 
 # Rank 1 is slow at every turn: rank 0 then has several messages under way at once.
 TWO_RANKS = """
@@ -60,7 +64,7 @@ def test_a_single_process_is_rank_0_of_1_and_changes_nothing():
     alone = SingleProcess()
     assert (alone.rank, alone.size, alone.local_rank) == (0, 1, 0)
     values = np.array([1 / 3, 2.0])
-    assert (alone.sum(values) == values).all()
+    assert (alone.allreduce(values) == values).all()
     assert alone.broadcast_object({"step": 7}) == {"step": 7}
     array = np.ones(3)
     alone.broadcast([array])
@@ -84,3 +88,29 @@ def test_two_ranks_one_of_them_slow(tmp_path):
     assert ranks[0]["sum"] == [1 / 3 + 1 / 3, 1.0, 2.0**54], "in float64"
     assert ranks[0]["object"] == {"step": 7, "rank": 0, "none": None}
     assert ranks[0]["size"] == 2
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_processes_of_a_launcher_that_horovod_does_not_see_are_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"{name} is 2, but this process is alone: 2 independent"):
+        communicator_of_environment()
+    monkeypatch.setenv(name, "1")
+    assert communicator_of_environment().size == 1
+
+
+def test_a_rank_alone_under_srun_or_mpirun_is_refused_by_the_program_for_many(tmp_path):
+    """As with a Horovod of Gloo, which does not know of the other processes."""
+    program = "run_pretraining_distillation_hvd.py"
+    done = subprocess.run(
+        [sys.executable, program, "--data", "absent", "--ckpt_dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env={**os.environ, "SLURM_NTASKS": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "SLURM_NTASKS is 4, but this process is alone" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -133,15 +133,15 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     text = " ".join(capsys.readouterr().out.split())
     for expected in (
         "Cooks a meal.",
-        "How the meal is made.",
-        "--dish STR what to cook",
+        "How the meal is made:",
+        "--dish STR what to cook (required)",
         "--portions INT plates (default 4)",
         "--salt FLOAT part of 100 % (default 0.5)",
         "--cook STR who cooks",
         "--minutes INT time limit",
         "--spicy with chilli",
         "--style {boiled,fried} manner (default boiled)",
-        "Where the meal is eaten.",
+        "Where the meal is eaten:",
         "--seats INT chairs (default 2)",
     ):
         assert expected in text
@@ -212,3 +212,62 @@ def test_unreadable_json_is_a_user_error(content: Any, complaint: str, tmp_path:
 def test_a_folder_is_no_json(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read_json(str(tmp_path))
+
+
+# ---- --config ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OvenSettings:
+    """The oven."""
+
+    degrees: float = option(180.0, "temperature")
+    preheated: bool = option(False, "it is warm already", rerun=False)
+
+
+def rerun(*argv: str) -> tuple[Any, ...]:
+    return parse("Cooks.", argv, CookingSettings, OvenSettings, config=True)
+
+
+def test_a_run_is_repeated_from_its_config_and_flags_override_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "config.json")
+    first = rerun("--dish", "stew", "--salt", "0.25", "--minutes", "9", "--spicy", "--preheated")
+    write_json(path, as_dict(*first))
+    meal, oven = rerun("--config", path)
+    assert meal == first[0]
+    assert not oven.preheated, "what belongs to one run only is not taken over"
+    assert rerun("--portions", "2", "--config", path)[0] == dataclasses.replace(meal, portions=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("[]", "is not the config.json of a run of this program"),
+        ('{"TaskSettings": {}}', "is not the config.json of a run of this program"),
+        ('{"OvenSettings": {}, "Other": {}}', "'Other' is not a part of this program's settings"),
+        ('{"OvenSettings": 3}', "'OvenSettings' is not a part of this program's settings"),
+        ('{"OvenSettings": {"hue": 1}}', "'hue' is not a flag of this program"),
+        ('{"OvenSettings": {"degrees": "hot"}}', "degrees: Expected `float`, got `str`"),
+        ('{"CookingSettings": {"dish": "x", "portions": 40}}', "--portions 40: must be at most 12"),
+        ('{"CookingSettings": {"dish": "x", "style": "raw"}}', "--style 'raw': must be one of"),
+        ('{"OvenSettings": {"degrees": NaN}}', "--degrees nan: must be a finite number"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_config_of_another_program_or_type_is_refused(
+    content: str, complaint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=complaint.replace("`", ".")):
+        rerun("--config", str(path), "--dish", "x")
+
+
+def test_required_flags_are_still_required_beside_a_config_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"OvenSettings": {}}')
+    with pytest.raises(SystemExit):
+        rerun("--config", str(path))
+    assert "required: --dish" in capsys.readouterr().err

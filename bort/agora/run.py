@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -36,7 +35,7 @@ from bort.agora.text import FittedText, TextData
 from bort.communicator import SingleProcess, communicator_of_environment
 from bort.config import as_dict, command_of
 from bort.devices import devices_of
-from bort.errors import Stopped, UserError
+from bort.errors import UserError
 from bort.files import lock_folder, read_json_as, write_json
 from bort.finetuning.classifier import (
     Classifier,
@@ -125,8 +124,6 @@ class FineTuner:
             reporter,
         ).loop
         loop.run()
-        if not loop.finished():
-            raise Stopped(signal.SIGTERM, STOPPED)
         if loop.progress.best_step is None:
             save_model(os.path.join(folder, BEST), *classifier)
             return np.full((len(self.dev), max(2, self.task.num_outputs)), np.nan)

@@ -85,7 +85,9 @@ class FinetuningRunSettings:
 
     output_dir: str = option("runs/finetuning", "results go to a folder of the task's name in here")
     only_inference: bool = option(False, "train nothing: evaluate and predict with a classifier")
-    resume: bool = option(False, "go on from the newest checkpoint of the task's folder")
+    resume: bool = option(
+        False, "resume from the latest valid checkpoint in the task's folder", rerun=False
+    )
     ckpt_interval: Optional[int] = option(
         None, "updates between checkpoints (default: one at the end of each epoch)", minimum=1
     )

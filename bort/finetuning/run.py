@@ -25,9 +25,9 @@ from mxnet import autograd, nd
 
 from bort import checkpoint
 from bort.bort import EmbeddingRows
-from bort.communicator import Communicator
+from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict
-from bort.devices import devices_of
+from bort.devices import check_dtype, devices_of
 from bort.errors import UserError
 from bort.files import read_json_as, write_json
 from bort.finetuning.classifier import Classifier, build_classifier, task_of
@@ -56,8 +56,17 @@ from bort.finetuning.task_data import (
     read_task_data,
 )
 from bort.parameters import load_parameters
-from bort.saved_model import save_model
-from bort.training.job import Evaluation, Job, Metrics, Progress, SavePolicy, Stream
+from bort.saved_model import save_model, save_model_config
+from bort.training.job import (
+    Evaluation,
+    Job,
+    Metrics,
+    Progress,
+    Resumed,
+    SavePolicy,
+    StopRequested,
+    Stream,
+)
 from bort.training.loop import Loop
 from bort.training.optimization import linear_warmup_decay, make_trainer
 from bort.training.reporting import FolderReporter, PhaseTimer, Reporter
@@ -66,6 +75,12 @@ from data.encoding import ClassifierBatch, ClassifierLoader, encode_examples
 from data.task import Example, Task
 
 BEST = "best.params"
+# What a resumed run cannot change.
+FIXED_FLAGS = (
+    ("FinetuningRunSettings", "seed"),
+    ("TaskSettings", "max_len"),
+    ("FinetuningOptimizerSettings", "dtype"),
+)
 METRICS = "metrics.json"
 # The learning rate after the schedule has ended (the original's fine-tuning).
 LOWEST_RATE = 1e-7
@@ -157,15 +172,21 @@ class DevEvaluation:
         self._classifier, self._data, self._sources = classifier, data, sources
         self._communicator, self._device = communicator, device
 
-    def __call__(self) -> Metrics:
+    def __call__(self, stop_requested: StopRequested = lambda: False) -> Metrics:
         """Return the metrics of each dev set, and `score`, their mean over the sets.
 
-        Of a model whose logits are NaN or infinite: only `nonfinite_logits`, their number.
+        Of a model whose logits are NaN or infinite: only `nonfinite_logits`, their number. Raises
+        `Interrupted` when `stop_requested` on any rank.
         """
         task, metrics, scores = self._data.task, {}, []
         for name, source in self._sources.items():
             logits = predict_logits(
-                self._classifier.network, source, task.kind, self._device, self._communicator
+                self._classifier.network,
+                source,
+                task.kind,
+                self._device,
+                self._communicator,
+                stop_requested,
             )
             if not np.isfinite(logits).all():
                 return {"nonfinite_logits": float(np.sum(~np.isfinite(logits)))}
@@ -241,7 +262,7 @@ def finetuning_loop(
         evaluation=_evaluation(
             classifier, evaluation, history, training, optimizer, options, max_steps
         ),
-        saving=_save_policy(classifier, data, training, options),
+        saving=_save_policy(classifier, data, training, options, optimizer.accumulate),
         extra=history,
         # Without a decoder no backward pass overwrites it: the rows of the batches are added.
         added_gradients=[network.bort.word_embed[0].weight],
@@ -301,7 +322,11 @@ def _evaluation(
 
 
 def _save_policy(
-    classifier: Classifier, data: TaskData, training: ClassifierLoader, options: FinetuningOptions
+    classifier: Classifier,
+    data: TaskData,
+    training: ClassifierLoader,
+    options: FinetuningOptions,
+    accumulate: int,
 ) -> SavePolicy:
     model_config, interval = classifier.model_config, options.ckpt_interval
 
@@ -324,45 +349,54 @@ def _save_policy(
         write_model=lambda path, _: save_model(
             path, classifier.network, model_config, classifier.tokenizer
         ),
+        write_config=lambda path, _: save_model_config(path, model_config, None),
         identity=identity,
-        require_same_stream=lambda state: require_same_stream(
-            options.folder, identity, options.config, state
+        check_resume=lambda state: check_resume(
+            options.folder, identity, options.config, accumulate, state
         ),
         settings=options.config,
         resume=options.resume,
     )
 
 
-def require_same_stream(
+def check_resume(
     folder: str,
     identity: Mapping[str, Any],
     config: Mapping[str, Any],
+    accumulate: int,
     state: Mapping[str, Any],
-) -> None:
-    """Raise `UserError` when the micro-batches are not those that a checkpoint's state counts."""
+) -> Resumed:
+    """Compare the settings of a run with those of the checkpoint it resumes.
+
+    Raises `UserError` when the micro-batches are not those that the checkpoint counts, or its
+    arrays would not fit.
+    """
     for name, value in identity.items():
         if state.get(name) != value:
             raise UserError(
                 f"--resume: the checkpoint in {folder} is of a run with {name} {state.get(name)}, "
                 f"now {value}; give what it was made with, or another --output_dir"
             )
-    for concern, flag in (("FinetuningRunSettings", "seed"), ("TaskSettings", "max_len")):
+    for concern, flag in FIXED_FLAGS:
         then, now = (each.get(concern, {}).get(flag) for each in (state["settings"], config))
         if then != now:
             raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
+    recorded = state["settings"].get("FinetuningOptimizerSettings", {})
+    return Resumed(recorded.get("accumulate", accumulate))
 
 
 # ---- from flags to a run ------------------------------------------------------------------------
 
 
 def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[str, Any]:
-    """Fine-tune or predict; returns the content of metrics.json, empty when told to stop.
+    """Fine-tune or predict; returns the content of metrics.json.
 
     All sets are read before the first step. Raises `UserError` for what the user can fix.
     """
     settings.check()
     run = settings.run
     devices = devices_of(run.gpus, run.cpu_contexts, communicator)
+    check_dtype(settings.optimizer.dtype, devices)
     task = task_of(settings)
     folder = os.path.join(run.output_dir, task.name)
     if run.only_inference:
@@ -374,11 +408,10 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[s
     classifier = build_classifier(settings, task, devices)
     if communicator.rank == 0 and not run.resume:
         refuse_other_run(folder)
-    with explained_memory_errors():
+    checkpoint.require_usable(folder, "--output_dir")
+    with lock_of_rank_0(folder, "--output_dir", communicator), explained_memory_errors():
         training = finetuning_run(settings, classifier, data, communicator, devices)
         training.loop.run()
-        if not training.loop.finished():
-            return {}
         return conclude(training, rows, sets, scoring_of(settings, communicator, devices))
 
 

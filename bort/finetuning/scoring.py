@@ -9,6 +9,7 @@ from mxnet import nd
 
 from bort.bort import EmbeddingRows, encode, encode_rows
 from bort.communicator import Communicator, SingleProcess
+from bort.training.job import Interrupted, StopRequested
 from bort.types import Block, Context, NDArray, TaskKind
 from data.encoding import ClassifierBatch, ClassifierLoader
 
@@ -59,6 +60,7 @@ def predict_logits(
     kind: str,
     device: Context,
     communicator: Optional[Communicator] = None,
+    stop_requested: Optional[StopRequested] = None,
 ) -> np.ndarray:
     """Return the logits of every example of a set: float64 [examples, classes or options].
 
@@ -67,11 +69,15 @@ def predict_logits(
     communicator = communicator or SingleProcess()
     logits: Optional[np.ndarray] = None
     for number in range(communicator.rank, loader.batches_per_epoch, communicator.size):
+        if stop_requested and stop_requested():
+            break
         batch = loader(number)
         batch_logits = forward(network, to_device(batch, device), kind).asnumpy()
         if logits is None:
             logits = np.zeros((len(loader.encoded.labels), batch_logits.shape[1]))
         logits[batch.indices] = batch_logits
+    if stop_requested and communicator.allreduce(np.array([float(stop_requested())]))[0]:
+        raise Interrupted
     if logits is None:  # more ranks than batches
         choices = kind == TaskKind.MULTIPLE_CHOICE
         width = loader.encoded.width if choices else network.classifier[3]._units

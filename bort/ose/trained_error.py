@@ -30,7 +30,7 @@ import numpy as np
 
 from bort.communicator import SingleProcess
 from bort.config import as_dict
-from bort.errors import UserError
+from bort.errors import Stopped, UserError
 from bort.files import read_json
 from bort.jobs import run as run_in_process
 from bort.ose.config import TrainingSettings
@@ -138,10 +138,10 @@ def _finished(settings: PretrainingSettings, quiet: bool) -> list[dict[str, floa
     alone = SingleProcess()
     reporter = FolderReporter(settings.run.ckpt_dir, alone, quiet)
     loop = pretraining_loop(settings, alone, devices_of(None, 1, alone), reporter)
-    evaluations = loop.run()
-    if not loop.finished():
-        raise UserError("interrupted; rerun the same command to resume")
-    return evaluations
+    try:
+        return loop.run()
+    except Stopped:
+        raise UserError("interrupted; rerun the same command to resume") from None
 
 
 def teacher_run(

@@ -1,4 +1,4 @@
-"""The settings of pretraining: one frozen dataclass per concern, from which the flags are made."""
+"""The flags of pretraining: one frozen dataclass per concern."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from bort.training.config import UpdateSettings
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is learnt from, and how it is cut into batches."""
+    """Training data and batching."""
 
     data: str = required("folder of training shards, made by create_pretraining_data.py")
     data_eval: Optional[str] = option(None, "folder of held-out shards")
     batch_size: int = option(8, "sequences per micro-batch and worker", minimum=1)
     batch_size_eval: int = option(8, "sequences per batch of the evaluation", minimum=1)
     accumulate: int = option(1, "micro-batches per worker and update", minimum=1)
-    num_buckets: int = option(10, "ranges of length; a batch is made within one", minimum=1)
+    num_buckets: int = option(
+        10, "number of length buckets; a batch holds sequences of one bucket", minimum=1
+    )
     use_avg_len: bool = option(False, "batch sizes count tokens instead of sequences")
     dynamic_masking: bool = option(
         False,
@@ -33,18 +35,20 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """The model that is trained."""
+    """Student model."""
 
     student_model: str = option(
         "bort_4_8_768_1024", "shape: bort_<layers>_<heads>_<intermediate>_<hidden>"
     )
-    student_parameters: Optional[str] = option(None, "start from these weights, not random ones")
+    student_parameters: Optional[str] = option(
+        None, "initial weights: a parameter file, a checkpoint or a run (default: random)"
+    )
     dropout: float = option(0.1, "dropout rate while training", minimum=0.0, maximum=0.99)
 
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """The frozen model that is imitated; without one the loss is masked language modelling only."""
+    """Teacher model; without one the loss is the masked-LM loss alone."""
 
     teacher_model: Optional[str] = option(
         None, "roberta_24_1024_16, roberta_12_768_12, or a shape as for --student_model"
@@ -53,16 +57,16 @@ class TeacherSettings:
         None, "the teacher's weights: a parameter file, a checkpoint, or a run's folder"
     )
     teacher_cache: Optional[str] = option(
-        None, "the teacher's stored outputs, made by scripts/build_teacher_cache.py, instead of it"
+        None, "instead of the model: its stored outputs, made by scripts/build_teacher_cache.py"
     )
 
     def check(self) -> None:
         """Raise `UserError` when the flags do not name one teacher."""
         if self.teacher_cache and self.teacher_model:
-            raise UserError("--teacher_cache stands for the teacher: leave --teacher_model out")
+            raise UserError("--teacher_cache replaces the teacher: leave --teacher_model out")
         if self.teacher_model and not self.teacher_ckpt_dir:
             raise UserError(
-                "--teacher_model needs --teacher_ckpt_dir: an untrained teacher is none"
+                "--teacher_model needs --teacher_ckpt_dir: the teacher's weights are required"
             )
         if self.teacher_ckpt_dir and not self.teacher_model:
             raise UserError("--teacher_ckpt_dir needs --teacher_model, the shape of those weights")
@@ -70,37 +74,42 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """mlm_weight * cross-entropy + teacher_ce_weight * T^2 * KL(teacher / T || student / T)."""
+    """Loss: mlm_weight * cross-entropy + teacher_ce_weight * T^2 * KL(teacher/T || student/T)."""
 
     mlm_weight: float = option(0.1, "weight of the masked-LM cross-entropy", minimum=0.0)
-    teacher_ce_weight: float = option(0.5, "weight of the distance from the teacher", minimum=0.0)
-    distillation_temperature: float = option(2.0, "T, softens both distributions", minimum=0.01)
+    teacher_ce_weight: float = option(0.5, "weight of the distillation (KL) loss", minimum=0.0)
+    distillation_temperature: float = option(
+        2.0, "temperature T of both distributions", minimum=0.01
+    )
     log_teacher_mse: bool = option(
-        False, "also log the mean square between the two distributions, which costs time"
+        False, "also log the mean squared error between the two distributions (slower)"
     )
 
 
 @dataclass(frozen=True)
 class OptimizerSettings(UpdateSettings):
-    """BERTAdam, or SGD, and its schedule."""
+    """Optimizer and learning-rate schedule."""
 
     num_steps: int = option(1000, "updates to make", minimum=1)
     lr: float = option(1e-4, "peak learning rate", minimum=0.0)
     warmup_ratio: float = option(
-        0.01, "part of the steps in which the rate rises", minimum=0.0, maximum=1.0
+        0.01,
+        "fraction of the steps for linear warmup; then the rate decays linearly",
+        minimum=0.0,
+        maximum=1.0,
     )
     optimizer: str = option(
         "bertadam",
-        "bertadam, or sgd: no moments, weights clipped to --weight_bound (OSE's theory)",
+        "bertadam, or sgd: no moments, weights clipped to --weight_bound (for OSE)",
         choices=("bertadam", "sgd"),
     )
     weight_bound: float = option(
-        1.0, "with sgd, no weight leaves [-weight_bound, weight_bound]", minimum=1e-9
+        1.0, "with sgd: the weights are clipped to [-weight_bound, weight_bound]", minimum=1e-9
     )
 
     @property
     def warmup_steps(self) -> int:
-        """Return the number of steps of the warm-up."""
+        """Return the number of warmup steps."""
         return int(self.num_steps * self.warmup_ratio)
 
     @property
@@ -109,38 +118,47 @@ class OptimizerSettings(UpdateSettings):
         return self.weight_bound if self.optimizer == "sgd" else None
 
     def check(self) -> None:
-        """Raise `UserError` when the optimiser cannot do the type."""
+        """Raise `UserError` when the optimizer does not support the precision."""
         if self.optimizer == "sgd" and self.dtype != "float32":
             raise UserError(f"--dtype {self.dtype}: --optimizer sgd works in float32 only")
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where the run goes, what it says, and where it stops and starts."""
+    """Run: folder, checkpoints, log and devices."""
 
     ckpt_dir: str = option("runs/pretraining", "folder of checkpoints and metrics")
     ckpt_interval: int = option(1000, "updates between checkpoints", minimum=1)
     keep_checkpoints: int = option(3, "newest checkpoints to keep, besides the best", minimum=1)
-    resume: bool = option(False, "go on from the newest good checkpoint in --ckpt_dir")
+    resume: bool = option(
+        False, "resume from the latest valid checkpoint in --ckpt_dir", rerun=False
+    )
     start_step: int = option(
-        0, "go on from the checkpoint of this step and delete the later ones", minimum=0
+        0,
+        "resume from the checkpoint of this step and delete the later ones",
+        minimum=0,
+        rerun=False,
     )
     log_interval: int = option(10, "updates between metric lines", minimum=1)
     eval_interval: int = option(1000, "updates between evaluations", minimum=1)
-    seed: int = option(0, "of the weights, the order of the data and the dropout", minimum=0)
-    gpus: Optional[str] = option(None, "device numbers such as 0,1; without: the CPU")
-    cpu_contexts: int = option(1, "replicas of the model in one process on the CPU", minimum=1)
+    seed: int = option(0, "random seed (initialization, data order, dropout)", minimum=0)
+    gpus: Optional[str] = option(None, "GPU numbers such as 0,1 (default: the CPU)")
+    cpu_contexts: int = option(
+        1, "model replicas in one process on the CPU, to test several devices", minimum=1
+    )
     check: bool = option(
-        False, "print what is known before the run, time some steps, write nothing, and exit"
+        False,
+        "test that everything is in place, time some steps, write nothing, and exit",
+        rerun=False,
     )
 
 
 @dataclass(frozen=True)
 class ElasticSettings:
-    """What happens when workers are lost; of the program for many processes only."""
+    """Elastic training, for run_pretraining_distillation_hvd.py only."""
 
     elastic: bool = option(
-        False, "go on without lost workers and let new ones in (under elastic horovodrun)"
+        False, "tolerate lost workers and admit new ones (needs an elastic horovodrun)"
     )
 
 
@@ -153,6 +171,17 @@ class PretrainingSettings(NamedTuple):
     loss: LossSettings
     optimizer: OptimizerSettings
     run: RunSettings
+
+    def check(self) -> None:
+        """Raise `UserError` for flags that contradict one another."""
+        has_teacher = self.teacher.teacher_model or self.teacher.teacher_cache
+        if not self.loss.mlm_weight and not has_teacher:
+            raise UserError(
+                "--mlm_weight 0: the loss is zero without a teacher; give --teacher_model or "
+                "--teacher_cache, or a weight above 0"
+            )
+        if not self.loss.mlm_weight and not self.loss.teacher_ce_weight:
+            raise UserError("--mlm_weight 0 --teacher_ce_weight 0: the loss is zero; give a weight")
 
 
 SETTINGS_CLASSES = (

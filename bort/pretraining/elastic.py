@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Iterator
 
 import mxnet as mx
@@ -20,10 +20,10 @@ from horovod.common.exceptions import HorovodInternalError
 from mxnet import nd
 
 from bort.communicator import Horovod
-from bort.devices import devices_of
 from bort.errors import UserError
+from bort.files import lock_folder
 from bort.pretraining.config import PretrainingSettings
-from bort.pretraining.run import pretraining_loop
+from bort.pretraining.run import checked_devices, pretraining_loop
 from bort.training.job import Metrics
 from bort.training.loop import Loop
 from bort.training.reporting import FolderReporter
@@ -39,6 +39,8 @@ class ElasticState(elastic.State):
     def __init__(self, loop: Loop) -> None:
         super().__init__(loop.communicator.broadcast_object, lambda: loop.communicator.rank)
         self.loop = loop
+        self.lock = ExitStack()  # of the run's folder, held by rank 0
+        self._locked = False
         self._saved: tuple[dict[str, Any], list[np.ndarray]] | None = None
 
     def save(self) -> None:
@@ -61,11 +63,18 @@ class ElasticState(elastic.State):
 
         Horovod gives rank 0 to a worker that was there before, if any is left.
         """
+        self._lock_folder()
         with lost_workers():
             if self._saved is None:
                 self.loop.load_checkpoint()
             self.loop.broadcast_state()
             self.save()
+
+    def _lock_folder(self) -> None:
+        """Lock the folder of the run once this process is rank 0, also after rank 0 was lost."""
+        if self.loop.communicator.rank == 0 and not self._locked:
+            self.lock.enter_context(lock_folder(self.loop.job.saving.folder, "--ckpt_dir"))
+            self._locked = True
 
 
 @contextmanager
@@ -90,11 +99,11 @@ def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[Me
         raise UserError(
             "--elastic: horovodrun needs --host-discovery-script: see scripts/README.md"
         )
-    run = settings.run
-    devices = devices_of(run.gpus, run.cpu_contexts, communicator)
-    reporter = FolderReporter(run.ckpt_dir, communicator)
+    devices = checked_devices(settings, communicator)
+    reporter = FolderReporter(settings.run.ckpt_dir, communicator)
     state = ElasticState(pretraining_loop(settings, communicator, devices, reporter))
-    return elastic.run_fn(_train, communicator.reinit)(state)
+    with state.lock:
+        return elastic.run_fn(_train, communicator.reinit)(state)
 
 
 def _train(state: ElasticState) -> list[Metrics]:

@@ -1,8 +1,6 @@
-"""What a model says at the masked positions of a batch, and how good that is on a held-out set."""
+"""Evaluation on held-out shards: masked-LM loss, accuracy, and the distance from the teacher."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from mxnet import nd
@@ -11,24 +9,31 @@ from bort.communicator import Communicator
 from bort.pretraining.distillation import correct_predictions, distillation_kl, masked_lm_loss
 from bort.pretraining.mlm import masked_logits, to_device
 from bort.pretraining.teacher import Teacher
+from bort.training.job import Interrupted, Metrics, StopRequested
+from bort.types import Block, Context
 from data.batches import PretrainingLoader
 
 
 def evaluate(
-    student: Any,
+    student: Block,
     teacher: Teacher | None,
     source: PretrainingLoader,
     temperature: float,
     communicator: Communicator,
-    device: Any,
-) -> dict[str, float]:
+    device: Context,
+    stop_requested: StopRequested = lambda: False,
+) -> Metrics:
     """Measure a model on every batch of a held-out set, split over the ranks.
 
     Returns means over all masked positions: mlm_loss (nats), accuracy, and with a teacher
     teacher_accuracy and kl, which is temperature^2 * KL(teacher || student) at the temperature.
+
+    Raises `Interrupted` when `stop_requested` on any rank; it is asked between two batches.
     """
-    sums = np.zeros(5)
+    sums = np.zeros(6)
     for number in range(communicator.rank, source.batches_per_epoch, communicator.size):
+        if stop_requested():
+            break
         batch = to_device(source(number), device)
         logits = masked_logits(student, batch)
         parts = [masked_lm_loss(logits, batch.labels).sum()]
@@ -40,7 +45,11 @@ def evaluate(
         values = nd.concat(*parts, dim=0).asnumpy()
         sums[: len(values)] += values
         sums[4] += len(batch.labels)
-    mlm, correct, kl, teacher_correct, positions = communicator.allreduce(sums)
+    # Counted with the sums: all ranks have to leave together.
+    sums[5] = stop_requested()
+    mlm, correct, kl, teacher_correct, positions, stopped = communicator.allreduce(sums)
+    if stopped:
+        raise Interrupted
     result = {"mlm_loss": mlm / positions, "accuracy": correct / positions}
     if teacher is not None:
         result.update(kl=kl / positions, teacher_accuracy=teacher_correct / positions)

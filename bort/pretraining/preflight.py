@@ -18,11 +18,10 @@ from mxnet import nd
 from bort import checkpoint
 from bort.bort import parameter_count
 from bort.communicator import Communicator
-from bort.devices import devices_of
 from bort.errors import UserError
 from bort.mxnet_setup import cpu_threads, usable_cores
 from bort.pretraining.config import PretrainingSettings, RunSettings
-from bort.pretraining.run import Inputs, open_data, pretraining_loop
+from bort.pretraining.run import Inputs, checked_devices, open_data, pretraining_loop
 from bort.pretraining.teacher_cache import read_cache_manifest
 from bort.training.loop import Loop, MicroBatch
 from bort.training.reporting import NullReporter
@@ -80,11 +79,7 @@ class Preflight:
         return self.rows
 
     def _device_rows(self) -> list[Row]:
-        run = self.settings.run
-        self._devices = devices_of(run.gpus, run.cpu_contexts, self.communicator)
-        there = mx.context.num_gpus()
-        if run.gpus is not None and any(device.device_id >= there for device in self._devices):
-            raise UserError(f"--gpus {run.gpus}: MXNet sees {there} GPU(s) here")
+        self._devices = checked_devices(self.settings, self.communicator)
         return device_rows(self._devices)
 
     def _data_rows(self) -> list[Row]:
@@ -158,11 +153,18 @@ def process_rows(communicator: Communicator) -> list[Row]:
         return [Row("processes", "1")]
     import horovod
 
+    # Without NCCL gradients of GPUs travel through the memory of the host.
+    import horovod.mxnet as hvd
+
+    transport = "NCCL" if hvd.nccl_built() else "without NCCL: GPU gradients go through the host"
     # A Horovod built for another MXNet can be imported, too, but its sums are wrong.
     total = int(communicator.allreduce(np.array([communicator.rank + 1.0]))[0])
     failed = total != size * (size + 1) // 2
     what = "its sums are wrong: rebuild it for this MXNet" if failed else "works"
-    return [Row("Horovod", f"{horovod.__version__}, {what}", failed), Row("processes", f"{size}")]
+    return [
+        Row("Horovod", f"{horovod.__version__}, {transport}, {what}", failed),
+        Row("processes", f"{size}"),
+    ]
 
 
 def device_rows(devices: Sequence[Context]) -> list[Row]:
@@ -177,7 +179,7 @@ def device_rows(devices: Sequence[Context]) -> list[Row]:
 
 def data_rows(inputs: Inputs, micro_batches: int, num_steps: int) -> list[Row]:
     """Describe the shards, and how often `num_steps` updates of so many micro-batches use them."""
-    training, held_out, manifest = inputs
+    training, held_out, manifest = inputs.training, inputs.held_out, inputs.manifest
     updates = training.batches_per_epoch / micro_batches
     tokenizer = manifest.tokenizer.name
     rows = [

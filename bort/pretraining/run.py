@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
@@ -9,13 +10,15 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence
 import mxnet as mx
 from mxnet import autograd, nd
 
+from bort import checkpoint
 from bort.bort import EmbeddingRows, get_bort_model
-from bort.communicator import Communicator
+from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict, command_of
-from bort.devices import devices_of
+from bort.devices import check_dtype, devices_of
 from bort.errors import UserError
 from bort.parameters import load_parameters, parameter_file
 from bort.pretraining.config import (
+    SETTINGS_CLASSES,
     DataSettings,
     LossSettings,
     PretrainingSettings,
@@ -27,9 +30,18 @@ from bort.pretraining.evaluation import evaluate
 from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
 from bort.pretraining.teacher import LiveTeacher, Teacher, load_teacher
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
-from bort.saved_model import ModelConfig, save_model
+from bort.saved_model import ModelConfig, save_model, save_model_config
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
-from bort.training.job import Evaluation, Job, Metrics, Progress, SavePolicy, Stream
+from bort.training.job import (
+    Evaluation,
+    Job,
+    Metrics,
+    Progress,
+    Resumed,
+    SavePolicy,
+    StopRequested,
+    Stream,
+)
 from bort.training.loop import Loop
 from bort.training.optimization import linear_warmup_decay, make_trainer
 from bort.training.reporting import FolderReporter, PhaseTimer, Reporter
@@ -38,19 +50,38 @@ from data.batches import Batch, BucketSampler, PretrainingLoader, open_dynamic_m
 from data.masking import DynamicMasking
 from data.shards import Manifest, ShardSet, open_shards
 
-# The micro-batch of a number depends on these, besides the shards.
-STREAM_FLAGS = {
+# What a resumed run cannot change. The micro-batch of a number depends on the first and the last.
+FIXED_FLAGS = {
     "DataSettings": ("batch_size", "num_buckets", "use_avg_len", "dynamic_masking"),
+    "StudentSettings": ("student_model", "student_parameters"),
+    "OptimizerSettings": ("optimizer", "dtype"),
     "RunSettings": ("seed",),
 }
 
 
 def pretrain(settings: PretrainingSettings, communicator: Communicator) -> list[Metrics]:
-    """Train as the flags say; returns the held-out evaluations, the first before training."""
+    """Train as the flags say; returns the held-out evaluations, the first before training.
+
+    Rank 0 holds the lock of the run's folder. Raises `UserError` when another process writes there.
+    """
+    devices = checked_devices(settings, communicator)
+    with lock_of_rank_0(settings.run.ckpt_dir, "--ckpt_dir", communicator):
+        reporter = FolderReporter(settings.run.ckpt_dir, communicator)
+        return pretraining_loop(settings, communicator, devices, reporter).run()
+
+
+def checked_devices(settings: PretrainingSettings, communicator: Communicator) -> list[Context]:
+    """Return the devices of a run.
+
+    Raises `UserError` for devices, flags and a folder that a run cannot have, before anything is
+    loaded.
+    """
+    settings.check()
     run = settings.run
     devices = devices_of(run.gpus, run.cpu_contexts, communicator)
-    reporter = FolderReporter(run.ckpt_dir, communicator)
-    return pretraining_loop(settings, communicator, devices, reporter).run()
+    check_dtype(settings.optimizer.dtype, devices)
+    checkpoint.require_usable(run.ckpt_dir, "--ckpt_dir")
+    return devices
 
 
 def pretraining_loop(
@@ -77,7 +108,7 @@ def pretraining_loop(
         ),
         max_steps=optimizer.num_steps,
         evaluation=_evaluation(settings, inputs.held_out, student, teacher, communicator, devices),
-        saving=_save_policy(settings, inputs.manifest, student),
+        saving=_save_policy(settings, inputs, student),
     )
     return Loop(
         job,
@@ -151,10 +182,12 @@ def _evaluation(
     interval, max_steps = settings.run.eval_interval, settings.optimizer.num_steps
     temperature = settings.loss.distillation_temperature
 
-    def run() -> Metrics:
+    def run(stop_requested: StopRequested) -> Metrics:
         if held_out is None:
             return {}
-        return evaluate(student, teacher, held_out, temperature, communicator, devices[0])
+        return evaluate(
+            student, teacher, held_out, temperature, communicator, devices[0], stop_requested
+        )
 
     return Evaluation(
         due=lambda progress: progress.step % interval == 0 or progress.step == max_steps,
@@ -163,19 +196,19 @@ def _evaluation(
     )
 
 
-def _save_policy(settings: PretrainingSettings, manifest: Manifest, student: Block) -> SavePolicy:
-    run, max_steps = settings.run, settings.optimizer.num_steps
-    recorded = as_dict(*settings)
+def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) -> SavePolicy:
+    run, max_steps, manifest = settings.run, settings.optimizer.num_steps, inputs.manifest
+    tokenizer = os.path.join(settings.data.data, TOKENIZER_FOLDER)
 
     def due(progress: Progress, best: bool) -> bool:
         return best or progress.step % run.ckpt_interval == 0 or progress.step == max_steps
 
-    def write_model(path: str, progress: Progress) -> None:
+    def model_config(progress: Progress) -> ModelConfig:
         command = command_of("run_pretraining_distillation.py", *settings)
         details = {"step": progress.step, "data": settings.data.data, "command": command}
         if progress.best_step is not None:
             details["metrics"] = {"lowest held-out mlm_loss": -progress.best_score}
-        model_config = ModelConfig(
+        return ModelConfig(
             model=settings.student.student_model,
             vocab_size=manifest.vocab_size,
             tokenizer_fingerprint=manifest.tokenizer_fingerprint,
@@ -183,44 +216,62 @@ def _save_policy(settings: PretrainingSettings, manifest: Manifest, student: Blo
             max_len=student.encoder._max_length,
             details=details,
         )
-        tokenizer = os.path.join(settings.data.data, TOKENIZER_FOLDER)
-        save_model(path, student, model_config, load_tokenizer_folder(tokenizer))
+
+    def write_model(path: str, progress: Progress) -> None:
+        save_model(path, student, model_config(progress), load_tokenizer_folder(tokenizer))
 
     return SavePolicy(
         folder=run.ckpt_dir,
         due=due,
         write_model=write_model,
+        write_config=lambda path, progress: save_model_config(path, model_config(progress), None),
         identity={
             "model": settings.student.student_model,
             "vocab_size": manifest.vocab_size,
             "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
             "shards_sha256": shards_sha256(manifest),
+            "held_out_sha256": inputs.held_out_sha256,
         },
-        require_same_stream=lambda state: require_same_stream(
-            recorded, settings.data.data, manifest, state
-        ),
-        settings=recorded,
+        check_resume=lambda state: check_resume(settings, inputs, state),
+        settings=as_dict(*settings),
         keep=run.keep_checkpoints,
         resume=run.resume,
         start_step=run.start_step,
     )
 
 
-def require_same_stream(
-    settings: Mapping[str, Any], data: str, manifest: Manifest, state: Mapping[str, Any]
-) -> None:
-    """Raise `UserError` when the micro-batches are not those that a checkpoint's state counts."""
+def check_resume(
+    settings: PretrainingSettings, inputs: Inputs, state: Mapping[str, Any]
+) -> Resumed:
+    """Compare the settings of a run with those of the checkpoint it resumes.
+
+    Most flags may change. Raises `UserError` for those that may not: the micro-batches would not be
+    those that the checkpoint counts, or its arrays would not fit.
+    """
     cure = "give what it was made with, or start a new run with --student_parameters"
-    if shards_sha256(manifest) != state["shards_sha256"]:
-        raise UserError(f"--data {data}: not the checkpoint's shards; {cure}")
-    for concern, flags in STREAM_FLAGS.items():
+    if shards_sha256(inputs.manifest) != state.get("shards_sha256"):
+        raise UserError(f"--data {settings.data.data}: not the checkpoint's shards; {cure}")
+    now, then = as_dict(*settings), state["settings"]
+    for concern, flags in FIXED_FLAGS.items():
         for flag in flags:
-            # A flag that earlier versions did not have was off.
-            given, made_with = settings[concern][flag], state["settings"][concern].get(flag, False)
+            given = now[concern][flag]
+            # A flag that the checkpoint does not know had its default.
+            made_with = then.get(concern, {}).get(flag, _default(concern, flag))
             if given != made_with:
                 raise UserError(
                     f"--{flag} {given}: the checkpoint was made with {made_with}; {cure}"
                 )
+    data = then.get("DataSettings", {})
+    if "held_out_sha256" in state:
+        best_counts = state["held_out_sha256"] == inputs.held_out_sha256
+    else:
+        best_counts = data.get("data_eval") == settings.data.data_eval
+    return Resumed(data.get("accumulate", settings.data.accumulate), best_counts)
+
+
+def _default(concern: str, flag: str) -> Any:
+    settings_class = next(each for each in SETTINGS_CLASSES if each.__name__ == concern)
+    return next(f.default for f in dataclasses.fields(settings_class) if f.name == flag)
 
 
 def shards_sha256(manifest: Manifest) -> str:
@@ -234,6 +285,7 @@ class Inputs(NamedTuple):
     training: PretrainingLoader
     held_out: Optional[PretrainingLoader]
     manifest: Manifest  # of the training shards
+    held_out_sha256: Optional[str] = None  # over the held-out shards
 
 
 def open_data(data: DataSettings, seed: int, teacher_cache: str | None = None) -> Inputs:
@@ -254,7 +306,7 @@ def open_data(data: DataSettings, seed: int, teacher_cache: str | None = None) -
     evaluation = held_out_source(
         held_out, data.batch_size_eval, data.num_buckets, data.use_avg_len, teacher_cache
     )
-    return Inputs(training, evaluation, shards.manifest)
+    return Inputs(training, evaluation, shards.manifest, shards_sha256(held_out.manifest))
 
 
 def held_out_source(

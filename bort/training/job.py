@@ -10,6 +10,7 @@ from bort.training.reporting import PhaseTimer
 from bort.types import Block, Context, NDArray
 
 Metrics = dict[str, float]
+StopRequested = Callable[[], bool]
 
 
 @dataclass
@@ -86,6 +87,10 @@ class NoExtraState:
         """Restore nothing."""
 
 
+class Interrupted(Exception):  # noqa: N818  (no error: a signal asked for it)
+    """An evaluation was left before its end because a rank was told to stop."""
+
+
 def _ignore(progress: Progress, metrics: Metrics, best: bool) -> None:
     pass
 
@@ -99,10 +104,19 @@ class Evaluation:
     """When and how a run is evaluated."""
 
     due: Callable[[Progress], bool]  # after the update just made; before the first at step 0
-    run: Callable[[], Metrics]  # the same on all ranks; empty without held-out data
+    # Returns the same on all ranks, empty without held-out data. The argument tells whether this
+    # rank was told to stop; when any was, all raise `Interrupted`.
+    run: Callable[[StopRequested], Metrics]
     score: Callable[[Metrics], float]  # higher is better
     record: Callable[[Progress, Metrics, bool], None] = _ignore  # with whether it is the best
     stop_early: Callable[[], bool] = _never
+
+
+class Resumed(NamedTuple):
+    """What a run takes over from the settings of its checkpoint."""
+
+    accumulate: int  # micro-batches per worker and update
+    best_counts: bool = True  # its best score was measured on the held-out data of now
 
 
 @dataclass(frozen=True)
@@ -112,8 +126,10 @@ class SavePolicy:
     folder: str
     due: Callable[[Progress, bool], bool]  # after an update; with whether its evaluation is best
     write_model: Callable[[str, Progress], None]  # parameters, and what belongs beside them
+    write_config: Callable[[str, Progress], None]  # only what belongs beside the parameters
     identity: Mapping[str, Any]  # what state.json says of the run besides its progress
-    require_same_stream: Callable[[Mapping[str, Any]], None]  # raises `UserError` for another
+    # Given the state of a checkpoint; raises `UserError` when the settings of now cannot resume it.
+    check_resume: Callable[[Mapping[str, Any]], Resumed]
     settings: Mapping[str, Any]  # the content of config.json
     keep: int = 1
     resume: bool = False

@@ -9,8 +9,9 @@ import math
 import os
 import signal
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Callable, Generator, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Generator, Iterator, NamedTuple, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -18,15 +19,18 @@ import numpy as np
 from bort import checkpoint
 from bort.bort import parameter_count
 from bort.communicator import Communicator
-from bort.errors import UserError
+from bort.devices import unused_gpus
+from bort.errors import Stopped, UserError
 from bort.parameters import load_parameters
-from bort.training.job import Job, Metrics, Progress
+from bort.training.job import Interrupted, Job, Metrics, Progress
 from bort.training.optimization import Trainer
 from bort.training.reporting import MetricAccumulator, PhaseTimer, Reporter, Stopwatch
 from bort.types import Context, NDArray
 from data.batches import SAMPLER_VERSION, prefetch
 
 MASK_31_BITS = 0x7FFFFFFF
+# Updates in a row that may be skipped because their gradient is not finite.
+MAX_SKIPPED = 100
 
 
 class MicroBatch(NamedTuple):
@@ -78,12 +82,15 @@ class Loop:
         self.communicator, self.devices = communicator, devices
         self.reporter = reporter
         self.progress = Progress()
+        self._accumulate = accumulate
         self.micro_batches = accumulate * self._workers
         self.stop_requested = False
         self._log_interval, self._on_nonfinite = log_interval, on_nonfinite
         self._accumulator = self._new_accumulator()
         self._last_update: Update | None = None
         self._pending_updates: list[Update] = []
+        self._skipped = 0  # updates in a row whose gradient was not finite
+        self._evaluation_pending = False
         self._stopwatch = Stopwatch()
         self._timer = PhaseTimer()
 
@@ -111,11 +118,17 @@ class Loop:
                 f"{saving.folder}: its batches were drawn in the order of another version; start "
                 "a new run from its parameters, in another folder"
             )
-        saving.require_same_stream(found.state)
+        _require_state(found)
+        resumed = saving.check_resume(found.state)
         load_parameters(self.job.network, found.model_path)
         self.trainer.load_state(found.trainer_arrays())
         self.load_state(found.state)
-        checkpoint.rewind(saving.folder, self.progress.step, self.progress.best_step)
+        if resumed.accumulate != self._accumulate:
+            self.micro_batches = self._accumulate * self._workers
+        if not resumed.best_counts:
+            self.progress.best_score, self.progress.best_step = -math.inf, None
+        later = bool(saving.start_step)
+        checkpoint.rewind(saving.folder, self.progress.step, self.progress.best_step, later)
 
     def broadcast_state(self) -> None:
         """Give every rank the progress, the parameters and the optimizer state of rank 0."""
@@ -129,13 +142,21 @@ class Loop:
         """
         if self.micro_batches < self._workers:
             raise UserError(
-                f"an update of this run takes {self.micro_batches} micro-batches, "
-                f"too few for {self._workers} workers; start fewer"
+                f"an update of this run takes {self.micro_batches} micro-batches, too few for "
+                f"{self._workers} workers; start fewer, or change the batch by --accumulate"
             )
         gradients = "add" if self._accumulates else "write"
         self.job.network.collect_params().setattr("grad_req", gradients)
-        self.reporter.start(self.job.saving.settings, self.progress.step, self.job.max_steps)
-        self.reporter.say(self._description())
+        self.reporter.start(
+            self.job.saving.settings,
+            self.progress.step,
+            self.job.max_steps,
+            self._evaluation_pending,
+        )
+        names = self.communicator.allgather_object([str(device) for device in self.devices])
+        self.reporter.say(self._description(names))
+        if hint := unused_gpus(self.devices):
+            self.reporter.say(f"warning: {hint}")
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -143,15 +164,12 @@ class Loop:
         """Train from where `start` left the run up to the last step; returns the evaluations.
 
         `commit` is called between two steps, after each metric line: a moment when the sums of the
-        interval are empty.
+        interval are empty. Raises `Stopped` when a rank got SIGTERM; a checkpoint is saved then.
         """
-        job = self.job
+        evaluations: list[Metrics] = []
         with closing(self.batches()) as batches, self.reporter, stop_on_sigterm(self):
-            # A resumed run has had its evaluation of this step.
-            new = not self.progress.step and job.evaluation.due(self.progress)
-            evaluations = [self._evaluate()] if new else []
+            stop = self._evaluate_before_training(evaluations)
             self._stopwatch.lap()
-            stop = False
             while not self.finished() and not stop:
                 if commit and self.progress.step % self._log_interval == 0:
                     commit()
@@ -159,12 +177,10 @@ class Loop:
                 stop = self._stop_agreed()
                 if self._log_due(self.progress.step):
                     self._log_metrics()
-                best = False
-                if job.evaluation.due(self.progress):
-                    evaluations.append(self._evaluate())
-                    best = self._update_best(evaluations[-1])
-                if job.saving.due(self.progress, best) or stop:
-                    self.save(best)
+                stop = self._save_and_evaluate(evaluations, stop)
+            if stop:
+                step = self.progress.step
+                raise Stopped(signal.SIGTERM, f"stopped after step {step}; --resume continues")
         return evaluations
 
     def train_step(self, batches: Iterator[MicroBatch]) -> None:
@@ -229,6 +245,7 @@ class Loop:
             "best_score": self.progress.best_score,
             "best_step": self.progress.best_step,
             "interval": self._accumulator.state(),
+            **({"evaluation_pending": True} if self._evaluation_pending else {}),
             **self.job.extra.state(),
         }
 
@@ -245,6 +262,7 @@ class Loop:
         if self._is_first:
             self._accumulator.load_state(state["interval"])
         self._last_update, self._pending_updates = None, []
+        self._evaluation_pending = bool(state.get("evaluation_pending"))
         self.job.extra.load_state(state)
 
     def parameters(self) -> list[NDArray]:
@@ -255,32 +273,46 @@ class Loop:
         """Return all that an update changes: parameters on each device, optimizer state."""
         return [*self.parameters(), *self.trainer.state().values()]
 
-    def save(self, best: bool) -> None:
-        """Write a checkpoint on rank 0; with `best` it becomes the best one."""
+    def save(self, evaluation_pending: bool = False) -> None:
+        """Write a checkpoint on rank 0; a pending evaluation follows, here or in a resumed run."""
+        self._evaluation_pending = evaluation_pending
+        self._write(self._write_checkpoint)
+
+    def _write(self, write: Callable[[dict[str, Any]], None]) -> None:
+        """Call `write` on rank 0 with what state.json holds."""
         self._wait_for_updates()
         with self._stopwatch.paused():
             interval = self.communicator.allreduce(np.array(self._accumulator.state())).tolist()
             if self._is_first:
-                self._write_checkpoint(interval, best)
+                saving = self.job.saving
+                state = {**self.state(), "interval": interval, "order": SAMPLER_VERSION}
+                write({**state, **saving.identity, "settings": saving.settings})
             self.communicator.barrier()
 
-    def _write_checkpoint(self, interval: list[float], best: bool) -> None:
-        saving, step = self.job.saving, self.progress.step
-        state = {
-            **self.state(),
-            "interval": interval,
-            "order": SAMPLER_VERSION,
-            **saving.identity,
-            "settings": saving.settings,
-        }
-        arrays = {name: array.asnumpy() for name, array in self.trainer.state().items()}
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
+        saving, progress = self.job.saving, self.progress
         path = checkpoint.save(
-            saving.folder, step, lambda path: saving.write_model(path, self.progress), arrays, state
+            saving.folder,
+            progress.step,
+            lambda path: saving.write_model(path, progress),
+            {name: array.asnumpy() for name, array in self.trainer.state().items()},
+            state,
+            unfinished=self._evaluation_pending,
         )
-        if best:
+        checkpoint.prune(saving.folder, saving.keep, progress.best_step)
+        self.reporter.say(f"step {progress.step:>7}  saved {path}")
+
+    def _amend_checkpoint(self, state: dict[str, Any]) -> None:
+        saving, progress = self.job.saving, self.progress
+        path = checkpoint.path_of(saving.folder, progress.step)
+        checkpoint.amend(path, lambda path: saving.write_config(path, progress), state)
+
+    def _point_to_best(self) -> None:
+        saving, step = self.job.saving, self.progress.step
+        path = checkpoint.path_of(saving.folder, step)
+        if self._is_first and os.path.isdir(path):
             checkpoint.point(saving.folder, checkpoint.BEST, os.path.basename(path))
-        checkpoint.prune(saving.folder, saving.keep)
-        self.reporter.say(f"step {step:>7}  saved {path}")
+            checkpoint.prune(saving.folder, saving.keep, step)
 
     def _requested_checkpoint(self) -> checkpoint.Checkpoint | None:
         saving = self.job.saving
@@ -348,9 +380,18 @@ class Loop:
         while len(self._pending_updates) > waiting:
             update = self._pending_updates.pop(0)
             finite = math.isfinite(float(update.norm.asscalar()))
-            if self.trainer.loss_scale:
-                self.trainer.loss_scale.update(overflowed=not finite)
-            elif not finite:
+            self._skipped = 0 if finite else self._skipped + 1
+            if self._skipped > MAX_SKIPPED:
+                raise UserError(
+                    f"step {update.step}: the gradient of {self._skipped} updates in a row is not "
+                    "finite, the run does not learn; lower --lr or resume from an earlier step"
+                )
+            scale = self.trainer.loss_scale
+            # An overflow is part of the method as long as a smaller scale can prevent it.
+            expected = finite or (scale is not None and scale.value > 1)
+            if scale:
+                scale.update(overflowed=not finite)
+            if not expected:
                 self._report_nonfinite(update)
 
     def _report_nonfinite(self, update: Update) -> None:
@@ -378,11 +419,13 @@ class Loop:
         """Tell whether a metric line follows a step, which is then timed phase by phase."""
         return step % self._log_interval == 0 or step == self.job.max_steps
 
-    def _description(self) -> str:
+    def _description(self, devices: Sequence[Sequence[str]]) -> str:
+        """Return the first line of the log; `devices` are those of each rank."""
+        named = "; ".join(", ".join(names) for names in devices)
         return (
             f"{self.job.title}; {parameter_count(self.job.network):,} parameters; "
             f"{self.job.stream.source.batches_per_epoch:,} batches an epoch; "
-            f"{self.communicator.size} rank(s) x {len(self.devices)} device(s), "
+            f"{self.communicator.size} rank(s) x {len(self.devices)} device(s) ({named}), "
             f"{self.micro_batches} micro-batch(es) an update; "
             f"{os.environ.get('OMP_NUM_THREADS')} OpenMP thread(s) a rank; "
             f"from step {self.progress.step}"
@@ -404,9 +447,59 @@ class Loop:
         self.reporter.log(self.progress.step, "train", {**values, **self._timer.shares()})
         self._accumulator = self._new_accumulator()
 
-    def _evaluate(self) -> Metrics:
-        with self._stopwatch.paused():
-            result = self.job.evaluation.run()
+    # ---- evaluation -----------------------------------------------------------------------------
+
+    def _evaluate_before_training(self, evaluations: list[Metrics]) -> bool:
+        """Evaluate a new run, or make up for the evaluation that a resumed one was stopped before.
+
+        Returns whether to stop.
+        """
+        if self._evaluation_pending:
+            return self._evaluate_step(evaluations, saved=True)
+        if self.progress.step or not self.job.evaluation.due(self.progress):
+            return False
+        metrics = self._evaluate()
+        evaluations += [] if metrics is None else [metrics]
+        return metrics is None
+
+    def _save_and_evaluate(self, evaluations: list[Metrics], stop: bool) -> bool:
+        """Do what follows the update just made; returns whether to stop.
+
+        The checkpoint comes first: a run that is killed in its evaluation has lost nothing.
+        """
+        evaluation_due = self.job.evaluation.due(self.progress)
+        saved = stop or self.job.saving.due(self.progress, False)
+        if saved:
+            self.save(evaluation_pending=evaluation_due)
+        if stop or not evaluation_due:
+            return stop
+        return self._evaluate_step(evaluations, saved)
+
+    def _evaluate_step(self, evaluations: list[Metrics], saved: bool) -> bool:
+        """Evaluate, then finish the checkpoint of the step; returns whether to stop."""
+        metrics = self._evaluate()
+        if metrics is None:
+            if not saved:
+                self.save(evaluation_pending=True)
+            return True
+        evaluations.append(metrics)
+        best = self._update_best(metrics)
+        self._evaluation_pending = False
+        if saved:
+            self._write(self._amend_checkpoint)
+        elif self.job.saving.due(self.progress, best):
+            self.save()
+        if best:
+            self._point_to_best()
+        return False
+
+    def _evaluate(self) -> Metrics | None:
+        """Return the metrics; None when a rank was told to stop before the end."""
+        try:
+            with self._stopwatch.paused():
+                result = self.job.evaluation.run(lambda: self.stop_requested)
+        except Interrupted:
+            return None
         if result:
             self.reporter.log(self.progress.step, "eval", result)
         return result
@@ -419,6 +512,31 @@ class Loop:
             progress.best_score, progress.best_step = score, progress.step
         evaluation.record(progress, metrics, best and self._is_first)
         return best
+
+
+@dataclass(frozen=True)
+class _ProgressState:
+    """The part of state.json that every run has."""
+
+    step: int
+    position: int
+    micro_batches: int
+    best_score: float
+    best_step: Optional[int]
+    interval: list[float]
+    settings: dict[str, dict[str, Any]]
+    loss_scale: Optional[list[float]] = None
+
+
+def _require_state(found: checkpoint.Checkpoint) -> None:
+    """Raise `UserError` when a value of a checkpoint's state is missing or of another type."""
+    import msgspec
+
+    try:
+        msgspec.convert(found.state, _ProgressState)
+    except msgspec.ValidationError as error:
+        path = os.path.join(found.path, checkpoint.STATE)
+        raise UserError(f"{path}: is not the state of a run ({error})") from None
 
 
 @contextmanager

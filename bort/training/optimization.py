@@ -144,14 +144,25 @@ class Trainer:
         self.rate = 0.0
 
     def sum_gradients(self, positions: int) -> Any:
-        """Add up the gradients of all devices and ranks; returns the sum of `positions`, [1]."""
+        """Add up the gradients of all devices and ranks.
+
+        Returns by what `update` divides them, [1]: the sum of `positions`; one for compressed
+        gradients, which are means already.
+        """
         for parameter in self._parameters:
             first, *others = parameter.list_grad()
             for other in others:
                 first += other.as_in_context(first.context)
         self._positions[:] = positions
-        self._communicator.allreduce_([*self._gradients(), self._positions], self._compression)
-        return self._positions
+        if self._compression == "none":
+            self._communicator.allreduce_([*self._gradients(), self._positions])
+            return self._positions
+        # Means are sent: sums over thousands of positions would overflow float16.
+        self._communicator.allreduce_([self._positions], name="positions")
+        for gradient in self._gradients():
+            gradient[:] = nd.broadcast_div(gradient, self._positions.astype(gradient.dtype))
+        self._communicator.allreduce_(self._gradients(), compression=self._compression)
+        return nd.ones_like(self._positions)
 
     def update(self, positions: Any, rate: float) -> Any:
         """Apply the summed gradients, which are over `positions` [1] positions.

@@ -15,7 +15,7 @@ from mxnet import nd
 from tqdm import tqdm
 
 from bort.communicator import Communicator
-from bort.files import write_json
+from bort.files import atomic_write, write_json
 from bort.types import Context, NDArray
 
 FILE = "metrics.jsonl"
@@ -24,8 +24,10 @@ FILE = "metrics.jsonl"
 class Reporter(Protocol):
     """Where a run reports its metrics and messages."""
 
-    def start(self, config: Mapping[str, Any], step: int, max_steps: int) -> None:
-        """Begin at `step`; `config` are the settings of the run."""
+    def start(
+        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
+    ) -> None:
+        """Begin at `step`, or with `evaluate` before its evaluation; `config` are the settings."""
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -47,7 +49,9 @@ class Reporter(Protocol):
 class NullReporter:
     """Reports nothing and writes nothing: for timings."""
 
-    def start(self, config: Mapping[str, Any], step: int, max_steps: int) -> None:
+    def start(
+        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
+    ) -> None:
         """Ignore the settings."""
 
     def advance(self) -> None:
@@ -83,7 +87,9 @@ class FolderReporter:
         self._path = os.path.join(folder, FILE)
         self._enabled = False
 
-    def start(self, config: Mapping[str, Any], step: int, max_steps: int) -> None:
+    def start(
+        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
+    ) -> None:
         """Write config.json and open the files; the rank is asked for now: it may have changed."""
         self._enabled = self._communicator.rank == 0
         if not self._enabled:
@@ -93,7 +99,7 @@ class FolderReporter:
 
         os.makedirs(self._folder, exist_ok=True)
         write_json(os.path.join(self._folder, "config.json"), config)
-        _cut_after(self._path, step or -1)
+        _cut_after(self._path, step or -1, evaluate)
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
         board = os.path.join(self._folder, "tensorboard")
         self._board = SummaryWriter(board, purge_step=step + 1, flush_secs=10)
@@ -150,14 +156,54 @@ class FolderReporter:
             print(closing_table(self._path), flush=True)
 
 
-def _cut_after(path: str, step: int) -> None:
+def _cut_after(path: str, step: int, evaluate: bool) -> None:
+    """Keep the lines up to a step; with `evaluate` its evaluation is to come again.
+
+    Lines that are none of ours are moved to a file beside it: they must not block a resume.
+    """
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as handle:
-        kept = [line for line in handle if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(f"{path}.tmp", "w", encoding="utf-8") as handle:
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    kept, foreign = [], []
+    for line in lines:
+        record = _record_of(line)
+        if record is None:
+            foreign.append(line)
+        elif record["step"] < step or (
+            record["step"] == step and not (evaluate and record["phase"] == "eval")
+        ):
+            kept.append(line)
+    if foreign and foreign != lines[-1:]:  # a torn last line is that of a killed run
+        with open(f"{path}.damaged", "ab") as file:
+            file.writelines(foreign)
+        print(
+            f"warning: {path}: {len(foreign)} line(s) are no metrics; moved to {path}.damaged",
+            file=sys.stderr,
+        )
+    with atomic_write(path, "wb") as handle:
         handle.writelines(kept)
-    os.replace(f"{path}.tmp", path)
+
+
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """Return a metric line as a record; None for another or torn line."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not line.endswith(b"\n") or not isinstance(record, dict):
+        return None
+    step, phase = record.get("step"), record.get("phase")
+    if isinstance(step, bool) or not isinstance(step, int) or not isinstance(phase, str):
+        return None
+    numbers = (value for name, value in record.items() if name != "phase")
+    return record if all(isinstance(value, (int, float)) for value in numbers) else None
+
+
+def read_records(path: str) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; torn and foreign lines are skipped."""
+    with open(path, "rb") as file:
+        return [record for record in map(_record_of, file) if record is not None]
 
 
 def _short(value: float) -> str:
@@ -167,21 +213,25 @@ def _short(value: float) -> str:
 
 
 def closing_table(metrics_path: str) -> str:
-    """Return what a run achieved as a table: held-out figures before and after, speed, shares.
+    """Return a summary of a run as a table: held-out metrics before and after, speed, shares.
 
     `metrics_path` is the run's metrics.jsonl.
     """
-    with open(metrics_path, encoding="utf-8") as handle:
-        records = [json.loads(line) for line in handle]
+    records = read_records(metrics_path)
     evaluations = [record for record in records if record["phase"] == "eval"]
     training = [record for record in records if record["phase"] == "train"]
     rows = []
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         rows.append(f"{'held out':<20}{'step ' + str(first['step']):>12}{'now':>12}")
-        rows += [f"{name:<20}{first[name]:>12.4f}{last[name]:>12.4f}" for name in _figures(last)]
-    if training:
-        speed = statistics.median(record["tokens_per_second"] for record in training)
+        rows += [
+            f"{name:<20}{first[name]:>12.4f}{last[name]:>12.4f}"
+            for name in _metric_names(last)
+            if name in first
+        ]
+    speeds = [record["tokens_per_second"] for record in training if "tokens_per_second" in record]
+    if speeds:
+        speed = statistics.median(speeds)
         rows.append(f"{'tokens/s (median)':<20}{'':>12}{speed:>12,.0f}")
         # A run that an earlier version began may have lines without.
         shares = dict.fromkeys(n for record in training for n in record if n.endswith("_share"))
@@ -191,7 +241,7 @@ def closing_table(metrics_path: str) -> str:
     return "\n".join(rows)
 
 
-def _figures(record: dict[str, Any]) -> list[str]:
+def _metric_names(record: dict[str, Any]) -> list[str]:
     return [name for name in record if name not in ("step", "phase", "time")]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import finetune_classifier
-from bort.errors import UserError
+from bort.errors import Stopped, UserError
 from data.submission import check_submission
 from data.tasks import get_task, task_names
 from tests.conftest import ROOT
@@ -266,7 +266,8 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, undisturb
 
     with monkeypatch.context() as patch:
         patch.setattr(finetuning, "learning_rate", warned)
-        assert finetuned(reviews, tmp_path, **RESUMED) == {}
+        with pytest.raises(Stopped):
+            finetuned(reviews, tmp_path, **RESUMED)
     assert (tmp_path / "SST-2" / "checkpoint_last").resolve().name == "step-0000011"
     assert not (tmp_path / "SST-2" / "metrics.json").exists()
     found = finetuned(reviews, tmp_path, resume=True, **RESUMED)

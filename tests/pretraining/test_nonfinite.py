@@ -236,11 +236,27 @@ def test_an_overflow_skips_its_step_and_halves_the_scale(data, tmp_path, monkeyp
     assert not list((tmp_path / "scaled").glob("nonfinite-*")), "overflows are part of the method"
 
 
-def test_the_scale_never_falls_below_1(data, tmp_path, monkeypatch):
-    poison(monkeypatch, range(6), float("inf"))
-    run = scaled_run(data, tmp_path, value=4.0, log_interval=1, window=100)
+def test_an_overflow_at_scale_1_stops_the_run_or_is_skipped(data, tmp_path, monkeypatch):
+    """No smaller scale can prevent it: the gradient itself is not finite."""
+    poison(monkeypatch, range(3), float("inf"))
+    run = scaled_run(data, tmp_path / "stops", value=4.0, log_interval=1, window=100)
+    with pytest.raises(UserError, match="step 3: the gradient of micro-batches 2 to 2 is not"):
+        run.run()
+    skips = {"on_nonfinite": "skip", "log_interval": 1, "window": 100}
+    run = scaled_run(data, tmp_path / "skips", value=4.0, **skips)
     run.run()
-    assert scales(tmp_path) == [2] + 11 * [1]
+    assert scales(tmp_path / "skips") == [2] + 11 * [1]
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**15])
+def test_gradients_that_are_never_finite_stop_a_run_that_skips(data, tmp_path, monkeypatch, scale):
+    poison(monkeypatch, range(100))
+    monkeypatch.setattr("bort.training.loop.MAX_SKIPPED", 6)
+    run = make_run(data, **flags(tmp_path, on_nonfinite="skip"))
+    run.trainer.loss_scale = LossScale(scale) if scale else None
+    with pytest.raises(UserError, match="step 7: the gradient of 7 updates in a row is not finite"):
+        run.run()
+    assert (tmp_path / "checkpoint_last").resolve().name == "step-0000004"
 
 
 def test_the_state_of_the_loss_scale_is_resumed(data, tmp_path, monkeypatch):
@@ -254,7 +270,7 @@ def test_the_state_of_the_loss_scale_is_resumed(data, tmp_path, monkeypatch):
     for _ in range(4):
         stopped.train_step(batches)
     batches.close()
-    stopped.save(False)
+    stopped.save()
     state = json.loads((folder / "step-0000004" / "state.json").read_text())
     assert state["loss_scale"] == [32.0, 2]
     # Made with other values, so that what it ends with can only come from the checkpoint.

@@ -358,7 +358,9 @@ class TwoEqualRanks(SingleProcess):
 
     size = 2
 
-    def allreduce_(self, arrays: Sequence[Any], compression: str = "none") -> None:
+    def allreduce_(
+        self, arrays: Sequence[Any], name: str = "sum", compression: str = "none"
+    ) -> None:
         self.compression = compression
         for array in arrays:
             array[:] = 2 * array
@@ -379,6 +381,33 @@ def test_the_ranks_are_told_how_to_compress() -> None:
     parameters = fresh_parameters()
     step(trainer_of(parameters, communicator=ranks, compression="fp16"), parameters, seed=0)
     assert ranks.compression == "fp16"
+
+
+class Float16Ranks(SingleProcess):
+    """As one of two equal ranks sees the other when what is sent is rounded to float16."""
+
+    size = 2
+
+    def allreduce_(
+        self, arrays: Sequence[Any], name: str = "sum", compression: str = "none"
+    ) -> None:
+        for array in arrays:
+            sent = array.astype("float16") if compression == "fp16" else array
+            array[:] = (2 * sent).astype("float32")
+
+
+def test_compressed_gradients_are_means_that_float16_holds() -> None:
+    one, two = fresh_parameters(), fresh_parameters()
+    alone = trainer_of(one)
+    joined = trainer_of(two, communicator=Float16Ranks(), compression="fp16")
+    gradients = {name: 3e5 * values for name, values in draw_gradients(0).items()}
+    for parameters in (one, two):
+        put_gradients(parameters, gradients)
+    norms = [trainer.update(trainer.sum_gradients(20_000), 0.1) for trainer in (alone, joined)]
+    # As sums they would be infinite in float16.
+    assert norms[1].asscalar() == pytest.approx(norms[0].asscalar(), rel=1e-3)
+    for name, values in values_of(one).items():
+        np.testing.assert_allclose(values_of(two)[name], values, atol=1e-3)
 
 
 def test_two_devices_update_as_one_with_their_summed_gradients() -> None:

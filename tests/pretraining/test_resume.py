@@ -1,0 +1,242 @@
+"""Resuming: what a run may change, evaluations that were interrupted, and one writer per folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from bort import checkpoint
+from bort.errors import Stopped, UserError
+from bort.files import lock_folder
+from bort.pretraining import run as pretraining
+from tests.pretraining.helpers import (
+    arguments,
+    digest,
+    finished_run,
+    metrics,
+    write_data,
+    write_shards,
+)
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def flags(data: Path, folder: Path, **others: object) -> dict[str, object]:
+    """Return the flags of a run with dropout whose checkpoints and evaluations coincide once."""
+    common = {"num_steps": STEPS, "ckpt_interval": 3, "eval_interval": 6, "log_interval": 5}
+    common.update(data_eval=data / "test", dropout=0.1, seed=9, batch_size_eval=4)
+    return {"ckpt_dir": folder, **common, **others}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = finished_run(data, **flags(data, folder))
+    return digest(run), metrics(folder), state_of(folder)
+
+
+def state_of(folder: Path) -> dict[str, object]:
+    """Return the state of the newest checkpoint without what names the folder."""
+    state = checkpoint.load(str(folder / "checkpoint_last")).state
+    names = ("step", "position", "best_score", "best_step", "interval")
+    return {**{name: state[name] for name in names}, "files": sorted(state["sha256"])}
+
+
+# ---- evaluations -------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside this process."""
+
+
+def disturb(monkeypatch, at: int, what) -> None:
+    """Call `what` in the middle of the evaluation number `at`, the first being that at step 0."""
+    evaluate, calls = pretraining.evaluate, []
+
+    def disturbed(*given):
+        calls.append(given)
+        if len(calls) - 1 == at:
+            what()
+        return evaluate(*given)
+
+    monkeypatch.setattr(pretraining, "evaluate", disturbed)
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("interval", [3, 4])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_run_killed_in_an_evaluation_has_lost_nothing(
+    data, tmp_path, monkeypatch, undisturbed, at, interval
+):
+    """The checkpoint of a step comes before its evaluation, which the resumed run makes up for."""
+    given = flags(data, tmp_path, ckpt_interval=interval)
+    with monkeypatch.context() as patch:
+        disturb(patch, at, kill)
+        with pytest.raises(Killed):
+            finished_run(data, **given)
+    saved = checkpoint.load(str(tmp_path / "checkpoint_last")).state
+    assert saved["step"] == (6 * at if interval == 3 else 4 * at + 4 * (at == 2))
+    assert saved.get("evaluation_pending", False) == (saved["step"] % 6 == 0)
+    resumed = finished_run(data, **given, resume=True)
+    assert (digest(resumed), metrics(tmp_path), state_of(tmp_path)) == undisturbed
+    assert "evaluation_pending" not in checkpoint.load(str(tmp_path / "checkpoint_last")).state
+
+
+@pytest.mark.parametrize("interval", [3, 4])
+def test_sigterm_ends_an_evaluation_between_two_batches(
+    data, tmp_path, monkeypatch, undisturbed, interval
+):
+    given = flags(data, tmp_path, ckpt_interval=interval)
+    with monkeypatch.context() as patch:
+        disturb(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="stopped after step 6"):
+            finished_run(data, **given)
+    assert [line["step"] for line in metrics(tmp_path) if line["phase"] == "eval"] == [0]
+    saved = checkpoint.load(str(tmp_path / "checkpoint_last")).state
+    assert (saved["step"], saved["evaluation_pending"]) == (6, True)
+    resumed = finished_run(data, **given, resume=True)
+    assert (digest(resumed), metrics(tmp_path), state_of(tmp_path)) == undisturbed
+
+
+def test_model_json_tells_the_best_loss_of_its_own_evaluation(data, tmp_path):
+    finished_run(data, **flags(data, tmp_path))
+    path = tmp_path / "checkpoint_last"
+    told = json.loads((path / "model.json").read_text())["details"]["metrics"]
+    assert told == {"lowest held-out mlm_loss": -checkpoint.load(str(path)).state["best_score"]}
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"optimizer": "sgd"}, "--optimizer sgd: the checkpoint was made with bertadam"),
+        ({"student_model": "bort_1_2_32_16"}, "--student_model bort_1_2_32_16: the checkpoint"),
+        ({"student_parameters": "teacher.params"}, "--student_parameters teacher.params: the"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change_is_refused_by_name(
+    data, tmp_path, monkeypatch, changed, named
+):
+    monkeypatch.chdir(data)
+    finished_run(data, ckpt_dir=tmp_path, num_steps=1)
+    with pytest.raises(UserError, match=named):
+        finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True, **changed)
+
+
+def test_another_accumulation_is_applied_on_resume(data, tmp_path):
+    run = finished_run(data, ckpt_dir=tmp_path, num_steps=2)
+    assert run.progress.batches == 2
+    run = finished_run(data, ckpt_dir=tmp_path, num_steps=4, resume=True, accumulate=3)
+    assert (run.micro_batches, run.progress.batches) == (3, 8)
+    run = finished_run(data, ckpt_dir=tmp_path, num_steps=5, resume=True, accumulate=3)
+    assert (run.micro_batches, run.progress.batches) == (3, 11)
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert recorded["DataSettings"]["accumulate"] == 3
+
+
+def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path):
+    write_shards(tmp_path / "other", sizes=(5,), seed=8)
+    folder = tmp_path / "run"
+    given = {"ckpt_dir": folder, "eval_interval": 2, "ckpt_interval": 2, "lr": 0.0}
+    finished_run(data, num_steps=2, data_eval=data / "test", **given)
+    best = checkpoint.load(str(folder / "checkpoint_last")).state["best_score"]
+    finished_run(data, num_steps=4, data_eval=tmp_path / "other", resume=True, **given)
+    state = checkpoint.load(str(folder / "checkpoint_last")).state
+    assert state["best_step"] == 4, "without training it would be no better on the same data"
+    assert state["best_score"] != best
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b'{"step": "x"}\n', b"{}\n", b"\n"])
+def test_a_foreign_line_in_the_metrics_never_blocks_a_resume(data, tmp_path, capsys, line):
+    given = {"ckpt_dir": tmp_path, "num_steps": 10, "ckpt_interval": 5, "log_interval": 5}
+    finished_run(data, **given)
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + line + second)
+    capsys.readouterr()
+    finished_run(data, **{**given, "num_steps": 15}, resume=True)
+    assert [record["step"] for record in metrics(tmp_path)] == [5, 10, 15]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == line
+    assert "1 line(s) are no metrics; moved to" in capsys.readouterr().err
+
+
+def test_a_state_of_another_type_is_refused(data, tmp_path):
+    finished_run(data, ckpt_dir=tmp_path, num_steps=1)
+    path = str(tmp_path / "step-0000001")
+    state = checkpoint.load(path).state
+    state["interval"] = "none"
+    checkpoint._write_state(path, state)
+    with pytest.raises(UserError, match=r"state\.json: is not the state of a run .*interval"):
+        finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True)
+
+
+# ---- one writer, and a folder that can be written ------------------------------------------------
+
+
+def test_a_second_writer_of_a_run_is_refused(data, tmp_path, capsys):
+    from run_pretraining_distillation import main
+
+    with lock_folder(str(tmp_path / "run")), pytest.raises(SystemExit) as stopped:
+        main(arguments(data, ckpt_dir=tmp_path / "run", resume=True))
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert f"--ckpt_dir {tmp_path / 'run'}: process {os.getpid()} on " in said[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"gpus": "0"}, "--gpus 0: MXNet sees 0 GPU(s) here; leave --gpus out for the CPU"),
+        ({"gpus": "-1"}, "--gpus -1: MXNet sees"),
+        ({"gpus": "0,0"}, "--gpus 0,0: names a device twice"),
+        ({"dtype": "float16"}, "--dtype float16: needs GPUs"),
+        ({"lr": "inf"}, "--lr inf: must be a finite number"),
+        ({"mlm_weight": 0}, "--mlm_weight 0: the loss is zero without a teacher"),
+        ({"ckpt_dir": "file"}, "file is not a folder"),
+        ({"ckpt_dir": "file/below"}, "file is not a folder"),
+    ],
+)
+@pytest.mark.parametrize("check", [False, True])
+def test_a_run_that_cannot_be_is_one_line_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, given, named, check
+):
+    from run_pretraining_distillation import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    # There are no shards: what is wrong is found before they are looked for.
+    line = arguments(tmp_path, **{"ckpt_dir": "run", **given, "check": check})
+    with pytest.raises(SystemExit) as stopped:
+        main(line)
+    assert stopped.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert named in (captured.out + captured.err)
+    assert os.listdir() == ["file"]
+
+
+def test_a_run_is_repeated_from_its_config(data, tmp_path):
+    from run_pretraining_distillation import main
+
+    line = arguments(data, ckpt_dir=tmp_path / "one", num_steps=6, seed=4, data_eval=data / "test")
+    evaluations = main(line)
+    again = ["--config", str(tmp_path / "one" / "config.json"), "--ckpt_dir", str(tmp_path / "two")]
+    assert main(again) == evaluations
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
