@@ -1,8 +1,8 @@
-"""A vocabulary and its encoder: RoBERTa's byte-level BPE and SentencePiece.
+"""Tokenizers: RoBERTa's byte-level BPE and SentencePiece.
 
-Both kinds meet the `Tokenizer` interface; `load_tokenizer` makes the one that the flags name.
-`encode` is for plain text: `<mask>` typed in a text is six ordinary characters, and the id of a
-special token never comes out (save `<unk>`, from a SentencePiece model without byte fallback).
+Both implement the `Tokenizer` protocol; `load_tokenizer` loads the one that the flags name.
+`encode` is for plain text: `<mask>` in a text is six ordinary characters, and special ids are never
+returned (except `<unk>`, by a SentencePiece model without byte fallback).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from bort.config import option
 from bort.errors import UserError
-from bort.files import read_json
+from bort.files import atomic_write, read_json
 
 RELEASED_DATASET = "openwebtext_ccnews_stories_books_cased"
 SAMPLE_MODEL = os.path.join(
@@ -29,30 +29,30 @@ SAMPLE_MODEL = os.path.join(
 )
 SPECIAL_TOKENS = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
 
-# GluonNLP's names; the digits are the first of the SHA-1 of the content.
+# GluonNLP's names; the digits begin the SHA-1 of the content.
 _RELEASED_FILES = (
     f"{RELEASED_DATASET}-2b804f8f.vocab",
     "openai_webtext_bpe_ranks-396d4d8e.json",
 )
-# Where shards and saved models keep their tokenizer.
+# The folder of the tokenizer beside shards and saved models.
 TOKENIZER_FOLDER = "tokenizer"
-# What `Tokenizer.save` writes: SentencePiece's model, or Hugging Face's names of the two files.
+# The files of `Tokenizer.save`: SentencePiece's model, or BPE's two under Hugging Face's names.
 _SAVED_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
-# GPT-2's division of text into words. The group holds all that needs no look-ahead: tiktoken's
-# regular expressions search it as one automaton, which makes encoding a third faster.
+# GPT-2's division of text into words. The alternatives without look-ahead are grouped: tiktoken's
+# regular expressions search the group as one automaton, which makes encoding a third faster.
 _GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"
-# Appended to a SentencePiece model, whose protocol buffer merges what is repeated: field 3
+# Appended to a SentencePiece model, a protocol buffer, which merges repeated fields: field 3
 # (normalizer_spec), 2 bytes, in which field 3 (add_dummy_prefix) is 0.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-# They overflow their stack at a million blanks in a row; such a run is encoded in parts.
+# tiktoken's stack overflows at a million blanks in a row; such a run is encoded in parts.
 _ENDLESS_BLANKS = re.compile(r"\s{65536}(?=\s)")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project knows of a vocabulary and its encoder.
+    """A vocabulary and its encoder.
 
-    `special_ids` are sorted and never masked; `word_starts[id]` is True where a token begins a
-    word (special tokens do); `fingerprint` is a SHA-256 over all that decides the ids.
+    `special_ids` are sorted and never masked; `word_starts[id]` is True for a token that begins a
+    word, and for special tokens; `fingerprint` is a SHA-256 over everything that decides the ids.
     """
 
     name: str
@@ -70,33 +70,33 @@ class Tokenizer(Protocol):
         """Return the ids of a text, int32 [tokens], without special tokens."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each of several unrelated texts."""
+        """Return the ids of each text; the texts are independent."""
 
     def encode_sentences(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each sentence of one document, as it stands in running text."""
+        """Return the ids of each sentence of one document, encoded as running text."""
 
     def encode_continued(self, text: str) -> np.ndarray:
-        """Return the ids of a text that other tokens precede: only its own spaces begin words."""
+        """Return the ids of a text that follows other tokens: only its own spaces begin words."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids; special tokens leave nothing in it."""
+        """Return the text of the ids, without special tokens."""
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Return the vocabulary's spelling of each id."""
 
     def save(self, folder: str) -> None:
-        """Write the files that `load_tokenizer_folder` makes the same tokenizer of."""
+        """Write the files from which `load_tokenizer_folder` loads the same tokenizer."""
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Which vocabulary encodes the text; none named: the small one embedded in test_data/."""
+    """Vocabulary; by default the small one in test_data/."""
 
     dataset_name: Optional[str] = option(
-        None, f"{RELEASED_DATASET}: RoBERTa's vocabulary, from GluonNLP's cache or downloaded"
+        None, f"{RELEASED_DATASET}: RoBERTa's vocabulary, downloaded once to GluonNLP's cache"
     )
     vocab_file: Optional[str] = option(
-        None, "byte-level BPE vocabulary: GluonNLP's .vocab or Hugging Face's vocab.json"
+        None, "vocabulary of a byte-level BPE: GluonNLP's .vocab or Hugging Face's vocab.json"
     )
     bpe_ranks: Optional[str] = option(
         None, "its merges: GluonNLP's openai_webtext_bpe_ranks or Hugging Face's merges.txt"
@@ -104,26 +104,26 @@ class TokenizerSettings:
     sentencepiece: Optional[str] = option(None, "SentencePiece .model file")
 
     def check(self) -> None:
-        """Raise `UserError` unless the flags name at most one vocabulary, and all of it."""
+        """Raise `UserError` unless the flags name at most one complete vocabulary."""
         if bool(self.vocab_file) != bool(self.bpe_ranks):
             given, missing = ("vocab_file", "bpe_ranks")[:: 1 if self.vocab_file else -1]
-            raise UserError(f"--{given} {getattr(self, given)}: give --{missing} with it")
+            raise UserError(f"--{given} {getattr(self, given)}: needs --{missing}")
         kinds = ("dataset_name", "vocab_file", "sentencepiece")
         named = [f"--{kind}" for kind in kinds if getattr(self, kind)]
         if len(named) > 1:
-            raise UserError(f"{' and '.join(named)} name different vocabularies: give one of them")
+            raise UserError(f"{' and '.join(named)} name different vocabularies: give only one")
         if self.dataset_name not in (None, RELEASED_DATASET):
             raise UserError(
-                f"--dataset_name {self.dataset_name}: only {RELEASED_DATASET} is known by name; "
-                "give any other vocabulary's files by --vocab_file and --bpe_ranks"
+                f"--dataset_name {self.dataset_name}: the only known name is {RELEASED_DATASET}; "
+                "for another vocabulary give its files by --vocab_file and --bpe_ranks"
             )
 
 
 def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     """Return the tokenizer that the settings name.
 
-    Raises `UserError` when a file is missing or is not what its flag wants, when a vocabulary
-    lacks a special token, and when a download fails.
+    Raises `UserError` when a file is missing or of another format, when a vocabulary lacks a
+    special token, and when a download fails.
     """
     settings.check()
     if settings.sentencepiece:
@@ -136,7 +136,7 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
 
 
 def load_tokenizer_folder(folder: str) -> Optional[Tokenizer]:
-    """Return the tokenizer that `Tokenizer.save` wrote into a folder; None when there is none.
+    """Return the tokenizer that `Tokenizer.save` wrote to a folder; None if there is none.
 
     Raises `UserError` when its files are damaged.
     """
@@ -152,16 +152,15 @@ def _write_files(folder: str, contents: dict[str, bytes]) -> None:
     os.makedirs(folder, exist_ok=True)
     for name, content in contents.items():
         path = os.path.join(folder, name)
-        with open(f"{path}.tmp", "wb") as handle:
+        with atomic_write(path, "wb") as handle:
             handle.write(content)
-        os.replace(f"{path}.tmp", path)
 
 
 class _Vocabulary:
-    """What both kinds share: the spelling of every id, and which ids are special."""
+    """The tokens by id and the special ids, for both kinds of tokenizer."""
 
     def __init__(self, spelling: Sequence[str], word_mark: str) -> None:
-        """Number the tokens in their order; raises `ValueError` when a special one is missing."""
+        """Number the tokens in order; raises `ValueError` when a special token is missing."""
         ids = {token: index for index, token in enumerate(spelling)}
         missing = [token for token in SPECIAL_TOKENS.values() if token not in ids]
         if missing:
@@ -184,10 +183,10 @@ class _Vocabulary:
 class ByteLevelBPE(_Vocabulary):
     """Byte-level byte-pair encoding (Radford et al. 2019, section 2.2), as in RoBERTa.
 
-    Gives what GluonNLP's `GPT2BPETokenizer` and its vocabulary give. tiktoken merges whichever
-    neighbours spell a token, GluonNLP those that stand in the list of merges. For a list that was
-    learnt these are the same, because a token is then spelt in one way only; a list in which a
-    merge does not make a new token out of older ones is refused.
+    Equivalent to GluonNLP's `GPT2BPETokenizer` with its vocabulary. tiktoken merges any neighbours
+    whose concatenation is a token, GluonNLP those in the list of merges. For a trained list these
+    are the same, because each token is then made by one merge only; a list in which a merge does
+    not make a new token out of earlier ones is refused.
     """
 
     name = "byte_level_bpe"
@@ -195,8 +194,8 @@ class ByteLevelBPE(_Vocabulary):
     def __init__(self, spelling: Sequence[str], merges: Sequence[str]) -> None:
         """Build from the tokens in the order of their ids and the merges ("a b") by rank.
 
-        Raises `ValueError` when the merges do not build on each other, when the vocabulary lacks
-        one of their tokens, and when it lacks a special token.
+        Raises `ValueError` when a merge does not build on earlier ones, and when the vocabulary
+        lacks a token of the merges or a special token.
         """
         import tiktoken
 
@@ -218,15 +217,15 @@ class ByteLevelBPE(_Vocabulary):
             self.name,
             pat_str=_GPT2_WORDS,
             mergeable_ranks={content[token]: rank for rank, token in enumerate(made)},
-            # Never produced, as `encode_to_numpy` is told to allow none; but tiktoken looks for
-            # them in the text, and to look for nothing takes it longer: that matches everywhere.
+            # Never produced, because `encode_to_numpy` is told to allow none. But tiktoken searches
+            # the text for them, and an empty set takes longer: it matches everywhere.
             special_tokens=dict.fromkeys(SPECIAL_TOKENS.values(), len(made)),
         )
         described = json.dumps([self.name, list(spelling), list(merges)]).encode()
         self.fingerprint = hashlib.sha256(described).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, int32 [tokens]; a lone surrogate counts as U+FFFD."""
+        """Return the ids of a text, int32 [tokens]; a lone surrogate is read as U+FFFD."""
         return self._ids.take(self._ranks(utf8_bytes(text).decode()))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -234,10 +233,10 @@ class ByteLevelBPE(_Vocabulary):
         return [self.encode(text) for text in texts]
 
     def encode_sentences(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of `" ".join(sentences)`, divided before the spaces of the join.
+        """Return the ids of `" ".join(sentences)`, split before the joining spaces.
 
-        A token of several spaces, where a sentence is empty or begins with a space, goes whole to
-        the later sentence.
+        A token of several spaces, where a sentence is empty or begins with a space, belongs to the
+        later sentence.
         """
         content = [utf8_bytes(sentence) for sentence in sentences]
         ranks = self._ranks(b" ".join(content).decode())
@@ -249,15 +248,15 @@ class ByteLevelBPE(_Vocabulary):
         return [ids[starts[i] : ends[i]] for i in range(len(sentences))]
 
     def encode_continued(self, text: str) -> np.ndarray:
-        """Return what `encode` does: its first word has no mark of a beginning either."""
+        """Return what `encode` returns: a first word without space is no different there."""
         return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text; bytes that are no UTF-8 become U+FFFD, special tokens nothing."""
+        """Return the text; bytes that are not UTF-8 become U+FFFD, special tokens are dropped."""
         return b"".join(self._bytes[index] for index in ids).decode("utf-8", errors="replace")
 
     def save(self, folder: str) -> None:
-        """Write vocab.json and merges.txt, in Hugging Face's form, into a folder."""
+        """Write vocab.json and merges.txt, in Hugging Face's format, to a folder."""
         ids = {token: index for index, token in enumerate(self._spelling)}
         merges = "".join(f"{line}\n" for line in ("#version: 0.2", *self._merges))
         vocabulary = json.dumps(ids, ensure_ascii=False)
@@ -285,8 +284,8 @@ class SentencePiece(_Vocabulary):
     def __init__(self, model: bytes) -> None:
         """Build from the content of a .model file.
 
-        Raises `RuntimeError` when it is none, `ValueError` when it lacks a special token or would
-        read one in plain text.
+        Raises `RuntimeError` when it is not one, `ValueError` when it lacks a special token or
+        encodes plain text to one.
         """
         from sentencepiece import SentencePieceProcessor
 
@@ -302,25 +301,27 @@ class SentencePiece(_Vocabulary):
             if not self._processor.is_control(index) and index != self._processor.unk_id()
         ]
         if readable:
-            raise ValueError(f"text may contain its {', '.join(readable)}: no control symbol")
+            raise ValueError(
+                f"its {', '.join(readable)} can be encoded from text: not control symbols"
+            )
         self.fingerprint = hashlib.sha256(self.name.encode() + b"\0" + model).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text, int32 [tokens]; a lone surrogate counts as U+FFFD."""
+        """Return the ids of a text, int32 [tokens]; a lone surrogate is read as U+FFFD."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text."""
-        # One thread: the parallelism is in the caller's processes.
+        # One thread: the callers use several processes.
         encoded = self._processor.encode([utf8_bytes(text) for text in texts], num_threads=1)
         return [np.array(ids, np.int32) for ids in encoded]
 
     def encode_sentences(self, sentences: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each sentence: SentencePiece marks the spaces itself."""
+        """Return the ids of each sentence; SentencePiece marks the spaces itself."""
         return self.encode_batch(sentences)
 
     def encode_continued(self, text: str) -> np.ndarray:
-        """Return the ids without the mark of a word's beginning, unless the text has a space."""
+        """Return the ids without the mark of a new word, unless the text begins with a space."""
         if text[:1].isspace():
             return self.encode(text)
         if self._continuing is None:
@@ -329,11 +330,11 @@ class SentencePiece(_Vocabulary):
         return np.array(self._continuing.encode(utf8_bytes(text)), np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text, with ⁇ for `<unk>`; other special tokens leave nothing in it."""
+        """Return the text, with ⁇ for `<unk>`; other special tokens are dropped."""
         return self._processor.decode([int(index) for index in ids])
 
     def save(self, folder: str) -> None:
-        """Write tokenizer.model into a folder."""
+        """Write tokenizer.model to a folder."""
         _write_files(folder, {_SAVED_FILES[0]: self._model})
 
 
@@ -346,7 +347,7 @@ def utf8_bytes(text: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """Return GPT-2's spelling of the 256 bytes: printable ones as they are, others from U+0100."""
+    """Return GPT-2's characters for the 256 bytes: printable ones as is, others from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -363,15 +364,17 @@ def _token_bytes(token: str) -> bytes:
 
 
 def _tokens_made(merges: Sequence[str]) -> list[str]:
-    """Return the tokens by rank: the 256 bytes, then what each merge makes.
+    """Return the tokens by rank: the 256 bytes, then the result of each merge.
 
-    Raises `ValueError` for a merge that does not make a new token out of two older ones.
+    Raises `ValueError` for a merge that does not make a new token out of two earlier ones.
     """
     made = dict.fromkeys(_CHARACTER_TO_BYTE)
     for number, merge in enumerate(merges, start=1):
         left, _, right = merge.partition(" ")
         if left not in made or right not in made or left + right in made:
-            raise ValueError(f"merge {number}, {merge!r}, does not make a new token of older ones")
+            raise ValueError(
+                f"merge {number}, {merge!r}, does not make a new token of earlier ones"
+            )
         made[left + right] = None
     return list(made)
 
@@ -394,7 +397,7 @@ def read_vocabulary(path: str) -> list[str]:
 
 
 def spelling_of(ids: Any, path: str) -> list[str]:
-    """Return the tokens of {token: id} in the order of their ids; `path` is where they stood.
+    """Return the tokens of {token: id} in the order of their ids; `path` is for messages.
 
     Raises `UserError` unless the ids are 0, 1, 2, ...
     """
@@ -404,8 +407,8 @@ def spelling_of(ids: Any, path: str) -> list[str]:
         or sorted(ids.values()) != list(range(len(ids)))
     ):
         raise UserError(
-            f"{path}: is neither a GluonNLP vocabulary nor a Hugging Face vocab.json, which "
-            "number their tokens from 0 on without gaps"
+            f"{path}: is neither a GluonNLP vocabulary nor a Hugging Face vocab.json: their tokens "
+            "are numbered from 0 without gaps"
         )
     return sorted(ids, key=ids.__getitem__)
 
@@ -435,9 +438,10 @@ def _load_sentencepiece(path: str) -> SentencePiece:
 
 
 def _released_files() -> tuple[str, str]:
-    """Return the paths of RoBERTa's vocabulary and merges in MXNet's cache, downloaded if need be.
+    """Return the paths of RoBERTa's vocabulary and merges in MXNet's cache.
 
-    Looks before it asks GluonNLP, whose import brings MXNet and takes seconds.
+    They are downloaded if necessary. Without a download GluonNLP is not imported: it imports
+    MXNet, which takes seconds.
     """
     home = os.environ.get("MXNET_HOME", os.path.join("~", ".mxnet"))
     folder = os.path.join(os.path.expanduser(home), "models")
@@ -457,7 +461,7 @@ def _is_whole(path: str) -> bool:
 
 
 def _download_released(folder: str) -> None:
-    """Let GluonNLP fetch both files into a folder of their own, then put them in their place."""
+    """Let GluonNLP download both files into a temporary folder, then move them to `folder`."""
     from gluonnlp.data import GPT2BPETokenizer
     from gluonnlp.data.utils import _load_pretrained_vocab
 

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from bort.config import option, required
 from bort.errors import UserError
 from bort.files import lock_folder, sha256_of
 from bort.jobs import ProcessDiedError, WorkerPool
 from bort.mxnet_setup import usable_cores
-from bort.progress import Progress
+from bort.progress import ProgressBar
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings, load_tokenizer
 from data.corpus import TextFile, open_sources, read_documents, scan
 from data.masking import (
@@ -146,7 +145,7 @@ def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
         # More blocks if the text is compressed.
         blocks = -(-sum(os.path.getsize(source.path) for source in sources) // BLOCK_BYTES)
         with workers(maker, min(corpus.num_workers, usable_cores(), blocks)) as make:
-            with Progress("checking the text") as progress:
+            with ProgressBar("checking the text") as progress:
                 files = [scan(source, progress.advance) for source in sources]
             _check_number_of_documents(files, corpus.num_outputs)
             with lock_folder(corpus.output_dir, "--output_dir"):
@@ -246,7 +245,7 @@ def _make_missing_shards(
     write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
     total = sum(file.bytes for file in plan.inputs)
     made = 0
-    with Progress("making shards", total) as progress:
+    with ProgressBar("making shards", total) as progress:
         blocks = read_blocks(sources, plan.inputs, corpus.num_outputs)
         missing = _missing_blocks(blocks, done, progress)
         for shard, group in itertools.groupby(make(missing), key=lambda block: block.shard):
@@ -256,11 +255,15 @@ def _make_missing_shards(
             write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
             made += size
             if corpus.verbose:
-                tqdm.write(f"{entry.file}: {entry.sequences} sequences of {entry.tokens} tokens")
+                progress.write(
+                    f"{entry.file}: {entry.sequences} sequences of {entry.tokens} tokens"
+                )
     return made
 
 
-def _missing_blocks(blocks: Iterable[Block], done: set[str], progress: Progress) -> Iterator[Block]:
+def _missing_blocks(
+    blocks: Iterable[Block], done: set[str], progress: ProgressBar
+) -> Iterator[Block]:
     for block in blocks:
         if shard_name(block.shard) in done:
             progress.skip(block.bytes)
@@ -269,7 +272,7 @@ def _missing_blocks(blocks: Iterable[Block], done: set[str], progress: Progress)
 
 
 def _write_shard(
-    folder: str, shard: int, group: Iterable[Instances], plan: Manifest, progress: Progress
+    folder: str, shard: int, group: Iterable[Instances], plan: Manifest, progress: ProgressBar
 ) -> tuple[ShardEntry, int]:
     """Write one shard; return its entry and the bytes of its text."""
     path = os.path.join(folder, shard_name(shard))

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Show what a folder of pretraining shards holds: its manifest, statistics, a few instances.
+"""Show the contents of a folder of pretraining shards: manifest, statistics, some sequences.
 
     python scripts/inspect_shards.py FOLDER [--num 3]
 
-The vocabulary is the one the shards were made with; if it moved since, name it by the tokenizer's
-flags.
+The tokenizer is the one in the folder, or the one that the tokenizer flags name.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,7 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import build, check_limits, option, parser_for
 from bort.errors import UserError, entry_point
-from bort.tokenization import Tokenizer, TokenizerSettings, load_tokenizer
+from bort.tokenization import (
+    TOKENIZER_FOLDER,
+    Tokenizer,
+    TokenizerSettings,
+    load_tokenizer,
+    load_tokenizer_folder,
+)
 from data.shards import Manifest, Shard, ShardSet, open_shards
 
 _SEQUENCES_AT_ONCE = 1 << 14
@@ -29,9 +35,9 @@ _SEQUENCES_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """What is shown."""
+    """Output."""
 
-    num: int = option(3, "instances to print, spread over the folder", minimum=0)
+    num: int = option(3, "number of sequences to print, spread over the folder", minimum=0)
 
 
 @dataclass
@@ -45,12 +51,12 @@ class Statistics:
     became_other: int = 0
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Yield (what, how much) for the table."""
+        """Yield (name, value) for the table."""
         yield "masked, of tokens of text", _percent(self.masked, self.text_tokens)
-        yield "  became <mask>", _percent(self.became_mask, self.masked)
-        yield "  became another token", _percent(self.became_other, self.masked)
+        yield "  replaced by <mask>", _percent(self.became_mask, self.masked)
+        yield "  replaced by another token", _percent(self.became_other, self.masked)
         kept = self.masked - self.became_mask - self.became_other
-        yield "  stayed", _percent(kept, self.masked)
+        yield "  kept", _percent(kept, self.masked)
         yield "masked special tokens", f"{self.masked_special:,}"
 
 
@@ -67,7 +73,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Statistics:
     settings = build(InspectSettings, parsed)
     check_limits(settings)
     shards = open_shards(parsed["folder"], remember=False)
-    tokenizer = _tokenizer_of(shards.manifest, build(TokenizerSettings, parsed))
+    tokenizer = _tokenizer_of(parsed["folder"], shards.manifest, build(TokenizerSettings, parsed))
     statistics = measure(shards, tokenizer)
     for what, value in [*_manifest_rows(shards), *statistics.rows()]:
         print(f"{what:<28}{value:>16}")
@@ -77,14 +83,17 @@ def main(argv: Optional[Sequence[str]] = None) -> Statistics:
     return statistics
 
 
-def _tokenizer_of(manifest: Manifest, given: TokenizerSettings) -> Tokenizer:
+def _tokenizer_of(folder: str, manifest: Manifest, given: TokenizerSettings) -> Tokenizer:
+    tokenizer = None
     if given == TokenizerSettings():
-        given = build(TokenizerSettings, manifest.tokenizer.settings)
-    tokenizer = load_tokenizer(given)
+        tokenizer = load_tokenizer_folder(os.path.join(folder, TOKENIZER_FOLDER))
+        given = build(TokenizerSettings, dict(manifest.tokenizer.settings))
+    if tokenizer is None:
+        tokenizer = load_tokenizer(given)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(
-            "the shards were made with another vocabulary: name it by --dataset_name, "
-            f"--vocab_file and --bpe_ranks, or --sentencepiece (now {given})"
+            f"{folder}: its shards were made with another vocabulary; name it by --dataset_name, "
+            "--vocab_file and --bpe_ranks, or --sentencepiece"
         )
     return tokenizer
 
@@ -107,26 +116,28 @@ def _manifest_rows(shards: ShardSet) -> Iterator[tuple[str, str]]:
 
 
 def measure(shards: ShardSet, tokenizer: Tokenizer) -> Statistics:
-    """Count masks and what became of the tokens; reads all shards, a part at a time."""
+    """Count masks and replacements; reads all shards, a part at a time."""
     total = Statistics()
     special = np.zeros(tokenizer.vocab_size, bool)
     special[tokenizer.special_ids] = True
     for shard in shards.shards:
         for first in range(0, shard.num_sequences, _SEQUENCES_AT_ONCE):
             last = min(first + _SEQUENCES_AT_ONCE, shard.num_sequences)
-            shown, true_ids, input_ids = _masked_tokens(shard, first, last)
-            total.masked += len(true_ids)
-            total.masked_special += int(special[true_ids].sum())
+            shown, original_ids, input_ids = _masked_tokens(shard, first, last)
+            total.masked += len(original_ids)
+            total.masked_special += int(special[original_ids].sum())
             total.became_mask += int((shown == tokenizer.mask_id).sum())
-            total.became_other += int(((shown != tokenizer.mask_id) & (shown != true_ids)).sum())
-            # A special token that is masked, or shown in place of a token, is one of the latter.
-            specials = special[input_ids].sum() - special[shown].sum() + special[true_ids].sum()
+            total.became_other += int(
+                ((shown != tokenizer.mask_id) & (shown != original_ids)).sum()
+            )
+            # Special tokens at masked positions stand for the original ones, which are counted.
+            specials = special[input_ids].sum() - special[shown].sum() + special[original_ids].sum()
             total.text_tokens += len(input_ids) - int(specials)
     return total
 
 
 def _masked_tokens(shard: Shard, first: int, last: int) -> tuple[np.ndarray, ...]:
-    """Return what is shown at the masked places, what is true there, and all input ids."""
+    """Return the ids at the masked positions, the original ids there, and all input ids."""
     offsets = shard.offsets[first : last + 1]
     masked_offsets = shard.masked_offsets[first : last + 1]
     masked = slice(masked_offsets[0], masked_offsets[-1])
@@ -140,35 +151,35 @@ def _masked_tokens(shard: Shard, first: int, last: int) -> tuple[np.ndarray, ...
 
 
 def in_words(
-    tokenizer: Tokenizer, input_ids: np.ndarray, positions: np.ndarray, true_ids: np.ndarray
+    tokenizer: Tokenizer, input_ids: np.ndarray, positions: np.ndarray, original_ids: np.ndarray
 ) -> str:
-    """Return a sequence as text; a masked token reads [true token: what is shown]."""
-    truth = dict(zip(positions.tolist(), true_ids.tolist()))
+    """Return a sequence as text; a masked token reads [original: replacement]."""
+    original = dict(zip(positions.tolist(), original_ids.tolist()))
     special = set(tokenizer.special_ids.tolist())
     ids = input_ids.tolist()
 
-    def kind(place: int) -> int:
-        # Each masked or special token stands alone, the others are decoded together.
-        return place if place in truth or ids[place] in special else -1
+    def group(position: int) -> int:
+        # A masked or special token is a group of its own, the others are decoded together.
+        return position if position in original or ids[position] in special else -1
 
     words = []
-    for key, places in groupby(range(len(ids)), key=kind):
-        shown = [ids[place] for place in places]
-        if key not in truth:
-            words.append(_spelt(tokenizer, shown))
+    for key, positions_of_group in groupby(range(len(ids)), key=group):
+        shown = [ids[position] for position in positions_of_group]
+        if key not in original:
+            words.append(_text_of(tokenizer, shown))
             continue
-        true_word = _spelt(tokenizer, [truth[key]])
-        space = " " * true_word.startswith(" ")
-        became = "kept" if shown == [truth[key]] else _spelt(tokenizer, shown).strip()
-        words.append(f"{space}[{true_word.strip()}: {became}]")
+        word = _text_of(tokenizer, [original[key]])
+        space = " " * word.startswith(" ")
+        replacement = "kept" if shown == [original[key]] else _text_of(tokenizer, shown).strip()
+        words.append(f"{space}[{word.strip()}: {replacement}]")
     return "".join(words)
 
 
-def _spelt(tokenizer: Tokenizer, ids: list[int]) -> str:
+def _text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     if ids[0] in tokenizer.special_ids:
         return " ".join(tokenizer.tokens(ids))
     text = tokenizer.decode(ids)
-    # SentencePiece forgets the space before the first word.
+    # SentencePiece drops the space before the first word.
     missing = tokenizer.word_starts[ids[0]] and not text.startswith(" ")
     return " " * bool(missing) + text
 

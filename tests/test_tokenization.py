@@ -500,8 +500,8 @@ def refused(**settings) -> str:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"vocab_file": "a"}, "--vocab_file a: give --bpe_ranks with it"),
-        ({"bpe_ranks": "b"}, "--bpe_ranks b: give --vocab_file with it"),
+        ({"vocab_file": "a"}, "--vocab_file a: needs --bpe_ranks"),
+        ({"bpe_ranks": "b"}, "--bpe_ranks b: needs --vocab_file"),
         (
             {"sentencepiece": "s", "vocab_file": "a", "bpe_ranks": "b"},
             "--vocab_file and --sentencepiece name different vocabularies",
@@ -510,7 +510,10 @@ def refused(**settings) -> str:
             {"sentencepiece": "s", "dataset_name": RELEASED_DATASET},
             "--dataset_name and --sentencepiece name different vocabularies",
         ),
-        ({"dataset_name": "wiki"}, f"--dataset_name wiki: only {RELEASED_DATASET} is known"),
+        (
+            {"dataset_name": "wiki"},
+            f"--dataset_name wiki: the only known name is {RELEASED_DATASET}",
+        ),
         ({"sentencepiece": "/nowhere/s"}, "/nowhere/s: cannot be read (No such file"),
         ({"vocab_file": "/nowhere/v", "bpe_ranks": "b"}, "/nowhere/v: cannot be read (No such"),
     ],
@@ -520,7 +523,7 @@ def test_flags_that_do_not_fit(settings, says):
 
 
 def test_flags_are_checked_when_parsed(capsys):
-    with pytest.raises(UserError, match="give --bpe_ranks with it"):
+    with pytest.raises(UserError, match="needs --bpe_ranks"):
         parse("", ["--vocab_file", "a"], TokenizerSettings)
     (settings,) = parse("", ["--sentencepiece", "m"], TokenizerSettings)
     assert settings == TokenizerSettings(sentencepiece="m")
@@ -594,7 +597,7 @@ def test_sentencepiece_files_that_are_none(tmp_path, content):
         ({"pad_id": 3}, "it lacks <mask>; train one"),
         (
             {"pad_id": 3, "user_defined_symbols": ["<mask>"]},
-            "text may contain its <mask>: no control symbol; train one",
+            "its <mask> can be encoded from text: not control symbols; train one",
         ),
     ],
 )

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from bort import jobs
@@ -45,6 +44,7 @@ from bort.ose.report import (
 )
 from bort.ose.search import OseResult, check_maximum_point, extract, largest, ordered
 from bort.ose.trained_error import TrainedError, describe, prepare_teacher, remove_candidates
+from bort.progress import ProgressBar
 from bort.shapes import Shape, shape_of
 from data.shards import Manifest, open_shards
 
@@ -232,7 +232,9 @@ def show(
 
 def measure_latencies(shapes: Sequence[Shape], sequence_length: int) -> dict[Shape, float]:
     """Return seconds for one input of each shape, with a progress bar on a terminal."""
-    from tqdm import tqdm
-
-    bar = tqdm(shapes, unit="model", disable=not sys.stderr.isatty())
-    return {shape: measure_latency(shape, sequence_length) for shape in bar}
+    seconds = {}
+    with ProgressBar("measuring latencies", len(shapes), unit="model") as progress:
+        for shape in shapes:
+            seconds[shape] = measure_latency(shape, sequence_length)
+            progress.advance()
+    return seconds

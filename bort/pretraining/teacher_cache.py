@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import sys
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
@@ -24,7 +23,6 @@ from typing import Any, Callable, Iterator, Sequence
 import numpy as np
 from mxnet import nd
 from mxnet.gluon import nn
-from tqdm import tqdm
 
 from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess
@@ -32,6 +30,7 @@ from bort.encoder import join_projections
 from bort.errors import UserError
 from bort.files import NPZ_ERRORS, read_json, write_json
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
+from bort.progress import ProgressBar
 from bort.types import Context
 from data.batches import collate
 from data.shards import Shard, ShardEntry, ShardSet
@@ -210,11 +209,18 @@ def build_cache(
     join_projections(teacher.encoder)
     mine = pairs[communicator.rank :: communicator.size]
     total = sum(shard.num_sequences for shard, _ in mine)
-    hidden = communicator.rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=total, unit="sequence", disable=hidden) as bar:
+    first = communicator.rank == 0
+    with ProgressBar("caching", total, unit="sequence", enabled=first) as progress:
         for shard, entry in mine:
             cache_shard(
-                folder, shard, entry, teacher, manifest, tokenizer.pad_id, batch_size, bar.update
+                folder,
+                shard,
+                entry,
+                teacher,
+                manifest,
+                tokenizer.pad_id,
+                batch_size,
+                progress.advance,
             )
     communicator.barrier()
     return [entry for _, entry in pairs]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import time
 from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Protocol, Sequence
 
 import numpy as np
 from mxnet import nd
-from tqdm import tqdm
 
 from bort.communicator import Communicator
 from bort.files import atomic_write, write_json
+from bort.progress import ProgressBar
 from bort.types import Context, NDArray
 
 FILE = "metrics.jsonl"
@@ -103,19 +102,15 @@ class FolderReporter:
         self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
         board = os.path.join(self._folder, "tensorboard")
         self._board = SummaryWriter(board, purge_step=step + 1, flush_secs=10)
-        # A bar that redraws itself is noise in a log file.
-        self._bar = tqdm(
-            total=max_steps,
-            initial=step,
-            unit="step",
-            disable=self._quiet or not sys.stderr.isatty(),
-            dynamic_ncols=True,
+        # Without lines: metric lines show the progress where there is no terminal.
+        self._bar = ProgressBar(
+            "", max_steps, "step", initial=step, enabled=not self._quiet, lines=False
         )
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
         if self._enabled:
-            self._bar.update()
+            self._bar.advance()
 
     def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         """Record the values of one moment: a line, a JSON object, and TensorBoard scalars."""
@@ -132,8 +127,7 @@ class FolderReporter:
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
         if self._enabled and not self._quiet:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            self._bar.write(line)
 
     def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
         """Save arrays as an .npz file of the run's folder; returns its path, on every rank."""
