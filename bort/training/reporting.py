@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Protocol, Sequence
