@@ -55,7 +55,6 @@ import json
 import math
 import time
 import warnings
-import zlib
 from typing import (
     Any,
     Callable,
@@ -76,6 +75,7 @@ from bort.agora.pruning import sets_to_drop, within_balance
 from bort.agora.store import Store
 from bort.config import check_limits, option
 from bort.errors import UserError
+from bort.generators import generator_for
 from bort.types import Hyperparameters
 from data.metrics import accuracy
 
@@ -318,11 +318,6 @@ def input_key(example: Any) -> Hashable:
     if isinstance(example, dict):
         return tuple(sorted((name, input_key(value)) for name, value in example.items()))
     return example
-
-
-def generator_for(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """Return the generator of one purpose: no draw depends on earlier ones."""
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *numbers])
 
 
 def agora(

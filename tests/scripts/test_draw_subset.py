@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.tasks import get_task
+from data import subset
+from data.tasks import get_task, task_names
 from scripts import draw_subset
 
 TEST_DATA = str(Path(__file__).resolve().parents[2] / "test_data")
@@ -61,7 +62,7 @@ def test_of_equal_rows_one_is_drawn(tmp_path):
     folder.mkdir(parents=True)
     (folder / "train.tsv").write_text("sentence\tlabel\n" + "same text\t1\n" * 9 + "other\t0\n")
     (folder / "dev.tsv").write_text("sentence\tlabel\nthird\t0\nsame text\t1\n")
-    pool = draw_subset.read_pool(get_task("SST-2"), str(tmp_path))
+    pool = subset.read_pool(get_task("SST-2"), str(tmp_path), ("train", "dev"))
     assert pool.lines == [b"same text\t1", b"other\t0", b"third\t0"]
 
 
@@ -69,7 +70,8 @@ def test_of_equal_rows_one_is_drawn(tmp_path):
     ("task", "sizes", "message"),
     [
         ("SST-2", {"train": 100}, "SST-2: the sets need 107 rows, there are 12 with different"),
-        ("MultiRC", {}, "has not one line for each example"),
+        ("RACE-H", {}, "is a folder; draw from a task with one file per set"),
+        ("MNLI", {"train": 1, "dev": 1}, "MNLI: the sets need 4 rows of dev_mismatched, there"),
         ("AX-b", {}, "--task_name AX-b: has no training set to draw from"),
     ],
 )
@@ -78,3 +80,64 @@ def test_mistakes_are_named(tmp_path, capsys, task, sizes, message):
         draw_subset.main(arguments(tmp_path / "out", task, **sizes))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+ONE = {"train": 1, "dev": 1, "test": 1, "timaeus_train": 0, "timaeus_dev": 0}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in task_names() if get_task(n).train and get_task(n).suite != "race"]
+)
+def test_every_task_reads_its_subset(tmp_path, name):
+    files = draw_subset.main(arguments(tmp_path, name, **ONE))
+    task = get_task(name)
+    assert len(files) == len(task.splits)
+    for split in task.splits:
+        examples = task.read(tmp_path / "draw-0", split).examples
+        assert all(example.label is not None for example in examples)
+        path = task.find(tmp_path / "draw-0", split)
+        assert str(path) in files
+        assert not path.with_suffix(".tmp").exists()
+
+
+OFFICIAL_MNLI = {  # other columns in train and dev, as in the official files
+    "train": "index genre sentence1 sentence2 label1 gold_label",
+    "dev": "index genre label1 label2 sentence1 sentence2 label3 label4 label5 gold_label",
+}
+
+
+def test_dev_rows_of_mnli_have_the_columns_of_the_training_set(tmp_path):
+    folder = tmp_path / "data" / "glue" / "MNLI"
+    folder.mkdir(parents=True)
+    for name, columns in (("train", "train"), ("dev_matched", "dev"), ("dev_mismatched", "dev")):
+        header = OFFICIAL_MNLI[columns].split()
+        lines = ["\t".join(header)]
+        for row in range(6):
+            values = {"index": row, "genre": name, "gold_label": "neutral"}
+            values.update(sentence1=f"{name} {row}", sentence2="so")
+            lines.append("\t".join(str(values.get(column, "x")) for column in header))
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    flags = arguments(tmp_path, "MNLI", train=5, dev=2, test=2, timaeus_train=2, timaeus_dev=1)
+    flags[flags.index(TEST_DATA)] = str(tmp_path / "data")
+    assert len(draw_subset.main(flags)) == 8
+    task = get_task("MNLI")
+    for root, split, rows in (
+        ("timaeus", "dev_mismatched", 1),
+        ("draw-0", "train", 5),
+        ("draw-0", "dev_matched", 2),
+        ("draw-0", "test_matched", 2),
+        ("draw-0", "test_mismatched", 2),
+    ):
+        examples = task.read(tmp_path / root, split).examples
+        assert len(examples) == rows
+        genres = {example.inputs[0][0].split()[0] for example in examples}
+        assert (genres == {"dev_mismatched"}) == split.endswith("_mismatched")
+        assert {task.labels[example.label] for example in examples} == {"neutral"}
+
+
+def test_nothing_remains_of_sets_that_do_not_read_back(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(subset, "COLA_HEADER", b"sentence\tlabel")
+    with pytest.raises(SystemExit):
+        draw_subset.main(arguments(tmp_path, "CoLA"))
+    assert "CoLA" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

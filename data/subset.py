@@ -1,0 +1,195 @@
+"""Small sets for experiments with little data, drawn from the official files of a task.
+
+<output_dir>/timaeus/<suite>/<task>/     train and dev sets of a model that labels
+draw-0/<suite>/<task>/      train, dev and test sets; the same test sets in
+draw-1/...                  every draw
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Optional, Sequence
+
+import numpy as np
+
+from bort.config import option, required
+from bort.errors import UserError
+from bort.files import atomic_write
+from bort.generators import generator_for
+from bort.types import TaskKind
+from data.rows import decode, parse_object, read_lines
+from data.task import Task, is_labelled
+from data.tasks import get_task
+
+# CoLA's training file has no header, its test file needs one.
+COLA_HEADER = b"source\tlabel\tannotation\tsentence"
+
+
+@dataclass(frozen=True)
+class SubsetSettings:
+    """Which task, and how many rows each set has."""
+
+    task_name: str = required("a task of GLUE or SuperGLUE with a training set: SST-2, CB, ...")
+    output_dir: str = required("folder for the sets")
+    data_dir: Optional[str] = option(
+        None, "folder of the official data (default: GluonNLP's, $MXNET_HOME/datasets)"
+    )
+    train: int = option(200, "rows of each training set", minimum=1)
+    dev: int = option(200, "rows of each dev set", minimum=1)
+    test: int = option(1000, "rows of each test set", minimum=1)
+    timaeus_train: int = option(0, "rows of the labeller's training set", minimum=0)
+    timaeus_dev: int = option(0, "rows of the labeller's dev set", minimum=0)
+    draws: int = option(1, "number of pairs of a training and a dev set", minimum=1)
+    seed: int = option(0, "random seed of the draw", minimum=0)
+
+
+class Pool(NamedTuple):
+    """Labelled lines with different inputs, and the header of their file (None without one)."""
+
+    header: Optional[bytes]
+    lines: list[bytes]
+
+
+class Set(NamedTuple):
+    """One set to write: its data folder, its split, and its lines."""
+
+    root: Path
+    split: str
+    lines: list[bytes]
+
+
+def draw_subsets(settings: SubsetSettings) -> list[str]:
+    """Draw the sets, write them in the official layout, read them back; returns the files.
+
+    Of lines with equal inputs the first counts. No line is in two sets, except in train and dev of
+    different draws. A task with a second dev set (MNLI's mismatched) has a second pool for its
+    dev and test sets. Raises `UserError` for fewer lines than the sets need, and, after removing
+    what was written, for a set that cannot be read back.
+    """
+    task = get_task(settings.task_name)
+    if task.train is None:
+        raise UserError(f"--task_name {task.name}: has no training set to draw from")
+    pool = read_pool(task, settings.data_dir, (task.train, task.dev[0]))
+    sets = _draw(task, pool, settings, 0)
+    for number, split in enumerate(task.dev[1:], 1):
+        other = read_pool(task, settings.data_dir, (split,))
+        other = Pool(pool.header, _with_columns(other, pool.header, task.name))
+        sets += _draw(task, other, settings, number)
+    written: list[str] = []
+    try:
+        for each in sets:
+            written.append(_write(each, task, pool.header))
+            _read_back(each, task, pool.header)
+    except BaseException:
+        for path in written:
+            os.remove(path)
+        raise
+    return written
+
+
+def read_pool(task: Task, data_dir: Optional[str], splits: Sequence[str]) -> Pool:
+    """Return the labelled lines of splits, all with the columns of the first.
+
+    Raises `UserError` for a broken line, and for a task whose sets are folders.
+    """
+    pools = [_read_file(task, data_dir, split) for split in splits]
+    header = pools[0].header
+    lines: dict[tuple, bytes] = {}
+    for pool in pools:
+        for line in _with_columns(pool, header, task.name):
+            lines.setdefault(_inputs(task, header, line), line)
+    return Pool(header, list(lines.values()))
+
+
+def _read_file(task: Task, data_dir: Optional[str], split: str) -> Pool:
+    task.read(data_dir, split)  # raises for a missing file and for a broken line
+    path = task.find(data_dir, split)
+    if path is None or path.is_dir():
+        raise UserError(f"{path}: is a folder; draw from a task with one file per set")
+    lines = [line.content for line in read_lines(path)]
+    if task.suite == "superglue" or task.name == "CoLA":
+        return Pool(None, lines)
+    return Pool(lines[0], lines[1:])
+
+
+def _with_columns(pool: Pool, header: Optional[bytes], name: str) -> list[bytes]:
+    """Return a pool's lines with the columns of another header."""
+    if header is None or pool.header is None or pool.header == header:
+        return pool.lines
+    own, wanted = pool.header.split(b"\t"), header.split(b"\t")
+    missing = [column.decode("utf-8", "replace") for column in wanted if column not in own]
+    if missing:
+        raise UserError(f"{name}: a dev file has no column {', '.join(missing)} of the train file")
+    order = [own.index(column) for column in wanted]
+    rows = (line.split(b"\t") for line in pool.lines)
+    return [b"\t".join(row[column] for column in order) for row in rows]
+
+
+def _inputs(task: Task, header: Optional[bytes], line: bytes) -> tuple:
+    """Return the inputs of a line's examples: lines with equal ones are the same."""
+    if task.suite == "superglue":
+        examples = task.cast_row(parse_object(line), 0)
+    else:
+        columns = decode(header or COLA_HEADER).split("\t")
+        examples = task.cast_row(dict(zip(columns, decode(line).split("\t"))), 0)
+    return tuple(example.inputs for example in examples)
+
+
+def _draw(task: Task, pool: Pool, settings: SubsetSettings, number: int) -> list[Set]:
+    """Draw the sets of pool `number`; only pool 0 has training sets."""
+    train, timaeus_train = (0, 0) if number else (settings.train, settings.timaeus_train)
+    shared = settings.test + timaeus_train + settings.timaeus_dev
+    _require_lines(task, pool, shared + train + settings.dev, number)
+    purpose = f"subset {number}" if number else "subset"
+    order = generator_for(settings.seed, purpose).permutation(len(pool.lines))
+    test, labeller, rest = np.split(order, [settings.test, shared])
+    split_names = (str(task.train), task.dev[number], task.test[number])
+    root = Path(settings.output_dir)
+    none = labeller[:0]
+    drawn = [(root / "timaeus", (labeller[:timaeus_train], labeller[timaeus_train:], none))]
+    for pair in range(settings.draws):
+        chosen = generator_for(settings.seed, purpose, pair).permutation(rest)
+        chosen = chosen[: train + settings.dev]
+        drawn.append((root / f"draw-{pair}", (chosen[:train], chosen[train:], test)))
+    return [
+        Set(folder, split, [pool.lines[row] for row in rows])
+        for folder, parts in drawn
+        for split, rows in zip(split_names, parts)
+        if len(rows)
+    ]
+
+
+def _require_lines(task: Task, pool: Pool, needed: int, number: int) -> None:
+    if needed > len(pool.lines):
+        of = f" of {task.dev[number]}" if number else ""
+        raise UserError(
+            f"{task.name}: the sets need {needed} rows{of}, there are {len(pool.lines)} with "
+            "different inputs; ask for fewer"
+        )
+
+
+def _write(drawn: Set, task: Task, header: Optional[bytes]) -> str:
+    """Write a set as the official file of its split; returns the path."""
+    folder = drawn.root / task.suite_folders[0] / task.folders[0]
+    names = {file.split: file.name for file in reversed(task.files)}
+    path = str(folder / names[drawn.split])
+    os.makedirs(folder, exist_ok=True)
+    if task.name == "CoLA" and drawn.split in task.test:
+        header = COLA_HEADER
+    with atomic_write(path, "wb") as handle:
+        for line in [*([] if header is None else [header]), *drawn.lines]:
+            handle.write(line + b"\n")
+    return path
+
+
+def _read_back(drawn: Set, task: Task, header: Optional[bytes]) -> None:
+    """Raise `UserError` unless the written set has the examples of the drawn lines."""
+    examples = task.read(drawn.root, drawn.split).examples
+    inputs = {example.inputs for example in examples}
+    expected = {text for line in drawn.lines for text in _inputs(task, header, line)}
+    # ReCoRD's training set has only some of the candidates, and answers that are not entities.
+    sampled = task.kind == TaskKind.CANDIDATES and drawn.split == task.train
+    if (not sampled and inputs != expected) or not is_labelled(examples):
+        raise UserError(f"{task.find(drawn.root, drawn.split)}: does not read back as it was drawn")
