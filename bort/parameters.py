@@ -6,7 +6,7 @@ import errno
 import glob
 import math
 import os
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 
 import numpy as np
 
@@ -140,6 +140,22 @@ def load_parameters(model: Block, path: str, ignore_prefixes: Sequence[str] = ()
     values = [_stored_value(path, stored, parameter, names) for parameter, names in tied]
     for (parameter, _), value in zip(tied, values):
         parameter.set_data(nd.array(value, dtype=value.dtype))
+
+
+def check_finite(path: str, network: Block) -> None:
+    """Raise `UserError` when a parameter of a network is NaN or infinite."""
+    parameters = network._collect_params_with_prefix().items()
+    check_finite_arrays(path, ((name, value.data().asnumpy()) for name, value in parameters))
+
+
+def check_finite_arrays(path: str, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raise `UserError` for the first of (name, array) that has a NaN or an infinity."""
+    for name, array in arrays:
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{path}: {name} has values that are NaN or infinite: the file is damaged, or the "
+                "training diverged"
+            )
 
 
 def _tied_names(model: Block) -> list[tuple[Any, list[str]]]:

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Bring a folder of transformers' back as a saved model of ours.
+"""Convert a Hugging Face folder to a saved model.
 
     python scripts/convert_from_huggingface.py FOLDER --output DIRECTORY
 
-FOLDER holds a Bort that scripts/convert_to_huggingface.py wrote, or another network of these
-classes and this arithmetic, RoBERTa-base and RoBERTa-large among them: those serve as teachers.
+FOLDER holds a Bort written by scripts/convert_to_huggingface.py, or another network of the same
+classes and arithmetic, such as RoBERTa-base and RoBERTa-large, which can be teachers.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,32 +22,25 @@ from bort.errors import entry_point
 
 @dataclass(frozen=True)
 class FromHuggingFaceSettings:
-    """What is written."""
+    """Output."""
 
-    output: str = required("the folder to make")
+    output: str = required("new folder for the saved model")
 
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
-    """Convert a folder; returns the greatest difference of logits, None where none was measured."""
-    from bort.files import new_folder
-    from bort.huggingface import check as huggingface_check
-    from bort.huggingface.folder import read
-    from bort.saved_model import load_model, save_model
-
+    """Convert a folder; returns the largest difference of logits, None where not compared."""
     parser = parser_for(str(__doc__), FromHuggingFaceSettings)
     parser.add_argument("folder", metavar="FOLDER", help="config.json, weights and tokenizer")
     parsed = vars(parser.parse_args(argv))
     settings = build(FromHuggingFaceSettings, parsed)
-    network, model_config, tokenizer = read(parsed["folder"])
-    name = f"{model_config.model}.params"
-    with new_folder(settings.output) as folder:
-        path = os.path.join(folder, name)
-        save_model(path, network, model_config, tokenizer)
-        size = os.path.getsize(path) / 1e6
-        comparison = huggingface_check.compare(load_model(path), parsed["folder"])
-    print(f"{os.path.join(settings.output, name)}: {model_config.kind}, {size:,.1f} MB")
-    return huggingface_check.report(comparison)
+
+    from bort.huggingface.check import report
+    from bort.huggingface.convert import from_huggingface
+
+    conversion = from_huggingface(parsed["folder"], settings.output)
+    print(conversion.description)
+    return report(conversion.comparison)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a saved model as a folder that transformers loads.
+"""Convert a saved model to a folder that transformers loads.
 
     python scripts/convert_to_huggingface.py MODEL --output FOLDER [--family bert]
 
@@ -9,7 +9,6 @@ and transformers are installed, the folder is loaded and its logits and tokens c
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,33 +22,28 @@ from bort.errors import entry_point
 
 @dataclass(frozen=True)
 class ToHuggingFaceSettings:
-    """What is written."""
+    """Output."""
 
-    output: str = required("the folder to make")
+    output: str = required("new folder for the converted model")
     family: str = option(
-        "roberta", "classes that load it: Roberta... or Bert...", choices=("roberta", "bert")
+        "roberta", "classes that load the model: Roberta... or Bert...", choices=("roberta", "bert")
     )
 
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Optional[float]:
-    """Convert a model; returns the greatest difference of logits, None where none was measured."""
-    from bort.files import new_folder
-    from bort.huggingface import check as huggingface_check
-    from bort.huggingface.folder import write
-    from bort.saved_model import load_model
-
+    """Convert a model; returns the largest difference of logits, None where not compared."""
     parser = parser_for(str(__doc__), ToHuggingFaceSettings)
     parser.add_argument("model", metavar="MODEL", help="a saved model, a checkpoint or a run")
     parsed = vars(parser.parse_args(argv))
     settings = build(ToHuggingFaceSettings, parsed)
-    saved = load_model(parsed["model"])
-    with new_folder(settings.output) as folder:
-        architecture = write(folder, saved, settings.family)
-        size = sum(one.stat().st_size for one in os.scandir(folder)) / 1e6
-        comparison = huggingface_check.compare(saved, folder)
-    print(f"{settings.output}: {architecture.name} of {saved.model_config.model}, {size:,.1f} MB")
-    return huggingface_check.report(comparison)
+
+    from bort.huggingface.check import report
+    from bort.huggingface.convert import to_huggingface
+
+    conversion = to_huggingface(parsed["model"], settings.output, settings.family)
+    print(conversion.description)
+    return report(conversion.comparison)
 
 
 if __name__ == "__main__":

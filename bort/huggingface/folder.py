@@ -2,96 +2,59 @@
 
     model.safetensors, config.json                           the network
     tokenizer.json, tokenizer_config.json, ...               the tokenizer
-    vocab.json and merges.txt, or tokenizer.model            the same as saved models have it
+    vocab.json and merges.txt, or tokenizer.model            its files, as in saved models
     README.md                                                the model card
 
-Needs NumPy and safetensors; torch only to read weights that are not in safetensors.
+Needs NumPy and safetensors; torch only for weights in pytorch_model.bin.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
-import shlex
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping, Optional
 
 import numpy as np
 
-from bort.errors import UserError
-from bort.files import read_json, write_json
+from bort.errors import UserError, quoted
+from bort.files import atomic_write, read_json_as, write_json
 from bort.huggingface import tokenizer as huggingface_tokenizer
 from bort.huggingface import weights as huggingface
-from bort.huggingface.weights import Architecture
-from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, build_network
+from bort.huggingface.model_card import model_card
+from bort.huggingface.tensors import WEIGHTS, read_tensors
+from bort.huggingface.weights import Architecture, HuggingFaceConfig
+from bort.parameters import check_finite_arrays
+from bort.saved_model import MASKED_LM, MAX_OUTPUTS, ModelConfig, SavedModel, build_network
 from bort.shapes import MAX_LENGTH, Shape, body_shape
 from bort.tokenization import Tokenizer
+from bort.types import TaskKind
 
-WEIGHTS, OLD_WEIGHTS, CONFIG, README = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "config.json",
-    "README.md",
-)
-OURS = "bort"  # the entry of config.json that is ours
-_SAFE_TORCH = (2, 6)  # older ones run code hidden in files that are loaded with weights_only
-_MODEL_CARD = """\
----
-library_name: transformers
-pipeline_tag: {use}
-tags:
-- bort
----
-
-# {title}
-
-- Task: {task}
-- Data: {data}
-- Longest input: {max_len} tokens
-
-## Metrics
-
-{metrics}
-## Command
-
-    {command}
-
-{details}## Use
-
-```python
-from transformers import AutoTokenizer, {architecture}
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = {architecture}.from_pretrained("FOLDER")
-```
-
-Take `AutoTokenizer`: it puts one `</s>` between two texts, as in training, where the tokenizers of
-RoBERTa put two. An input of more than two texts, `<s> A </s> B </s> C </s>`, is joined from ids.
-"""
-_CONSTANT_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inputs_version")
+CONFIG, README = "config.json", "README.md"
+OURS = "bort"  # the key of our own entries in config.json
+_OUR_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inputs_version")
 
 
-# ---- there -------------------------------------------------------------------------------------
+# ---- export --------------------------------------------------------------------------------------
 
 
 def architecture_for(model_config: ModelConfig, family: str) -> Architecture:
     """Return the architecture that computes what a saved model does.
 
-    Raises `UserError` for the extra dense layer, which none of them has.
+    Raises `UserError` for the extra dense layer, which no architecture has.
     """
     if model_config.extra_layer:
         raise UserError(
             "the classifier was trained with --extra_layer: no architecture of transformers has a "
             "second dense layer before its head; fine-tune without it to convert the model"
         )
-    heads = {MASKED_LM: "MaskedLM", "multiple_choice": "MultipleChoice"}
+    heads: dict[str, str] = {MASKED_LM: "MaskedLM", TaskKind.MULTIPLE_CHOICE: "MultipleChoice"}
     return Architecture(family, heads.get(model_config.kind, "SequenceClassification"))
 
 
 def write(folder: str, saved: SavedModel, family: str) -> Architecture:
-    """Fill a folder with all that transformers needs of a saved model; returns its architecture.
+    """Write all files that transformers needs for a saved model; returns its architecture.
 
-    Raises `UserError` for a model without tokenizer and for one that does not fit.
+    Raises `UserError` for a model without tokenizer, with parameters that are NaN or infinite, or
+    that no architecture computes.
     """
     from safetensors.numpy import save_file
 
@@ -99,13 +62,14 @@ def write(folder: str, saved: SavedModel, family: str) -> Architecture:
     architecture = architecture_for(model_config, family)
     if tokenizer is None:
         raise UserError(
-            "the model has no tokenizer/ beside it; it was trained on shards made before they "
-            "carried one: make them again"
+            "the model has no tokenizer/ beside it: it was trained on shards of a version that did "
+            "not include one; prepare them again"
         )
     collected = saved.network._collect_params_with_prefix()
     parameters = {name: parameter.data().asnumpy() for name, parameter in collected.items()}
+    check_finite_arrays("the model", parameters.items())
     arrays = huggingface.to_huggingface(parameters, architecture, tokenizer.pad_id)
-    # transformers asks for the format, and loads no file without it.
+    # transformers refuses a file without the format.
     save_file(arrays, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
     write_json(os.path.join(folder, CONFIG), _config(model_config, tokenizer, architecture))
     tokenizer.save(folder)
@@ -114,8 +78,8 @@ def write(folder: str, saved: SavedModel, family: str) -> Architecture:
     )
     for name, content in described.items():
         write_json(os.path.join(folder, name), content)
-    with open(os.path.join(folder, README), "w", encoding="utf-8") as handle:
-        handle.write(model_card(model_config, architecture))
+    with atomic_write(os.path.join(folder, README)) as file:
+        file.write(model_card(model_config, architecture))
     return architecture
 
 
@@ -128,181 +92,117 @@ def _config(
     )
     if architecture.head == "SequenceClassification":
         labels = model_config.labels or (model_config.task or "score",)
-        problem = (
-            "regression" if model_config.kind == "regression" else "single_label_classification"
-        )
+        regression = model_config.kind == TaskKind.REGRESSION
         config |= {
             "id2label": {str(number): label for number, label in enumerate(labels)},
             "label2id": {label: number for number, label in enumerate(labels)},
-            "problem_type": problem,
+            "problem_type": "regression" if regression else "single_label_classification",
         }
-    return {**config, OURS: {entry: getattr(model_config, entry) for entry in _CONSTANT_ENTRIES}}
+    return {**config, OURS: {entry: getattr(model_config, entry) for entry in _OUR_ENTRIES}}
 
 
-def model_card(model_config: ModelConfig, architecture: Architecture) -> str:
-    """Return README.md: what the model is, and its data, metrics and command."""
-    uses = {"MaskedLM": "fill-mask", "MultipleChoice": "multiple-choice"}
-    details, unknown = dict(model_config.details), "not recorded"
-    command = details.pop("command", unknown)
-    official = (
-        f"the official data of {model_config.task}, as the command says"
-        if model_config.task
-        else unknown
-    )
-    task = (
-        f"{model_config.task} ({model_config.kind})"
-        if model_config.task
-        else "masked language modelling"
-    )
-    return _MODEL_CARD.format(
-        use=uses.get(architecture.head, "text-classification"),
-        title=f"{model_config.model}, {model_config.task}"
-        if model_config.task
-        else model_config.model,
-        task=f"{task}, labels {', '.join(model_config.labels)}" if model_config.labels else task,
-        data=_told(details.pop("data", official)),
-        max_len=model_config.max_len,
-        metrics=_table(details.pop("metrics", {})),
-        command=command if isinstance(command, str) else shlex.join(map(str, command)),
-        details=f"## Details\n\n{_table(details)}\n" if details else "",
-        architecture=architecture.name,
-    )
-
-
-def _told(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _table(values: Any) -> str:
-    """Return nested figures as a Markdown table."""
-    rows = [f"| {name} | {_told(value)} |\n" for name, value in _flat(values, ())]
-    return "".join(["| what | value |\n| --- | --- |\n", *rows] if rows else ["not recorded\n"])
-
-
-def _flat(values: Any, above: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    if not isinstance(values, Mapping):
-        yield " ".join(above), values
-        return
-    for name, value in values.items():
-        yield from _flat(value, (*above, str(name)))
-
-
-# ---- and back ----------------------------------------------------------------------------------
+# ---- import --------------------------------------------------------------------------------------
 
 
 def read(folder: str) -> SavedModel:
-    """Build the network of a folder of Hugging Face's, with its model config and tokenizer.
+    """Build the network of a Hugging Face folder, with its model config and tokenizer.
 
-    Raises `UserError` naming the file and what in it stands for another computation than ours.
+    Every file is checked before the network is built.
+
+    Raises `UserError` naming the file and the entry that stands for another computation than ours.
     """
-    path = os.path.join(folder, CONFIG)
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is not the configuration of a model")
+    config = read_json_as(os.path.join(folder, CONFIG), HuggingFaceConfig)
     try:
-        architecture, shape = huggingface.shape_in(config)
-        tokenizer = huggingface_tokenizer.tokenizer_of(folder)
+        architecture, shape = huggingface.parse_config(config)
+        tokenizer = huggingface_tokenizer.read_tokenizer(folder)
         model_config = _model_config(config, architecture, shape, tokenizer)
         arrays = huggingface.from_huggingface(
-            _tensors(folder), architecture, shape.layers, tokenizer.pad_id
+            read_tensors(folder), architecture, shape.layers, tokenizer.pad_id
         )
+        expected = huggingface.parameter_shapes(
+            shape, architecture, model_config.vocab_size, model_config.num_outputs
+        )
+        for name, array in arrays.items():
+            if array.shape != expected[name]:
+                raise UserError(
+                    f"{name} has shape {array.shape}; by {CONFIG} it would be {expected[name]}"
+                )
+        check_finite_arrays(WEIGHTS, arrays.items())
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    network = build_network(model_config)
-    for name, parameter in network._collect_params_with_prefix().items():
-        if name not in arrays:  # the second name of the tied matrix
-            continue
-        if arrays[name].shape != parameter.shape:
-            raise UserError(
-                f"{folder}: {name} has shape {arrays[name].shape}; by {CONFIG} it were "
-                f"{parameter.shape}"
-            )
-        parameter.set_data(_nd_array(arrays[name]))
-    return SavedModel(network, model_config, tokenizer)
+    return SavedModel(_network(model_config, arrays), model_config, tokenizer)
 
 
-def _nd_array(values: np.ndarray) -> Any:
+def _network(model_config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Any:
     from mxnet import nd
 
-    return nd.array(values, dtype="float32")
+    network = build_network(model_config)
+    for name, parameter in network._collect_params_with_prefix().items():
+        if name in arrays:  # the tied matrix has a second name
+            parameter.set_data(nd.array(arrays[name], dtype="float32"))
+    return network
 
 
 def _model_config(
-    config: Mapping[str, Any], architecture: Architecture, shape: Shape, tokenizer: Tokenizer
+    config: HuggingFaceConfig, architecture: Architecture, shape: Shape, tokenizer: Tokenizer
 ) -> ModelConfig:
-    """Return the model config of a folder, from what it says of itself and what was ours in it."""
-    ours = config[OURS] if isinstance(config.get(OURS), dict) else {}
+    """Return the model config of a folder, from config.json and our own entries in it."""
+    ours = config.bort
     size, pad_id = tokenizer.vocab_size, tokenizer.pad_id
-    if (config.get("vocab_size"), config["pad_token_id"]) != (size, pad_id):
+    if (config.vocab_size, config.pad_token_id) != (size, pad_id):
         raise UserError(
-            f"{CONFIG} has {config.get('vocab_size')} tokens and pads with "
-            f"{config['pad_token_id']}, its tokenizer has {size} and pads with {pad_id}"
+            f"{CONFIG} has {config.vocab_size} tokens and pads with {config.pad_token_id}, its "
+            f"tokenizer has {size} and pads with {pad_id}"
         )
-    by_head = {"MaskedLM": (MASKED_LM, 0), "MultipleChoice": ("multiple_choice", 1)}
-    labels = tuple(ours.get("labels", ()))
-    if architecture.head == "SequenceClassification":
-        labels = _labels(config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"}))
-    kind, outputs = by_head.get(architecture.head, ("classification", len(labels)))
-    if kind == "classification" and (len(labels) == 1 or ours.get("kind") == "candidates"):
-        kind = "regression" if len(labels) == 1 else "candidates"
-    name = ours.get("model")
-    if name is None or body_shape(name) != shape:
+    labels, kind, outputs = ours.labels, MASKED_LM, 0
+    if architecture.head == "MultipleChoice":
+        kind, outputs = TaskKind.MULTIPLE_CHOICE.value, 1
+    elif architecture.head == "SequenceClassification":
+        labels = _labels(config.id2label)
+        kind, outputs = _classifier_kind(config, len(labels)), len(labels)
+    name = ours.model
+    if not name or body_shape(name) != shape:
         name = huggingface.TEACHERS.get(shape, shape.name)
+    if not 1 <= ours.max_len <= MAX_LENGTH:
+        raise UserError(f"{CONFIG}: max_len is {ours.max_len}, expected 1 to {MAX_LENGTH}")
     return ModelConfig(
         model=name,
         vocab_size=size,
         tokenizer_fingerprint=tokenizer.fingerprint,
         kind=kind,
-        task=ours.get("task", ""),
-        labels=() if kind == "regression" else labels,
+        task=ours.task,
+        labels=() if kind == TaskKind.REGRESSION else labels,
         num_outputs=outputs,
-        max_len=ours.get("max_len", MAX_LENGTH),
-        race_cast=ours.get("race_cast", ""),
-        inputs_version=ours.get("inputs_version", 1),
+        max_len=ours.max_len,
+        race_cast=ours.race_cast,
+        inputs_version=ours.inputs_version,
         details={"converted_from": architecture.name},
     )
 
 
-def _labels(named: Any) -> tuple[str, ...]:
-    """Return the labels of {"0": label, "1": label, ...}, config.json's id2label, in order."""
-    wanted = [str(number) for number in range(len(named) if isinstance(named, dict) else 0)]
-    if not wanted or named.keys() != set(wanted):
-        raise UserError(f"{CONFIG}: id2label does not number its labels from 0 on")
-    return tuple(str(named[number]) for number in wanted)
+def _classifier_kind(config: HuggingFaceConfig, num_labels: int) -> str:
+    """Return the kind of a classifier of single texts or pairs.
 
-
-def _tensors(folder: str) -> dict[str, np.ndarray]:
-    """Read the weights of a folder; raises `UserError` for what cannot be read without pickle."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = os.path.join(folder, WEIGHTS)
-    if not os.path.exists(path):
-        return _torch_tensors(folder)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{WEIGHTS} cannot be read ({error})") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{WEIGHTS}: NumPy cannot read it ({error}); save it as float32") from None
-
-
-def _torch_tensors(folder: str) -> dict[str, np.ndarray]:
-    """Read pytorch_model.bin by torch's reader that runs no code of the file."""
-    path = os.path.join(folder, OLD_WEIGHTS)
-    if not os.path.exists(path):
-        raise UserError(f"holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
-    try:
-        import torch
-    except ImportError:
+    Raises `UserError` for labels that do not exclude each other and for several scores.
+    """
+    problem = config.problem_type
+    if problem is None:  # as transformers decides
+        problem = "regression" if num_labels == 1 else "single_label_classification"
+    if problem == "regression" and num_labels == 1:
+        return TaskKind.REGRESSION.value
+    if problem != "single_label_classification" or num_labels < 2:
         raise UserError(
-            f"has no {WEIGHTS}: {OLD_WEIGHTS} needs torch (pip install -e '.[huggingface]')"
-        ) from None
-    if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE_TORCH:
-        raise UserError(f"{OLD_WEIGHTS}: torch {torch.__version__} is no safe reader; 2.6 is")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{OLD_WEIGHTS} cannot be read as weights alone ({reason})") from None
-    return {name: tensor.float().numpy() for name, tensor in loaded.items()}
+            f"{CONFIG}: problem_type is {quoted(problem)} with {num_labels} labels; supported are "
+            "single_label_classification, and regression with one"
+        )
+    candidates = config.bort.kind == TaskKind.CANDIDATES
+    return TaskKind.CANDIDATES.value if candidates else TaskKind.CLASSIFICATION.value
+
+
+def _labels(id2label: Optional[Mapping[str, str]]) -> tuple[str, ...]:
+    """Return the labels of {"0": label, "1": label, ...} in order; without: transformers' two."""
+    named = {"0": "LABEL_0", "1": "LABEL_1"} if id2label is None else id2label
+    numbers = [str(number) for number in range(len(named))]
+    if not 1 <= len(named) <= MAX_OUTPUTS or named.keys() != set(numbers):
+        raise UserError(f"{CONFIG}: id2label does not number its labels from 0 on")
+    return tuple(named[number] for number in numbers)

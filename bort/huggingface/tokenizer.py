@@ -1,19 +1,20 @@
-"""A saved tokenizer as Hugging Face's tokenizer.json, and what comes back from one.
+"""A saved tokenizer as Hugging Face's tokenizer.json, and a tokenizer from such a file.
 
-The file is written by hand, without the package that reads it, so that it gives our ids:
-`<s> A </s>` and `<s> A </s> B </s>`. Hugging Face's own RoBERTa tokenizer puts two `</s>` between
-a pair, on which nothing here was trained; this one is therefore of the generic class, which
-AutoTokenizer takes.
+The file is written without the package that reads it, so that it gives our ids: `<s> A </s>` and
+`<s> A </s> B </s>`. Hugging Face's own RoBERTa tokenizer puts two `</s>` between a pair, which no
+model here was trained on; ours is therefore of the generic class, which AutoTokenizer loads.
 """
 
 from __future__ import annotations
 
 import base64
 import os
-from typing import Any, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from bort.errors import UserError
-from bort.files import read_json
+from bort.files import read_json_as
+from bort.huggingface.tensors import refuse_lfs_pointer
 from bort.tokenization import (
     SPECIAL_TOKENS,
     ByteLevelBPE,
@@ -26,18 +27,18 @@ from bort.tokenization import (
 
 JSON = "tokenizer.json"
 
-_MARK = "▁"  # SentencePiece's for a space
-# The beginning of what spells a special token or a byte. Hugging Face's unigram would find it in a
-# text; it does not look across a cut, made behind the first character.
-_SPELT = r"<(?=(?:s|/s|pad|unk|mask|0x[0-9A-F]{2})>)"
+_SPACE = "▁"  # how SentencePiece writes a space
+# The first character of a special token or a byte token. Hugging Face's unigram would find these
+# tokens in a text; a split after the first character prevents it.
+_SPECIAL_START = r"<(?=(?:s|/s|pad|unk|mask|0x[0-9A-F]{2})>)"
 
 
 def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
     """Return {name of a JSON file: content} for the tokenizer saved in a folder.
 
-    With `reads_special`, `<mask>` in a text is the special token, else six characters, as here.
+    reads_special: `<mask>` in a text is the special token; else it is six characters, as here.
 
-    Raises `UserError` when a SentencePiece model does what the format cannot say.
+    Raises `UserError` for a SentencePiece model that the format cannot express.
     """
     model = os.path.join(folder, "tokenizer.model")
     parts = _sentencepiece_parts(model) if os.path.exists(model) else _byte_level_parts(folder)
@@ -52,7 +53,7 @@ def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
             "padding": None,
             "added_tokens": sorted(
                 ({"id": ids[token], **_added(token)} for token in SPECIAL_TOKENS.values()),
-                key=lambda one: one["id"],
+                key=lambda added: added["id"],
             ),
             "post_processor": _template(ids),
             **parts,
@@ -71,7 +72,7 @@ def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
 
 
 def _added(token: str) -> dict[str, Any]:
-    """Return how a special token is found in a text; `<mask>` takes the space before it along."""
+    """Return how a special token is matched; `<mask>` includes the space before it."""
     return {
         "content": token,
         "single_word": False,
@@ -137,36 +138,70 @@ def _bpe(
     }
 
 
-def tokenizer_of(folder: str) -> Tokenizer:
-    """Return the tokenizer of a folder: that of its own files, or a tokenizer.json alone.
+@dataclass(frozen=True)
+class _AddedToken:
+    content: str
+    id: int
+
+
+@dataclass(frozen=True)
+class _PreTokenizer:
+    type: str = ""
+    add_prefix_space: Optional[bool] = None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model of a tokenizer.json; `vocab` is a list for unigram models."""
+
+    vocab: Union[Dict[str, int], List[Any]]
+    type: str = ""
+    merges: Sequence[Union[str, List[str]]] = ()
+
+
+@dataclass(frozen=True)
+class _TokenizerFile:
+    """What is read of a tokenizer.json."""
+
+    model: _Model
+    pre_tokenizer: Optional[_PreTokenizer] = None
+    normalizer: Any = None
+    added_tokens: Sequence[_AddedToken] = ()
+
+
+def read_tokenizer(folder: str) -> Tokenizer:
+    """Return the tokenizer of a folder: from its own files, or from tokenizer.json alone.
 
     Raises `UserError` when the folder has neither, or a tokenizer of another kind.
     """
     path = os.path.join(folder, JSON)
-    found = load_tokenizer_folder(folder)
-    if found is not None:
-        return found
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", JSON):
+        if os.path.exists(os.path.join(folder, name)):
+            refuse_lfs_pointer(os.path.join(folder, name))
+    tokenizer = load_tokenizer_folder(folder)
+    if tokenizer is not None:
+        return tokenizer
     if not os.path.exists(path):
         raise UserError(f"no tokenizer: neither tokenizer.model, nor vocab.json, nor {JSON}")
     try:
-        return ByteLevelBPE(*_byte_level_content(read_json(path)))
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{JSON} is not the file of a tokenizer") from None
+        return ByteLevelBPE(*_byte_level_content(read_json_as(path, _TokenizerFile)))
     except ValueError as error:
         raise UserError(f"{JSON}: {error}") from None
 
 
-def _byte_level_content(content: Any) -> tuple[list[str], list[str]]:
+def _byte_level_content(file: _TokenizerFile) -> tuple[list[str], list[str]]:
     """Return the tokens by id and the merges of a tokenizer.json."""
-    model, splitter = content["model"], content["pre_tokenizer"] or {}
-    kinds = model["type"], splitter.get("type"), splitter.get("add_prefix_space")
-    if kinds != ("BPE", "ByteLevel", False):
+    model, splitter = file.model, file.pre_tokenizer or _PreTokenizer()
+    kinds = model.type, splitter.type, splitter.add_prefix_space
+    if kinds != ("BPE", "ByteLevel", False) or isinstance(model.vocab, list):
         raise UserError(
-            f"{JSON} is not a byte-level BPE, the kind that RoBERTa has; a SentencePiece "
+            f"{JSON} is not a byte-level BPE, RoBERTa's kind of tokenizer; a SentencePiece "
             "vocabulary needs its tokenizer.model beside it"
         )
-    ids = {**model["vocab"], **{one["content"]: one["id"] for one in content["added_tokens"]}}
-    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    if file.normalizer is not None:
+        raise UserError(f"{JSON} normalizes texts, which RoBERTa's tokenizer does not")
+    ids = {**model.vocab, **{token.content: token.id for token in file.added_tokens}}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.merges]
     return spelling_of(ids, JSON), merges
 
 
@@ -174,7 +209,7 @@ def _byte_level_content(content: Any) -> tuple[list[str], list[str]]:
 
 
 def _sentencepiece_parts(path: str) -> dict[str, Any]:
-    """Return normalizer, splitter, decoder and model that do what a SentencePiece model does."""
+    """Return normalizer, splitter, decoder and model equivalent to a SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
@@ -183,7 +218,7 @@ def _sentencepiece_parts(path: str) -> dict[str, Any]:
     _require_plain(path, proto)
     return {
         "normalizer": _normalizer(proto.normalizer_spec.precompiled_charsmap),
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_metaspace(), _cut()]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_metaspace(), _split_special()]},
         "decoder": {
             "type": "Sequence",
             "decoders": [{"type": "ByteFallback"}, _metaspace()],
@@ -193,22 +228,22 @@ def _sentencepiece_parts(path: str) -> dict[str, Any]:
 
 
 def _require_plain(path: str, proto: Any) -> None:
-    """Raise `UserError` for what tokenizer.json cannot say of a SentencePiece model."""
+    """Raise `UserError` for a SentencePiece model that tokenizer.json cannot express."""
     rules = proto.normalizer_spec
     user_defined = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
-    across = [piece.piece for piece in proto.pieces if _MARK in piece.piece[1:]]
+    across = [piece.piece for piece in proto.pieces if _SPACE in piece.piece[1:]]
     reasons = {
         "its pieces are words or characters": proto.trainer_spec.model_type not in (1, 2),
         "it marks spaces at the end of words": proto.trainer_spec.treat_whitespace_as_suffix,
         f"{user_defined[:1]} is user-defined": user_defined,
         f"{across[:1]} spans several words": across,
-        "it keeps or drops spaces in another way": not (
+        "it does not normalize spaces as usual": not (
             rules.add_dummy_prefix and rules.remove_extra_whitespaces and rules.escape_whitespaces
         ),
     }
     for reason, holds in reasons.items():
         if holds:
-            raise UserError(f"{path}: Hugging Face has no form of this vocabulary: {reason}")
+            raise UserError(f"{path}: tokenizer.json cannot express this vocabulary: {reason}")
 
 
 def _normalizer(charsmap: bytes) -> dict[str, Any]:
@@ -222,16 +257,16 @@ def _normalizer(charsmap: bytes) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": steps}
 
 
-def _cut() -> dict[str, Any]:
-    pattern = {"Regex": _SPELT}
+def _split_special() -> dict[str, Any]:
+    pattern = {"Regex": _SPECIAL_START}
     return {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
 
 
 def _metaspace() -> dict[str, Any]:
-    # Only a text's beginning gets a mark: what follows a <mask> has its own space or none.
+    # Only the start of a text gets a space: what follows a <mask> has its own space or none.
     return {
         "type": "Metaspace",
-        "replacement": _MARK,
+        "replacement": _SPACE,
         "prepend_scheme": "first",
         "split": True,
     }
@@ -251,16 +286,16 @@ def _unigram(proto: Any) -> dict[str, Any]:
 
 
 def _merging(proto: Any) -> dict[str, Any]:
-    """Return the merges that SentencePiece does without listing them.
+    """Return a BPE model with the merges of a SentencePiece model, which does not list them.
 
-    It joins the two neighbours whose union has the best score; so every division of a piece into
-    two is a merge, in the order of the unions.
+    SentencePiece merges the two neighbours whose union has the best score, so every split of a
+    piece into two pieces is a merge, ordered by the score of the union.
     """
     normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
     known = {piece.piece for piece in normal}
     merges = [
         f"{piece.piece[:cut]} {piece.piece[cut:]}"
-        for piece in sorted(normal, key=lambda one: -one.score)
+        for piece in sorted(normal, key=lambda piece: -piece.score)
         for cut in range(1, len(piece.piece))
         if piece.piece[:cut] in known and piece.piece[cut:] in known
     ]

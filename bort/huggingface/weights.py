@@ -1,24 +1,25 @@
-"""Hugging Face's layouts of our networks: parameter names both ways, configuration.
+"""Hugging Face's layout of the networks: parameter names both ways, config.json.
 
-Pure NumPy. Six architectures hold a Bort exactly: Bert and Roberta, each ForMaskedLM,
-ForSequenceClassification and ForMultipleChoice. What differs beside the names:
+Pure NumPy. Six architectures compute exactly what a Bort does: Bert and Roberta, each ForMaskedLM,
+ForSequenceClassification and ForMultipleChoice. They differ in more than names:
 
-- RoBERTa numbers positions from pad_token_id + 1 on: its table has that many unused rows in front.
-- Both add a token type to every position; Bort has none. Going there it is a row of zeros, coming
-  back the one row is added to the positions.
-- The matrix that embedding and decoder share is stored once; the decoder's bias under both its
-  names, because some versions of transformers read the one and some the other.
+- RoBERTa numbers positions from pad_token_id + 1: its table begins with that many unused rows.
+- Both add a token type embedding; Bort has none. Exported, it is a row of zeros; imported, its only
+  row is added to the positions.
+- The matrix that embedding and decoder share is stored once, the decoder's bias under both its
+  names: versions of transformers differ in which they read.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from bort.errors import UserError
-from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, ROBERTA, Shape
+from bort.errors import UserError, quoted
+from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, ROBERTA, Shape, array_shapes, shape_of
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -26,7 +27,7 @@ FAMILIES = {"roberta": "Roberta", "bert": "Bert"}
 HEADS = ("MaskedLM", "SequenceClassification", "MultipleChoice")
 TEACHERS = {shape: name for name, shape in ROBERTA.items()}
 
-# Ours on the left, theirs on the right; {} is the number of the layer.
+# {our name: Hugging Face's}
 _EMBEDDINGS = {
     "word_embed.0.weight": "embeddings.word_embeddings.weight",
     "encoder.position_weight": "embeddings.position_embeddings.weight",
@@ -42,7 +43,7 @@ _DENSE = {
     "ffn.ffn_2": "output.dense",
 }
 _NORMS = {"layer_norm": "attention.output.LayerNorm", "ffn.layer_norm": "output.LayerNorm"}
-# Of a masked-LM head: dense, LayerNorm, bias, and the second name of that bias.
+# Names in a masked-LM head: dense, LayerNorm, bias, and the second name of that bias.
 _DECODERS = {
     "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.bias"),
     "bert": (
@@ -53,11 +54,11 @@ _DECODERS = {
     ),
 }
 _TIED = "decoder.3.weight"
-_TIED_THERE = ("lm_head.decoder.weight", "cls.predictions.decoder.weight")
+_HUGGINGFACE_TIED = ("lm_head.decoder.weight", "cls.predictions.decoder.weight")
 
 
 class Architecture(NamedTuple):
-    """One of the classes of transformers, such as RobertaForMaskedLM."""
+    """A model class of transformers, such as RobertaForMaskedLM."""
 
     family: str  # "roberta" or "bert"
     head: str  # one of HEADS
@@ -69,16 +70,17 @@ class Architecture(NamedTuple):
 
     @property
     def unused_positions(self) -> int:
-        """Return how many rows of the position table stand before the first, beside pad_id."""
+        """Return how many more rows than pad_id the position table has before its first."""
         return 1 if self.family == "roberta" else 0
 
 
 def architecture_of(name: str) -> Architecture:
-    """Return the architecture of a class's name; raises `UserError` for one of another form."""
-    known = {one.name: one for one in (Architecture(f, h) for f in FAMILIES for h in HEADS)}
-    if name not in known:
-        raise UserError(f"architecture {name!r}: expected one of {', '.join(known)}")
-    return known[name]
+    """Return the architecture of a class name; raises `UserError` for an unsupported one."""
+    known = [Architecture(family, head) for family in FAMILIES for head in HEADS]
+    supported = {architecture.name: architecture for architecture in known}
+    if name not in supported:
+        raise UserError(f"architecture {quoted(name)}: expected one of {', '.join(supported)}")
+    return supported[name]
 
 
 def names(architecture: Architecture, layers: int) -> dict[str, str]:
@@ -86,20 +88,19 @@ def names(architecture: Architecture, layers: int) -> dict[str, str]:
     body = dict(_EMBEDDINGS)
     for layer in range(layers):
         ours, theirs = f"encoder.transformer_cells.{layer}.", f"encoder.layer.{layer}."
-        for mine, other in _DENSE.items():
-            body |= _pair(ours + mine, theirs + other, "weight", "bias")
-        for mine, other in _NORMS.items():
-            body |= _pair(ours + mine, theirs + other, "gamma", "beta")
+        for our_name, their_name in _DENSE.items():
+            body |= _pair(ours + our_name, theirs + their_name, "weight", "bias")
+        for our_name, their_name in _NORMS.items():
+            body |= _pair(ours + our_name, theirs + their_name, "gamma", "beta")
     family, head = architecture
+    body = {ours: f"{family}.{theirs}" for ours, theirs in body.items()}
     if head == "MaskedLM":
-        return {mine: f"{family}.{other}" for mine, other in body.items()} | _decoder(family)
-    return {f"bort.{mine}": f"{family}.{other}" for mine, other in body.items()} | _classifier(
-        architecture
-    )
+        return body | _decoder(family)
+    return {f"bort.{ours}": theirs for ours, theirs in body.items()} | _classifier(architecture)
 
 
-def _pair(ours: str, theirs: str, *kinds: str) -> dict[str, str]:
-    return {f"{ours}.{kind}": f"{theirs}.{other}" for kind, other in zip(kinds, ("weight", "bias"))}
+def _pair(ours: str, theirs: str, weight: str, bias: str) -> dict[str, str]:
+    return {f"{ours}.{weight}": f"{theirs}.weight", f"{ours}.{bias}": f"{theirs}.bias"}
 
 
 def _decoder(family: str) -> dict[str, str]:
@@ -109,7 +110,7 @@ def _decoder(family: str) -> dict[str, str]:
 
 
 def _classifier(architecture: Architecture) -> dict[str, str]:
-    """Return the names of Dense(hidden, tanh) and Dense(classes)."""
+    """Return the names of the head: Dense(hidden, tanh) and Dense(classes)."""
     inner, outer = f"{architecture.family}.pooler.dense", "classifier"
     if architecture.name == "RobertaForSequenceClassification":
         inner, outer = "classifier.dense", "classifier.out_proj"
@@ -118,26 +119,47 @@ def _classifier(architecture: Architecture) -> dict[str, str]:
     )
 
 
+def parameter_shapes(
+    shape: Shape, architecture: Architecture, vocab_size: int, num_outputs: int
+) -> dict[str, tuple[int, ...]]:
+    """Return {our name: shape} of every distinct parameter of a network."""
+    hidden = shape.hidden
+    body = array_shapes(shape, vocab_size)
+    if architecture.head == "MaskedLM":
+        head: dict[str, tuple[int, ...]] = {
+            "decoder.0.weight": (hidden, hidden),
+            "decoder.3.bias": (vocab_size,),
+        }
+        vectors = ("decoder.0.bias", "decoder.2.gamma", "decoder.2.beta")
+        return body | head | dict.fromkeys(vectors, (hidden,))
+    return {f"bort.{name}": size for name, size in body.items()} | {
+        "classifier.1.weight": (hidden, hidden),
+        "classifier.1.bias": (hidden,),
+        "classifier.3.weight": (num_outputs, hidden),
+        "classifier.3.bias": (num_outputs,),
+    }
+
+
 def to_huggingface(
     parameters: Arrays, architecture: Architecture, pad_id: int
 ) -> dict[str, np.ndarray]:
     """Return the arrays of a network under Hugging Face's names, float32.
 
-    Raises `UserError` when the network has not the parameters of the architecture.
+    Raises `UserError` when its parameters are not those of the architecture.
     """
     layers = sum(name.endswith("proj_query.bias") for name in parameters)
     renamed = names(architecture, layers)
-    odd = parameters.keys() - {_TIED} ^ renamed.keys()
-    if odd:
-        raise UserError(f"{architecture.name} has no place for the network: {min(odd)} differs")
+    different = parameters.keys() - {_TIED} ^ renamed.keys()
+    if different:
+        raise UserError(f"{architecture.name} does not fit the network: {min(different)} differs")
     arrays = {theirs: parameters[ours].astype(np.float32) for ours, theirs in renamed.items()}
     table = f"{architecture.family}.{_EMBEDDINGS['encoder.position_weight']}"
     unused = architecture.unused_positions * (pad_id + 1)
     arrays[table] = np.pad(arrays[table], ((unused, 0), (0, 0)))
     arrays[_token_types(architecture)] = np.zeros((1, arrays[table].shape[1]), np.float32)
     if architecture.head == "MaskedLM":
-        *_, bias, again = _DECODERS[architecture.family]
-        arrays[again] = arrays[bias]
+        *_, bias, second = _DECODERS[architecture.family]
+        arrays[second] = arrays[bias]
     return arrays
 
 
@@ -148,38 +170,45 @@ def _token_types(architecture: Architecture) -> str:
 def from_huggingface(
     arrays: Arrays, architecture: Architecture, layers: int, pad_id: int
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of Hugging Face under our names, float32, the tied matrix once.
+    """Return Hugging Face's arrays under our names, float32, the tied matrix once.
 
-    Raises `UserError` when one is missing, when one has no place here, and when a decoder is not
-    tied to its embedding.
+    Raises `UserError` for missing and surplus arrays, for a decoder that is not tied to its
+    embedding, and for arrays that are not of floats.
     """
     renamed = names(architecture, layers)
     expected = {*renamed.values(), _token_types(architecture)}
     if missing := expected - arrays.keys():
         raise UserError(f"{len(missing)} tensors are missing, the first is {min(missing)}")
     _check_surplus(arrays, expected, architecture)
-    found = {ours: arrays[theirs].astype(np.float32) for ours, theirs in renamed.items()}
-    table = next(name for name in found if name.endswith("encoder.position_weight"))
-    first = architecture.unused_positions * (pad_id + 1)
-    (token_type,) = arrays[_token_types(architecture)].astype(np.float32)
-    found[table] = found[table][first:]
-    if token_type.any():  # adding zeros would turn -0.0 into 0.0: round trips are exact
-        found[table] = found[table] + token_type
-    return found
+    for name in expected:
+        if arrays[name].dtype.kind != "f":
+            raise UserError(f"{name} has dtype {arrays[name].dtype}, expected floats")
+    converted = {ours: arrays[theirs].astype(np.float32) for ours, theirs in renamed.items()}
+    table = next(name for name in converted if name.endswith("encoder.position_weight"))
+    token_types = arrays[_token_types(architecture)].astype(np.float32)  # [1, hidden]
+    if converted[table].ndim != 2 or token_types.shape != (1, converted[table].shape[1]):
+        raise UserError(
+            f"{_token_types(architecture)} has shape {token_types.shape}, the position embeddings "
+            f"have {converted[table].shape}"
+        )
+    converted[table] = converted[table][architecture.unused_positions * (pad_id + 1) :]
+    if token_types.any():  # adding zeros would turn -0.0 into 0.0: round trips are exact
+        converted[table] = converted[table] + token_types[0]
+    return converted
 
 
 def _check_surplus(arrays: Arrays, expected: set[str], architecture: Architecture) -> None:
     """Raise `UserError` for arrays that are neither expected, nor copies, nor without effect."""
     copies = dict.fromkeys(
-        _TIED_THERE, f"{architecture.family}.{_EMBEDDINGS['word_embed.0.weight']}"
+        _HUGGINGFACE_TIED, f"{architecture.family}.{_EMBEDDINGS['word_embed.0.weight']}"
     )
-    copies |= {again: bias for *_, bias, again in _DECODERS.values()}
+    copies |= {second: bias for *_, bias, second in _DECODERS.values()}
     for name in sorted(arrays.keys() - expected):
         if name in copies and copies[name] in arrays:
             if not np.array_equal(arrays[name], arrays[copies[name]]):
-                raise UserError(f"{name} differs from {copies[name]}; here the two are one")
+                raise UserError(f"{name} differs from {copies[name]}; the networks here tie them")
         elif not _has_no_effect(name, architecture):
-            raise UserError(f"{architecture.name}: there is no place for its tensor {name}")
+            raise UserError(f"{architecture.name}: has no parameter for the tensor {quoted(name)}")
 
 
 def _has_no_effect(name: str, architecture: Architecture) -> bool:
@@ -220,40 +249,77 @@ def configuration(
     }
 
 
-def shape_in(config: Mapping[str, Any]) -> tuple[Architecture, Shape]:
+@dataclass(frozen=True)
+class OurEntries:
+    """Our own entries in config.json: parts of the model config."""
+
+    model: str = ""
+    kind: str = ""
+    task: str = ""
+    labels: Tuple[str, ...] = ()
+    max_len: int = MAX_LENGTH
+    race_cast: str = ""
+    inputs_version: int = 1
+
+
+@dataclass(frozen=True)
+class HuggingFaceConfig:
+    """What is read of a config.json; None where an entry is missing."""
+
+    architectures: Optional[Tuple[str, ...]] = None
+    model_type: Optional[str] = None
+    vocab_size: Optional[int] = None
+    pad_token_id: Optional[int] = None
+    hidden_act: Optional[str] = None
+    type_vocab_size: Optional[int] = None
+    max_position_embeddings: Optional[int] = None
+    layer_norm_eps: Optional[float] = None
+    num_hidden_layers: Optional[int] = None
+    num_attention_heads: Optional[int] = None
+    intermediate_size: Optional[int] = None
+    hidden_size: Optional[int] = None
+    position_embedding_type: Optional[str] = "absolute"
+    is_decoder: Optional[bool] = False
+    add_cross_attention: Optional[bool] = False
+    tie_word_embeddings: Optional[bool] = True
+    problem_type: Optional[str] = None
+    id2label: Optional[Mapping[str, str]] = None
+    bort: OurEntries = OurEntries()
+
+
+def parse_config(config: HuggingFaceConfig) -> tuple[Architecture, Shape]:
     """Return architecture and shape of a config.json.
 
-    Raises `UserError` naming the entry that stands for another computation than ours.
+    Raises `UserError` naming the entry that stands for another computation than ours, and for
+    sizes that no network has, before anything is built.
     """
-    (name,) = config.get("architectures") or ("none",)
-    architecture = architecture_of(name)
-    pad_id = config.get("pad_token_id")
-    if not isinstance(pad_id, int):
-        raise UserError(f"pad_token_id is {pad_id!r}: expected a number")
-    fixed = {
+    names = config.architectures or ("none",)
+    architecture = architecture_of(names[0] if len(names) == 1 else ", ".join(names))
+    pad_id = config.pad_token_id
+    if pad_id is None or not 0 <= pad_id < (config.vocab_size or 0):
+        raise UserError(f"pad_token_id is {pad_id}, expected the id of a token")
+    expected = {
         "model_type": architecture.family,
         "hidden_act": "gelu",
         "type_vocab_size": 1,
         "max_position_embeddings": MAX_LENGTH + architecture.unused_positions * (pad_id + 1),
-    }
-    absent = {
         "position_embedding_type": "absolute",
         "is_decoder": False,
         "add_cross_attention": False,
         "tie_word_embeddings": True,
     }
-    wanted = {**fixed, **{entry: value for entry, value in absent.items() if entry in config}}
-    for entry, value in wanted.items():
-        if config.get(entry) != value:
-            raise UserError(f"{entry} is {config.get(entry)!r}: Bort and RoBERTa have {value!r}")
-    if not math.isclose(config.get("layer_norm_eps") or 0.0, LAYER_NORM_EPS):
+    for entry, value in expected.items():
+        if getattr(config, entry) != value:
+            raise UserError(
+                f"{entry} is {quoted(getattr(config, entry))}: Bort and RoBERTa have {value!r}"
+            )
+    if not math.isclose(config.layer_norm_eps or 0.0, LAYER_NORM_EPS):
         raise UserError(
-            f"layer_norm_eps is {config.get('layer_norm_eps')}: the networks here have "
-            f"{LAYER_NORM_EPS}"
+            f"layer_norm_eps is {config.layer_norm_eps}: the networks here have {LAYER_NORM_EPS}"
         )
     entries = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size")
-    sizes: list[Any] = [config.get(entry) for entry in entries]
-    for entry, size in zip(entries, sizes):
-        if not isinstance(size, int) or size < 1:
-            raise UserError(f"{entry} is {size!r}: expected a positive number")
-    return architecture, Shape(*sizes)
+    for entry in entries:
+        if not (getattr(config, entry) or 0) >= 1:
+            raise UserError(f"{entry} is {getattr(config, entry)}, expected a positive number")
+    shape = Shape(*(getattr(config, entry) for entry in entries))
+    return architecture, shape_of(shape.name)

@@ -19,8 +19,8 @@ from bort.inference.base import (
     softmax,
     token_batches,
 )
-from bort.inference.runtime import Backend, backend_for, check_finite, load_runtime
-from bort.parameters import parameter_file
+from bort.inference.runtime import Backend, backend_for, load_runtime
+from bort.parameters import check_finite, parameter_file
 from bort.saved_model import (
     MASKED_LM,
     ModelConfig,

@@ -18,8 +18,7 @@ from bort.inference.base import (
     require_tokenizer,
     token_batches,
 )
-from bort.inference.runtime import check_finite
-from bort.parameters import parameter_file
+from bort.parameters import check_finite, parameter_file
 from bort.saved_model import MASKED_LM, ModelConfig, load_model, read_model_config
 from bort.tokenization import Tokenizer
 from bort.types import Block

@@ -10,9 +10,9 @@ import numpy as np
 from bort.errors import UserError
 from bort.inference.onnx_file import onnx_session, write_onnx
 from bort.inference.onnx_graph import OPSET, build
-from bort.inference.runtime import check_finite, metadata_of, onnx_path
+from bort.inference.runtime import metadata_of, onnx_path
 from bort.mxnet_setup import cpu_threads
-from bort.parameters import parameter_file
+from bort.parameters import check_finite, parameter_file
 from bort.saved_model import load_model
 from bort.types import Block
 

@@ -24,13 +24,12 @@ from bort.inference.runtime import (
     available_backends,
     backend_for,
     check_classifier,
-    check_finite,
     int8_backend,
     int8_folder,
     load_symbol_block,
     metadata_of,
 )
-from bort.parameters import parameter_file
+from bort.parameters import check_finite, parameter_file
 from bort.saved_model import load_model
 from bort.types import Block, TaskKind
 from data.batches import pad

@@ -17,7 +17,7 @@ import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Iterable, Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from bort.errors import UserError, quoted
 from bort.files import read_json, read_json_as, sha256_of
 from bort.inference.onnx_file import OUTPUT, onnx_session, parse_metadata, verify_onnx_file
 from bort.mxnet_setup import cpu_threads
-from bort.parameters import parameter_file, read_arrays
+from bort.parameters import check_finite, check_finite_arrays, parameter_file, read_arrays
 from bort.saved_model import ModelConfig, load_model, read_model_config, verify_parameters
 from bort.shapes import MAX_LENGTH
 from bort.types import Block
@@ -302,22 +302,6 @@ def check_classifier(path: str, model_config: ModelConfig) -> None:
     """Raise `UserError` when a saved model is not a classifier."""
     if not model_config.num_outputs:
         raise UserError(f"{path}: a {model_config.kind} network; fine-tune it on a task first")
-
-
-def check_finite(path: str, network: Block) -> None:
-    """Raise `UserError` when a parameter of a network is NaN or infinite."""
-    parameters = network._collect_params_with_prefix().items()
-    check_finite_arrays(path, ((name, value.data().asnumpy()) for name, value in parameters))
-
-
-def check_finite_arrays(path: str, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Raise `UserError` for the first of (name, array) that has a NaN or an infinity."""
-    for name, array in arrays:
-        if not np.isfinite(array).all():
-            raise UserError(
-                f"{path}: {name} has values that are NaN or infinite: the file is damaged, or the "
-                "training diverged"
-            )
 
 
 def _load_onnx_file(path: str, name: str, threads: int | None) -> OnnxBackend:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,20 @@ from mxnet import nd
 
 from bort.bort import decode, encode, masked_hidden
 from bort.errors import UserError
+from bort.files import decode_json
 from bort.huggingface import check as huggingface_check
 from bort.huggingface import folder as huggingface_folder
 from bort.huggingface import weights as huggingface
-from bort.huggingface.tokenizer import describe, tokenizer_of
-from bort.huggingface.weights import Architecture, architecture_of, from_huggingface, to_huggingface
+from bort.huggingface.model_card import model_card
+from bort.huggingface.tensors import read_tensors
+from bort.huggingface.tokenizer import describe, read_tokenizer
+from bort.huggingface.weights import (
+    Architecture,
+    HuggingFaceConfig,
+    architecture_of,
+    from_huggingface,
+    to_huggingface,
+)
 from bort.pretraining.teacher import load_teacher
 from bort.saved_model import ModelConfig, build_network, load_model, save_model
 from bort.shapes import Shape
@@ -68,7 +79,7 @@ def bpe() -> ByteLevelBPE:
     return ByteLevelBPE(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], merges)
 
 
-def card_of(kind: str, tokenizer: Any, **others: Any) -> ModelConfig:
+def config_for(kind: str, tokenizer: Any, **others: Any) -> ModelConfig:
     values = {"model": MODEL, "kind": kind, "max_len": 40, **KINDS[kind], **others}
     return ModelConfig(
         vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint, **values
@@ -77,7 +88,7 @@ def card_of(kind: str, tokenizer: Any, **others: Any) -> ModelConfig:
 
 def saved(folder: Path, kind: str, tokenizer: Any, **others: Any) -> Any:
     """Save a network of drawn values as `best` in a folder; returns it."""
-    model_config = card_of(kind, tokenizer, **others)
+    model_config = config_for(kind, tokenizer, **others)
     network = build_network(model_config)
     redraw(network, seed=3)
     save_model(str(folder / "best.params"), network, model_config, tokenizer)
@@ -203,7 +214,7 @@ def test_the_folder_computes_what_the_network_does(tmp_path, sample, kind, famil
 @pytest.fixture
 def there(sample) -> dict[str, np.ndarray]:
     """Return the arrays of a RobertaForMaskedLM."""
-    network = build_network(card_of("masked_lm", sample))
+    network = build_network(config_for("masked_lm", sample))
     redraw(network, seed=4)
     return to_huggingface(arrays_of(network), Architecture("roberta", "MaskedLM"), pad_id=1)
 
@@ -264,7 +275,7 @@ def test_a_decoder_that_is_not_tied_is_refused(there, name):
 
 
 def test_missing_and_surplus_tensors_are_named(there):
-    with pytest.raises(UserError, match=r"there is no place for its tensor adapter\.weight"):
+    with pytest.raises(UserError, match=r"has no parameter for the tensor 'adapter\.weight'"):
         back({**there, "adapter.weight": np.ones(1)})
     del there["lm_head.dense.bias"]
     with pytest.raises(
@@ -274,7 +285,7 @@ def test_missing_and_surplus_tensors_are_named(there):
 
 
 def test_a_pooler_counts_where_it_is_used(sample):
-    network = build_network(card_of("classification", sample))
+    network = build_network(config_for("classification", sample))
     architecture = Architecture("bert", "SequenceClassification")
     arrays = to_huggingface(arrays_of(network), architecture, pad_id=1)
     del arrays["bert.pooler.dense.weight"]
@@ -283,22 +294,25 @@ def test_a_pooler_counts_where_it_is_used(sample):
 
 
 def test_a_network_with_another_parameter_has_no_place(sample):
-    network = build_network(card_of("classification", sample, extra_layer=True))
-    with pytest.raises(UserError, match=r"no place for the network: extra\.bias differs"):
+    network = build_network(config_for("classification", sample, extra_layer=True))
+    with pytest.raises(UserError, match=r"does not fit the network: extra\.bias differs"):
         to_huggingface(arrays_of(network), Architecture("bert", "SequenceClassification"), 1)
 
 
-def config_of(**others: Any) -> dict[str, Any]:
+def parsed(without: str = "", **others: Any) -> tuple[Architecture, Shape]:
+    """Parse the config.json of a RobertaForMaskedLM with other entries."""
     ids = {"bos": 0, "pad": 1, "eos": 2}
     architecture = Architecture("roberta", "MaskedLM")
-    return {**huggingface.configuration(SHAPE, architecture, ids, 60), **others}
+    config = {**huggingface.configuration(SHAPE, architecture, ids, 60), **others}
+    config.pop(without, None)
+    content = json.dumps(config).encode()
+    return huggingface.parse_config(decode_json(content, HuggingFaceConfig, "config.json"))
 
 
 def test_a_configuration_tells_its_shape():
-    assert huggingface.shape_in(config_of()) == (("roberta", "MaskedLM"), SHAPE)
-    terse = config_of()
-    del terse["tie_word_embeddings"]  # transformers leaves out what is its default
-    assert huggingface.shape_in(terse) == (("roberta", "MaskedLM"), SHAPE)
+    assert parsed() == (("roberta", "MaskedLM"), SHAPE)
+    # transformers leaves out what is its default
+    assert parsed(without="tie_word_embeddings") == (("roberta", "MaskedLM"), SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +331,17 @@ def test_a_configuration_tells_its_shape():
         ("tie_word_embeddings", False, "tie_word_embeddings is False"),
         ("is_decoder", True, "is_decoder is True"),
         ("pad_token_id", None, "pad_token_id is None"),
-        ("hidden_size", "32", "hidden_size is '32'"),
+        ("hidden_size", "32", "Expected `int | null`, got `str` - at `$.hidden_size`"),
+        ("architectures", {"a": 1}, "at `$.architectures`"),
         ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("num_hidden_layers", 2**31, "at most 1000 layers"),
+        ("hidden_size", 10**9, "at most 1000 layers and sizes of 1,000,000"),
+        ("pad_token_id", 60, "pad_token_id is 60, expected the id of a token"),
     ],
 )
 def test_another_computation_is_refused_by_name(entry, value, message):
     with pytest.raises(UserError) as caught:
-        huggingface.shape_in(config_of(**{entry: value}))
+        parsed(**{entry: value})
     assert message in str(caught.value)
 
 
@@ -356,22 +374,24 @@ def test_a_byte_level_tokenizer_comes_back_from_its_json_alone(tmp_path, bpe, me
     if merges == "as pairs":  # how newer versions write them
         content["model"]["merges"] = [one.split(" ") for one in content["model"]["merges"]]
         (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    assert tokenizer_of(str(tmp_path)).fingerprint == bpe.fingerprint
+    assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
 
 
 def test_a_sentencepiece_vocabulary_comes_back_from_its_own_file(tmp_path, sample):
     saved_tokenizer(sample, tmp_path)
-    assert tokenizer_of(str(tmp_path)).fingerprint == sample.fingerprint
+    assert read_tokenizer(str(tmp_path)).fingerprint == sample.fingerprint
     (tmp_path / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"needs its tokenizer\.model beside it"):
-        tokenizer_of(str(tmp_path))
+        read_tokenizer(str(tmp_path))
     for content in ([], {}, {"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel"}}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(UserError, match=r"^tokenizer\.json is not "):
-            tokenizer_of(str(tmp_path))
+        with pytest.raises(
+            UserError, match=r"tokenizer\.json: .* at `\$|tokenizer\.json: (Exp|Obj)"
+        ):
+            read_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no tokenizer: neither"):
-        tokenizer_of(str(tmp_path))
+        read_tokenizer(str(tmp_path))
 
 
 def merged(word: str, model: dict[str, Any]) -> list[str]:
@@ -401,7 +421,7 @@ def test_the_merges_are_those_sentencepiece_makes(tmp_path, sample):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"add_dummy_prefix": False}, "it keeps or drops spaces in another way"),
+        ({"add_dummy_prefix": False}, "it does not normalize spaces as usual"),
         ({"treat_whitespace_as_suffix": True}, "it marks spaces at the end of words"),
         ({"user_defined_symbols": ["@x"]}, "['@x'] is user-defined"),
         ({"split_by_whitespace": False}, "spans several words"),
@@ -444,7 +464,7 @@ def test_there_and_back_keeps_every_bit_and_the_card(tmp_path, sample, kind, fam
     assert_same_bits(arrays_of(loaded.network), arrays_of(network))
     origin = huggingface_folder.architecture_for(loaded.model_config, family).name
     assert f"there: {origin} of {MODEL}" in said
-    expected = card_of(kind, sample, details={"converted_from": origin})
+    expected = config_for(kind, sample, details={"converted_from": origin})
     assert loaded.model_config == expected
     assert loaded.tokenizer.fingerprint == sample.fingerprint
     assert sorted(one.name for one in tmp_path.iterdir()) == ["again", "model", "there"]
@@ -484,20 +504,37 @@ def test_the_byte_level_folder_has_the_usual_files(tmp_path, bpe):
     assert config["problem_type"] == "single_label_classification"
 
 
+def test_the_model_card_has_no_local_paths():
+    details = {
+        "command": "python /home/me/bort/finetune_classifier.py --data_dir /scratch/me/glue "
+        "--output_dir=~/runs/x --pretrained_parameters runs/a b.params",
+        "data": "/home/me/corpus/shards",
+        "teacher": {"weights": "~/models/roberta.params", "note": "at ./a/b and https://u:p@h/c"},
+        "metrics": {"dev": 0.5, "precision/recall": "0.1 / 0.2"},
+    }
+    model_config = ModelConfig(MODEL, 9, "f", "classification", "MNLI", ("a",), details=details)
+    text = model_card(model_config, Architecture("bert", "SequenceClassification"))
+    for private in ("/home", "/scratch", "~", "runs/", "u:p", "models/"):
+        assert private not in text
+    command = "python finetune_classifier.py --data_dir glue --output_dir=x --pretrained_parameters"
+    assert f"    {command} a b.params\n" in text
+    assert "- Data: shards\n" in text
+    assert "| teacher weights | roberta.params |\n| teacher note | at b and c |\n" in text
+    assert "| precision/recall | 0.1 / 0.2 |" in text
+
+
 def test_the_model_card_says_what_is_not_known():
     model_config = ModelConfig(
         model=MODEL, vocab_size=9, tokenizer_fingerprint="f", kind="masked_lm"
     )
-    text = huggingface_folder.model_card(model_config, Architecture("bert", "MaskedLM"))
+    text = model_card(model_config, Architecture("bert", "MaskedLM"))
     assert "- Task: masked language modelling\n- Data: not recorded\n" in text
     assert "## Metrics\n\nnot recorded\n\n## Command\n\n    not recorded\n\n## Use\n" in text
     model_config = dataclasses.replace(
         model_config, kind="regression", task="STS-B", details={"step": 7}
     )
-    text = huggingface_folder.model_card(
-        model_config, Architecture("bert", "SequenceClassification")
-    )
-    assert "- Data: the official data of STS-B, as the command says\n" in text
+    text = model_card(model_config, Architecture("bert", "SequenceClassification"))
+    assert "- Data: the official data of STS-B, see the command\n" in text
     assert "## Details\n\n| what | value |\n| --- | --- |\n| step | 7 |\n\n## Use\n" in text
 
 
@@ -555,8 +592,36 @@ def test_what_cannot_come_back_is_one_line(tmp_path, folder, capsys):
     assert "classifier.3.weight has shape (3, 32)" in said(id2label={"0": "a", "1": "b"})
     assert "hidden size 32 is not divisible by 5 heads" in said(num_attention_heads=5)
     assert "id2label does not number its labels" in said(id2label={"1": "a", "x": "b"})
-    (folder / "model.safetensors").write_bytes(b"nonsense")
-    assert "model.safetensors cannot be read (" in said()
+    assert "id2label does not number its labels" in said(id2label={})
+    multi = said(problem_type="multi_label_classification")
+    assert "problem_type is 'multi_label_classification' with 3 labels; supported are" in multi
+    assert "problem_type is 'regression' with 3 labels" in said(problem_type="regression")
+    assert "Expected `object`, got `array` - at `$.bort`" in said(bort=[])
+    assert "max_len is 513, expected 1 to 512" in said(bort={"max_len": 513})
+    assert "hidden size 32 is not divisible by 5 heads" in said(num_attention_heads=5)
+    assert "at most 1000 layers" in said(num_hidden_layers=2**31)
+    weights = folder / "model.safetensors"
+    tensors = safetensors_numpy.load_file(str(weights))
+    bias = "roberta.embeddings.LayerNorm.bias"
+    for array, message in (
+        (np.full(32, np.nan, np.float32), "encoder.layer_norm.beta has values that are NaN"),
+        (np.zeros(32, np.int32), f"{bias} has dtype int32, expected floats"),
+        (
+            np.zeros(10**5, np.float32),
+            "encoder.layer_norm.beta has shape (100000,); by config.json",
+        ),
+    ):
+        safetensors_numpy.save_file({**tensors, bias: array}, str(weights))
+        assert message in said()
+    for content, message in (
+        (b"nonsense", "model.safetensors: cannot be read ("),
+        (b"", "model.safetensors: cannot be read ("),
+        (safetensors_of((0, 8), (4, 12)), "invalid offset for tensor"),
+        (safetensors_of((0, 8), (8, 2**62)), "model.safetensors: cannot be read ("),
+        (POINTER, "model.safetensors: is a git-lfs pointer, not the file; run `git lfs pull`"),
+    ):
+        weights.write_bytes(content)
+        assert message in said()
     (folder / "model.safetensors").unlink()
     assert "holds neither model.safetensors nor pytorch_model.bin" in said()
     (folder / "config.json").unlink()
@@ -565,15 +630,114 @@ def test_what_cannot_come_back_is_one_line(tmp_path, folder, capsys):
     assert not (tmp_path / "back").exists()
 
 
-def test_a_type_that_numpy_has_not_is_one_line(tmp_path, folder, monkeypatch, capsys):
-    """bfloat16, where no package has brought it to NumPy."""
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
 
-    def load_file(path: str) -> None:
-        raise TypeError("data type 'bfloat16' not understood")
 
-    monkeypatch.setattr(safetensors_numpy, "load_file", load_file)
+def safetensors_of(*offsets: tuple[int, int], dtype: str = "F32", data: bytes = bytes(12)) -> bytes:
+    """Return a safetensors file of vectors with given offsets, right or wrong."""
+    size = {"F32": 4, "BF16": 2, "F8_E4M3": 1}[dtype]
+    header = {
+        f"t{number}": {
+            "dtype": dtype,
+            "shape": [(end - start) // size],
+            "data_offsets": [start, end],
+        }
+        for number, (start, end) in enumerate(offsets)
+    }
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def test_bfloat16_is_widened_and_other_types_refused(tmp_path):
+    values = np.array([1.5, -2.0, 3e38, 0.0], np.float32)
+    data = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+    (tmp_path / "model.safetensors").write_bytes(safetensors_of((0, 8), dtype="BF16", data=data))
+    found = read_tensors(str(tmp_path))["t0"]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, values, rtol=2**-7)
+    content = safetensors_of((0, 12), dtype="F8_E4M3")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"'t0' has dtype F8_E4M3; save it as float32"):
+        read_tensors(str(tmp_path))
+
+
+def test_sharded_weights_are_read_by_their_index(tmp_path, folder, capsys):
+    tensors = safetensors_numpy.load_file(str(folder / "model.safetensors"))
+    bring_back([str(folder), "--output", str(tmp_path / "whole")])
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        name = f"model-{number}.safetensors"
+        safetensors_numpy.save_file({key: tensors[key] for key in part}, str(folder / name))
+        weight_map |= dict.fromkeys(part, name)
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    bring_back([str(folder), "--output", str(tmp_path / "parts")])
+    first, second = (load_model(str(tmp_path / name)).network for name in ("whole", "parts"))
+    assert_same_bits(arrays_of(first), arrays_of(second))
+    for wrong, message in (
+        ({"x": "../there/model-0.safetensors"}, "is not a file of the folder"),
+        ({"x": "model-0.safetensors"}, "no file has the tensor 'x'"),
+        ({"x": "absent"}, "absent: cannot be read (No such file"),
+        ([], "Expected `object`, got `array` - at `$.weight_map`"),
+    ):
+        index.write_text(json.dumps({"weight_map": wrong}), encoding="utf-8")
+        said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
+        assert message in said
+
+
+class FakeTensor:
+    """A tensor of torch, as far as it is used."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = np.asarray(values, np.float32)
+
+    def float(self) -> FakeTensor:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        return self._values
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        (EOFError("Ran out of input"), "cannot be read as weights alone (Ran out of input)"),
+        (EOFError(), "cannot be read as weights alone (EOFError)"),
+        ([], "holds no weights: expected a dictionary of tensors"),
+        ({}, "holds no weights"),
+        ({"state_dict": {"a": FakeTensor(1)}}, "'state_dict' is a dict, expected a tensor; save"),
+        ({3: FakeTensor(1)}, "3 is a FakeTensor, expected a tensor"),
+    ],
+)
+def test_torch_files_that_hold_no_weights_are_one_line(tmp_path, monkeypatch, loaded, message):
+    def load(path: str, map_location: str, weights_only: bool) -> Any:
+        assert weights_only
+        if isinstance(loaded, Exception):
+            raise loaded
+        return loaded
+
+    fake = SimpleNamespace(__version__="2.6.0", load=load, Tensor=FakeTensor)
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        read_tensors(str(tmp_path))
+    assert message in str(caught.value)
+    path.write_bytes(POINTER)
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        read_tensors(str(tmp_path))
+    fake.__version__ = "2.5.1+cpu"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"torch 2\.5\.1\+cpu is not safe"):
+        read_tensors(str(tmp_path))
+
+
+def test_a_pointer_in_place_of_the_tokenizer_is_named(tmp_path, folder, capsys):
+    (folder / "tokenizer.model").write_bytes(POINTER)
     said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
-    assert "NumPy cannot read it (data type 'bfloat16' not understood); save it as float32" in said
+    assert "tokenizer.model: is a git-lfs pointer" in said
 
 
 def test_a_folder_of_others_is_named_by_its_shape(tmp_path, folder):
@@ -710,7 +874,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path, folder, transformers, capsys
     (folder / "model.safetensors").unlink()
     torch.save({"x": Path("/")}, folder / "pytorch_model.bin")
     said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
-    assert "pytorch_model.bin cannot be read as weights alone (" in said
+    assert "pytorch_model.bin: cannot be read as weights alone (" in said
 
 
 @EVERY
@@ -720,7 +884,7 @@ def test_what_transformers_saves_again_comes_back_to_the_bit(
     """Its own save_pretrained leaves out defaults and writes its own tokenizer files."""
     network = saved(tmp_path / "model", kind, bpe)
     convert([str(tmp_path / "model"), "--output", str(tmp_path / "there"), "--family", family])
-    name = huggingface_folder.architecture_for(card_of(kind, bpe), family).name
+    name = huggingface_folder.architecture_for(config_for(kind, bpe), family).name
     model = getattr(transformers, name).from_pretrained(str(tmp_path / "there"))
     model.save_pretrained(str(tmp_path / "second"))
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "there"))
@@ -730,7 +894,7 @@ def test_what_transformers_saves_again_comes_back_to_the_bit(
     loaded = load_model(str(tmp_path / "back"))
     assert_same_bits(arrays_of(loaded.network), arrays_of(network))
     details = {"converted_from": name}
-    assert loaded.model_config == dataclasses.replace(card_of(kind, bpe), details=details)
+    assert loaded.model_config == dataclasses.replace(config_for(kind, bpe), details=details)
 
 
 @pytest.mark.slow

@@ -1,0 +1,112 @@
+"""The model card, README.md, of a converted model; it contains no local paths."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from typing import Any, Iterator, Mapping, Sequence, Union
+
+from bort.huggingface.weights import Architecture
+from bort.saved_model import ModelConfig
+
+_PIPELINES = {"MaskedLM": "fill-mask", "MultipleChoice": "multiple-choice"}
+_NOT_RECORDED = "not recorded"
+# A word that is a path for certain: absolute, below the home or relative with dots, or a URL.
+_PATH = re.compile(r"(?:/|~|\.{1,2}/|[A-Za-z]:[\\/]|[A-Za-z][\w+.-]*://)\S*")
+_TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: {pipeline}
+tags:
+- bort
+---
+
+# {title}
+
+- Task: {task}
+- Data: {data}
+- Maximum length: {max_len} tokens
+
+## Metrics
+
+{metrics}
+## Command
+
+    {command}
+
+{details}## Use
+
+```python
+from transformers import AutoTokenizer, {architecture}
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = {architecture}.from_pretrained("FOLDER")
+```
+
+Load the tokenizer with `AutoTokenizer`: it puts one `</s>` between two texts, as in training;
+RoBERTa's own tokenizer classes put two. Inputs of more than two texts, `<s> A </s> B </s> C </s>`,
+have to be joined from ids.
+"""
+
+
+def model_card(model_config: ModelConfig, architecture: Architecture) -> str:
+    """Return README.md: what the model is, its data, metrics and command.
+
+    Paths are cut to their last component: a card is uploaded, local folders are private.
+    """
+    details = dict(model_config.details)
+    command = details.pop("command", _NOT_RECORDED)
+    task, title, data = "masked language modelling", model_config.model, _NOT_RECORDED
+    if model_config.task:
+        task = f"{model_config.task} ({model_config.kind})"
+        title = f"{model_config.model}, {model_config.task}"
+        data = f"the official data of {model_config.task}, see the command"
+    if model_config.labels:
+        task += f", labels {', '.join(model_config.labels)}"
+    return _TEMPLATE.format(
+        pipeline=_PIPELINES.get(architecture.head, "text-classification"),
+        title=title,
+        task=task,
+        data=_text(details.pop("data", data)),
+        max_len=model_config.max_len,
+        metrics=_table(details.pop("metrics", {})),
+        command=_command(command),
+        details=f"## Details\n\n{_table(details)}\n" if details else "",
+        architecture=architecture.name,
+    )
+
+
+def _command(command: Union[str, Sequence[Any]]) -> str:
+    """Return a command line on one line, each path in it cut to its last component."""
+    try:
+        words = shlex.split(command) if isinstance(command, str) else list(map(str, command))
+    except ValueError:  # unbalanced quotes
+        words = str(command).split()
+    return shlex.join(map(_last_component, words)) if command != _NOT_RECORDED else _NOT_RECORDED
+
+
+def _last_component(word: str) -> str:
+    flag, equals, value = word.rpartition("=")
+    return flag + equals + (re.split(r"[\\/]", value.rstrip("\\/"))[-1] or value)
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if "/" in text and not re.search(r"\s", text):
+        return _last_component(text)
+    return _PATH.sub(lambda found: _last_component(found[0]), text)
+
+
+def _table(values: Any) -> str:
+    """Return nested values as a Markdown table."""
+    rows = [f"| {name} | {_text(value)} |\n" for name, value in _flatten(values, ())]
+    return "".join(["| what | value |\n| --- | --- |\n", *rows] if rows else [f"{_NOT_RECORDED}\n"])
+
+
+def _flatten(values: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, Mapping):
+        yield " ".join(names), values
+        return
+    for name, value in values.items():
+        yield from _flatten(value, (*names, str(name)))
