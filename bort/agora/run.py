@@ -55,10 +55,10 @@ from bort.finetuning.run import BEST, METRICS, FinetuningOptions, finetuning_loo
 from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import TaskData, read_prediction_sets
 from bort.parameters import load_parameters
+from bort.reporter import FolderReporter
 from bort.resume import changed_flags
 from bort.saved_model import load_model, save_model
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
-from bort.training.reporting import FolderReporter
 from bort.types import Context, Hyperparameters
 from data.task import Example, Task
 from data.tasks import get_task

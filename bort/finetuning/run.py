@@ -56,6 +56,7 @@ from bort.finetuning.task_data import (
     read_task_data,
 )
 from bort.parameters import load_parameters
+from bort.reporter import FolderReporter, Reporter
 from bort.saved_model import save_model, save_model_config
 from bort.training.job import (
     Evaluation,
@@ -69,7 +70,7 @@ from bort.training.job import (
 )
 from bort.training.loop import Loop
 from bort.training.optimization import linear_warmup_decay, make_trainer
-from bort.training.reporting import FolderReporter, PhaseTimer, Reporter
+from bort.training.reporting import PhaseTimer
 from bort.types import Block, Context, NDArray, TaskKind
 from data.encoding import ClassifierBatch, ClassifierLoader, encode_examples
 from data.task import Example, Task

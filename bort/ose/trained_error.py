@@ -133,7 +133,7 @@ def _finished(settings: PretrainingSettings, quiet: bool) -> list[dict[str, floa
     """Train to the end on the CPU; returns the evaluations."""
     from bort.devices import devices_of
     from bort.pretraining.run import pretraining_loop
-    from bort.training.reporting import FolderReporter
+    from bort.reporter import FolderReporter
 
     alone = SingleProcess()
     reporter = FolderReporter(settings.run.ckpt_dir, alone, quiet)

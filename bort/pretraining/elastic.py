@@ -24,9 +24,9 @@ from bort.errors import UserError
 from bort.files import lock_folder
 from bort.pretraining.config import PretrainingSettings
 from bort.pretraining.run import checked_devices, pretraining_loop
+from bort.reporter import FolderReporter
 from bort.training.job import Metrics
 from bort.training.loop import Loop
-from bort.training.reporting import FolderReporter
 
 # Who speaks when a sum or broadcast fails. Other errors, such as too little memory, would come
 # again after every new start.

@@ -23,8 +23,8 @@ from bort.mxnet_setup import cpu_threads, usable_cores
 from bort.pretraining.config import PretrainingSettings, RunSettings
 from bort.pretraining.run import Inputs, checked_devices, open_data, pretraining_loop
 from bort.pretraining.teacher_cache import read_cache_manifest
+from bort.reporter import NullReporter
 from bort.training.loop import Loop, MicroBatch
-from bort.training.reporting import NullReporter
 from bort.types import Context
 
 # The versions the project is written for: GluonNLP 0.9 and earlier compute another attention.

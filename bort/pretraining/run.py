@@ -30,6 +30,7 @@ from bort.pretraining.evaluation import evaluate
 from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
 from bort.pretraining.teacher import LiveTeacher, Teacher, load_teacher
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
+from bort.reporter import FolderReporter, Reporter
 from bort.saved_model import ModelConfig, save_model, save_model_config
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.training.job import (
@@ -44,7 +45,7 @@ from bort.training.job import (
 )
 from bort.training.loop import Loop
 from bort.training.optimization import linear_warmup_decay, make_trainer
-from bort.training.reporting import FolderReporter, PhaseTimer, Reporter
+from bort.training.reporting import PhaseTimer
 from bort.types import Block, Context, NDArray
 from data.batches import Batch, BucketSampler, PretrainingLoader, open_dynamic_masking
 from data.masking import DynamicMasking

@@ -22,9 +22,10 @@ from bort.communicator import Communicator
 from bort.devices import unused_gpus
 from bort.errors import Stopped, UserError
 from bort.parameters import load_parameters
+from bort.reporter import Reporter
 from bort.training.job import Interrupted, Job, Metrics, Progress
 from bort.training.optimization import Trainer
-from bort.training.reporting import MetricAccumulator, PhaseTimer, Reporter, Stopwatch
+from bort.training.reporting import MetricAccumulator, PhaseTimer, Stopwatch
 from bort.types import Context, NDArray
 from data.batches import SAMPLER_VERSION, prefetch
 

@@ -165,7 +165,7 @@ def _our_step(
     from bort.communicator import SingleProcess
     from bort.pretraining.config import SETTINGS_CLASSES, PretrainingSettings
     from bort.pretraining.run import pretraining_loop
-    from bort.training.reporting import NullReporter
+    from bort.reporter import NullReporter
 
     argv = ["--data", shards, "--batch_size", str(settings.batch_size), "--num_steps", "100000"]
     argv += ["--ckpt_dir", tempfile.mkdtemp(dir=folder), "--log_interval", "1000", *flags]

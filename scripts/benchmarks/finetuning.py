@@ -92,8 +92,8 @@ def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[],
     from bort.finetuning.config import FinetuningOptimizerSettings
     from bort.finetuning.run import FinetuningOptions, finetuning_loop
     from bort.finetuning.task_data import TaskData
+    from bort.reporter import NullReporter
     from bort.saved_model import ModelConfig, build_network
-    from bort.training.reporting import NullReporter
     from data.task import Example
     from data.tasks import get_task
 

@@ -341,15 +341,15 @@ def read_plot(folder: Path) -> Any:
 
 def read_metrics_resumed(folder: Path) -> Any:
     """Open metrics as a resumed run does: damage in them never stops it."""
+    from bort import reporter
     from bort.errors import UserError
-    from bort.training import reporting
 
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return None
     try:
-        reporting._cut_after(str(path), 3)
-        return reporting.closing_table(str(path))
+        reporter._cut_after(str(path), 3)
+        return reporter.closing_table(str(path))
     except UserError as error:
         raise WrongValueError(f"a resume is stopped by metrics: {error}") from None
 

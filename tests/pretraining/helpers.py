@@ -113,7 +113,7 @@ def make_run(folder: Path, communicator: Communicator | None = None, **flags: An
     """Return the loop of a run that is ready to start."""
     from bort.devices import devices_of
     from bort.pretraining.run import pretraining_loop
-    from bort.training.reporting import FolderReporter
+    from bort.reporter import FolderReporter
 
     settings = settings_of_run(folder, **flags)
     ranks = communicator or SingleProcess()

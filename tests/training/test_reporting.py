@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from bort.communicator import SingleProcess
-from bort.training.reporting import FolderReporter, NullReporter, PhaseTimer, closing_table
+from bort.reporter import FolderReporter, NullReporter, closing_table
+from bort.training.reporting import PhaseTimer
 
 TRAIN = {"loss": 1.25, "tokens_per_second": 1000}
 

@@ -1,0 +1,237 @@
+"""Where a run reports: the screen, metrics.jsonl, TensorBoard, a progress bar; on rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any, Mapping, Protocol
+
+import numpy as np
+
+from bort.communicator import Communicator
+from bort.files import atomic_write, write_json
+from bort.progress import ProgressBar
+
+FILE = "metrics.jsonl"
+
+
+class Reporter(Protocol):
+    """Where a run reports its metrics and messages."""
+
+    def start(
+        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
+    ) -> None:
+        """Begin at `step`, or with `evaluate` before its evaluation; `config` are the settings."""
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Record the values of one moment."""
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Save arrays in a file of the run's folder; returns its path."""
+
+    def __enter__(self) -> Reporter: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None: ...
+
+
+class NullReporter:
+    """Reports nothing and writes nothing: for timings."""
+
+    def start(
+        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
+    ) -> None:
+        """Ignore the settings."""
+
+    def advance(self) -> None:
+        """Show no progress."""
+
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Record nothing."""
+
+    def say(self, line: str) -> None:
+        """Print nothing."""
+
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Save nothing."""
+        return os.devnull
+
+    def __enter__(self) -> NullReporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Close nothing."""
+
+
+class FolderReporter:
+    """Writes the metrics of a run to the screen and into its folder, on rank 0 alone.
+
+    metrics.jsonl gets one JSON object per call of `log`, flushed at once, with `step`, `phase` and
+    the values. `start` cuts off lines beyond its step, which an earlier attempt has left: a resumed
+    run reads like an uninterrupted one. With `quiet` nothing goes to the screen.
+    """
+
+    def __init__(self, folder: str, communicator: Communicator, quiet: bool = False) -> None:
+        self._folder, self._communicator, self._quiet = folder, communicator, quiet
+        self._path = os.path.join(folder, FILE)
+        self._enabled = False
+
+    def start(
+        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
+    ) -> None:
+        """Write config.json and open the files; the rank is asked for now: it may have changed."""
+        self._enabled = self._communicator.rank == 0
+        if not self._enabled:
+            return
+        # Imported here: protobuf takes a while, and only rank 0 needs it.
+        from tensorboardX import SummaryWriter
+
+        os.makedirs(self._folder, exist_ok=True)
+        write_json(os.path.join(self._folder, "config.json"), config)
+        _cut_after(self._path, step or -1, evaluate)
+        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
+        board = os.path.join(self._folder, "tensorboard")
+        self._board = SummaryWriter(board, purge_step=step + 1, flush_secs=10)
+        # Without lines: metric lines show the progress where there is no terminal.
+        self._bar = ProgressBar(
+            "", max_steps, "step", initial=step, enabled=not self._quiet, lines=False
+        )
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        if self._enabled:
+            self._bar.advance()
+
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Record the values of one moment: a line, a JSON object, and TensorBoard scalars."""
+        if not self._enabled:
+            return
+        record = {"step": step, "phase": phase, "time": round(time.time(), 3), **values}
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{phase}/{name}", value, step)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        self.say(f"step {step:>7}  {phase:<5} {shown}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self._enabled and not self._quiet:
+            self._bar.write(line)
+
+    def save_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Save arrays as an .npz file of the run's folder; returns its path, on every rank."""
+        path = os.path.join(self._folder, name)
+        if self._enabled:
+            np.savez(path, **arrays)
+        return path
+
+    def __enter__(self) -> FolderReporter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Close the files; print the closing table of a run that did not fail."""
+        if not self._enabled:
+            return
+        self._bar.close()
+        self._lines.close()
+        self._board.close()
+        if kind is None and not self._quiet:
+            print(closing_table(self._path), flush=True)
+
+
+def _cut_after(path: str, step: int, evaluate: bool) -> None:
+    """Keep the lines up to a step; with `evaluate` its evaluation is to come again.
+
+    Lines that are none of ours are moved to a file beside it: they must not block a resume.
+    """
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    kept, foreign = [], []
+    for line in lines:
+        record = _record_of(line)
+        if record is None:
+            foreign.append(line)
+        elif record["step"] < step or (
+            record["step"] == step and not (evaluate and record["phase"] == "eval")
+        ):
+            kept.append(line)
+    if foreign and foreign != lines[-1:]:  # a torn last line is that of a killed run
+        with open(f"{path}.damaged", "ab") as file:
+            file.writelines(foreign)
+        print(
+            f"warning: {path}: {len(foreign)} line(s) are no metrics; moved to {path}.damaged",
+            file=sys.stderr,
+        )
+    with atomic_write(path, "wb") as handle:
+        handle.writelines(kept)
+
+
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """Return a metric line as a record; None for another or torn line."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not line.endswith(b"\n") or not isinstance(record, dict):
+        return None
+    step, phase = record.get("step"), record.get("phase")
+    if isinstance(step, bool) or not isinstance(step, int) or not isinstance(phase, str):
+        return None
+    numbers = (value for name, value in record.items() if name != "phase")
+    return record if all(isinstance(value, (int, float)) for value in numbers) else None
+
+
+def read_records(path: str) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; torn and foreign lines are skipped."""
+    with open(path, "rb") as file:
+        return [record for record in map(_record_of, file) if record is not None]
+
+
+def _short(value: float) -> str:
+    if float(value).is_integer():
+        return f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 0.01 else f"{value:,.3f}"
+
+
+def closing_table(metrics_path: str) -> str:
+    """Return a summary of a run as a table: held-out metrics before and after, speed, shares.
+
+    `metrics_path` is the run's metrics.jsonl.
+    """
+    records = read_records(metrics_path)
+    evaluations = [record for record in records if record["phase"] == "eval"]
+    training = [record for record in records if record["phase"] == "train"]
+    rows = []
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        rows.append(f"{'held out':<20}{'step ' + str(first['step']):>12}{'now':>12}")
+        rows += [
+            f"{name:<20}{first[name]:>12.4f}{last[name]:>12.4f}"
+            for name in _metric_names(last)
+            if name in first
+        ]
+    speeds = [record["tokens_per_second"] for record in training if "tokens_per_second" in record]
+    if speeds:
+        speed = statistics.median(speeds)
+        rows.append(f"{'tokens/s (median)':<20}{'':>12}{speed:>12,.0f}")
+        # A run that an earlier version began may have lines without.
+        shares = dict.fromkeys(n for record in training for n in record if n.endswith("_share"))
+        for name in shares:
+            share = statistics.median(record[name] for record in training if name in record)
+            rows.append(f"{'time in ' + name[: -len('_share')]:<20}{'':>12}{share:>12.1%}")
+    return "\n".join(rows)
+
+
+def _metric_names(record: dict[str, Any]) -> list[str]:
+    return [name for name in record if name not in ("step", "phase", "time")]
