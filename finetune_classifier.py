@@ -15,7 +15,7 @@ from typing import Any, Sequence
 from bort.communicator import communicator_of_environment
 from bort.config import parse
 from bort.errors import entry_point
-from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
+from bort.finetuning.config import FINETUNING_CLASSES, ORIGINAL_FLAGS, FinetuningSettings
 
 
 @entry_point
@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; returns the content of metrics.json."""
     from bort.finetuning.run import finetune
 
-    settings = FinetuningSettings(*parse(__doc__, argv, *FINETUNING_CLASSES, config=True))
+    settings = FinetuningSettings(
+        *parse(__doc__, argv, *FINETUNING_CLASSES, config=True, renamed=ORIGINAL_FLAGS)
+    )
     return finetune(settings, communicator_of_environment())
 
 

@@ -15,7 +15,7 @@ from typing import Sequence
 from bort.communicator import SingleProcess
 from bort.config import parse
 from bort.errors import entry_point
-from bort.pretraining.config import SETTINGS_CLASSES, PretrainingSettings
+from bort.pretraining.config import ORIGINAL_FLAGS, SETTINGS_CLASSES, PretrainingSettings
 
 
 @entry_point
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     from bort.pretraining.preflight import preflight
     from bort.pretraining.run import pretrain
 
-    settings = PretrainingSettings(*parse(__doc__, argv, *SETTINGS_CLASSES, config=True))
+    settings = PretrainingSettings(
+        *parse(__doc__, argv, *SETTINGS_CLASSES, config=True, renamed=ORIGINAL_FLAGS)
+    )
     if settings.run.check:
         preflight(settings, SingleProcess())
         return []

@@ -15,7 +15,12 @@ from typing import Sequence
 from bort.communicator import Horovod
 from bort.config import parse
 from bort.errors import entry_point
-from bort.pretraining.config import SETTINGS_CLASSES, ElasticSettings, PretrainingSettings
+from bort.pretraining.config import (
+    ORIGINAL_FLAGS,
+    SETTINGS_CLASSES,
+    ElasticSettings,
+    PretrainingSettings,
+)
 
 
 @entry_point
@@ -27,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     from bort.pretraining.preflight import preflight
     from bort.pretraining.run import pretrain
 
-    *parsed, elasticity = parse(__doc__, argv, *SETTINGS_CLASSES, ElasticSettings, config=True)
+    *parsed, elasticity = parse(
+        __doc__, argv, *SETTINGS_CLASSES, ElasticSettings, config=True, renamed=ORIGINAL_FLAGS
+    )
     settings = PretrainingSettings(*parsed)
     if settings.run.check:
         preflight(settings, Horovod())

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import math
 import shlex
+import sys
 import typing
 from typing import Any, Mapping, NoReturn, Sequence, TypeVar
 
@@ -95,14 +96,20 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
 
 
 def parse(
-    description: str, argv: Sequence[str] | None, *classes: type, config: bool = False
+    description: str,
+    argv: Sequence[str] | None,
+    *classes: type,
+    config: bool = False,
+    renamed: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """Parse `argv` (None: the process's own) into one checked instance of each settings class.
 
     With `config` the program has --config, the config.json of an earlier run: flags that are not
-    given are taken from there.
+    given are taken from there. `renamed`: for flags of the original programs, such as "--model" or
+    "--init gaussian", what to give instead; the program exits with it.
     """
     parser = parser_for(description, *classes)
+    _refuse_renamed(parser, sys.argv[1:] if argv is None else argv, renamed or {})
     if config:
         parser.add_argument(
             CONFIG_FLAG,
@@ -112,6 +119,14 @@ def parse(
         _use_config(parser, argv, classes)
     parsed = vars(parser.parse_args(argv))
     return tuple(build(cls, parsed) for cls in classes)
+
+
+def _refuse_renamed(parser: OneLineParser, argv: Sequence[str], renamed: Mapping[str, str]) -> None:
+    for word, following in zip(argv, [*argv[1:], ""]):
+        flag, _, value = word.partition("=")
+        for name in (flag, f"{flag} {value or following}"):
+            if name in renamed:
+                parser.error(f"{name}: {renamed[name]}")
 
 
 def _use_config(parser: OneLineParser, argv: Sequence[str] | None, classes: Sequence[type]) -> None:

@@ -19,14 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import parse
 from bort.errors import entry_point
-from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
+from bort.finetuning.config import FINETUNING_CLASSES, ORIGINAL_FLAGS, FinetuningSettings
 from bort.finetuning.sweep import SweepRow, SweepSettings, sweep
 
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[SweepRow]:
     """Run the sweep; returns the table's rows, best first."""
-    *base, settings = parse(str(__doc__), argv, *FINETUNING_CLASSES, SweepSettings)
+    *base, settings = parse(
+        str(__doc__), argv, *FINETUNING_CLASSES, SweepSettings, renamed=ORIGINAL_FLAGS
+    )
     return sweep(settings, FinetuningSettings(*base))
 
 

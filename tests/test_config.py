@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,3 +272,60 @@ def test_required_flags_are_still_required_beside_a_config_without_them(
     with pytest.raises(SystemExit):
         rerun("--config", str(path))
     assert "required: --dish" in capsys.readouterr().err
+
+
+ORIGINAL_FLAGS = {
+    "finetune_classifier.py": {
+        "--no_distributed True": "one process is the default",
+        "--init gaussian": "is --init normal here",
+        "--init=gaussian": "is --init normal here",
+        "--use_scheduler True": "leave it out",
+        "--momentum 0.9": "leave it out",
+        "--multirc_test_location a": "--data_dir",
+        "--record_test_location a": "--data_dir",
+        "--record_dev_location a": "--data_dir",
+        "--race_dataset_location a": "--data_dir",
+    },
+    "run_pretraining_distillation.py": {
+        "--model bort_4_8_768_1024": "is --student_model here",
+        "--pretrained": "--student_parameters",
+        "--dataset_name x": "the shards record their vocabulary",
+        "--num_eval_steps 3": "leave it out",
+        "--cpu_only": "without --gpus the CPU is used",
+        "--verbose": "leave it out",
+        "--profile p": "leave it out",
+    },
+}
+ORIGINAL_FLAGS["run_pretraining_distillation_hvd.py"] = ORIGINAL_FLAGS[
+    "run_pretraining_distillation.py"
+]
+
+
+@pytest.mark.parametrize(
+    ("program", "line"), [(p, line) for p, lines in ORIGINAL_FLAGS.items() for line in lines]
+)
+def test_flags_of_the_original_are_refused_with_what_to_give_instead(program, line, capsys):
+    main = importlib.import_module(program[:-3]).main
+    with pytest.raises(SystemExit) as caught:
+        main(line.split())
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {line.split('=')[0].split()[0]}")
+    assert ORIGINAL_FLAGS[program][line] in error
+    assert error.count("\n") == 1
+
+
+def test_flags_of_the_original_that_are_taken():
+    from bort.finetuning.config import FINETUNING_CLASSES, FinetuningSettings
+
+    line = [
+        "--task_name",
+        "CB",
+        "--gpu",
+        "0",
+        "--dataset",
+        "openwebtext_ccnews_stories_books_cased",
+    ]
+    settings = FinetuningSettings(*parse("", line, *FINETUNING_CLASSES))
+    assert settings.run.gpus == "0"
+    assert settings.tokenizer.dataset_name == line[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import Mapping, NamedTuple, Optional
 
 from bort.config import option, required
 from bort.errors import UserError
@@ -116,6 +116,20 @@ class FinetuningSettings(NamedTuple):
         if self.run.only_inference and not given.model_parameters:
             raise UserError("--only_inference needs --model_parameters: a fine-tuned classifier")
 
+
+_DATA_DIR = "name the folder of the data with --data_dir"
+# Flags of the original's finetune_bort.py, and what to give instead. Its --gpu and --dataset are
+# taken as abbreviations of --gpus and --dataset_name.
+ORIGINAL_FLAGS: Mapping[str, str] = {
+    "--init gaussian": "is --init normal here",
+    "--no_distributed": "leave it out; one process is the default, horovodrun starts several",
+    "--use_scheduler": "leave it out; the learning rate always follows the schedule",
+    "--momentum": "leave it out; BERTAdam has no such setting",
+    "--multirc_test_location": _DATA_DIR,
+    "--record_test_location": _DATA_DIR,
+    "--record_dev_location": _DATA_DIR,
+    "--race_dataset_location": _DATA_DIR,
+}
 
 FINETUNING_CLASSES = (
     TaskSettings,

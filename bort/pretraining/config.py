@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import Any, Mapping, NamedTuple, Optional
 
 from bort.config import build, option, required
 from bort.errors import UserError
@@ -207,3 +207,15 @@ def settings_of(**flags: Any) -> PretrainingSettings:
         optimizer=build(OptimizerSettings, flags),
         run=build(RunSettings, flags),
     )
+
+
+# Flags of the original's pretraining programs, and what to give instead.
+ORIGINAL_FLAGS: Mapping[str, str] = {
+    "--model": "is --student_model here",
+    "--pretrained": "name the weights with --student_parameters",
+    "--dataset_name": "leave it out; the shards record their vocabulary",
+    "--num_eval_steps": "leave it out; it had no effect, all of --data_eval is evaluated",
+    "--cpu_only": "leave it out; without --gpus the CPU is used",
+    "--verbose": "leave it out; there is no further output",
+    "--profile": "leave it out; metrics.jsonl has the share of each phase of a step",
+}
