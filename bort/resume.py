@@ -8,6 +8,7 @@ from typing import Any, Collection, Mapping, Sequence
 
 # Flags that name a file or a folder: the same one may be spelled in several ways.
 PATHS = {
+    *("data", "data_eval", "teacher_cache", "teacher_ckpt_dir"),
     *("data_dir", "pretrained_parameters", "model_parameters", "tau_model", "timaeus"),
     *("vocab_file", "bpe_ranks", "sentencepiece"),
 }

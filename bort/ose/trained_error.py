@@ -29,12 +29,12 @@ from typing import Any, NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.communicator import SingleProcess
-from bort.config import as_dict
 from bort.errors import Stopped, UserError
-from bort.files import read_json
+from bort.files import read_json_as
 from bort.jobs import run as run_in_process
 from bort.ose.config import TrainingSettings
 from bort.pretraining.config import PretrainingSettings, settings_of
+from bort.resume import changed_flags
 from bort.shapes import Shape
 from bort.types import Hyperparameters
 from data.shards import Manifest, ShardSet, open_shards
@@ -140,8 +140,9 @@ def _finished(settings: PretrainingSettings, quiet: bool) -> list[dict[str, floa
     loop = pretraining_loop(settings, alone, devices_of(None, 1, alone), reporter)
     try:
         return loop.run()
-    except Stopped:
-        raise UserError("interrupted; rerun the same command to resume") from None
+    except Stopped as stop:
+        message = "interrupted; rerun the same command to resume"
+        raise Stopped(stop.signum, message) from None
 
 
 def teacher_run(
@@ -201,11 +202,16 @@ def _prepare(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -
 
 def _train_teacher(run: PretrainingSettings) -> None:
     config = os.path.join(run.run.ckpt_dir, "config.json")
-    if os.path.exists(config) and read_json(config) != as_dict(*run):
-        raise UserError(
-            f"{config}: the training of T was started with other settings; give another "
-            f"--output_dir, or --teacher_ckpt_dir {run.run.ckpt_dir} to use it as it is"
-        )
+    if os.path.exists(config):
+        recorded: dict[str, Any] = {}
+        for group in read_json_as(config, dict[str, dict[str, Any]]).values():
+            recorded.update(group)
+        if changed := changed_flags(recorded, run, free=("ckpt_dir",)):
+            raise UserError(
+                f"{config}: the training of T was started with other settings "
+                f"({', '.join(changed)}); give another --output_dir, or "
+                f"--teacher_ckpt_dir {run.run.ckpt_dir} to use it as it is"
+            )
     _finished(run, quiet=False)
 
 

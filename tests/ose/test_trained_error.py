@@ -17,7 +17,7 @@ import pytest
 from bort.bort import get_bort_model
 from bort.communicator import SingleProcess
 from bort.config import build
-from bort.errors import UserError
+from bort.errors import Stopped, UserError
 from bort.jobs import OverTimeError, Serial
 from bort.ose import run as ose_run
 from bort.ose import trained_error as ose_training
@@ -228,7 +228,7 @@ def test_a_run_told_to_stop_gives_no_error(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Loop, "_stop_agreed", lambda run: True)
     run = candidate_run(settings_of(data, loss="mlm"), None, SMALL, 5, {}, 0, str(tmp_path))
-    with pytest.raises(UserError, match="interrupted"):
+    with pytest.raises(Stopped, match="interrupted"):
         train(run)
 
 
@@ -251,12 +251,12 @@ def test_t_goes_on_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
     with monkeypatch.context() as patch:
         stopped = lambda loop: loop.progress.step == 4  # noqa: E731
         patch.setattr(Loop, "_stop_agreed", stopped)
-        with pytest.raises(UserError, match="interrupted"):
+        with pytest.raises(Stopped, match="interrupted"):
             ose_training._train_teacher(begun)
     continued = prepare_teacher(settings, TOP, 1, str(tmp_path / "b"))
     assert continued.sha256 == undisturbed.sha256
     assert continued.entropy == undisturbed.entropy
-    with pytest.raises(UserError, match="the training of T was started with other settings"):
+    with pytest.raises(UserError, match=r"T was started with other settings \(--num_steps\)"):
         prepare_teacher(replace(settings, teacher_steps=12), TOP, 1, str(tmp_path / "b"))
 
 
