@@ -571,16 +571,17 @@ def _watch_parent(parent: int) -> None:
 
 @contextmanager
 def stopped_by_sigterm(message: str) -> Iterator[None]:
-    """Let SIGTERM raise `Stopped` with a message in the main thread."""
+    """Let SIGTERM raise `Stopped` in the main thread; its message is this one."""
 
     def stop(signum: int, _: Any) -> None:
         raise Stopped(signum, message)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main_thread else None
     try:
         yield
+    except Stopped as stopped:  # also of a training loop, whose message is about its own run
+        raise Stopped(stopped.signum, message) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)

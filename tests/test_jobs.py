@@ -413,3 +413,5 @@ def test_sigterm_stops_the_program():
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(Stopped, match="rerun it"), jobs.stopped_by_sigterm("rerun it"):
+        raise Stopped(signal.SIGTERM, "the message of a run inside")

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.communicator import SingleProcess
-from bort.errors import Stopped, UserError
+from bort.errors import UserError
 from bort.files import read_json_as
 from bort.jobs import run as run_in_process
 from bort.ose.config import TrainingSettings
@@ -138,11 +138,7 @@ def _finished(settings: PretrainingSettings, quiet: bool) -> list[dict[str, floa
     alone = SingleProcess()
     reporter = FolderReporter(settings.run.ckpt_dir, alone, quiet)
     loop = pretraining_loop(settings, alone, devices_of(None, 1, alone), reporter)
-    try:
-        return loop.run()
-    except Stopped as stop:
-        message = "interrupted; rerun the same command to resume"
-        raise Stopped(stop.signum, message) from None
+    return loop.run()
 
 
 def teacher_run(

