@@ -102,12 +102,12 @@ class _Reader:
         return self._content[start : self._offset].view(dtype)
 
 
-def save_parameters(model: Block, path: str) -> None:
-    """Write the parameters in MXNet's format, the tied embedding matrix once.
+def save_parameters(model: Block, path: str, deduplicate: bool = True) -> None:
+    """Write the parameters in MXNet's format, the tied matrix once or under both its names.
 
     Raises `OSError` when the disk is full: MXNet does not say so.
     """
-    model.save_parameters(path, deduplicate=True)
+    model.save_parameters(path, deduplicate=deduplicate)
     try:
         read_arrays(path)
     except UserError:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lay beside the released parameters what they are: model/bort.json, and model/tokenizer/.
+"""Write model/bort.json and model/tokenizer/, which belong to the released parameters.
 
     python scripts/describe_released.py
 
@@ -24,7 +24,7 @@ MODEL, SHAPE = "model/bort.params", "bort_4_8_768_1024"
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> ModelConfig:
-    """Write model config and tokenizer; returns the card."""
+    """Write model config and tokenizer; returns the model config."""
     OneLineParser(description=__doc__).parse_args(argv)
     tokenizer = load_tokenizer(TokenizerSettings(RELEASED_DATASET))
     model_config = ModelConfig(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM)

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Write the weights of a saved model as one file in the layout of the original.
+"""Export the parameters of a saved model to one file in the layout of the original.
 
     python scripts/export_params.py MODEL --output bort.params [--dtype float16]
 
-MODEL is a checkpoint, the folder of a run, whose newest one is taken, or a classifier. The file has
-the matrix that embedding and decoder share under both its names, as GluonNLP's own classes expect.
+MODEL is a checkpoint, the folder of a run (its newest checkpoint), or a classifier. The file holds
+the matrix that embedding and decoder share under both its names, as GluonNLP's classes expect.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from contextlib import suppress
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Sequence
@@ -19,46 +20,64 @@ from typing import Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for, required
-from bort.errors import UserError, entry_point
+from bort.errors import entry_point
+from bort.types import Block
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What is written."""
+    """Output."""
 
-    output: str = required("the file, for example bort.params")
-    dtype: str = option("float32", "type of the values", choices=("float32", "float16"))
+    output: str = required("parameter file, for example bort.params")
+    dtype: str = option("float32", "type of the parameters", choices=("float32", "float16"))
 
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> list[str]:
     """Export a model; returns the names in the file."""
-    import mxnet as mx
-
-    from bort.saved_model import load_model
-
     parser = parser_for(str(__doc__), ExportSettings)
     parser.add_argument("model", metavar="MODEL", help="a saved model, a checkpoint or a run")
     parsed = vars(parser.parse_args(argv))
     settings = build(ExportSettings, parsed)
-    model, model_config, _ = load_model(parsed["model"])
-    model.cast(settings.dtype)
-    temporary = f"{settings.output}.tmp"
-    try:
-        model.save_parameters(temporary, deduplicate=False)
-        os.replace(temporary, settings.output)
-    except (OSError, mx.MXNetError) as error:
-        with suppress(OSError):
-            os.remove(temporary)
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--output {settings.output}: cannot be written ({reason})") from None
+    return export(parsed["model"], settings.output, settings.dtype)
+
+
+def export(path: str, output: str, dtype: str) -> list[str]:
+    """Write the parameters of a saved model to a file; returns their names.
+
+    Raises `UserError` when the model cannot be loaded, when a parameter is NaN or infinite in
+    `dtype`, and when the file cannot be written.
+    """
+    from bort.parameters import check_finite
+    from bort.saved_model import load_model
+
+    model, model_config, _ = load_model(path)
+    model.cast(dtype)
+    check_finite(f"{path} in {dtype}", model)
+    size = _write(model, output) / 1e6
     names = sorted(model._collect_params_with_prefix())
-    size = os.path.getsize(settings.output) / 1e6
     print(
-        f"{settings.output}: {len(names)} arrays of {model_config.model}, {model_config.kind}, "
-        f"{settings.dtype}, {size:,.1f} MB"
+        f"{output}: {len(names)} arrays of {model_config.model}, {model_config.kind}, {dtype}, "
+        f"{size:,.1f} MB"
     )
     return names
+
+
+def _write(model: Block, output: str) -> int:
+    """Write the parameters; returns the bytes. MXNet writes to paths only, not to a FIFO."""
+    from bort.files import atomic_path, is_stream
+    from bort.parameters import save_parameters
+
+    if not is_stream(output):
+        with atomic_path(output) as temporary:
+            save_parameters(model, temporary, deduplicate=False)
+        return os.path.getsize(output)
+    with tempfile.TemporaryDirectory() as folder, open(output, "wb") as stream:
+        path = os.path.join(folder, "model.params")
+        save_parameters(model, path, deduplicate=False)
+        with open(path, "rb") as file:
+            shutil.copyfileobj(file, stream)
+        return os.path.getsize(path)
 
 
 if __name__ == "__main__":

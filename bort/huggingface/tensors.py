@@ -103,7 +103,7 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(
-            f"has no {WEIGHTS}: {name} needs torch (requirements-huggingface.txt)"
+            f"has no {WEIGHTS}: {name} needs torch: pip install -e '.[huggingface]'"
         ) from None
     if tuple(map(int, torch.__version__.split(".")[:2])) < _SAFE_TORCH:
         raise UserError(f"{name}: torch {torch.__version__} is not safe for it; install 2.6")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,8 +229,33 @@ def test_what_is_no_good_checkpoint_is_one_line(run, tmp_path, capsys):
 
 def test_an_output_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
     output = tmp_path / "absent" / "bort.params"
-    assert f"--output {output}: cannot be written (" in complaint(capsys, run, "--output", output)
+    assert f"{output}: there is no folder" in complaint(capsys, run, "--output", output)
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert "cannot be written" in complaint(capsys, run, "--output", folder)
+    assert "folder: is a folder; name a file" in complaint(capsys, run, "--output", folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
+    assert not list(folder.iterdir())
+
+
+def test_an_output_that_is_a_link_or_a_fifo_stays_one(run, tmp_path):
+    target, link, fifo = tmp_path / "target", tmp_path / "link", tmp_path / "fifo"
+    link.symlink_to(target)
+    main([str(run), "--output", str(link)])
+    assert link.is_symlink()
+    os.mkfifo(fifo)
+    with ThreadPoolExecutor(1) as pool:
+        content = pool.submit(fifo.read_bytes)
+        main([str(run), "--output", str(fifo)])
+        assert content.result() == target.read_bytes()
+    assert fifo.is_fifo()
+
+
+def test_values_that_float16_cannot_hold_are_named(run, tmp_path, capsys):
+    model, _ = get_bort_model(SHAPE, vocab=range(VOCAB_SIZE))
+    model.decoder[0].bias.data()[3] = 70_000
+    write = partial(save_model, network=model, model_config=CARD, tokenizer=None)
+    checkpoint.save(str(run), 13, write, {"mean.0": np.zeros(2)}, {})
+    output = tmp_path / "bort.params"
+    said = complaint(capsys, run, "--output", output, "--dtype", "float16")
+    assert "in float16: decoder.0.bias has values that are NaN or infinite" in said
+    assert not output.exists()
