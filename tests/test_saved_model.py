@@ -114,7 +114,7 @@ def test_a_pretraining_run_is_a_saved_model(tmp_path, where):
     command = loaded.model_config.details["command"]
     assert command.startswith(f"python run_pretraining_distillation.py --data {tmp_path}")
     assert "--num_steps 4" in command
-    expected = run.student.word_embed[0].weight.data().asnumpy()
+    expected = run.job.network.word_embed[0].weight.data().asnumpy()
     np.testing.assert_array_equal(loaded.network.word_embed[0].weight.data().asnumpy(), expected)
 
 
