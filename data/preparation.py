@@ -328,17 +328,15 @@ def masked_share_report(totals: dict[str, int], settings: InstanceSettings) -> O
     wanted, share = masking.masked_lm_prob, totals["masked"] / max(maskable, 1)
     if abs(share - wanted) <= _TOLERATED_PART * wanted:
         return None
-    if share > wanted:
-        reason = "many sequences are so short that their one masked token is more"
-    elif wanted * sequences.max_text_tokens > masking.max_predictions_per_seq:
+    if share < wanted and wanted * sequences.max_text_tokens > masking.max_predictions_per_seq:
         reason = f"--max_predictions_per_seq {masking.max_predictions_per_seq} limits it"
-    elif masking.whole_word_mask:
+    elif share < wanted and masking.whole_word_mask:
         reason = (
             "words that are longer than the masks of a sequence are skipped; for text without "
             "spaces leave --whole_word_mask out"
         )
     else:
-        reason = "most tokens are <unk>, which is never masked; choose another vocabulary"
+        reason = "the sequences are short, and each has a whole number of masks, at least one"
     return (
         f"warning: {share:.1%} of the tokens are masked, --masked_lm_prob asks for "
         f"{wanted:.1%}: {reason}"

@@ -1,10 +1,10 @@
-"""Text to shards, against the plain GluonNLP path, in one run on the same text.
+"""Text to shards, compared with plain GluonNLP on the same text.
 
     python scripts/benchmark.py data --input_file FILE [--repeats 3] [--parallel_megabytes 200]
 
-One table has both on one core (the others may not be used), on the text as it is; the other has
-ours with one and with two processes, on the text repeated. Loading the vocabulary is not counted.
-The two take turns, so that a change in the machine's pace meets both, and the tables have medians.
+One table compares both on one core; the other compares this project with one and with two processes
+on repeated text. Loading the vocabulary is not counted. The runs are interleaved, so that changes
+in the machine's speed affect all alike; the tables show medians.
 """
 
 from __future__ import annotations
@@ -38,54 +38,56 @@ _MASKED_LM_PROB = 0.15
 _MAX_PREDICTIONS = 80
 
 
-# Gets a way ready, uncounted; what it returns is timed.
-Way = Callable[[], Callable[[], object]]
+# Prepares a run, which is not timed; the function that it returns is.
+Contender = Callable[[], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class DataBenchmarkSettings:
-    """How text to shards is measured."""
+    """Measurement."""
 
-    input_file: str = required("real text: paths and globs, separated by commas")
-    repeats: int = option(3, "times each way is run", minimum=1)
-    parallel_megabytes: int = option(200, "size of the text for two processes", minimum=1)
-    dataset_name: str = option(RELEASED_DATASET, "vocabulary of both ways")
+    input_file: str = required("real text, as for create_pretraining_data.py")
+    repeats: int = option(3, "runs of each contender", minimum=1)
+    parallel_megabytes: int = option(200, "size of the text for two processes, in MB", minimum=1)
+    dataset_name: str = option(RELEASED_DATASET, "vocabulary")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
     """Measure, print two tables, return {name: median seconds}."""
     (settings,) = parse(str(__doc__), argv, DataBenchmarkSettings)
     paths = find_inputs(settings.input_file)
-    # GluonNLP's own complaint about a vocabulary that is not there is a page long.
+    # GluonNLP's own message about a missing vocabulary is a page long.
     load_tokenizer(TokenizerSettings(dataset_name=settings.dataset_name))
     with tempfile.TemporaryDirectory() as folder:
         text, shards = os.path.join(folder, "text.txt"), os.path.join(folder, "shards")
         medians = {}
-        # First, because GluonNLP brings MXNet, and beside that the workers start more slowly.
+        # First, because GluonNLP imports MXNet, after which workers start more slowly.
         if usable_cores() > 1:
             write_text(paths, settings.parallel_megabytes * 1_000_000, text)
-            ways: dict[str, Way] = {
+            contenders: dict[str, Contender] = {
                 f"ours, {count} process{'es' * (count > 1)}": functools.partial(
                     ours, text, shards, settings.dataset_name, count
                 )
                 for count in (1, 2)
             }
-            medians.update(compare(text, ways, settings.repeats, cores=2))
+            medians.update(compare(text, contenders, settings.repeats, cores=2))
         write_text(paths, sum(len(piece) for path in paths for piece in read_pieces(path)), text)
         plain = os.path.join(folder, "plain.npz")
-        ways = {
+        contenders = {
             "plain GluonNLP, one core": lambda: plain_gluonnlp(text, plain, settings.dataset_name),
             "ours, one core": lambda: ours(text, shards, settings.dataset_name, 1),
         }
-        medians.update(compare(text, ways, settings.repeats, cores=1))
+        medians.update(compare(text, contenders, settings.repeats, cores=1))
     return medians
 
 
-def compare(text: str, ways: dict[str, Way], repeats: int, cores: int) -> dict[str, float]:
-    """Run each way `repeats` times in turns on so many cores; print and return the medians."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for name, get_ready in list(ways.items()) * repeats:
-        run = get_ready()
+def compare(
+    text: str, contenders: dict[str, Contender], repeats: int, cores: int
+) -> dict[str, float]:
+    """Run the contenders in turn, `repeats` times, on `cores` cores; print and return medians."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for name, prepare in list(contenders.items()) * repeats:
+        run = prepare()
         with restricted_to(cores):
             start = time.perf_counter()
             run()
@@ -103,7 +105,7 @@ def compare(text: str, ways: dict[str, Way], repeats: int, cores: int) -> dict[s
 
 @contextlib.contextmanager
 def restricted_to(count: int) -> Iterator[None]:
-    """Let this process use the first `count` of its cores only."""
+    """Restrict this process to the first `count` of its cores."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, set(sorted(cores)[:count]))
     try:
@@ -113,14 +115,14 @@ def restricted_to(count: int) -> Iterator[None]:
 
 
 def write_text(paths: Sequence[str], size: int, target: str) -> int:
-    """Write `size` bytes of the files' text to `target`, over and over if need be; return it."""
+    """Write `size` bytes of the files' text to `target`, repeated if necessary; return the size."""
     pieces = itertools.chain.from_iterable(
         itertools.chain(read_pieces(path), [b"\n\n"]) for path in itertools.cycle(paths)
     )
     left = size
     with open(target, "wb") as file:
         while left > 0:
-            # What is left of a character that is cut in two is dropped.
+            # The part of a character that is cut in two is dropped.
             piece = next(pieces)[:left].decode(errors="ignore").encode() or b" "
             file.write(piece)
             left -= len(piece)
@@ -128,7 +130,7 @@ def write_text(paths: Sequence[str], size: int, target: str) -> int:
 
 
 def ours(text: str, output: str, dataset_name: str, num_workers: int) -> Callable[[], object]:
-    """Return the making of shards with the vocabulary loaded."""
+    """Return a run of this project, with the vocabulary loaded."""
     corpus = CorpusSettings(text, output, num_workers=num_workers)
     vocabulary = TokenizerSettings(dataset_name=dataset_name)
     settings = InstanceSettings(
@@ -145,12 +147,12 @@ def ours(text: str, output: str, dataset_name: str, num_workers: int) -> Callabl
 
 
 def plain_gluonnlp(text: str, output: str, dataset_name: str) -> Callable[[], object]:
-    """Return the same with GluonNLP's tokenizer and Python lists, as its BERT scripts do it."""
+    """Return a run with GluonNLP's tokenizer and Python lists, as in GluonNLP's BERT scripts."""
     import gluonnlp as nlp
     from gluonnlp.model.utils import _load_vocab
 
     vocabulary = _load_vocab(dataset_name, None, os.path.join(nlp.base.get_home_dir(), "models"))
-    # A new one each time: it remembers every word it has seen.
+    # A new one for each run: it caches every word.
     tokenizer = nlp.data.GPT2BPETokenizer()
 
     def run() -> None:
@@ -174,7 +176,7 @@ def plain_gluonnlp(text: str, output: str, dataset_name: str) -> Callable[[], ob
 
 
 def _packed(document: list[list[int]], generator: random.Random) -> Iterator[list[int]]:
-    """Yield as many sentences as fit, one after the other; too long ones are cut off."""
+    """Yield sequences of as many sentences as fit; longer sentences are cut off."""
     sequence: list[int] = []
     limit = _MAX_TOKENS
     for sentence in document:
@@ -190,22 +192,22 @@ def _packed(document: list[list[int]], generator: random.Random) -> Iterator[lis
 def _masked(
     sequence: list[int], vocabulary: Any, generator: random.Random
 ) -> tuple[list[int], list[int], list[int]]:
-    """Return input ids with masks applied, masked positions, true ids there."""
+    """Return input ids with masks applied, masked positions, original ids there."""
     bos, eos = vocabulary[vocabulary.bos_token], vocabulary[vocabulary.eos_token]
     mask, special = vocabulary["<mask>"], {bos, eos}
     input_ids = [bos, *sequence, eos]
-    candidates = [place for place, token in enumerate(input_ids) if token not in special]
+    candidates = [position for position, token in enumerate(input_ids) if token not in special]
     generator.shuffle(candidates)
     count = min(_MAX_PREDICTIONS, max(1, round(len(candidates) * _MASKED_LM_PROB)))
     positions = sorted(candidates[:count])
-    true_ids = [input_ids[place] for place in positions]
-    for place in positions:
-        fate = generator.random()
-        if fate < 0.8:
-            input_ids[place] = mask
-        elif fate < 0.9:
-            input_ids[place] = generator.randrange(len(vocabulary))
-    return input_ids, positions, true_ids
+    original_ids = [input_ids[position] for position in positions]
+    for position in positions:
+        draw = generator.random()
+        if draw < 0.8:
+            input_ids[position] = mask
+        elif draw < 0.9:
+            input_ids[position] = generator.randrange(len(vocabulary))
+    return input_ids, positions, original_ids
 
 
 def _ragged(rows: Sequence[list[int]]) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""Does training ever wait for its data, does memory grow, and is a process left behind.
+"""Data loading: time that training waits for data, growth of memory, leftover processes.
 
     python scripts/benchmark.py starvation [--megabytes 500] [--passes 50]
 
-First two workers train a small student on two shards of so many megabytes: the share of the time
-they wait for data. Then they go over a few sequences so many times: the memory that is theirs
-alone, after a fifth of the passes and at the end, and the processes that are there afterwards.
+First, two workers train a small student on two shards of `--megabytes` each: the share of the time
+that they wait for data. Then they train on a few sequences for `--passes` epochs: their private
+memory after a fifth of the epochs and at the end, and the processes that remain afterwards.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from bort.config import option, parse
 
 _WORKERS = 2
 _VOCABULARY = 50265
-# Of a sequence in a shard: tokens, masked positions, true tokens, and two offsets.
+# Of the two offsets of a sequence in a shard.
 _BYTES_OF_OFFSETS = 16
 
 
 @dataclass(frozen=True)
 class StarvationBenchmarkSettings:
-    """What is trained, and on how much."""
+    """Training and data."""
 
-    student_model: str = option("bort_2_4_512_256", "shape; the smaller, the more data it needs")
-    megabytes: int = option(500, "size of each of two shards", minimum=1)
+    student_model: str = option("bort_2_4_512_256", "shape; smaller ones need more data per second")
+    megabytes: int = option(500, "size of each of the two shards, in MB", minimum=1)
     length: int = option(128, "tokens per sequence", minimum=8, maximum=512)
     batch_size: int = option(4, "sequences per worker and update", minimum=1)
     steps: int = option(120, "updates on the large shards", minimum=20)
-    passes: int = option(50, "passes over the few sequences", minimum=5)
-    sequences: int = option(48, "number of the few sequences", minimum=8)
+    passes: int = option(50, "epochs over the few sequences", minimum=5)
+    sequences: int = option(48, "number of these sequences", minimum=8)
 
 
-class Outcome(NamedTuple):
-    """What was found."""
+class Measurement(NamedTuple):
+    """The measured values."""
 
     waiting: float  # share of the time
-    memory: list[float]  # MB of all workers, after a fifth of the passes and at the end
-    left_behind: int  # processes
+    memory: list[float]  # MB of all workers, after a fifth of the epochs and at the end
+    left_behind: int  # number of processes
 
 
-def main(argv: Optional[Sequence[str]] = None) -> Outcome:
+def main(argv: Optional[Sequence[str]] = None) -> Measurement:
     """Measure, print, return the numbers."""
     (settings,) = parse(str(__doc__), argv, StarvationBenchmarkSettings)
     with tempfile.TemporaryDirectory() as folder:
         waiting = _waiting(settings, folder)
         memory, left_behind = _passes(settings, folder)
     print(
-        f"{settings.passes} passes: memory of {_WORKERS} workers, after a fifth of them and at the"
+        f"{settings.passes} epochs: memory of {_WORKERS} workers after a fifth of them and at the"
     )
-    print(f"end: {memory[0]:,.0f} and {memory[1]:,.0f} MB; processes left behind: {left_behind}")
-    return Outcome(waiting, memory, left_behind)
+    print(f"end: {memory[0]:,.0f} and {memory[1]:,.0f} MB; remaining processes: {left_behind}")
+    return Measurement(waiting, memory, left_behind)
 
 
 def _waiting(settings: StarvationBenchmarkSettings, folder: str) -> float:
@@ -92,7 +92,7 @@ def _passes(settings: StarvationBenchmarkSettings, folder: str) -> tuple[list[fl
         done = [line["step"] for line in metric_lines(run)]
         family = _family(process.pid)
         seen |= family
-        # While the last checkpoint is written, there are copies of the arrays.
+        # While the last checkpoint is written, memory holds copies of the arrays.
         if done and done[-1] < steps:
             samples.append((done[-1] / steps, _private_memory(family)))
         time.sleep(0.2)
@@ -118,43 +118,43 @@ def _flags(
 
 
 class Process(NamedTuple):
-    """A process, told from a later one of the same number by the moment of its start."""
+    """A process, distinguished by its start time from a later one with the same id."""
 
-    number: int
-    start: int  # clock ticks after the machine's
+    pid: int
+    start: int  # clock ticks after that of the machine
 
 
 def _family(ancestor: int) -> set[Process]:
-    """Return a process and all that it and its children started."""
+    """Return a process and all its descendants."""
     processes, parents = {}, {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="utf-8") as file:
-            # The second field is the program's name in parentheses, with anything in it.
+            # The second field is the program's name in parentheses; it may hold any character.
             fields = file.read().rpartition(")")[2].split()
-            if fields[0] == "Z":  # ended, not yet asked for its status
+            if fields[0] == "Z":  # a zombie: ended, but its parent has not read the status
                 continue
             parents[int(name)] = int(fields[1])
             processes[int(name)] = Process(int(name), int(fields[19]))
-    numbers = {ancestor}
-    while new := {one for one, parent in parents.items() if parent in numbers} - numbers:
-        numbers |= new
-    return {processes[number] for number in numbers if number in processes}
+    pids = {ancestor}
+    while new := {pid for pid, parent in parents.items() if parent in pids} - pids:
+        pids |= new
+    return {processes[pid] for pid in pids if pid in processes}
 
 
 def _still_there(processes: set[Process], patience: float = 5.0) -> set[Process]:
-    """Return those that have not ended after so many seconds, the time that an end may take."""
+    """Return the processes that have not ended after `patience` seconds."""
     end = time.monotonic() + patience
     while processes and time.monotonic() < end:
-        processes = {one for one in processes if one in _family(one.number)}
+        processes = {process for process in processes if process in _family(process.pid)}
         time.sleep(0.1)
     return processes
 
 
 def _private_memory(processes: set[Process]) -> float:
-    """Return the MB that processes have for themselves, mapped files not counted."""
+    """Return the private memory of processes in MB, without mapped files."""
     total = 0
     for process in processes:
-        with contextlib.suppress(OSError), open(f"/proc/{process.number}/status") as file:
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/status") as file:
             fields = dict(line.split(":", 1) for line in file)
             total += int(fields.get("RssAnon", "0 kB").split()[0])
     return total / 1e3

@@ -346,7 +346,7 @@ def test_a_masked_share_far_from_what_was_asked_is_reported(tmp_path, capsys, mo
     )
     short = tmp_path / "short.txt"
     short.write_text("Yes.\n\nNo.\n\n" * 20)
-    assert "many sequences are so short" in reported(short)
+    assert "the sequences are short, and each has a whole number" in reported(short)
     # Words of 300 letters: two of them are above the masks of a sequence, the third is not.
     words = tmp_path / "words.txt"
     words.write_text("\n\n".join(f"{'qxz' * 100} and {'zqx' * 100} so" for _ in range(5)))

@@ -43,10 +43,10 @@ def test_a_process_left_behind_is_found() -> None:
     child = int(parent.stdout.readline())
     try:
         family = _family(parent.pid)
-        assert {process.number for process in family} == {parent.pid, child}
+        assert {process.pid for process in family} == {parent.pid, child}
         assert 1 < _private_memory(family) < 500
         parent.communicate("\n")
-        assert [process.number for process in _still_there(family, patience=0.1)] == [child]
+        assert [process.pid for process in _still_there(family, patience=0.1)] == [child]
     finally:
         os.kill(child, 9)
     assert not _still_there(family)
