@@ -1,31 +1,39 @@
-"""Fetch the official archives of GLUE and SuperGLUE, verify them, and put them in place whole.
+"""Download the official archives of GLUE and SuperGLUE, verify them, and put them in place whole.
 
-A task's folder appears in one rename, after everything in it was checked: the checksums inside
-the archive, the SHA-256 of every file for which two independent copies agree (`FILE_HASHES`), and
-the official number of rows of every split. No published hash of the archives themselves is known;
-theirs is recorded in the folder's source.json.
+A task's folder appears in one rename, after its content was verified: the checksums in the archive,
+the SHA-256 of every file of which two independent copies agree (`FILE_HASHES`), the SHA-1 of MRPC's
+raw files that GluonNLP publishes (`RAW_HASHES`), and the official number of rows of every split.
+For the other files no hash is known: their rows are all that is checked, and the line printed for
+the task and its source.json say so.
+
+Only https is used, in redirects too; http is for a server on this machine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
+import ipaddress
 import os
+import re
 import shutil
 import socket
 import stat
+import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Callable, Iterator, Sequence
+from typing import IO, Any, BinaryIO, Callable, Iterator, Optional, Sequence
 
-from bort.errors import UserError
-from bort.files import sha256_of, write_json
+from bort.errors import UserError, quoted
+from bort.files import lock_folder, sha256_of, write_json
 from data.rows import Line, collect, decode, read_lines
-from data.task import Task
+from data.task import File, Task
 from data.tasks import SUITES, get_task, task_names
 
 SERVER = "https://dl.fbaipublicfiles.com"
@@ -33,7 +41,7 @@ RACE_PAGE = "https://www.cs.cmu.edu/~glai1/data/race/"
 
 _MRPC_RAW = ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt")
 _SUPER_GLUE = "glue/superglue/data/v2"
-# Path on the server, and the name under which the file is kept until it is unpacked.
+# Path on the server, and the file's name until it is unpacked.
 SOURCES: dict[str, tuple[tuple[str, str], ...]] = {
     "CoLA": (("glue/data/CoLA.zip", "CoLA.zip"),),
     "SST-2": (("glue/data/SST-2.zip", "SST-2.zip"),),
@@ -82,7 +90,13 @@ FILE_HASHES: dict[tuple[str, str], str] = {
     ("WSC", "val.jsonl"): ("e5c685ea4bdc347354036a28176459f6feeb0b6870375ecfb3d6ddb1f0e28bef"),
 }
 
-# Python 3.9 has a timeout of its own for sockets.
+# SHA-1, from GluonNLP 0.10's data/glue.py.
+RAW_HASHES: dict[str, str] = {
+    "msr_paraphrase_train.txt": "716e0f67af962f08220b7e97d229b293077ef41f",
+    "msr_paraphrase_test.txt": "4265196c15cf75620b0b592b8b921f543bda7e6c",
+}
+
+# In Python 3.9 the timeout of a socket is an exception of its own.
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, socket.timeout)
 _ATTEMPTS = 3
 _TIMEOUT = 30  # seconds without a byte
@@ -92,32 +106,35 @@ MAX_BYTES = 2 << 30  # of one download, and of one unpacked file
 
 def expand(names: Sequence[str]) -> list[str]:
     """Return the task names that tasks, suites and "all" stand for, each once."""
-    found: list[str] = []
+    expanded: list[str] = []
     for name in names:
         suite = name.lower().replace("_", "")
         if suite in (*SUITES, "all"):
-            found += task_names("" if suite == "all" else suite)
+            expanded += task_names("" if suite == "all" else suite)
         else:
-            found.append(get_task(name).name)
-    return list(dict.fromkeys(found))
+            expanded.append(get_task(name).name)
+    return list(dict.fromkeys(expanded))
 
 
 def download(
     names: Sequence[str], data_dir: Path, server: str = SERVER, say: Callable[[str], None] = print
 ) -> None:
-    """Bring the data of tasks, suites or "all" into `data_dir`/<suite>/<task>; restartable.
+    """Download tasks, suites or "all" to `data_dir`/<suite>/<task>; the same call resumes.
 
-    say: takes one line of progress per task. Raises `UserError` at the first task that cannot be
-    had; at the end for RACE, which is given out on request, unless it was asked for as "all".
+    say: takes one line per task. Raises `UserError` for a server that is not https, at the first
+    task that cannot be downloaded, and at the end for RACE, which is given out on request, unless
+    it was asked for as "all".
     """
+    check_server(server)
     on_request = []
     for name in expand(names):
         task = get_task(name)
-        missing = [split for split in _splits(task) if task.find(data_dir, split) is None]
+        missing = [split for split in task.splits if task.find(data_dir, split) is None]
         if not missing:
             say(f"{name}: in place")
         elif name in SOURCES:
-            say(f"{name}: {_bring(task, data_dir, server)}")
+            with lock_folder(str(data_dir / ".downloads"), "--data_dir"):
+                say(f"{name}: {_download_task(task, data_dir, server)}")
         else:
             on_request.append(name)
     if on_request:
@@ -130,36 +147,76 @@ def download(
         say(notice)
 
 
-def _splits(task: Task) -> list[str]:
-    return list(dict.fromkeys(file.split for file in task.files))
+def check_server(server: str) -> None:
+    """Raise `UserError` unless a server is https://host/path, or http on this machine.
+
+    A user name, password or query is refused, and not repeated: what is a secret must not be in a
+    message or in source.json.
+    """
+    parts = urllib.parse.urlsplit(server)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError("--server: must be https://host/path without user name, password or query")
+    if not _is_allowed(server, from_this_machine=True):
+        raise UserError(f"--server {server}: must begin with https://")
 
 
-def _bring(task: Task, data_dir: Path, server: str) -> str:
-    """Fetch, verify and place one task; return what was done in words."""
+def _is_allowed(url: str, from_this_machine: bool) -> bool:
+    """Tell whether a URL is https, or http on this machine where that is allowed."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        return False
+    if parts.scheme == "https":
+        return bool(host)
+    return parts.scheme == "http" and from_this_machine and _is_loopback(host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https only, or from this machine to this machine."""
+
+    def redirect_request(
+        self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
+        """Return the request for the new URL; raises `UserError` when it is not https."""
+        if not _is_allowed(newurl, from_this_machine=_is_loopback(req.host.split(":")[0])):
+            scheme = quoted(newurl.partition(":")[0])
+            raise UserError(f"{req.full_url}: redirects to {scheme} instead of https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download_task(task: Task, data_dir: Path, server: str) -> str:
+    """Download, verify and place one task; returns folder, rows and how they were verified."""
     folder = data_dir / task.suite / task.folders[0]
     if folder.exists():
         raise UserError(f"{folder}: exists but is not complete; move it away and run this again")
-    waiting = data_dir / ".downloads"
+    downloads = data_dir / ".downloads"
     with _file_errors(data_dir):
-        waiting.mkdir(parents=True, exist_ok=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fetched = [waiting / name for _, name in SOURCES[task.name]]
+        fetched = [downloads / name for _, name in SOURCES[task.name]]
         for path, (remote, _) in zip(fetched, SOURCES[task.name]):
             if not path.exists():
                 fetch(f"{server.rstrip('/')}/{remote}", path)
         with _staging(folder) as staging:
             try:
                 _assemble(task, fetched, staging)
-                rows = _verify(task, staging)
+                verified = _verify(task, staging)
             except UserError as error:
                 for path in fetched:
                     path.unlink()
-                raise UserError(f"{error}; deleted: run this again to fetch it anew") from None
+                raise UserError(f"{error}; deleted, run this again to download it") from None
             _record(task, fetched, server, staging)
             os.rename(staging, folder)
     for path in fetched:
         path.unlink()
-    return f"{folder} ({rows})"
+    return f"{folder} ({verified})"
 
 
 @contextlib.contextmanager
@@ -168,80 +225,146 @@ def _file_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}") from None
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside `folder` that is gone afterwards, unless it was renamed."""
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
-    staging.mkdir()
+    """Give a new folder beside `folder`; afterwards it is removed, unless it was renamed."""
+    for left in folder.parent.glob(f".{folder.name}*.partial"):  # of a killed download
+        if not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+    staging = Path(
+        tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent)
+    )
+    staging.chmod(0o777 & ~_umask())  # mkdtemp gives access to the owner alone
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def fetch(url: str, path: Path) -> None:
-    """Download `url` to `path`, going on where an earlier call broke off (in `path`.part).
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
-    Raises `UserError` when the server has no such file or the connection keeps breaking.
+
+def fetch(url: str, path: Path) -> None:
+    """Download `url` to `path`; a download that broke off before is continued (`path`.part).
+
+    Raises `UserError` when the server has no such file, sends something else than was asked for,
+    or the connection keeps breaking.
     """
     part = path.with_name(f"{path.name}.part")
+    try:
+        _fetch(url, part)
+        os.replace(part, path)
+    finally:
+        if part.is_file() and part.stat().st_size == 0:
+            part.unlink()
+
+
+def _fetch(url: str, part: Path) -> None:
     problem = ""
     for _ in range(_ATTEMPTS):
         try:
-            wanted = _continue(url, part)
+            total = _continue(url, part)
         except urllib.error.HTTPError as error:
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                raise UserError(f"{url}: the server says {error.code} {error.reason}") from None
-            part.unlink()  # not a beginning of what the server has
+                raise UserError(f"{url}: {_refusal(error)}") from None
+            part.unlink()  # longer than the server's file
             problem = "its size has changed"
         except _BROKEN as error:
-            problem = str(getattr(error, "reason", error) or type(error).__name__)
+            problem = quoted(str(getattr(error, "reason", error) or type(error).__name__))[1:-1]
         else:
-            if wanted is None or part.stat().st_size == wanted:
-                os.replace(part, path)
+            size = part.stat().st_size if part.exists() else 0
+            if total is None or size == total:
                 return
-            problem = f"broke off at {part.stat().st_size} of {wanted} bytes"
-    raise UserError(f"{url}: {problem}; run this again, it goes on where it broke off")
+            problem = f"broke off at {size} of {total} bytes"
+    raise UserError(f"{url}: {problem}; run this again, the download is continued")
 
 
-def _continue(url: str, part: Path) -> int | None:
-    """Append what is missing to `part`; return the size of the whole, None if unknown."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-        # A server that does not know ranges sends the whole file with status 200.
-        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
-        length = answer.headers.get("Content-Length")
-        wanted = None if length is None else int(length) + (have if resumed else 0)
-        with open(part, "ab" if resumed else "wb") as handle:
+def _refusal(error: urllib.error.HTTPError) -> str:
+    """Return what a server answers; of a redirect not its target, which may contain a secret."""
+    if 300 <= error.code < 400:
+        return f"redirects ({error.code}) to what is not https or no file"
+    return f"the server answers {error.code} {quoted(error.reason)[1:-1]}"
+
+
+def _continue(url: str, part: Path) -> Optional[int]:
+    """Append what is missing to `part`; returns the size of the whole, None if unknown."""
+    with _open_part(part) as handle:
+        have = handle.seek(0, os.SEEK_END)
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        opener = urllib.request.build_opener(_CheckedRedirects())
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as answer:
+            start, total = _range_of(answer, have)
+            handle.seek(start)
+            handle.truncate()
             while chunk := answer.read(_CHUNK):
-                handle.write(chunk)
-                if handle.tell() > MAX_BYTES:
+                if handle.tell() + len(chunk) > MAX_BYTES:
                     raise UserError(f"{url}: is larger than {MAX_BYTES} bytes")
-    return wanted
+                handle.write(chunk)
+    return total
+
+
+def _range_of(answer: Any, have: int) -> tuple[int, Optional[int]]:
+    """Return where the bytes of an answer belong, and the size of the whole file.
+
+    A server that does not know ranges sends the whole file with status 200. Raises
+    `HTTPException` for a range that was not asked for.
+    """
+    if answer.status == http.HTTPStatus.PARTIAL_CONTENT:
+        content_range = answer.headers.get("Content-Range", "")
+        found = re.fullmatch(r"bytes ([0-9]{1,15})-[0-9]{1,15}/([0-9]{1,15}|\*)", content_range)
+        if found is None or int(found[1]) != have:
+            raise http.client.HTTPException(
+                f"asked for the bytes from {have} on, the server sent {quoted(content_range)}"
+            )
+        return have, None if found[2] == "*" else int(found[2])
+    length = answer.headers.get("Content-Length")
+    return 0, int(length) if length is not None and re.fullmatch(r"[0-9]{1,15}", length) else None
+
+
+def _open_part(path: Path) -> BinaryIO:
+    """Open a partial download for writing; raises `UserError` for a link or a special file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        number = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); remove it") from None
+    handle = os.fdopen(number, "r+b")
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        handle.close()
+        raise UserError(f"{path}: is not a partial download but a link; remove it")
+    return handle
 
 
 def _assemble(task: Task, fetched: Sequence[Path], folder: Path) -> None:
-    """Put the task's official files into `folder`."""
+    """Make the task's official files in `folder`."""
     if task.name == "AX":
         shutil.copyfile(fetched[0], folder / "diagnostic.tsv")
     elif task.name == "MRPC":
         for path in fetched:
             shutil.copyfile(path, folder / path.name)
+            known = RAW_HASHES.get(path.name)
+            if (
+                known
+                and hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest() != known
+            ):
+                raise UserError(f"{path}: is not the official file (its SHA-1)")
         split_mrpc(folder)
     else:
         unpack(fetched[0], [file.name for file in task.files], folder)
 
 
 def unpack(archive: Path, names: Sequence[str], folder: Path) -> None:
-    """Take the named files out of a zip archive, from whatever folder in it, into `folder`.
+    """Extract the named files of a zip archive, from any folder in it, into `folder`.
 
     Only these names are ever written. Raises `UserError` for a damaged archive, a missing or
-    oversized file, and for one that holds links or paths that lead outside.
+    oversized file, and for an archive with links or with paths that lead outside.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -249,30 +372,39 @@ def unpack(archive: Path, names: Sequence[str], folder: Path) -> None:
                 _refuse_unsafe(archive, info)
             for name in names:
                 _extract(opened, _find_member(opened, name), folder / name)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{archive}: is damaged ({error})") from None
+    except _DAMAGED as error:
+        raise UserError(f"{archive}: is damaged ({quoted(str(error))[1:-1]})") from None
+
+
+# ValueError: a name that is not UTF-8, a negative offset.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError),
+    *(ValueError, OverflowError),
+)
 
 
 def _refuse_unsafe(archive: Path, info: zipfile.ZipInfo) -> None:
     path = PurePosixPath(info.filename.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in info.filename:
-        raise UserError(f"{archive}: holds {info.filename!r}, which leads outside")
+        raise UserError(f"{archive}: contains {quoted(info.filename)}, which leads outside")
     if stat.S_ISLNK(info.external_attr >> 16):
-        raise UserError(f"{archive}: holds the link {info.filename!r}")
+        raise UserError(f"{archive}: contains the link {quoted(info.filename)}")
 
 
 def _find_member(opened: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """Return the entry of that name that lies least deep; archives bring raw data along."""
+    """Return the entry of that name in the topmost folder; archives contain raw data, too."""
     entries = [
         info
         for info in opened.infolist()
         if PurePosixPath(info.filename).name == name and "__MACOSX" not in info.filename
     ]
     if not entries:
-        raise UserError(f"{opened.filename}: holds no {name}")
+        raise UserError(f"{opened.filename}: contains no {name}")
     entry = min(entries, key=lambda info: info.filename.count("/"))
     if entry.file_size > MAX_BYTES:
         raise UserError(f"{opened.filename}: {name} would take {entry.file_size} bytes")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"{opened.filename}: {name} is compressed in a way that is not official")
     return entry
 
 
@@ -310,26 +442,47 @@ def _write_rows(path: Path, rows: list[list[str]]) -> None:
 
 
 def _verify(task: Task, folder: Path) -> str:
-    """Check hashes and numbers of rows in the task's folder; return the numbers in words."""
+    """Check hashes and numbers of rows; returns the rows and which files have a known hash."""
     for file in task.files:
         known = FILE_HASHES.get((task.name, file.name))
         if known and sha256_of(str(folder / file.name)) != known:
             raise UserError(f"{task.name}: {file.name} is not the official file (its SHA-256)")
     counts = []
-    for split in _splits(task):
+    for split in task.splits:
         examples, skipped = task.read(folder, split, skip_bad_rows=True)
         rows, official = task.count_rows(examples), task.official_rows(split)
         if rows < official:
             broken = f", {len(skipped)} broken: {skipped[0]}" if skipped else ""
             raise UserError(f"{task.name}: {rows} {split} rows instead of {official}{broken}")
         counts.append(f"{split} {rows}" + (f", {len(skipped)} broken" if skipped else ""))
-    return "; ".join(counts)
+    by_hash = [file.name for file in _files_in(task, folder) if _has_hash(task, file)]
+    by_rows = [file.name for file in _files_in(task, folder) if not _has_hash(task, file)]
+    checks = [f"SHA-256 of {', '.join(by_hash)}"] if by_hash else []
+    checks += [f"only the number of rows of {', '.join(by_rows)}"] if by_rows else []
+    return f"{'; '.join(counts)}; verified: {', '.join(checks)}"
+
+
+def _files_in(task: Task, folder: Path) -> list[File]:
+    return [file for file in task.files if (folder / file.name).exists()]
+
+
+def _has_hash(task: Task, file: File) -> bool:
+    return (task.name, file.name) in FILE_HASHES
 
 
 def _record(task: Task, fetched: Sequence[Path], server: str, folder: Path) -> None:
+    """Write source.json: where the files come from, and how each was verified."""
     sources = [
         {"url": f"{server}/{remote}", "bytes": path.stat().st_size, "sha256": sha256_of(str(path))}
         for path, (remote, _) in zip(fetched, SOURCES[task.name])
     ]
+    files = {
+        file.name: {
+            "sha256": sha256_of(str(folder / file.name)),
+            "verified": "sha256" if _has_hash(task, file) else "rows",
+        }
+        for file in _files_in(task, folder)
+    }
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_json(str(folder / "source.json"), {"fetched": when, "sources": sources})
+    content = {"fetched": when, "sources": sources, "files": files}
+    write_json(str(folder / "source.json"), content)

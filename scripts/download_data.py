@@ -1,4 +1,4 @@
-"""Fetch the data of GLUE, SuperGLUE and RACE tasks."""
+"""Download and verify the data of GLUE and SuperGLUE tasks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from data.task import default_data_dir
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Path:
-    """Fetch what is named on the command line and return the folder that it lies in."""
+    """Download the tasks named on the command line; returns the data folder."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("names", nargs="+", help="tasks, or glue, superglue, race, all")
     parser.add_argument(
         "--data_dir",
         type=Path,
         default=default_data_dir(),
-        help="where the data go, and where they are looked for first (default %(default)s)",
+        help="folder for the data (default %(default)s)",
     )
     parser.add_argument(
-        "--server", default=SERVER, help="a mirror with the same paths (default %(default)s)"
+        "--server", default=SERVER, help="an https mirror with the same paths (default %(default)s)"
     )
     arguments = parser.parse_args(argv)
     data_dir: Path = arguments.data_dir.expanduser()

@@ -1,4 +1,4 @@
-"""Gather the predictions of fine-tuning runs into the archive that GLUE or SuperGLUE takes."""
+"""Check the predictions of fine-tuning runs and pack them for GLUE or SuperGLUE."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Entry]:
     parser.add_argument(
         "--data_dir",
         type=Path,
-        help="the data that were predicted; needed when they are not the official test sets",
+        help="data that were predicted; needed for other than the official test sets",
     )
     parser.add_argument(
         "--fill_missing",
         action="store_true",
-        help="fill the file of a task without predictions with its first label",
+        help="for a task without predictions, write a file of its first label",
     )
     arguments = parser.parse_args(argv)
     entries = gather(arguments.suite, arguments.runs, arguments.data_dir, arguments.fill_missing)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
 import stat
 import threading
+import urllib.request
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from bort.errors import UserError
+from bort.files import lock_folder
 from data import download as module
 from data.download import SOURCES, download, expand, fetch, split_mrpc, unpack
 from data.task import Task
@@ -29,6 +32,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = self.server.files.get(self.path)
         requested = self.headers.get("Range")
         self.server.requests.append((self.path, requested))
+        if self.path in self.server.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirects[self.path])
+            self.end_headers()
+            return
         if content is None:
             self.send_error(404)
             return
@@ -38,6 +46,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            shown = self.server.content_range or f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.send_header("Content-Range", shown)
         self.end_headers()
         self.wfile.write(content[start:][: self.server.break_after])
 
@@ -50,6 +61,7 @@ def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         running.files, running.requests = {}, []
         running.ranges, running.break_after = True, None
+        running.redirects, running.content_range = {}, ""
         running.address = f"http://127.0.0.1:{running.server_port}"
         thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -62,6 +74,7 @@ def server():
 def tiny_archives(monkeypatch):
     """The tiny sets are no official files: neither their hashes nor their rows are."""
     monkeypatch.setattr(module, "FILE_HASHES", {})
+    monkeypatch.setattr(module, "RAW_HASHES", {})
     monkeypatch.setattr(Task, "official_rows", lambda task, split: 2)
 
 
@@ -108,7 +121,9 @@ def test_archive_is_fetched_checked_and_placed(server, tmp_path, name):
     record = json.loads((tmp_path / task.suite / task.folders[0] / "source.json").read_text())
     assert record["sources"][0]["url"].startswith(server.address)
     assert len(record["sources"][0]["sha256"]) == 64
-    assert left_over(tmp_path / ".downloads") == []
+    assert not (tmp_path / ".downloads").exists()
+    assert "verified: only the number of rows of " in line
+    assert {file["verified"] for file in record["files"].values()} == {"rows"}
     assert get(server, tmp_path, name) == [f"{name}: in place"]
     assert len(server.requests) == 1
 
@@ -191,8 +206,9 @@ def test_part_longer_than_the_file_is_thrown_away(server, tmp_path):
 
 
 def test_missing_file_and_missing_server_are_user_errors(server, tmp_path):
-    with pytest.raises(UserError, match=r"CoLA\.zip: the server says 404"):
+    with pytest.raises(UserError, match=r"CoLA\.zip: the server answers 404"):
         get(server, tmp_path, "CoLA")
+    assert left_over(tmp_path) == []
     with pytest.raises(UserError, match=r"Connection refused; run this again"):
         fetch("http://127.0.0.1:9/file", tmp_path / "file")
 
@@ -226,7 +242,7 @@ LONG = b"a\t1\t\tBirds sing.\n" * 200
         (task_archive("CoLA")[:500], "is damaged"),
         (b"<html>moved</html>", "is damaged"),
         (stored("train.tsv", LONG), r"is damaged \(Bad CRC-32"),
-        (zipped({"X/train.tsv": LONG}), r"holds no dev\.tsv"),
+        (zipped({"X/train.tsv": LONG}), r"contains no dev\.tsv"),
         (
             zipped({"train.tsv": b"a\t1\t\tOne.\n", "dev.tsv": LONG, "test.tsv": LONG}),
             "CoLA: 1 train rows instead of 2",
@@ -245,11 +261,111 @@ def test_damaged_or_hostile_archive_leaves_nothing(server, tmp_path, content, me
     offer(server, "CoLA", content)
     with pytest.raises(UserError, match=message) as caught:
         get(server, tmp_path, "CoLA")
-    assert "deleted: run this again" in str(caught.value)
+    assert "deleted, run this again" in str(caught.value)
     assert left_over(tmp_path) == []
     assert list((tmp_path / "glue").iterdir()) == []
     offer(server, "CoLA")  # the next try starts afresh
     get(server, tmp_path, "CoLA")
+
+
+def test_servers_that_are_not_https_are_refused(tmp_path, capsys):
+    for server in ("file:///etc", "http://example.org", "ftp://example.org", "example.org", ""):
+        with pytest.raises(SystemExit):
+            download_data.main(["CoLA", "--data_dir", str(tmp_path), "--server", server])
+        assert capsys.readouterr().err == f"error: --server {server}: must begin with https://\n"
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "server", ["https://ada:s3cret@example.org", "https://example.org/?k=s3cret"]
+)
+def test_credentials_are_refused_and_not_repeated(tmp_path, capsys, server):
+    with pytest.raises(SystemExit):
+        download_data.main(["CoLA", "--data_dir", str(tmp_path), "--server", server])
+    captured = capsys.readouterr()
+    assert "--server: must be https://host/path without user name, password" in captured.err
+    assert "s3cret" not in captured.out + captured.err
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", ["http://example.org/x", "file:///etc/passwd", "ftp://h/x"])
+def test_redirects_that_leave_https_are_refused(server, tmp_path, target):
+    server.redirects["/" + SOURCES["CoLA"][0][0]] = target
+    with pytest.raises(UserError, match=r"redirects .*https"):
+        get(server, tmp_path, "CoLA")
+    assert not (tmp_path / "glue" / "CoLA").exists()
+
+
+def test_redirects_on_this_machine_are_followed(server, tmp_path):
+    path = offer(server, "CoLA")
+    server.files["/moved"] = server.files.pop(path)
+    server.redirects[path] = f"{server.address}/moved"
+    get(server, tmp_path, "CoLA")
+    record = json.loads((tmp_path / "glue" / "CoLA" / "source.json").read_text())
+    assert record["sources"][0]["url"] == f"{server.address}{path}"
+
+
+def test_a_redirect_from_https_to_this_machine_is_refused():
+    request = urllib.request.Request("https://example.org/x")
+    with pytest.raises(UserError, match="redirects to 'http' instead of https"):
+        module._CheckedRedirects().redirect_request(
+            request, io.BytesIO(), 302, "", {}, "http://127.0.0.1/x"
+        )
+
+
+@pytest.mark.parametrize("content_range", ["bytes 0-9/10", "bytes 401-900/901", "bytes", "x"])
+def test_a_range_that_was_not_asked_for_is_not_appended(server, tmp_path, content_range):
+    offer(server, "CoLA")
+    server.break_after, server.content_range = 400, content_range
+    with pytest.raises(UserError, match="asked for the bytes from 400 on, the server sent"):
+        get(server, tmp_path, "CoLA")
+    assert (tmp_path / ".downloads" / "CoLA.zip.part").stat().st_size == 400
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+def test_a_link_in_the_place_of_a_download_is_not_written_through(server, tmp_path, kind):
+    offer(server, "CoLA")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / ".downloads").mkdir()
+    part = tmp_path / ".downloads" / "CoLA.zip.part"
+    part.symlink_to(victim) if kind == "symbolic" else os.link(victim, part)
+    with pytest.raises(UserError, match=r"CoLA\.zip\.part: .*remove it"):
+        get(server, tmp_path, "CoLA")
+    assert victim.read_text() == "mine"
+
+
+def test_a_second_download_into_a_folder_is_refused(server, tmp_path):
+    offer(server, "CoLA")
+    locked = lock_folder(str(tmp_path / ".downloads"))
+    with locked, pytest.raises(UserError, match=r"--data_dir .*\.downloads: process \d+ on"):
+        get(server, tmp_path, "CoLA")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_other_compression_is_refused(server, tmp_path, method):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr("X/train.tsv", LONG)
+    offer(server, "CoLA", buffer.getvalue())
+    with pytest.raises(UserError, match=r"train\.tsv is compressed in a way"):
+        get(server, tmp_path, "CoLA")
+
+
+def test_a_name_that_is_not_utf_8_is_named(server, tmp_path):
+    archive = zipped({"X/tr\u00e4in.tsv": LONG}).replace("\u00e4".encode(), b"\xff\xfe")
+    offer(server, "CoLA", archive)
+    with pytest.raises(UserError, match="is damaged"):
+        get(server, tmp_path, "CoLA")
+
+
+def test_raw_files_of_mrpc_are_checked(server, tmp_path, monkeypatch):
+    for (path, _), content in zip(SOURCES["MRPC"], [raw_mrpc(6, 100), raw_mrpc(3, 200), "1\t2\n"]):
+        server.files[f"/{path}"] = content.encode()
+    monkeypatch.setattr(module, "RAW_HASHES", {"msr_paraphrase_test.txt": "0" * 40})
+    with pytest.raises(UserError, match=r"msr_paraphrase_test\.txt: is not the official file"):
+        get(server, tmp_path, "MRPC")
+    assert left_over(tmp_path) == []
 
 
 def test_file_with_another_hash_is_refused(server, tmp_path, monkeypatch):
@@ -266,7 +382,7 @@ def test_links_in_an_archive_are_refused(tmp_path):
         link = zipfile.ZipInfo("train.tsv")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-    with pytest.raises(UserError, match=r"holds the link 'train\.tsv'"):
+    with pytest.raises(UserError, match=r"contains the link 'train\.tsv'"):
         unpack(path, ["train.tsv"], tmp_path)
 
 
