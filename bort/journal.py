@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any, Callable, Iterator
 
-from bort.errors import quoted
+from bort.errors import UserError, quoted
 from bort.files import atomic_write
 
 DAMAGED = ".damaged"  # the suffix of the file that keeps damaged lines
@@ -63,6 +63,21 @@ class Journal:
         """Write one record; it is on the disk when this returns."""
         _append(self.path, [json.dumps(record).encode() + b"\n"])
         self.records.append(record)
+
+
+def read_records(path: str, is_record: Callable[[Any], bool]) -> list[Any]:
+    """Return the records of a journal and leave it as it is.
+
+    Raises `UserError` for the first line that is no record; a last line without its end is one
+    that a kill cut short, and left out.
+    """
+    records = []
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            records.append(_decoded(line, is_record))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: damaged record ({error})") from None
+    return records
 
 
 def _whole_lines(path: str) -> Iterator[bytes]:

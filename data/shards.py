@@ -22,11 +22,10 @@ import re
 import shutil
 import struct
 import tempfile
-import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Iterator, Optional
 
@@ -41,7 +40,7 @@ from bort.files import (
     sha256_of,
     write_json,
 )
-from bort.mxnet_setup import usable_cores
+from bort.verified import Verifiable, verify_changed
 from data.corpus import TextFile
 
 FORMAT_VERSION = 1
@@ -62,7 +61,6 @@ _NPY_HEADER = re.compile(
 # Tokens whose ids are checked at once, which bounds memory.
 _CHECKED_AT_ONCE = 1 << 22
 # A file that changed so recently may change again within the resolution of its times.
-_SETTLED_SECONDS = 2.0
 _MAKE_AGAIN = "delete it and run create_pretraining_data.py again: it makes missing shards"
 
 # input_ids, masked_positions and masked_ids of one sequence.
@@ -596,46 +594,13 @@ def open_shards(folder: str, verify: bool = True, remember: bool = True) -> Shar
     if not sum(shard.num_sequences for shard in shards):
         raise UserError(f"{folder}: its shards hold no sequences; make them again")
     if verify:
-        _verify(folder, manifest, shards, remember)
+        files = [
+            Verifiable(
+                shard.path,
+                (entry.sha256, manifest.vocab_size),
+                partial(shard.verify, entry, manifest.vocab_size),
+            )
+            for shard, entry in zip(shards, manifest.shards)
+        ]
+        verify_changed(os.path.join(folder, VERIFIED_FILE), files, remember)
     return ShardSet(manifest, shards)
-
-
-def _verify(folder: str, manifest: Manifest, shards: list[Shard], remember: bool) -> None:
-    """Verify the shards that have changed since they were verified, several at once."""
-    path = os.path.join(folder, VERIFIED_FILE)
-    # Of the files as they are before they are read.
-    states = [
-        _file_state(shard.path, entry.sha256, manifest.vocab_size)
-        for shard, entry in zip(shards, manifest.shards)
-    ]
-    verified: dict[str, list[Any]] = {}
-    if remember and os.path.exists(path):
-        with suppress(UserError):  # a damaged record: verify again
-            verified = read_json_as(path, dict[str, list[Any]])
-    changed = [
-        number
-        for number, entry in enumerate(manifest.shards)
-        if verified.get(entry.file) != states[number]
-    ]
-    if not changed:
-        return
-    with ThreadPoolExecutor(min(usable_cores(), len(changed))) as pool:
-        for _ in pool.map(
-            lambda n: shards[n].verify(manifest.shards[n], manifest.vocab_size), changed
-        ):
-            pass
-    record = {
-        entry.file: state
-        for entry, state in zip(manifest.shards, states)
-        if time.time_ns() - max(state[1:3]) > _SETTLED_SECONDS * 1e9
-    }
-    if record != verified:
-        with suppress(UserError, OSError):  # a folder that cannot be written to is read each time
-            write_json(path, record)
-
-
-def _file_state(path: str, sha256: str, vocab_size: int) -> list[Any]:
-    """Return what changes with a file's content, and what it is verified against."""
-    status = os.stat(path)
-    # The time of the last change of the file's status cannot be set back, unlike that of content.
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256, vocab_size]

@@ -4,6 +4,7 @@
     tokenizer.json, tokenizer_config.json, ...               the tokenizer
     vocab.json and merges.txt, or tokenizer.model            its files, as in saved models
     README.md                                                the model card
+    SHA256SUMS                                               of the files above, for `sha256sum -c`
 
 Needs NumPy and safetensors; torch only for weights in pytorch_model.bin.
 """
@@ -20,6 +21,7 @@ from bort.files import atomic_write, read_json_as, write_json
 from bort.huggingface import tokenizer as huggingface_tokenizer
 from bort.huggingface import weights as huggingface
 from bort.huggingface.model_card import model_card
+from bort.huggingface.sums import check_sums, write_sums
 from bort.huggingface.tensors import WEIGHTS, read_tensors
 from bort.huggingface.weights import Architecture, HuggingFaceConfig
 from bort.parameters import check_finite_arrays
@@ -80,6 +82,7 @@ def write(folder: str, saved: SavedModel, family: str) -> Architecture:
         write_json(os.path.join(folder, name), content)
     with atomic_write(os.path.join(folder, README)) as file:
         file.write(model_card(model_config, architecture))
+    write_sums(folder)
     return architecture
 
 
@@ -111,6 +114,7 @@ def read(folder: str) -> SavedModel:
 
     Raises `UserError` naming the file and the entry that stands for another computation than ours.
     """
+    check_sums(folder, (WEIGHTS,))
     config = read_json_as(os.path.join(folder, CONFIG), HuggingFaceConfig)
     try:
         architecture, shape = huggingface.parse_config(config)

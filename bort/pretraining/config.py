@@ -29,7 +29,7 @@ class DataSettings:
         "with --teacher_cache",
     )
     no_verify: bool = option(
-        False, "do not read the shards at the start to check their SHA-256 and ids"
+        False, "do not read shards and teacher cache at the start to check SHA-256 and ids"
     )
 
 

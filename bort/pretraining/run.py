@@ -296,7 +296,7 @@ def open_data(data: DataSettings, seed: int, teacher_cache: str | None = None) -
     shards = open_shards(data.data, verify=not data.no_verify)
     order = BucketSampler(shards.lengths, data.batch_size, data.num_buckets, data.use_avg_len, seed)
     masking = open_dynamic_masking(data.data, shards, seed) if data.dynamic_masking else None
-    training = _source(shards, order, teacher_cache, masking)
+    training = _source(shards, order, teacher_cache, masking, not data.no_verify)
     if not data.data_eval:
         return Inputs(training, None, shards.manifest)
     held_out = open_shards(data.data_eval, verify=not data.no_verify)
@@ -305,7 +305,12 @@ def open_data(data: DataSettings, seed: int, teacher_cache: str | None = None) -
             f"--data_eval {data.data_eval}: made with another tokenizer than --data {data.data}"
         )
     evaluation = held_out_source(
-        held_out, data.batch_size_eval, data.num_buckets, data.use_avg_len, teacher_cache
+        held_out,
+        data.batch_size_eval,
+        data.num_buckets,
+        data.use_avg_len,
+        teacher_cache,
+        not data.no_verify,
     )
     return Inputs(training, evaluation, shards.manifest, shards_sha256(held_out.manifest))
 
@@ -316,10 +321,11 @@ def held_out_source(
     num_buckets: int,
     use_avg_len: bool = False,
     teacher_cache: str | None = None,
+    verify: bool = True,
 ) -> PretrainingLoader:
     """Return the batches of held-out shards, in an order that is always the same."""
     order = BucketSampler(shards.lengths, batch_size, num_buckets, use_avg_len)
-    return _source(shards, order, teacher_cache)
+    return _source(shards, order, teacher_cache, verify=verify)
 
 
 def _source(
@@ -327,8 +333,9 @@ def _source(
     order: BucketSampler,
     teacher_cache: str | None,
     masking: DynamicMasking | None = None,
+    verify: bool = True,
 ) -> PretrainingLoader:
-    rows = open_rows(teacher_cache, shards) if teacher_cache else None
+    rows = open_rows(teacher_cache, shards, verify) if teacher_cache else None
     return PretrainingLoader(shards, order, shards.manifest.pad_id, rows, masking)
 
 

@@ -7,6 +7,7 @@ before the projection, is the same in every epoch. A cache is a folder:
     projection.npz      the teacher's output matrix [vocabulary, hidden] and bias, float32
     <shard>.npy         one row [hidden] per masked position of a shard, in the shard's order; named
                         by the first 16 digits of the shard's SHA-256
+    <shard>.json        the SHA-256 of these rows
 
 One folder serves any number of shards, of training and of held-out data.
 """
@@ -16,7 +17,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from dataclasses import asdict, dataclass
+from functools import partial
+from tokenize import TokenError
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
 
@@ -28,17 +32,20 @@ from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess
 from bort.encoder import join_projections
 from bort.errors import UserError
-from bort.files import NPZ_ERRORS, read_json, write_json
+from bort.files import NPZ_ERRORS, read_json_as, sha256_of, write_json
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
 from bort.progress import ProgressBar
 from bort.types import Context
+from bort.verified import Verifiable, verify_changed
 from data.batches import collate
 from data.shards import Shard, ShardEntry, ShardSet
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 PROJECTION_FILE = "projection.npz"
+VERIFIED_FILE = ".verified.json"
 BUILD = "scripts/build_teacher_cache.py"
+_ROWS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
 
 
 @dataclass(frozen=True)
@@ -54,15 +61,22 @@ class CacheManifest:
     format_version: int = FORMAT_VERSION
 
 
+@dataclass(frozen=True)
+class RowsRecord:
+    """What is known of the rows of one shard; older caches have no such file."""
+
+    sha256: str
+
+
 def read_cache_manifest(folder: str) -> CacheManifest:
     """Read the manifest of a cache; raises `UserError` when there is none or of another format."""
     path = os.path.join(folder, MANIFEST_FILE)
     if not os.path.exists(path):
         raise UserError(f"--teacher_cache {folder}: is no teacher cache; {BUILD} makes one")
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+    manifest = read_json_as(path, CacheManifest)
+    if manifest.format_version != FORMAT_VERSION:
         raise UserError(f"{path}: of another format version; delete {folder}, run {BUILD} again")
-    return CacheManifest(**content)
+    return manifest
 
 
 def rows_path(folder: str, entry: ShardEntry) -> str:
@@ -70,29 +84,54 @@ def rows_path(folder: str, entry: ShardEntry) -> str:
     return os.path.join(folder, f"{entry.sha256[:16]}.npy")
 
 
-def open_rows(folder: str, shards: ShardSet) -> list[np.ndarray]:
+def open_rows(folder: str, shards: ShardSet, verify: bool = True) -> list[np.ndarray]:
     """Map the rows of each shard into memory: arrays [masked positions, hidden].
 
+    Verification reads all rows and compares their SHA-256; rows that have not changed since are
+    not read again.
+
     Raises `UserError` when the cache was made for another vocabulary, or the rows of a shard are
-    missing or short.
+    missing, short or damaged.
     """
     manifest = read_cache_manifest(folder)
     if manifest.tokenizer_fingerprint != shards.manifest.tokenizer_fingerprint:
         raise UserError(f"--teacher_cache {folder}: made for shards of another tokenizer")
-    return [_map_rows(folder, manifest, entry) for entry in shards.manifest.shards]
+    entries = shards.manifest.shards
+    rows = [_map_rows(folder, manifest, entry) for entry in entries]
+    if verify:
+        _verify_rows(folder, [rows_path(folder, entry) for entry in entries])
+    return rows
+
+
+def _verify_rows(folder: str, paths: Sequence[str], remember: bool = True) -> None:
+    files = []
+    for path in sorted(set(paths)):
+        record = _record_path(path)
+        if os.path.exists(record):
+            sha256 = read_json_as(record, RowsRecord).sha256
+            files.append(Verifiable(path, (sha256,), partial(_verify_sha256, path, sha256)))
+    verify_changed(os.path.join(folder, VERIFIED_FILE), files, remember)
+
+
+def _verify_sha256(path: str, sha256: str) -> None:
+    if sha256_of(path) != sha256:
+        raise UserError(
+            f"{path}: its SHA-256 is not that in {os.path.basename(_record_path(path))}; the file "
+            f"is damaged: delete it, run {BUILD} again"
+        )
+
+
+def _record_path(path: str) -> str:
+    return f"{path.removesuffix('.npy')}.json"
 
 
 def _map_rows(folder: str, manifest: CacheManifest, entry: ShardEntry) -> np.ndarray:
     path = rows_path(folder, entry)
-    try:
-        # A plain array: slices of the subclass take ten times as long.
-        rows = np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise UserError(
             f"{path}: missing, the rows of shard {entry.file}; run {BUILD} on its folder"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it, run {BUILD}") from None
+        )
+    rows = _map_array(path)
     expected = (entry.masked, manifest.hidden)
     if rows.shape != expected or rows.dtype != manifest.dtype:
         raise UserError(
@@ -100,6 +139,14 @@ def _map_rows(folder: str, manifest: CacheManifest, entry: ShardEntry) -> np.nda
             f"{manifest.dtype} {expected}; delete it, run {BUILD}"
         )
     return rows
+
+
+def _map_array(path: str) -> np.ndarray:
+    try:
+        # A plain array: slices of the subclass take ten times as long.
+        return np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
+    except (ValueError, OSError, SyntaxError, TokenError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it, run {BUILD}") from None
 
 
 class CachedTeacher:
@@ -135,6 +182,33 @@ def _read_projection(folder: str, manifest: CacheManifest) -> tuple[np.ndarray, 
     if weight.shape != expected or bias.shape != expected[:1]:
         raise UserError(f"{path}: holds {weight.shape}, its manifest says {expected}; {cure}")
     return weight, bias
+
+
+def verify_cache(folder: str) -> tuple[int, int]:
+    """Read all of a cache; returns the number of its shards and of their rows.
+
+    Raises `UserError` for the first file that is missing, damaged or has values that are not
+    finite.
+    """
+    manifest = read_cache_manifest(folder)
+    for values in _read_projection(folder, manifest):
+        _check_finite(os.path.join(folder, PROJECTION_FILE), values)
+    names = {name.rpartition(".")[0] for name in os.listdir(folder) if _ROWS.fullmatch(name)}
+    paths = [os.path.join(folder, f"{name}.npy") for name in sorted(names)]
+    count = 0
+    for path in paths:
+        rows = _map_array(path)
+        if (rows.shape[1:], rows.dtype) != ((manifest.hidden,), manifest.dtype):
+            raise UserError(f"{path}: holds {rows.dtype} {rows.shape}; run {BUILD} again")
+        _check_finite(path, rows)
+        count += len(rows)
+    _verify_rows(folder, paths, remember=False)
+    return len(paths), count
+
+
+def _check_finite(path: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: has values that are not finite; delete it, run {BUILD} again")
 
 
 def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:
@@ -252,9 +326,9 @@ def cache_shard(
     if os.path.exists(final):
         advance(shard.num_sequences)
         return
-    partial = f"{final}.partial"
+    unfinished = f"{final}.partial"
     try:
-        with open(partial, "ab") as handle:
+        with open(unfinished, "ab") as handle:
             start = _resume(handle, shard, manifest, batch_size)
             advance(start)
             for rows, count in _teacher_rows(shard, start, teacher, pad_id, batch_size):
@@ -262,12 +336,14 @@ def cache_shard(
                 advance(count)
             handle.flush()
             os.fsync(handle.fileno())
+        # First: rows that are there have their SHA-256.
+        write_json(_record_path(final), asdict(RowsRecord(sha256_of(unfinished))))
     except OSError as error:
         raise UserError(
-            f"{partial}: cannot be written ({error.strerror}); make room and run the same command "
-            "again, it goes on from there"
+            f"{unfinished}: cannot be written ({error.strerror}); free space and rerun the same "
+            "command to resume"
         ) from None
-    os.replace(partial, final)
+    os.replace(unfinished, final)
 
 
 def _resume(handle: Any, shard: Shard, manifest: CacheManifest, batch_size: int) -> int:

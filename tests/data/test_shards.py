@@ -313,7 +313,7 @@ def test_offsets_that_do_not_ascend_are_refused(tmp_path, name, index, value):
 
 def test_verified_shards_are_not_read_again_until_they_change(tmp_path, monkeypatch):
     write_folder(tmp_path)
-    monkeypatch.setattr("data.shards._SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("bort.verified._SETTLED_SECONDS", -1.0)
     read = []
     monkeypatch.setattr(
         "data.shards.sha256_of", lambda path: read.append(os.path.basename(path)) or sha256_of(path)
@@ -357,7 +357,7 @@ def test_a_folder_that_cannot_be_written_to_is_verified(tmp_path, monkeypatch):
     def refuse(path, content):
         raise UserError("read-only")
 
-    monkeypatch.setattr("data.shards._SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr("bort.verified._SETTLED_SECONDS", -1.0)
     monkeypatch.setattr("data.shards.write_json", refuse)
     assert open_shards(str(tmp_path)).num_sequences
 

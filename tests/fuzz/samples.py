@@ -150,11 +150,12 @@ def write_masked_lm(folder: Path) -> None:
     save_model(str(folder / "bort.params"), network, model_config, tokenizer)
 
 
-def write_onnx(folder: Path) -> None:
-    """Write a classifier with its ONNX file."""
+def write_onnx(folder: Path, classifier: bool = True) -> None:
+    """Write a classifier, unless it is there, with its ONNX file."""
     from scripts.export_onnx import main
 
-    write_classifier(folder)
+    if classifier:
+        write_classifier(folder)
     called(main, folder)
 
 
@@ -178,16 +179,15 @@ def write_huggingface(folder: Path, write: Callable[[Path], None] = write_classi
     shutil.rmtree(source)
 
 
-def write_sweep(folder: Path) -> None:
-    """Write a finished sweep of two runs."""
-    from scripts.sweep import main
+def write_sweep(folder: Path, run: Path) -> None:
+    """Write what a sweep leaves whose one run is a finished one of fine-tuning."""
+    from bort.files import write_json
 
-    grid = folder.with_name(f"{folder.name}.yaml")
-    grid.write_text("lr: [1e-3, 1e-4]\n", encoding="utf-8")
-    called(main, "--task_name", "SST-2", "--data_dir", TEST_DATA, "--output_dir", folder,
-           "--model_name", SHAPE, "--epochs", 1, "--batch_size", 8, "--max_len", 48,
-           "--cache_dir", folder.with_name(f"{folder.name}.encoded"),
-           "--grid", grid, "--jobs", 1)  # fmt: skip
+    place = folder / "lr=0.001"
+    shutil.copytree(run, place / "SST-2")
+    (place / "run.log").write_text("finished\n", encoding="utf-8")
+    write_json(str(folder / "sweep.json"), {"task_name": "SST-2"})
+    (folder / "sweep.tsv").write_text("lr\truns\tmean\n0.001\t1\t0.5\n", encoding="utf-8")
 
 
 def write_agora(folder: Path) -> None:
@@ -205,25 +205,28 @@ def write_agora(folder: Path) -> None:
     shutil.rmtree(beside)
 
 
-def write_ose(folder: Path, shards: Path) -> None:
-    """Write a finished search of trained candidates."""
+def write_ose(folder: Path) -> None:
+    """Write a finished search with errors of a formula, and a journal of trained candidates."""
+    from bort.ose.candidates import Measurement, SearchJournal
     from scripts.run_ose import main
 
-    space = folder.with_name(f"{folder.name}.yaml")
-    space.write_text(f"architectures: [bort_1_1_16_16, {SHAPE}]\n", encoding="utf-8")
-    called(main, "--space", space, "--data", shards, "--data_eval", shards, "--steps", 2,
-           "--batch_size", 4, "--loss", "mlm", "--workers", 1, "--output_dir", folder)  # fmt: skip
+    called(main, "--space", "bert-small", "--errors", "synthetic", "--output_dir", folder)
+    journal = SearchJournal(str(folder), {"seed": 0})
+    for number in range(5):
+        journal.write(str(number), Measurement(number, 1.5 + number, 2.0, ""))
 
 
 def write_submission(folder: Path) -> None:
-    """Write a leaderboard's archive of GLUE, every file of it filled."""
+    """Write a leaderboard's archive of GLUE, one file predicted and the others filled."""
+    from data.submission import write_submission
+    from data.tasks import get_task
     from scripts.make_submission import main
 
-    runs = folder / "runs"
-    runs.mkdir()
-    called(main, "glue", "--runs", runs, "--output", folder / "glue.zip", "--fill_missing",
-           "--data_dir", TEST_DATA)  # fmt: skip
-    runs.rmdir()
+    task = get_task("SST-2")
+    examples = task.read(TEST_DATA, "test").examples
+    write_submission(task, "test", examples, np.eye(2)[[0] * len(examples)], folder / "runs")
+    called(main, "glue", "--runs", folder / "runs", "--output", folder / "glue.zip",
+           "--fill_missing", "--data_dir", TEST_DATA)  # fmt: skip
 
 
 def write_zip(path: Path, task: str = "SST-2") -> None:

@@ -481,6 +481,7 @@ def test_the_byte_level_folder_has_the_usual_files(tmp_path, bpe):
     convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "config.json",
         "merges.txt",
         "model.safetensors",
@@ -566,6 +567,15 @@ def test_what_cannot_go_there_is_one_line(tmp_path, sample, capsys):
     assert "--output /dev/null/there: cannot be written (" in said
 
 
+def test_a_flipped_bit_of_the_weights_is_refused(tmp_path, folder, capsys):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
+    assert f"{path}: its SHA-256 is not that in SHA256SUMS" in said
+
+
 @pytest.fixture
 def folder(tmp_path, sample, alone) -> Path:
     """Return a converted classifier."""
@@ -584,6 +594,7 @@ def test_what_cannot_come_back_is_one_line(tmp_path, folder, capsys):
         damaged = tmp_path / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(folder, damaged)
+        (damaged / "SHA256SUMS").unlink()  # as in a folder of others
         edit(damaged / "config.json", **changes)
         return complaint(capsys, bring_back, damaged, "--output", tmp_path / "back")
 

@@ -363,9 +363,24 @@ def test_what_is_no_cache_is_refused(data, tmp_path, cache, capsys):
         )
     folder = copy_of(cache, tmp_path / "future")
     manifest = (folder / "manifest.json").read_text()
-    for text in (manifest.replace('"format_version": 1', '"format_version": 2'), "[]"):
-        (folder / "manifest.json").write_text(text)
-        assert "another format version" in refused(capsys, data, folder)
+    (folder / "manifest.json").write_text(manifest.replace('_version": 1', '_version": 2'))
+    assert "another format version" in refused(capsys, data, folder)
+    (folder / "manifest.json").write_text("[]")
+    assert "manifest.json: Expected `object`" in refused(capsys, data, folder)
+
+
+def test_a_flipped_bit_of_the_rows_is_refused_once_and_again(data, cache, tmp_path, capsys):
+    folder = copy_of(cache, tmp_path / "flipped")
+    path = max(folder.glob("*.npy"), key=lambda one: one.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):
+        assert f"{path}: its SHA-256 is not that in {path.stem}.json" in refused(
+            capsys, data, folder
+        )
+    path.with_suffix(".json").unlink()  # as in caches of earlier versions
+    make_run(data, teacher_cache=folder)
 
 
 def test_a_cache_of_another_tokenizer_or_for_other_shards_is_refused(data, tmp_path, cache, capsys):

@@ -1,0 +1,1 @@
+"""What a folder holds, and whether it is complete and undamaged."""

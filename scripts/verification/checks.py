@@ -1,0 +1,294 @@
+"""One check for each kind of folder, made of the readers that the programs use.
+
+A check returns what it found; it raises `UserError` for damage. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+
+from bort import checkpoint
+from bort.errors import UserError, quoted
+from bort.files import read_json
+from data.shards import MANIFEST_FILE, UNFINISHED_FILE
+
+ENCODED_PART = re.compile(r"[0-9a-f]{64}\.npz")
+
+
+class Found(NamedTuple):
+    """What a check found: whether nothing is missing, and what there is, in words."""
+
+    complete: bool
+    detail: str
+
+
+class Kind(NamedTuple):
+    """A kind of folder: its name, how it is recognised, and its check."""
+
+    name: str
+    matches: Callable[[Path], bool]
+    check: Callable[[Path], Found]
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def check_shards(folder: Path) -> Found:
+    """Read every shard and compare its SHA-256, ids and positions; the tokenizer beside them."""
+    from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
+    from data.shards import open_shards, read_manifest
+
+    if not (folder / MANIFEST_FILE).exists():
+        manifest = read_manifest(str(folder), UNFINISHED_FILE)
+        return Found(False, f"{len(manifest.shards)} shards so far; run its command again")
+    shards = open_shards(str(folder), remember=False)
+    tokenizer = load_tokenizer_folder(str(folder / TOKENIZER_FOLDER))
+    if tokenizer and tokenizer.fingerprint != shards.manifest.tokenizer_fingerprint:
+        raise UserError(f"{folder / TOKENIZER_FOLDER}: is not the tokenizer of the shards")
+    return Found(True, f"{len(shards.shards)} shards, {shards.num_sequences:,} sequences")
+
+
+def check_encoded_cache(folder: Path) -> Found:
+    """Read every part of a cache of encoded examples."""
+    from data.encoding import read_part
+
+    parts = [path for path in sorted(folder.iterdir()) if ENCODED_PART.fullmatch(path.name)]
+    inputs = 0
+    for path in parts:
+        found = read_part(str(path))
+        if found is None:
+            raise UserError(f"{path}: is damaged; delete it, the next run makes it again")
+        inputs += len(found[1])
+    return Found(True, f"{len(parts)} parts, {inputs:,} inputs")
+
+
+def check_teacher_cache(folder: Path) -> Found:
+    """Read a teacher's stored outputs and compare their SHA-256."""
+    from bort.pretraining.teacher_cache import verify_cache
+
+    shards, rows = verify_cache(str(folder))
+    return Found(True, f"{shards} shards, {rows:,} rows")
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def check_model(path: Path) -> str:
+    """Load a saved model with its tokenizer, and the exports beside it; returns what it is."""
+    from bort.inference import runtime
+    from bort.saved_model import load_model
+
+    network, model_config, _ = load_model(str(path))
+    runtime.check_finite(str(path), network)
+    words = [model_config.task or model_config.kind, model_config.model]
+    if os.path.exists(runtime.onnx_path(str(path))):
+        runtime.load_runtime(runtime.onnx_path(str(path)), "onnx")
+        words.append("ONNX")
+    if os.path.exists(runtime.Int8Files.of(str(path)).record):
+        for name in ("onnx-int8", "mxnet-int8"):
+            runtime.load_runtime(str(path), name)
+        words.append("int8")
+    return " ".join(words)
+
+
+def check_models(folder: Path) -> Found:
+    """Load every saved model of a folder."""
+    return Found(True, "; ".join(check_model(path) for path in sorted(folder.glob("*.params"))))
+
+
+def check_huggingface(folder: Path) -> Found:
+    """Compare the SHA-256 of a folder of Hugging Face's and read it into a network."""
+    from bort.huggingface.folder import read
+    from bort.huggingface.sums import check_sums
+    from bort.inference.runtime import check_finite
+
+    check_sums(str(folder))
+    network, model_config, _ = read(str(folder))
+    check_finite(str(folder), network)
+    return Found(True, f"{model_config.task or model_config.kind} {model_config.model}")
+
+
+def check_tokenizer(folder: Path) -> Found:
+    """Load a tokenizer."""
+    from bort.tokenization import load_tokenizer_folder
+
+    tokenizer = load_tokenizer_folder(str(folder))
+    return Found(tokenizer is not None, f"{tokenizer.vocab_size:,} tokens" if tokenizer else "")
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def check_checkpoint(folder: Path) -> Found:
+    """Compare a checkpoint's SHA-256 sums and load its model and optimizer state."""
+    found = checkpoint.load(str(folder))
+    found.trainer_arrays()
+    return Found(True, f"step {found.state['step']}, {check_model(Path(found.model_path))}")
+
+
+def check_pretraining(folder: Path) -> Found:
+    """Compare where a run is with where it ends; its checkpoints are folders of their own."""
+    check_metrics(folder / "metrics.jsonl")
+    steps = checkpoint.steps(str(folder))
+    for link in (checkpoint.LAST, checkpoint.BEST):
+        if os.path.islink(folder / link) and not (folder / link).exists():
+            raise UserError(f"{folder / link}: leads to a checkpoint that is missing")
+    wanted = _setting(folder / "config.json", "OptimizerSettings", "num_steps")
+    return Found(bool(steps) and max(steps) >= wanted, f"step {max(steps, default=0)} of {wanted}")
+
+
+def _setting(path: Path, concern: str, name: str) -> Any:
+    content = read_json(str(path))
+    try:
+        return content[concern][name]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: has no {concern}.{name}; it is not a run's") from None
+
+
+def check_metrics(path: Path) -> None:
+    """Read the metrics of a run."""
+    from scripts.plot_metrics import read_run
+
+    if path.exists():
+        read_run(str(path))
+
+
+def check_finetuning(folder: Path) -> Found:
+    """Read a run's results, its answers, its files for leaderboards and its model."""
+    from bort.finetuning.scoreboard import read_run
+    from data.tasks import get_task
+
+    check_metrics(folder / "metrics.jsonl")
+    _setting(folder / "config.json", "TaskSettings", "task_name")
+    if not (folder / "metrics.json").exists():
+        return Found(False, "not finished; --resume continues it")
+    run = read_run(folder / "metrics.json")
+    for path in sorted(folder.glob("*_predictions.jsonl")):
+        check_answers(path)
+    for split in (name for name in run.answers if "/" not in name):
+        name = get_task(run.task).submission_file(split) or f"{split}_predictions.jsonl"
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing, the answers of {split}")
+    names = check_submissions(folder)
+    weights = folder / "best.params"
+    if weights.with_suffix(".json").exists() and not weights.exists():
+        raise UserError(f"{weights}: missing")
+    words = [check_model(weights) if weights.exists() else "without weights", *names]
+    return Found(True, ", ".join(words))
+
+
+def check_answers(path: Path) -> None:
+    """Read a file of answers: JSON lines with finite scores."""
+    from data.rows import BadRowError, parse_object, read_lines, require_field
+
+    for line in read_lines(path):
+        try:
+            scores = require_field(parse_object(line.content), "scores", list)
+            if not np.isfinite(np.asarray(scores, float)).all():
+                raise BadRowError("has scores that are not finite")
+        except (BadRowError, TypeError, ValueError) as problem:
+            raise UserError(f"{line.where}: {quoted(str(problem))[1:-1]}") from None
+
+
+def check_sweep(folder: Path) -> Found:
+    """Count the runs of a sweep that have finished; each is a folder of its own."""
+    if not isinstance(read_json(str(folder / "sweep.json")), dict):
+        raise UserError(f"{folder / 'sweep.json'}: is not the record of a sweep")
+    runs = [path.parent for path in folder.glob("*/run.log")]
+    finished = [run for run in runs if list(run.glob("*/metrics.json"))]
+    complete = (folder / "sweep.tsv").exists() and len(finished) == len(runs)
+    return Found(complete, f"{len(finished)} of {len(runs)} runs finished")
+
+
+def check_agora(folder: Path) -> Found:
+    """Read the record of Agora's rounds, its journal, its images and its model."""
+    _setting(folder / "config.json", "AgoraRunSettings", "search_space")
+    fits = check_journal(folder / "journal.jsonl", "name")
+    if not (folder / "agora.json").exists():
+        return Found(False, f"{fits} records; run its command again")
+    content = read_json(str(folder / "agora.json"))
+    rounds = content.get("rounds") if isinstance(content, dict) else None
+    if not isinstance(rounds, list):
+        raise UserError(f"{folder / 'agora.json'}: is not the record of a run")
+    if "best" not in content:
+        return Found(False, f"{len(rounds)} rounds; run its command again")
+    names = check_submissions(folder)
+    return Found(True, ", ".join([f"{len(rounds)} rounds", check_model(folder / "best.params"),
+                                  *names]))  # fmt: skip
+
+
+def check_ose(folder: Path) -> Found:
+    """Read the table of a search and its journal."""
+    journals = sorted(folder.glob("journal-*.jsonl"))
+    measured = [check_journal(path, "search", "candidate") - 1 for path in journals]
+    if not (folder / "ose.json").exists():
+        return Found(False, f"{sum(measured)} measurements; run its command again")
+    content = read_json(str(folder / "ose.json"))
+    if not isinstance(content, dict) or not isinstance(content.get("table"), list):
+        raise UserError(f"{folder / 'ose.json'}: is not the table of a search")
+    return Found(True, f"{len(content['table'])} rows, {content.get('model_name')} chosen")
+
+
+def check_journal(path: Path, *keys: str) -> int:
+    """Read a journal as it is: each record has one of the keys; returns their number."""
+    from bort.journal import read_records
+
+    return len(read_records(str(path), lambda record: any(key in record for key in keys)))
+
+
+# ---- leaderboards --------------------------------------------------------------------------------
+
+
+def submission_names() -> dict[str, tuple[Any, str]]:
+    """Return the task and split of each official file name."""
+    from data.tasks import LEADERBOARDS, get_task, task_names
+
+    tasks = [get_task(name) for suite in LEADERBOARDS for name in task_names(suite)]
+    return {
+        str(task.submission_file(split)): (task, split) for task in tasks for split in task.test
+    }
+
+
+def check_submissions(folder: Path) -> list[str]:
+    """Check the form of every official file in a folder; returns them in words."""
+    known, words = submission_names(), []
+    for path in sorted(folder.iterdir()):
+        if path.name in known:
+            task, split = known[path.name]
+            rows, official = len(task.parse_submission(path)), task.official_rows(split)
+            short = f" of {official:,}" if rows < official else ""
+            words.append(f"{path.name} {rows:,}{short} rows")
+    return words
+
+
+def check_submission_folder(folder: Path) -> Found:
+    """Check a folder of official files."""
+    return Found(True, ", ".join(check_submissions(folder)))
+
+
+def check_archive(path: Path) -> Found:
+    """Check every file of a leaderboard's archive."""
+    from data.download import unpack
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, RuntimeError) as error:
+        raise UserError(f"{path}: is damaged ({error})") from None
+    foreign = sorted(set(names) - set(submission_names()))
+    if broken or foreign or not names:
+        raise UserError(f"{path}: {broken or foreign} is damaged or not a leaderboard's file")
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(path, names, Path(folder))
+        check_submissions(Path(folder))
+    suite = {task.suite for name, (task, _) in submission_names().items() if name in names}
+    wanted = {n for n, (task, _) in submission_names().items() if {task.suite} == suite}
+    return Found(set(names) == wanted, f"{len(names)} of {len(wanted)} files of {min(suite)}")

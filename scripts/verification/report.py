@@ -1,0 +1,140 @@
+"""Finds the folders of this project under a path, checks each and makes a table of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple, Sequence
+
+from bort.errors import UserError
+from bort.files import read_json
+from data.shards import MANIFEST_FILE, UNFINISHED_FILE
+from scripts.verification import checks
+from scripts.verification.checks import ENCODED_PART, Kind
+
+COMPLETE, UNFINISHED, DAMAGED = "complete", "unfinished", "damaged"
+
+
+class Row(NamedTuple):
+    """One folder or file: what it is, its state, and details or what is wrong with it."""
+
+    path: str
+    what: str
+    state: str
+    detail: str
+
+
+def _has(*names: str) -> Callable[[Path], bool]:
+    return lambda folder: any(os.path.lexists(folder / name) for name in names)
+
+
+def _says(name: str, *keys: str) -> Callable[[Path], bool]:
+    """Return whether the JSON file of a folder has one of the keys; a damaged one has them all."""
+
+    def matches(folder: Path) -> bool:
+        if not os.path.lexists(folder / name):
+            return False
+        try:
+            content = read_json(str(folder / name))
+        except UserError:
+            return True
+        return isinstance(content, dict) and any(key in content for key in keys)
+
+    return matches
+
+
+def _holds(pattern: str) -> Callable[[Path], bool]:
+    return lambda folder: any(re.fullmatch(pattern, name) for name in os.listdir(folder))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return bool(re.fullmatch(r"step-\d{7,}", folder.name)) or _has("state.json")(folder)
+
+
+def _is_huggingface(folder: Path) -> bool:
+    weights = _has("model.safetensors", "pytorch_model.bin", "tokenizer_config.json")
+    return weights(folder) and _has("config.json")(folder)
+
+
+def _is_submission(folder: Path) -> bool:
+    return any(name in checks.submission_names() for name in os.listdir(folder))
+
+
+# The first that matches names a folder; what it may match as well stands below it.
+KINDS: Sequence[Kind] = (
+    Kind("checkpoint", _is_checkpoint, checks.check_checkpoint),
+    Kind("Hugging Face export", _is_huggingface, checks.check_huggingface),
+    Kind("sweep", _has("sweep.json", "sweep.tsv"), checks.check_sweep),
+    Kind("OSE search", _holds(r"ose\.json|journal-\d+\.jsonl"), checks.check_ose),
+    Kind("Agora run", _has("agora.json", "journal.jsonl"), checks.check_agora),
+    Kind("pretraining run", _holds(r"step-\d{7,}"), checks.check_pretraining),
+    Kind("pretraining run", _says("config.json", "StudentSettings"), checks.check_pretraining),
+    Kind("fine-tuning run", _says("config.json", "FinetuningRunSettings"),
+         checks.check_finetuning),
+    Kind("fine-tuning run", _has("metrics.json"), checks.check_finetuning),
+    Kind("teacher cache", _has("projection.npz"), checks.check_teacher_cache),
+    Kind("shards", _holds(r"part-\d+\.npz"), checks.check_shards),
+    Kind("shards", _says(UNFINISHED_FILE, "shards"), checks.check_shards),
+    Kind("teacher cache", _says(MANIFEST_FILE, "teacher_sha256"), checks.check_teacher_cache),
+    Kind("shards", _has(MANIFEST_FILE), checks.check_shards),
+    Kind("encoded cache", _holds(ENCODED_PART.pattern), checks.check_encoded_cache),
+    Kind("saved model", _holds(r".*\.params"), checks.check_models),
+    Kind("submission", _is_submission, checks.check_submission_folder),
+    Kind("tokenizer", _has("tokenizer.model", "vocab.json"), checks.check_tokenizer),
+)  # fmt: skip
+# Folders that are checked with the one that holds them.
+PARTS = ("tokenizer", "int8", "tensorboard")
+
+
+def verify(path: str) -> list[Row]:
+    """Check everything under a path; raises `UserError` when nothing there is this project's."""
+    root = Path(path)
+    if not root.exists():
+        raise UserError(f"{path}: not found")
+    rows = [_file_row(root)] if root.is_file() else list(_rows(root))
+    if not rows:
+        raise UserError(f"{path}: holds nothing that this project writes")
+    return rows
+
+
+def _rows(folder: Path, part: bool = False) -> Iterator[Row]:
+    kind = next((kind for kind in KINDS if kind.matches(folder)), None)
+    if kind and not part:
+        yield _row(str(folder), kind, folder)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from _rows(path, part=bool(kind) and path.name in PARTS)
+        elif path.suffix == ".zip":
+            yield _file_row(path)
+
+
+def _file_row(path: Path) -> Row:
+    if path.suffix == ".zip":
+        kind = Kind("leaderboard archive", Path.is_file, checks.check_archive)
+    elif path.suffix == ".params":
+        kind = Kind("saved model", Path.is_file,
+                    lambda file: checks.Found(True, checks.check_model(file)))  # fmt: skip
+    else:
+        raise UserError(f"{path}: give a folder, a .params file or a leaderboard's .zip file")
+    return _row(str(path), kind, path)
+
+
+def _row(name: str, kind: Kind, path: Path) -> Row:
+    try:
+        found = kind.check(path)
+    except UserError as error:
+        return Row(name, kind.name, DAMAGED, str(error))
+    except OSError as error:
+        return Row(name, kind.name, DAMAGED, f"{error.filename or name}: {error.strerror}")
+    return Row(name, kind.name, COMPLETE if found.complete else UNFINISHED, found.detail)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows, aligned."""
+    lines = [Row("PATH", "KIND", "STATE", "DETAILS"), *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line.detail]).rstrip()
+        for line in lines
+    )

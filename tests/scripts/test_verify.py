@@ -1,0 +1,147 @@
+"""verify.py: a good one of everything that is written here, and each damaged in one byte."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scripts import verify
+from tests.fuzz import samples
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
+# What is written, the kind that is named, and the files of which one byte is changed.
+KINDS = {
+    "shards": ("shards", ["part-00001.npz", "tokenizer/tokenizer.model", "manifest.json"]),
+    "cache": ("teacher cache", ["*.npy", "projection.npz", "manifest.json"]),
+    "run": ("pretraining run", ["metrics.jsonl", "config.json"]),
+    "run/step-0000004": (
+        "checkpoint",
+        ["model.params", "trainer.npz", "state.json", "model.json", "tokenizer/tokenizer.model"],
+    ),
+    "tuned/SST-2": (
+        "fine-tuning run",
+        ["best.params", "best.json", "tokenizer/tokenizer.model", "metrics.json", "config.json",
+         "dev_predictions.jsonl", "metrics.jsonl", "SST-2.tsv"],
+    ),
+    "tuned/encoded": ("encoded cache", ["*.npz"]),
+    "exported": (
+        "saved model",
+        ["best.params", "best.onnx", "int8/best.onnx", "int8/best-0000.params",
+         "int8/best-symbol.json", "int8/best.json"],
+    ),
+    "sweep": ("sweep", ["sweep.json"]),
+    "sweep/lr=0.001/SST-2": ("fine-tuning run", ["best.params"]),
+    "agora/SST-2": ("Agora run", ["journal.jsonl", "agora.json", "best.params", "config.json"]),
+    "ose": ("OSE search", ["journal-0.jsonl", "ose.json"]),
+    "huggingface": (
+        "Hugging Face export",
+        ["model.safetensors", "config.json", "tokenizer.model", "tokenizer.json"],
+    ),
+    "submission/glue.zip": ("leaderboard archive", [""]),
+    "submission/runs": ("submission", ["SST-2.tsv"]),
+}  # fmt: skip
+EVERY_FILE = [(name, file) for name, (_, files) in KINDS.items() for file in files]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """Return a folder with a good one of everything; not to be changed."""
+    folder = tmp_path_factory.mktemp("good")
+    samples.write_shards(folder / "shards")
+    samples.write_pretraining(folder / "run", folder / "shards")
+    samples.write_teacher_cache(folder / "cache", folder / "shards", folder / "run")
+    samples.write_finetuning(folder / "tuned")
+    samples.write_int8(folder / "exported")
+    samples.write_onnx(folder / "exported", classifier=False)
+    samples.write_sweep(folder / "sweep", folder / "tuned" / "SST-2")
+    samples.write_agora(folder / "agora")
+    samples.write_ose(folder / "ose")
+    samples.write_huggingface(folder / "huggingface")
+    samples.write_submission(folder / "submission")
+    return folder
+
+
+def table(capsys, path: Path) -> tuple[int, dict[str, list[str]]]:
+    """Run the program; returns its result and [kind, state, details] by path."""
+    found = verify.main([str(path)])
+    header, *lines = capsys.readouterr().out.splitlines()
+    columns = [header.index(name) for name in ("KIND", "STATE", "DETAILS")]
+    cells = [[line[i:j].strip() for i, j in zip([0, *columns], [*columns, None])] for line in lines]
+    return found, {name: rest for name, *rest in cells}
+
+
+def test_every_good_folder_is_named_and_complete(good, capsys):
+    status, rows = table(capsys, good)
+    assert status == 0
+    for name, (kind, _) in KINDS.items():
+        assert rows[str(good / name)][:2] == [kind, "complete"], name
+
+
+@pytest.mark.parametrize(("name", "file"), EVERY_FILE)
+def test_one_changed_byte_is_seen(good, tmp_path, capsys, name, file):
+    source, copy = good / name, tmp_path / Path(name).name
+    if source.is_dir():
+        shutil.copytree(source, copy, symlinks=True)
+        path = next(copy.glob(file))
+    else:
+        path = copy = shutil.copyfile(source, copy)
+    content = bytearray(path.read_bytes())
+    text = path.suffix in (".json", ".jsonl", ".tsv") and "symbol" not in path.name
+    content[0 if text else len(content) // 2] ^= 4
+    path.write_bytes(content)
+    status, rows = table(capsys, copy)
+    damaged = [rest for rest in rows.values() if rest[1] == "damaged"]
+    assert status == len(damaged) > 0
+    assert path.name in damaged[0][2] or path.parent.name == "tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *(("shards", "part-00000.npz"), ("run/step-0000004", "model.params"), ("cache", "*.npy")),
+        *(("tuned/SST-2", "SST-2.tsv"), ("tuned/SST-2", "best.params")),
+    ],
+)
+def test_a_missing_file_is_seen(good, tmp_path, capsys, name, file):
+    copy = tmp_path / Path(name).name
+    shutil.copytree(good / name, copy, symlinks=True)
+    next(copy.glob(file)).unlink()
+    assert table(capsys, copy)[0] == 1
+
+
+def test_what_is_not_finished_is_said(good, tmp_path, capsys):
+    shutil.copytree(good / "tuned" / "SST-2", tmp_path / "SST-2")
+    (tmp_path / "SST-2" / "metrics.json").unlink()
+    shutil.copytree(good / "run", tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run" / "step-0000006")
+    for link in ("checkpoint_last", "checkpoint_best"):
+        (tmp_path / "run" / link).unlink()
+    status, rows = table(capsys, tmp_path)
+    assert status == 2
+    assert rows[str(tmp_path / "SST-2")][1] == "unfinished"
+    assert rows[str(tmp_path / "run")] == ["pretraining run", "unfinished", "step 4 of 6"]
+
+
+def test_nothing_is_written(good, capsys):
+    def state():
+        files = [path for path in good.rglob("*") if path.is_file() and path.name[0] != "."]
+        return sorted((str(path), path.stat().st_mtime_ns) for path in files)
+
+    before = state()
+    table(capsys, good)
+    assert state() == before
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "file.txt"])
+def test_what_is_none_of_ours_is_one_line(tmp_path, capsys, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(SystemExit) as stopped:
+        verify.main([str(tmp_path / name)])
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line
