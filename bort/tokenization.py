@@ -152,8 +152,17 @@ def _write_files(folder: str, contents: dict[str, bytes]) -> None:
     os.makedirs(folder, exist_ok=True)
     for name, content in contents.items():
         path = os.path.join(folder, name)
-        with atomic_write(path, "wb") as handle:
-            handle.write(content)
+        if not _holds(path, content):
+            with atomic_write(path, "wb") as handle:
+                handle.write(content)
+
+
+def _holds(path: str, content: bytes) -> bool:
+    try:
+        with open(path, "rb") as handle:
+            return handle.read() == content
+    except OSError:
+        return False
 
 
 class _Vocabulary:

@@ -203,41 +203,41 @@ def mask_sequences(
     budget = np.clip(budget, 1, settings.max_predictions_per_seq)
     chosen = _choose_words(lengths, np.searchsorted(starts, offsets), budget, generator)
     masked = _ranges(starts[chosen], lengths[chosen])  # indices into input_ids, ascending
-    if table.starts_word is not None:
-        masked = _mask_tokens_of_long_words(masked, offsets, maskable, budget, generator)
-    original_ids = input_ids[masked]
-    masked_lengths = np.diff(np.searchsorted(masked, offsets))
     masked_input = input_ids.copy()
-    masked_input[masked] = _replacements(original_ids, table, generator)
+    masked_input[masked] = _replacements(input_ids[masked], table, generator)
+    if table.starts_word is not None:
+        # Last, so that all other sequences have the masks that earlier versions gave them.
+        single = _tokens_of_long_words(masked, offsets, maskable, budget, generator)
+        masked_input[single] = _replacements(input_ids[single], table, generator)
+        masked = np.union1d(masked, single)
+    masked_lengths = np.diff(np.searchsorted(masked, offsets))
     return MaskedSequences(
         input_ids=masked_input,
         lengths=np.diff(offsets),
         masked_positions=(masked - np.repeat(offsets[:-1], masked_lengths)).astype(np.uint16),
-        masked_ids=original_ids,
+        masked_ids=input_ids[masked],
         masked_lengths=masked_lengths,
     )
 
 
-def _mask_tokens_of_long_words(
+def _tokens_of_long_words(
     masked: np.ndarray,
     offsets: np.ndarray,
     maskable: np.ndarray,
     budget: np.ndarray,
     generator: np.random.Generator,
 ) -> np.ndarray:
-    """Add single tokens of the sequences in which every word exceeds the budget.
+    """Draw single tokens of the sequences in which every word exceeds the budget.
 
-    Text without spaces and long URLs are such words. `masked` are indices of tokens, ascending,
-    and so is the result; `budget` [sequences] counts tokens.
+    Text without spaces and long URLs are such words. `masked` are the indices of masked tokens,
+    ascending, `budget` [sequences] counts tokens. Returns the indices of the drawn tokens.
     """
     none_masked = np.diff(np.searchsorted(masked, offsets)) == 0  # [sequences]
     in_such_sequence = np.repeat(none_masked, np.diff(offsets))  # [tokens]
     tokens = np.flatnonzero(maskable & in_such_sequence)
-    if not len(tokens):
-        return masked
     single = np.ones(len(tokens), np.int64)
     chosen = _choose_words(single, np.searchsorted(tokens, offsets), budget, generator)
-    return np.union1d(masked, tokens[chosen])
+    return tokens[chosen]
 
 
 def _words(

@@ -53,10 +53,10 @@ class Statistics:
     def rows(self) -> Iterator[tuple[str, str]]:
         """Yield (name, value) for the table."""
         yield "masked, of tokens of text", _percent(self.masked, self.text_tokens)
-        yield "  replaced by <mask>", _percent(self.became_mask, self.masked)
-        yield "  replaced by another token", _percent(self.became_other, self.masked)
+        yield "  became <mask>", _percent(self.became_mask, self.masked)
+        yield "  became another token", _percent(self.became_other, self.masked)
         kept = self.masked - self.became_mask - self.became_other
-        yield "  kept", _percent(kept, self.masked)
+        yield "  stayed", _percent(kept, self.masked)
         yield "masked special tokens", f"{self.masked_special:,}"
 
 
