@@ -11,13 +11,11 @@ from bort.errors import UserError
 MAX_COMBINATIONS = 10_000
 
 
-def check_size(where: str, values: Mapping[str, Sized]) -> None:
-    """Raise `UserError` for more than `MAX_COMBINATIONS`, which are counted, not built."""
+def check_size(where: str, values: Mapping[str, Sized], limit: int = MAX_COMBINATIONS) -> None:
+    """Raise `UserError` for more combinations than the limit; they are counted, not built."""
     count = math.prod(len(each) for each in values.values())
-    if count > MAX_COMBINATIONS:
-        raise UserError(
-            f"{where}: {count:,} combinations; at most {MAX_COMBINATIONS:,} are allowed"
-        )
+    if count > limit:
+        raise UserError(f"{where}: {count:,} combinations; at most {limit:,} are allowed")
 
 
 def combinations(values: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from bort.errors import UserError
 from bort.finetuning.config import ClassifierSettings, FinetuningSettings, TaskSettings
 from bort.parameters import load_parameters, parameter_file
 from bort.saved_model import ModelConfig, load_model, model_config_path, read_model_config
+from bort.seeds import mxnet_seed
 from bort.tokenization import (
     TOKENIZER_FOLDER,
     Tokenizer,
@@ -161,7 +162,7 @@ def new_classifier(
         inputs_version=task.inputs_version,
         details=dict(details),
     )
-    mx.random.seed(seed)
+    mx.random.seed(mxnet_seed(seed))
     network = saved_model.build_network(model_config, devices, settings.dropout)
     network.classifier.initialize(
         HEAD_INITIALIZERS[settings.init](settings.prob), ctx=list(devices), force_reinit=True

@@ -31,6 +31,7 @@ from bort.types import Hyperparameters
 
 Space = Callable[[], "list[Shape]"]
 MAX_DIMENSION = 1_000_000  # of a shape in a file
+MAX_SHAPES = 2_000  # of a space: all pairs of shapes are compared
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def load_space(name: str) -> list[Shape]:
         space = [shape_of(each) for each in _listed(name, content, "architectures", str)]
     elif isinstance(content, dict) and set(content) == set(Shape._fields):
         values = {key: _listed(name, content, key, int) for key in Shape._fields}
-        check_size(name, values)
+        check_size(name, values, MAX_SHAPES)
         space = grid(**values)
     else:
         raise UserError(
@@ -178,7 +179,7 @@ def _listed(path: str, content: dict[str, Any], key: str, expected: type) -> lis
     if not good or (expected is int and not 1 <= min(values) <= max(values) <= MAX_DIMENSION):
         names = f"integers from 1 to {MAX_DIMENSION:,}" if expected is int else "model names"
         raise UserError(f"{path}: {key} must be a list of {names}, not {quoted(values)}")
-    check_size(path, {key: values})
+    check_size(path, {key: values}, MAX_SHAPES)
     return values
 
 

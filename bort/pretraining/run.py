@@ -32,6 +32,7 @@ from bort.pretraining.teacher import LiveTeacher, Teacher, load_teacher
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.reporter import FolderReporter, Reporter
 from bort.saved_model import ModelConfig, save_model, save_model_config
+from bort.seeds import mxnet_seed
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.training.job import (
     Evaluation,
@@ -343,7 +344,7 @@ def build_student(
     student: StudentSettings, vocab_size: int, seed: int, dtype: str, devices: Sequence[Context]
 ) -> Block:
     """Build the model that is trained, from random weights or those it is to start from."""
-    mx.random.seed(seed)
+    mx.random.seed(mxnet_seed(seed))
     network, _ = get_bort_model(
         student.student_model,
         vocab=range(vocab_size),

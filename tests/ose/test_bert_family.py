@@ -252,7 +252,7 @@ def test_spaces_of_a_file(tmp_path):
         (
             f"layers: {list(range(1, 2000))}\nheads: [1, 2, 4, 8, 16, 32]\nhidden: [64]\n"
             "intermediate: [64]\n",
-            r"11,994 combinations; at most 10,000 are allowed",
+            r"11,994 combinations; at most 2,000 are allowed",
         ),
         ("layers: [2147483648]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "integers from 1"),
         (
