@@ -6,11 +6,17 @@ import dataclasses
 import os
 from typing import Any, Collection, Mapping, Sequence
 
-# Flags that name a file or a folder: the same one may be spelled in several ways.
+from bort.errors import UserError
+from bort.parameters import parameter_file
+
+# Flags that name a model: its file, its folder, or a run.
+MODELS = {
+    *("pretrained_parameters", "model_parameters", "teacher_ckpt_dir", "tau_model", "timaeus"),
+}
+# Flags that name another file or folder.
 PATHS = {
-    *("data", "data_eval", "teacher_cache", "teacher_ckpt_dir"),
-    *("data_dir", "pretrained_parameters", "model_parameters", "tau_model", "timaeus"),
-    *("vocab_file", "bpe_ranks", "sentencepiece"),
+    *("data", "data_eval", "teacher_cache", "data_dir", "vocab_file", "bpe_ranks"),
+    "sentencepiece",
 }
 
 
@@ -34,8 +40,11 @@ def changed_flags(
 
 
 def _same(name: str, recorded: Any, given: Any) -> bool:
-    if name in PATHS and isinstance(recorded, str) and isinstance(given, str):
-        return _same_path(recorded, given)
+    if isinstance(recorded, str) and isinstance(given, str):
+        if name in MODELS:
+            return _same_path(recorded, given) or _same_model(recorded, given)
+        if name in PATHS:
+            return _same_path(recorded, given)
     return recorded == given
 
 
@@ -48,3 +57,12 @@ def _same_path(recorded: str, given: str) -> bool:
         return True
     names = (os.path.basename(os.path.normpath(path)) for path in (recorded, given))
     return not os.path.exists(recorded) and len(set(names)) == 1
+
+
+def _same_model(recorded: str, given: str) -> bool:
+    """Tell whether two paths are of one parameter file."""
+    try:
+        files = [os.path.realpath(parameter_file(path)) for path in (recorded, given)]
+    except UserError:
+        return False
+    return files[0] == files[1]

@@ -17,6 +17,7 @@ class Flags:
     data_dir: Optional[str] = option(None, "data")
     lr: float = option(1e-3, "rate")
     epochs: int = option(3, "epochs")
+    timaeus: Optional[str] = option(None, "a model")
 
 
 def test_changed_flags_are_named_and_free_ones_are_not():
@@ -47,3 +48,12 @@ def test_a_path_may_have_moved_but_keeps_its_name(tmp_path):
     moved = [Flags(data_dir=str(tmp_path / "data"))]
     assert changed_flags({"data_dir": "/nowhere/data"}, moved) == []
     assert changed_flags({"data_dir": "/nowhere/other"}, moved) == ["--data_dir"]
+
+
+def test_a_model_may_be_named_by_its_file_or_its_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / "best.params"
+    file.touch()
+    assert changed_flags({"timaeus": str(file)}, [Flags(timaeus=f"{tmp_path}/model/")]) == []
+    other = [Flags(timaeus=str(tmp_path))]
+    assert changed_flags({"timaeus": str(file)}, other) == ["--timaeus"]

@@ -12,6 +12,12 @@ import numpy as np
 import pytest
 
 from bort.bort import get_bort_model
+from bort.files import lock_folder
+from bort.finetuning.config import (
+    ClassifierSettings,
+    FinetuningOptimizerSettings,
+    TaskSettings,
+)
 from bort.saved_model import ModelConfig, build_network, load_model, save_model
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.tasks import get_task
@@ -110,6 +116,51 @@ def test_a_run_what_it_leaves_and_the_same_command_again(places, tmp_path, capsy
     with pytest.raises(SystemExit):
         run_agora.main([*given, "--upper", "0.3", "--prune", "halving"])
     assert "contains a run with another --prune, --upper; give" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_under_other_spellings_of_its_paths(places, tmp_path, monkeypatch):
+    content = run_agora.main(arguments(places, "SST-2", tmp_path / "o", "--tau", "swap"))
+    journal = (tmp_path / "o" / "SST-2" / "journal.jsonl").read_bytes()
+    os.rename(tmp_path / "o", tmp_path / "moved")
+    monkeypatch.chdir(places)
+    given = [
+        *arguments(places, "SST-2", f"{tmp_path}/moved/", "--tau", "swap"),
+        *("--cache_dir", str(tmp_path / "cache"), "--pretrained_parameters", "pretrained/"),
+        *("--search_space", "./space.yaml", "--timaeus", "timaeus-SST-2/../timaeus-SST-2"),
+    ]
+    again = run_agora.main(given)
+    assert (tmp_path / "moved" / "SST-2" / "journal.jsonl").read_bytes() == journal
+    assert again["best"] == content["best"]
+
+
+def test_a_second_run_in_a_folder_is_refused(places, tmp_path, capsys):
+    held, refused = lock_folder(str(tmp_path / "SST-2")), pytest.raises(SystemExit)
+    with held, refused:
+        run_agora.main(arguments(places, "SST-2", tmp_path))
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
+    assert not (tmp_path / "SST-2" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("slot", "gpus"), [("0/2", "0"), ("1/2", "1"), (None, "0,1")])
+def test_fits_at_a_time_divide_the_gpus(monkeypatch, slot, gpus):
+    from bort.agora import run as agora_run
+
+    class Asked(Exception):  # noqa: N818
+        pass
+
+    def devices_of(given, *_):
+        raise Asked(given)
+
+    monkeypatch.setattr(agora_run, "devices_of", devices_of)
+    if slot:
+        monkeypatch.setenv("BORT_JOB_SLOT", slot)
+    tuner = agora_run.FineTuner(
+        get_task("SST-2"), [], TaskSettings("SST-2"), TokenizerSettings(), ClassifierSettings(),
+        FinetuningOptimizerSettings(), "0,1",
+    )  # fmt: skip
+    with pytest.raises(Asked) as asked:
+        tuner.fit([], {"lr": 0.1}, None, "")
+    assert asked.value.args == (gpus,)
 
 
 @pytest.mark.slow

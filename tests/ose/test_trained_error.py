@@ -18,6 +18,7 @@ from bort.bort import get_bort_model
 from bort.communicator import SingleProcess
 from bort.config import build
 from bort.errors import Stopped, UserError
+from bort.files import lock_folder
 from bort.jobs import OverTimeError, Serial
 from bort.ose import run as ose_run
 from bort.ose import trained_error as ose_training
@@ -278,31 +279,48 @@ def shapes_in(calls):
 
 
 def test_a_search_continues_and_repeats(data, tmp_path, in_process, capsys):
-    more = {"compare_strides": "1,2", "grid": "lr=0.01,0.02", "repeats": 2}
+    more = {"compare_strides": "1,2", "grid": "lr=0.01,0.02", "steps": 4, "teacher_steps": 4}
     result = run_ose.main(flags_of(data, tmp_path / "a", **more))
-    assert sorted(shapes_in(in_process)) == 4 * [MIDDLE.name] + 4 * [SMALL.name]
+    assert sorted(shapes_in(in_process)) == 2 * [MIDDLE.name] + 2 * [SMALL.name]
     out = capsys.readouterr().out
-    assert "   8 of 8  " in out
+    assert "   4 of 4  " in out
     strides = [line.split()[:2] for line in out.partition("stride  trained")[2].splitlines()]
-    assert strides[1:3] == [["1", "8"], ["2", "4"]]
+    assert strides[1:3] == [["1", "4"], ["2", "2"]]
 
     journal = tmp_path / "a" / "journal-0.jsonl"
     lines = journal.read_text().splitlines()
-    assert len(lines) == 9
-    journal.write_text("\n".join(lines[:6]) + '\n{"candidate": "torn')
+    assert len(lines) == 5
+    journal.write_text("\n".join(lines[:3]) + '\n{"candidate": "torn')
     in_process.clear()
     assert run_ose.main(flags_of(data, tmp_path / "a", **more)) == result
-    assert len(shapes_in(in_process)) == 3
-    assert run_ose.main(flags_of(data, tmp_path / "b", **more)) == result
+    assert len(shapes_in(in_process)) == 2
 
     report = json.loads((tmp_path / "a" / "ose.json").read_text())
     assert report["model_name"] == result.best.architecture.name
-    assert report["settings"]["TrainingSettings"]["repeats"] == 2
-    other = run_ose.main(flags_of(data, tmp_path / "c", **more, seed=1))
-    assert other.table != result.table
+    assert report["settings"]["TrainingSettings"]["repeats"] == 1
+    assert run_ose.main(flags_of(data, tmp_path / "b", **more, seed=1)).table != result.table
     with pytest.raises(SystemExit):
         run_ose.main(flags_of(data, tmp_path / "a", **more, dropout=0.3))
     assert "give another --output_dir" in capsys.readouterr().err
+
+
+def test_a_search_is_resumed_under_other_spellings_of_its_paths(data, tmp_path, in_process):
+    steps = {"steps": 4, "teacher_steps": 4}
+    result = run_ose.main(flags_of(data, tmp_path / "a", **steps))
+    os.rename(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "linked").symlink_to(data)
+    in_process.clear()
+    trained = {"data": f"{data}/./train/", "data_eval": tmp_path / "linked" / "test"}
+    again = run_ose.main(flags_of(data, f"{tmp_path}/./b/", **steps, **trained))
+    assert again == result
+    assert in_process == []
+
+
+def test_a_second_search_in_a_folder_is_refused(data, tmp_path, in_process, capsys):
+    with lock_folder(str(tmp_path)), pytest.raises(SystemExit):
+        run_ose.main(flags_of(data, tmp_path))
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
+    assert in_process == []
 
 
 def test_the_table_names_the_cap_and_the_divergence(
