@@ -249,7 +249,7 @@ class ByteLevelBPE(_Vocabulary):
         """
         content = [utf8_bytes(sentence) for sentence in sentences]
         ranks = self._ranks(b" ".join(content).decode())
-        sentence_ends = np.cumsum([len(one) + 1 for one in content])[:-1] - 1
+        sentence_ends = np.cumsum([len(sentence) + 1 for sentence in content])[:-1] - 1
         token_ends = self._sizes.take(ranks).cumsum()
         cuts = token_ends.searchsorted(sentence_ends, side="right").tolist()
         ids = self._ids.take(ranks)
@@ -360,7 +360,7 @@ def _byte_alphabet() -> dict[int, str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
-        byte: chr(0x100 + place) for place, byte in enumerate(others)
+        byte: chr(0x100 + index) for index, byte in enumerate(others)
     }
 
 

@@ -94,13 +94,13 @@ class BucketSampler:
 
     def __call__(self, position: int) -> np.ndarray:
         """Return the sequence indices, int64 [batch], of micro-batch `position` of the stream."""
-        number, place = divmod(position, self.batches_per_epoch)
+        number, index = divmod(position, self.batches_per_epoch)
         # Read once: another thread may be in another epoch.
         epoch = self._held
         if epoch is None or epoch.number != number:
             epoch = self._held = None  # never hold two epochs
             epoch = self._held = self._epoch(number)
-        batch = place if epoch.batches is None else int(epoch.batches[place])
+        batch = index if epoch.batches is None else int(epoch.batches[index])
         bucket = int(np.searchsorted(self._first_batches, batch, side="right")) - 1
         first, end = self._bounds[bucket : bucket + 2]
         start = first + (batch - self._first_batches[bucket]) * self._sizes[bucket]

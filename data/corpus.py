@@ -93,7 +93,8 @@ def _files_of(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         return _files_below(pattern)
     matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    return [path for path in matches if not os.path.isdir(path)]
+    # glob gives "nope/" for "nope/**" even where there is no such folder.
+    return [path for path in matches if os.path.lexists(path) and not os.path.isdir(path)]
 
 
 def _files_below(folder: str) -> list[str]:

@@ -69,7 +69,7 @@ class CorpusSettings:
         "text: files, globs (** for any number of folders) and folders, separated by commas "
         "(\\, is a comma in a name), or - for standard input. Plain text has one sentence per line "
         "and a blank line between documents; JSON lines (.jsonl, .ndjson, .json) and parquet have "
-        "one document per row. Any of them may be compressed with gzip, bzip2, xz or zstd"
+        "one document per row. Text and JSON lines may be compressed with gzip, bzip2, xz or zstd"
     )
     output_dir: str = required("folder for the shards, their tokenizer and manifest.json")
     text_field: str = option(
@@ -426,7 +426,7 @@ def _sentences(document: bytes) -> list[str]:
 
 @contextmanager
 def workers(maker: InstanceMaker, num_workers: int) -> Iterator[MakeInstances]:
-    """Start worker processes, unless one is enough; give what makes instances of blocks, in order.
+    """Start worker processes, if several; give a function that makes instances of blocks in order.
 
     On 200 MB of text two forked workers are 1.85 times as fast as one, spawned ones 1.55 times.
     """

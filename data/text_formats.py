@@ -1,4 +1,4 @@
-"""What a file of text may be: plain text, JSON lines or parquet, compressed or not.
+"""Formats of text files: plain text and JSON lines, compressed or not, and parquet.
 
 A file's format is told by its name, else by its first bytes. Files are read in pieces.
 """
@@ -45,6 +45,7 @@ _BINARY = {
     b"\x1f\x9d": "compressed with compress (.Z)",
     b"\x5d\x00\x00": "compressed with lzma (.lzma)",
     b"ARROW1": "an Arrow file",
+    b"PAR1": "parquet in another compression",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"\x7fELF": "a program",
@@ -54,8 +55,8 @@ _BINARY = {
     b"SQLite format 3": "an SQLite database",
 }
 _ACCEPTED = (
-    "give UTF-8 text, JSON lines (.jsonl, .ndjson, .json) or parquet (.parquet), plain or "
-    "compressed with gzip, bzip2, xz or zstd"
+    "give UTF-8 text or JSON lines (.jsonl, .ndjson, .json), plain or compressed with gzip, bzip2, "
+    "xz or zstd, or parquet (.parquet)"
 )
 _DAMAGED = "{path}: damaged, or not a {suffix} file ({error}); get it again"
 
@@ -120,7 +121,7 @@ def _first_bytes(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read(16)
     except OSError:
-        return b""  # whoever reads the file next says why
+        return b""  # the next read reports the error
 
 
 def _open_plain(path: str) -> Any:

@@ -163,6 +163,8 @@ def test_inputs_come_in_order_and_once(tmp_path):
     assert found("odd[1].txt") == ["odd[1].txt"]
     with pytest.raises(UserError, match=r"--input_file .*/x\*: no such file"):
         found("a.txt", "x*")
+    with pytest.raises(UserError, match=r"--input_file .*/nope/\*\*: no such file"):
+        found("nope/**")
     with pytest.raises(UserError, match=r"folder.txt: the folder holds no files"):
         found("folder.txt")
     with pytest.raises(UserError, match=r"--input_file ' ,': names no file"):
@@ -336,7 +338,7 @@ def test_binary_files_are_named(tmp_path, kind, compressed):
     if kind == "twice":
         content = gzip.compress(content)
     path.write_bytes(gzip.compress(content) if compressed else content)
-    with pytest.raises(UserError, match=rf"{path}: is {what}.*, not text; give UTF-8 text, JSON"):
+    with pytest.raises(UserError, match=rf"{path}: is {what}.*, not text; give UTF-8 text or JSON"):
         scan(TextSource(str(path)))
 
 

@@ -468,7 +468,11 @@ BAD_INPUTS = {
     "no worker": (b"One.", {"num_workers": 0}, r"--num_workers 0: must be at least 1"),
     "no copy": (b"One.", {"dupe_factor": 0}, r"--dupe_factor 0: must be at least 1"),
     "no shard": (b"One.", {"num_outputs": 0}, r"--num_outputs 0: must be at least 1"),
-    "binary": (b"%PDF-1.4 \0", {}, r"a.txt: is a PDF file, not text; give UTF-8 text, JSON lines"),
+    "binary": (
+        b"%PDF-1.4 \0",
+        {},
+        r"a.txt: is a PDF file, not text; give UTF-8 text or JSON lines",
+    ),
     "no tokenizer": (b"One.", {"sentencepiece": "x.model"}, r"x.model: cannot be read"),
     "odd format": (b"One.", {"format": "odd"}, r"argument --format: invalid choice: 'odd'"),
 }
