@@ -164,12 +164,12 @@ def test_fits_at_a_time_divide_the_gpus(monkeypatch, slot, gpus):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(places, tmp_path, monkeypatch):
-    from bort.agora import run as agora_finetuning
+def test_an_interrupted_run_is_resumed(places, tmp_path, monkeypatch):
+    from bort.agora import run as agora_run
 
     more = ("--tau", "dropout,noise", "--warm_start")
     expected = run_agora.main(arguments(places, "CB", tmp_path / "whole", *more))
-    fit, fits = agora_finetuning.FineTuner.fit, []
+    fit, fits = agora_run.FineTuner.fit, []
 
     def dying(*each):
         if len(fits) == 2:
@@ -177,10 +177,11 @@ def test_a_killed_run_goes_on(places, tmp_path, monkeypatch):
         fits.append(each)
         return fit(*each)
 
-    monkeypatch.setattr(agora_finetuning.FineTuner, "fit", dying)
+    monkeypatch.setattr(agora_run.FineTuner, "fit", dying)
     given = arguments(places, "CB", tmp_path / "killed", *more)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         run_agora.main(given)
+    assert stopped.value.code == 130
     monkeypatch.undo()
     resumed = run_agora.main(given)
     for one in (expected, resumed):
