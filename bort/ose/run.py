@@ -15,7 +15,7 @@ from bort.communicator import Communicator, SingleProcess, communicator_of_envir
 from bort.config import as_dict
 from bort.errors import UserError
 from bort.files import lock_folder
-from bort.jobs import Caps, Executor, Processes, Ranks, Serial
+from bort.jobs import Caps, Executor, Processes, Ranks
 from bort.mxnet_setup import usable_cores
 from bort.ose.bert_family import BertFamily, heads_first, load_space, measure_latency
 from bort.ose.candidates import (
@@ -76,22 +76,29 @@ def run_ose(
     if communicator.rank > 0:
         jobs.serve(communicator)
         return None
-    shapes = space.shapes
-    known = read_errors(settings.errors, shapes) if settings.errors else None
-    strides = read_strides(settings, len(known[0] if known else shapes))
     everything = as_dict(space_settings, settings, training)
-    if not known and not training.data:
-        show(space, shapes, settings, {}, everything)
-        return None
+    if not training.data:
+        return known_search(space, settings, everything)
+    strides = read_strides(settings, len(space.members))
     with lock_folder(settings.output_dir, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
         with executor_of(training, communicator) as executor:
-            if known:
-                errors = Errors(*known)
-            else:
-                errors = trained_errors(space, settings, training, manifests, executor)
-            results = {
-                stride: run_search(space, errors, settings.seed, stride) for stride in strides
-            }
+            errors = trained_errors(space, settings, training, manifests, executor)
+            results = run_searches(space, errors, settings.seed, strides)
+        show(space, errors.space, settings, results, everything)
+    return results[settings.stride]
+
+
+def known_search(
+    space: OrderedSpace, settings: SearchSettings, everything: Mapping[str, Any]
+) -> Optional[OseResult]:
+    """Search with errors that are known, if there are any, and print what is asked for."""
+    if not settings.errors:
+        show(space, space.shapes, settings, {}, everything)
+        return None
+    errors = Errors(*read_errors(settings.errors, space.shapes))
+    strides = read_strides(settings, len(errors.space))
+    results = run_searches(space, errors, settings.seed, strides)
+    with lock_folder(settings.output_dir, "--output_dir"):
         show(space, errors.space, settings, results, everything)
     return results[settings.stride]
 
@@ -137,8 +144,6 @@ def load_ordered_space(settings: SpaceSettings, manifests: Sequence[Manifest]) -
 
 def executor_of(training: TrainingSettings, communicator: Communicator) -> Executor:
     """Return the executor that trains candidates: in processes, or on Horovod's ranks."""
-    if not training.data:
-        return Serial()
     caps = Caps(training.max_seconds, training.max_memory)
     if communicator.size > 1:
         return Ranks(communicator, isolated=(training.threads, caps))
@@ -190,19 +195,24 @@ def with_progress(spread: Map) -> Map:
     return printing
 
 
-def run_search(space: OrderedSpace, errors: Errors, seed: int, stride: int) -> OseResult:
+def run_searches(
+    space: OrderedSpace, errors: Errors, seed: int, strides: Sequence[int]
+) -> dict[int, OseResult]:
     """Extract the best of the architectures with errors, against the T of the whole space."""
-    return extract(
-        errors.space,
-        space.family.parameter_size,
-        space.family.inference_cost,
-        errors.surrogate,
-        maximum_point=space.maximum_point.architecture,
-        stride=stride,
-        seed=seed,
-        tie_break=heads_first,
-        **errors.options,
-    )
+    return {
+        stride: extract(
+            errors.space,
+            space.family.parameter_size,
+            space.family.inference_cost,
+            errors.surrogate,
+            maximum_point=space.maximum_point.architecture,
+            stride=stride,
+            seed=seed,
+            tie_break=heads_first,
+            **errors.options,
+        )
+        for stride in strides
+    }
 
 
 # ---- what is printed and written -----------------------------------------------------------------
