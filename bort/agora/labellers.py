@@ -57,7 +57,7 @@ class FileTimaeus:
     def __init__(self, task: Task, path: str, to_label: str) -> None:
         """Read the labels; raises `UserError` naming the first invalid line."""
         self.task, self.path, self.to_label = task, path, to_label
-        self._known: dict[Any, _Known] = {}
+        self.known: dict[Any, _Known] = {}
         for number, line in enumerate(_lines(path), start=1):
             if line.strip():
                 self._add(number, line)
@@ -66,7 +66,7 @@ class FileTimaeus:
         where = f"{self.path}:{number}"
         inputs, label = _parsed(where, line)
         known = _Known(self._checked(where, label), number)
-        before = self._known.setdefault(input_key(inputs), known)
+        before = self.known.setdefault(input_key(inputs), known)
         if before.label != known.label:
             raise UserError(
                 f"{where}: another label than on line {before.line} for the same input; keep one"
@@ -91,7 +91,7 @@ class FileTimaeus:
 
         Raises `LabelsMissingError` after it has written the inputs without a label to `to_label`.
         """
-        missing = [each for each in inputs if input_key(each) not in self._known]
+        missing = [each for each in inputs if input_key(each) not in self.known]
         if missing:
             write_lines(self.to_label, ({"inputs": each, "label": None} for each in missing))
             raise LabelsMissingError(
@@ -101,7 +101,7 @@ class FileTimaeus:
             )
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.to_label)
-        return np.array([self._known[input_key(each)].label for each in inputs])
+        return np.array([self.known[input_key(each)].label for each in inputs])
 
 
 def _lines(path: str) -> Iterable[bytes]:

@@ -13,6 +13,7 @@ from bort.files import read_yaml
 from bort.grids import check_size, combinations
 from bort.types import Hyperparameters
 
+MAX_INTEGER = 2**63 - 1
 EXACT_INTEGERS = 2**53  # from here on a float may stand for several integers
 
 
@@ -62,6 +63,8 @@ def _typed(path: str, name: str, value: Any, expected: type) -> Any:
     """Return a value of a grid as int or float; integers are never rounded."""
     try:
         if expected is int and isinstance(value, (int, str)) and not isinstance(value, bool):
+            if not -MAX_INTEGER <= int(value) <= MAX_INTEGER:
+                raise UserError(f"{path}: {name}: {quoted(value)} has more than 63 bits")
             return int(value)
         number = float(value)
     except (TypeError, ValueError, OverflowError):

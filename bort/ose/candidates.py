@@ -200,9 +200,16 @@ def _is_line(record: Any) -> bool:
 
 
 def _measurement(record: Mapping[str, Any]) -> Measurement:
-    """Return the measurement of a line; its candidate's number is not known here: -1."""
-    error = math.inf if record["error"] is None else float(record["error"])
+    """Return the measurement of a line; its candidate's number is not known here: -1.
+
+    Raises `ValueError` for values that no measurement has.
+    """
+    error, seconds = record["error"], record["seconds"]
     failure = FAILURES[FAILURES.index(record["failure"])]
-    if error < 0 or (failure == "") != math.isfinite(error):
-        raise ValueError(f"error {error}")
-    return Measurement(-1, error, float(record["seconds"]), failure)
+    if (error is None) != bool(failure):
+        raise ValueError(f"error {quoted(error)} with failure {failure!r}")
+    for name, value in (("error", error), ("seconds", seconds)):
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (known and 0 <= value < math.inf) and not (name == "error" and failure):
+            raise ValueError(f"{name} {quoted(value)}")
+    return Measurement(-1, math.inf if failure else float(error), float(seconds), failure)

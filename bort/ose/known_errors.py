@@ -59,9 +59,13 @@ def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], S
 
 def _read_row(where: str, row: Mapping[str, Optional[str]]) -> tuple[Shape, float]:
     try:
-        shape, error = shape_of(row["architecture"] or ""), float(row["error"] or "")
-    except (UserError, ValueError) as problem:
+        shape = shape_of(row["architecture"] or "")
+    except UserError as problem:
         raise UserError(f"{where}: {problem}") from None
+    try:
+        error = float(row["error"] or "")
+    except ValueError:
+        raise UserError(f"{where}: error {quoted(row['error'])}: must be a number") from None
     if error < 0:
         raise UserError(f"{where}: error {error}: must not be negative")
     return shape, error

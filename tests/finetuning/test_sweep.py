@@ -337,6 +337,7 @@ def test_published_space():
         ("lr: [1", "is not YAML"),
         ("seed: [1]\nlr: [1]\nseed: [2]", "stands on line 1 and again on line 3"),
         ("seed: [9007199254740993.5]", "is no int"),
+        (f"seed: [{2**63}]", "has more than 63 bits"),
         (
             "".join(f"{n}: {list(range(1, 60))}\n" for n in ("epochs", "seed", "batch_size")),
             "205,379 combinations; at most 10,000 are allowed",

@@ -292,13 +292,13 @@ def make_labels(folder: Path) -> None:
 
 def read_labels(folder: Path) -> Any:
     """Read labels that were made elsewhere and ask for those that are there."""
-    from bort.agora.text import FileTimaeus
+    from bort.agora.labellers import FileTimaeus
     from data.tasks import get_task
 
     path = folder / "labels.jsonl"
     timaeus = FileTimaeus(get_task("SST-2"), str(path), str(folder / "to_label.jsonl"))
     inputs = [((one,),) for one in samples.sentences(8)]
-    known = set(timaeus.labels)
+    known = timaeus.known
     found = timaeus.label(inputs) if len(known) >= 8 and path.is_file() else np.zeros(0)
     require(np.isin(found, (0, 1)).all(), "a label that is none")
     return found
