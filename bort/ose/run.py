@@ -242,9 +242,9 @@ def show(
 
 def measure_latencies(shapes: Sequence[Shape], sequence_length: int) -> dict[Shape, float]:
     """Return seconds for one input of each shape, with a progress bar on a terminal."""
-    seconds = {}
-    with ProgressBar("measuring latencies", len(shapes), unit="model") as progress:
+    latencies = {}
+    with ProgressBar("latency", len(shapes), unit="model", lines=False) as progress:
         for shape in shapes:
-            seconds[shape] = measure_latency(shape, sequence_length)
+            latencies[shape] = measure_latency(shape, sequence_length)
             progress.advance()
-    return seconds
+    return latencies
