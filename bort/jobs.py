@@ -157,8 +157,8 @@ class Executor(futures.Executor):
         waiting: deque[Future[Result]] = deque()
         rest = iter(items)
         while True:
-            room = self.workers + ahead - len(waiting)
-            waiting.extend(self.submit(function, item) for item in itertools.islice(rest, room))
+            free = self.workers + ahead - len(waiting)
+            waiting.extend(self.submit(function, item) for item in itertools.islice(rest, free))
             if not waiting:
                 return
             future = waiting.popleft()

@@ -424,17 +424,28 @@ def _sentences(document: bytes) -> list[str]:
     return list(filter(None, map(str.strip, document.decode().split("\n"))))
 
 
+def start_workers(maker: InstanceMaker, num_workers: int) -> WorkerPool | None:
+    """Start worker processes; None where the system has no semaphores for them."""
+    try:
+        return WorkerPool(num_workers, maker)
+    except (OSError, NotImplementedError) as error:  # such as a /dev/shm that cannot be written
+        reason = f"{type(error).__name__}: {error}"
+        print(f"warning: one process instead of {num_workers} ({reason})", file=sys.stderr)
+        return None
+
+
 @contextmanager
 def workers(maker: InstanceMaker, num_workers: int) -> Iterator[MakeInstances]:
     """Start worker processes, if several; give a function that makes instances of blocks in order.
 
     On 200 MB of text two forked workers are 1.85 times as fast as one, spawned ones 1.55 times.
     """
-    if num_workers <= 1:
+    started = start_workers(maker, num_workers) if num_workers > 1 else None
+    if started is None:
         yield functools.partial(map, maker)
         return
     try:
-        with WorkerPool(num_workers, maker) as pool:
+        with started as pool:
             ahead = num_workers * _BLOCKS_AHEAD_PER_WORKER
             yield lambda blocks: pool.in_order(maker, blocks, ahead)
     except ProcessDiedError as error:

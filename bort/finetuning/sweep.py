@@ -211,7 +211,8 @@ def run_all(pending: Sequence[SweepRun], count: int, runs: Sequence[SweepRun]) -
 
     When interrupted, the runs save a checkpoint and end first.
     """
-    threads = cpu_threads() if "OMP_NUM_THREADS" in os.environ else None
+    chosen = os.environ.get("OMP_NUM_THREADS", "").isdecimal()  # by the user
+    threads = cpu_threads() if chosen else None
     left = len(pending)
     with Processes(count, threads, patience=math.inf) as executor:
         function = partial(execute, str(PROGRAM))

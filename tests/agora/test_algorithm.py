@@ -116,7 +116,7 @@ def run(settings=None, socrates=None, timaeus=None, **more):
 
 
 def comparable(result):
-    """Everything a run decides: also the images' inputs, which records do not compare."""
+    """Everything a run decides: also the augmented inputs, which records do not compare."""
     inputs = [input_key(example.input) for one in result.rounds for example in one.augmented]
     return result.best, result.rounds, inputs, input_key(result.best.model)
 
@@ -213,7 +213,7 @@ def test_images_at_random_are_as_many_but_not_of_the_mistakes():
 def test_dev_and_test_never_enter_train():
     dev, test = noisy_dev(), points(40, seed=2)
 
-    def tau(example, generator):  # every second image is a row that must not be used
+    def tau(example, generator):  # every second result is a row that must not be used
         if generator.random() < 0.5:
             return TAU(example, generator)
         rows = generator.choice([dev, test]).inputs

@@ -270,7 +270,7 @@ def test_a_models_labels():
 
 
 def test_labels_made_elsewhere(finished, tmp_path):
-    """The run stops for the labels of dev, then of each round's images, and ends as the other."""
+    """The run stops for the labels of dev and of each round, and gives the same result."""
     labels, wanted = tmp_path / "labels.jsonl", tmp_path / "to_label.jsonl"
 
     def resume():
@@ -286,7 +286,7 @@ def test_labels_made_elsewhere(finished, tmp_path):
         with open(labels, "a", encoding="utf-8") as handle:
             for line, scores in zip(lines, rule(rows)):
                 handle.write(json.dumps({**line, "label": "01"[int(scores[1] > 0)]}) + "\n")
-    # It stopped for dev, and for the images of each round but the last.
+    # It stopped for dev, and for the augmented examples of each round but the last.
     assert comparable(resume()) == comparable(finished[1])
     assert not wanted.exists()
 

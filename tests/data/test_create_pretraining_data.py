@@ -674,6 +674,17 @@ def test_a_killed_worker_ends_the_run():
         run()
 
 
+def test_without_shared_memory_one_process_makes_the_shards(monkeypatch, capsys):
+    def unusable(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", unusable)
+    with workers(instance_maker(), 2) as make:
+        (instances,) = make([Block(0, 0, [b"One, two."])])
+    assert instances.documents == 1
+    assert capsys.readouterr().err.startswith("warning: one process instead of 2 (PermissionError")
+
+
 def test_the_closing_table(tmp_path, capsys):
     create(tmp_path / "out", verbose=True)
     output = capsys.readouterr().out

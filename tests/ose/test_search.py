@@ -493,7 +493,7 @@ def test_a_journal_without_its_first_line_is_set_aside(tmp_path, capsys):
     assert len(path.read_bytes().splitlines()) == 9
 
 
-def test_a_journal_cut_within_its_first_line_begins_anew(tmp_path):
+def test_a_journal_cut_within_its_first_line_starts_again(tmp_path):
     (tmp_path / "journal-0.jsonl").write_text('{"format": 2, "sea')
     assert SearchJournal(str(tmp_path), {}).known == {}
     assert _lines(tmp_path / "journal-0.jsonl") == ['{"format": 2, "search": {}}']
