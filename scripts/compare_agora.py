@@ -18,7 +18,7 @@ from typing import Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
-from bort.agora.comparison import Column, columns_of, table
+from bort.agora.comparison import Column, columns_of, comparison_table
 from bort.config import OneLineParser
 from bort.errors import entry_point
 from data.tasks import get_task
@@ -42,7 +42,7 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Column]:
         )
     flags = parser.parse_args(argv)
     columns = columns_of(get_task(flags.task), flags.plain, flags.agora, flags.random)
-    print(table(flags.task, columns), end="")
+    print(comparison_table(flags.task, columns), end="")
     return columns
 
 

@@ -74,7 +74,7 @@ def _mean(runs: Sequence[Mapping[str, Any]]) -> float:
     return float(np.mean([run["seconds"] for run in runs]))
 
 
-def table(name: str, columns: Sequence[Column]) -> str:
+def comparison_table(name: str, columns: Sequence[Column]) -> str:
     """Return the columns of one task as a Markdown table."""
     by_name = {column.name: column for column in columns}
     gains = by_name["Agora"].scores - by_name["best of grid"].scores

@@ -68,7 +68,7 @@ class Report:
         }
         self.content["seconds"] = seconds
         self.write()
-        plot(os.path.join(self.folder, "agora.png"), self.rounds)
+        plot_rounds(os.path.join(self.folder, "agora.png"), self.rounds)
         print(f"best of the grid  {metrics_line(first)}")
         print(f"Agora             {metrics_line(last)}")
 
@@ -135,7 +135,7 @@ def inputs_text(inputs: Inputs) -> str:
     return " || ".join(" | ".join(" ".join(text.split()) for text in texts) for texts in inputs)
 
 
-def plot(path: str, rounds: Sequence[Round]) -> None:
+def plot_rounds(path: str, rounds: Sequence[Round]) -> None:
     """Plot score and size of the training data by round."""
     steps = np.arange(len(rounds))
     with figure_file(path, 8, 3.4) as figure:

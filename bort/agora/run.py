@@ -369,7 +369,7 @@ class _Run:
 
 def read_rows(task: Task, settings: TaskSettings) -> TextData:
     """Read the data of the task; print how many rows of train were dropped."""
-    data = agora_text.read_data(
+    data = agora_text.read_text_data(
         task, settings.data_dir, settings.skip_bad_rows, settings.train_rows
     )
     if data.dropped:

@@ -51,7 +51,7 @@ class TextData(NamedTuple):
     dropped: int
 
 
-def read_data(
+def read_text_data(
     task: Task,
     data_dir: Optional[str],
     skip_bad_rows: bool = False,
@@ -114,8 +114,8 @@ def predictions_of(task: Task, scores: np.ndarray) -> np.ndarray:
     return task.predict(scores)
 
 
-def scores_of(task: Task, predictions: np.ndarray) -> np.ndarray:
-    """Return scores that `predictions_of` turns into these predictions."""
+def logits_for(task: Task, predictions: np.ndarray) -> np.ndarray:
+    """Return logits that `predictions_of` turns into these predictions."""
     if task.kind == TaskKind.REGRESSION:
         return predictions
     if task.kind == TaskKind.CANDIDATES:
@@ -132,7 +132,7 @@ def objective_of(task: Task, dev: Sequence[Example], edges: Sequence[float]) -> 
     def score(labels: np.ndarray, predictions: np.ndarray) -> float:
         if not np.isfinite(predictions).all():
             return float("nan")
-        return task.score(task.metrics(dev, scores_of(task, predictions)))
+        return task.score(task.metrics(dev, logits_for(task, predictions)))
 
     if task.kind == TaskKind.REGRESSION:
         return agora.regression(edges, score)

@@ -127,7 +127,7 @@ class Draw:
     test: agora.Examples
 
 
-def draw(task: Task, seed: int) -> Draw:
+def draw_task(task: Task, seed: int) -> Draw:
     """Draw a task; only the training set is biased."""
     inputs, classes, seen = task(POOL + DEV + TIMAEUS + TEST, np.random.default_rng(seed))
     train = np.flatnonzero(seen[:POOL])[:TRAIN]
@@ -136,9 +136,9 @@ def draw(task: Task, seed: int) -> Draw:
     return Draw(*(agora.Examples(inputs[rows], classes[rows]) for rows in (train, *rest)))
 
 
-def compare(task: Task, tau: agora.Tau, seed: int) -> list[float]:
+def compare_methods(task: Task, tau: agora.Tau, seed: int) -> list[float]:
     """Return the test accuracy of each of `METHODS` on one draw of the task."""
-    data, socrates = draw(task, seed), ToyNetwork()
+    data, socrates = draw_task(task, seed), ToyNetwork()
     timaeus = Neighbours(data.sample)
     enumerated = agora.Store()  # the fits of the grid are the first round of Agora
     runs = (
@@ -176,7 +176,7 @@ def table_of(accuracies: dict[str, np.ndarray]) -> str:
     return markdown_table(["task", *METHODS, *gains], rows)
 
 
-def plot(accuracies: dict[str, np.ndarray], path: str) -> None:
+def plot_accuracies(accuracies: dict[str, np.ndarray], path: str) -> None:
     """Plot the test accuracies of all draws, their means and 95 % confidence intervals."""
     with figure_file(path, 4 * len(accuracies), 4) as figure:
         panels = figure.subplots(1, len(accuracies), sharey=True, squeeze=False)[0]
@@ -195,7 +195,7 @@ def run_toys(settings: ToySettings) -> dict[str, np.ndarray]:
     warnings.simplefilter("ignore")  # biased training sets and short fits are intended here
     start = time.perf_counter()
     accuracies = {
-        name: np.array([compare(task, tau, seed) for seed in range(settings.seeds)])
+        name: np.array([compare_methods(task, tau, seed) for seed in range(settings.seeds)])
         for name, (task, tau) in TASKS.items()
     }
     table = table_of(accuracies)
@@ -205,5 +205,5 @@ def run_toys(settings: ToySettings) -> dict[str, np.ndarray]:
         with atomic_write(settings.table) as handle:
             handle.write(table)
     if settings.plot:
-        plot(accuracies, settings.plot)
+        plot_accuracies(accuracies, settings.plot)
     return accuracies

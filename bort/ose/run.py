@@ -43,7 +43,12 @@ from bort.ose.report import (
     write_report,
 )
 from bort.ose.search import OseResult, check_maximum_point, extract, largest, ordered
-from bort.ose.trained_error import TrainedError, describe, prepare_teacher, remove_candidates
+from bort.ose.trained_error import (
+    TrainedError,
+    prepare_teacher,
+    remove_candidates,
+    search_description,
+)
 from bort.progress import ProgressBar
 from bort.shapes import Shape, shape_of
 from data.shards import Manifest, open_shards
@@ -71,7 +76,7 @@ def run_ose(
     communicator = communicator_of_environment() if training.data else SingleProcess()
     if communicator.size > 1 and training.workers:
         raise UserError("--workers: horovodrun spreads the search over its ranks; leave it out")
-    manifests = open_data(training) if training.data else []
+    manifests = open_manifests(training) if training.data else []
     space = load_ordered_space(space_settings, manifests)
     if communicator.rank > 0:
         jobs.serve(communicator)
@@ -103,7 +108,7 @@ def known_search(
     return results[settings.stride]
 
 
-def open_data(settings: TrainingSettings) -> list[Manifest]:
+def open_manifests(settings: TrainingSettings) -> list[Manifest]:
     """Return the manifests of both sets of shards; raises `UserError` when tokenizers differ."""
     manifests = [open_shards(str(path)).manifest for path in (settings.data, settings.data_eval)]
     if manifests[0].tokenizer_fingerprint != manifests[1].tokenizer_fingerprint:
@@ -170,7 +175,7 @@ def trained_errors(
         "hparams": training.hyperparameters(),
         "repeats": training.repeats,
         "map": with_progress(executor_map(executor)),
-        "journal": SearchJournal(folder, describe(training, manifests, teacher)),
+        "journal": SearchJournal(folder, search_description(training, manifests, teacher)),
     }
     return Errors(space.shapes, TrainedError(training, folder, teacher), options)
 

@@ -231,7 +231,7 @@ def held_out_entropy(shards: ShardSet, cache: str, num_buckets: int) -> float:
     return total / positions
 
 
-def describe(
+def search_description(
     settings: TrainingSettings, manifests: Sequence[Manifest], teacher: Optional[TrainedTeacher]
 ) -> dict[str, Any]:
     """Return what an error depends on besides the key of its candidate: see `SearchJournal`."""

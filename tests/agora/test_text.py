@@ -56,28 +56,28 @@ def write_task(folder, **splits):
 def test_rows_of_train_that_dev_or_test_holds_are_left_out(tmp_path):
     train = [("one", 1), ("two", 0), ("three", 1), ("four", 0), ("five", 1)]
     folder = write_task(tmp_path, train=train, dev=[("two", 0)], test=[("five", 1), ("six", 0)])
-    data = agora_text.read_data(TASK, folder)
+    data = agora_text.read_text_data(TASK, folder)
     assert [one.inputs[0][0] for one in data.train] == ["one", "three", "four"]
     assert data.dropped == 2
     assert [one.label for one in data.test] == [1, 0]
     assert data.kept_out == [(("five",),), (("six",),)]
-    assert len(agora_text.read_data(TASK, folder, train_rows=2).train) == 2
+    assert len(agora_text.read_text_data(TASK, folder, train_rows=2).train) == 2
 
 
 def test_a_test_set_without_labels_only_keeps_its_rows_out():
-    data = agora_text.read_data(TASK, TEST_DATA)
+    data = agora_text.read_text_data(TASK, TEST_DATA)
     assert (data.test, len(data.kept_out)) == ([], 3)
 
 
 def test_a_labelled_test_set_that_shares_rows_with_dev_is_refused(tmp_path):
     folder = write_task(tmp_path, train=[("one", 1)], dev=[("two", 0)], test=[("two", 0)])
     with pytest.raises(UserError, match=r"test.tsv: 1 of its inputs are also in dev"):
-        agora_text.read_data(TASK, folder)
+        agora_text.read_text_data(TASK, folder)
 
 
 def test_a_task_without_training_set_is_refused_with_the_reason():
     with pytest.raises(UserError, match=r"AX-b: has no training set; run SuperGLUERTE and"):
-        agora_text.read_data(get_task("AX-b"), TEST_DATA)
+        agora_text.read_text_data(get_task("AX-b"), TEST_DATA)
 
 
 KINDS = ["SST-2", "CoLA", "MRPC", "STS-B", "MNLI", "CB", "COPA", "MultiRC", "ReCoRD", "RACE-M"]

@@ -15,7 +15,7 @@ from scripts import agora_toys
 @pytest.mark.parametrize("name", toys.TASKS)
 def test_only_the_training_set_is_biased_and_no_row_is_shared(name):
     task, _ = toys.TASKS[name]
-    data = toys.draw(task, seed=3)
+    data = toys.draw_task(task, seed=3)
     sets = (data.train, data.dev, data.sample, data.test)
     assert [len(each) for each in sets] == [40, 100, 30, 2000]
     keys = [input_key(example) for each in sets for example in each.inputs]
