@@ -12,10 +12,11 @@ from mxnet import autograd, nd
 from mxnet.gluon import HybridBlock, nn
 
 from bort.devices import runs_on_cpu
-from bort.encoder import Cut, Selection, backward, encode_embedding
+from bort.encoder import GatherIndices, GraphBreak, backward, encode_embedding
 from bort.errors import UserError
 from bort.parameters import load_parameters
 from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, ROBERTA, shape_of
+from bort.types import Block, Context, NDArray
 
 
 class BortModel(nlp.model.RoBERTaModel):
@@ -36,9 +37,9 @@ class BortModel(nlp.model.RoBERTaModel):
 class BortClassifier(HybridBlock):
     """Dropout - Dense(hidden, tanh) - Dropout - Dense(num_classes) over the first token's vector.
 
-    Inputs: token ids [batch, length] and valid_length [batch]; returns scores [batch, num_classes].
-    `bort` may be any BERTModel without decoder; with `extra_layer` one more Dense(hidden) comes
-    before the rest, as the paper is said to have had for CoLA.
+    Inputs: token ids [batch, length] and valid_length [batch]; returns logits [batch, num_classes].
+    `bort` may be any BERTModel without decoder; `extra_layer` adds a Dense(hidden) in front, which
+    the paper is said to have used for CoLA.
     """
 
     def __init__(
@@ -62,17 +63,17 @@ class BortClassifier(HybridBlock):
                 )
 
     def hybrid_forward(self, F: Any, inputs: Any, valid_length: Any) -> Any:  # noqa: N803
-        """Score the sequences (shapes: see the class)."""
+        """Return the logits of the sequences (shapes: see the class)."""
         return self.head(self.bort(inputs, valid_length))
 
     def head(self, sequence: Any) -> Any:
-        """Return the scores [batch, num_classes] of an encoded sequence [batch, length, hidden]."""
+        """Return the logits [batch, num_classes] of an encoded sequence [batch, length, hidden]."""
         first = sequence.slice_axis(axis=1, begin=0, end=1).squeeze(axis=1)
         return self.classifier(first if self.extra is None else self.extra(first))
 
 
 def check_length(model: nlp.model.BERTModel, inputs: Any) -> None:
-    """Raise `ValueError` when token ids [batch, length] exceed the position table of the model."""
+    """Raise `ValueError` when inputs [batch, length, ...] exceed the model's position table."""
     limit = model.encoder._max_length
     if isinstance(inputs, mx.nd.NDArray) and inputs.shape[1] > limit:
         raise ValueError(
@@ -91,8 +92,8 @@ def get_bort_model(
     root: str = "model",
     dropout: float = 0.1,
     max_length: int = MAX_LENGTH,
-    draw: bool = True,
-    gradients: bool = True,
+    random_init: bool = True,
+    trainable: bool = True,
 ) -> tuple[BortModel, Any]:
     """Build a Bort of any shape; returns it with its vocabulary, as GluonNLP's get_model does.
 
@@ -106,8 +107,8 @@ def get_bort_model(
         root: the folder of the released checkpoint.
         dropout: rate in embedding, attention and layers while training.
         max_length: number of positions.
-        draw: draw random weights; zeros are made sooner, for whoever loads others at once.
-        gradients: make room for gradients, which only training needs.
+        random_init: False: zeros, which is faster before weights are loaded.
+        trainable: allocate gradient buffers.
 
     Raises:
         UserError: unknown name, no vocabulary, or a checkpoint that is absent or does not fit.
@@ -132,7 +133,7 @@ def get_bort_model(
         use_decoder=use_decoder,
     )
     ctx = ctx or mx.cpu()
-    initialize(model, ctx, draw and not pretrained, gradients)
+    initialize(model, ctx, random_init and not pretrained, trainable)
     if pretrained:
         path = os.path.join(root, "bort.params")
         if not os.path.exists(path):
@@ -154,22 +155,39 @@ def vocabulary_size(vocab: Any) -> int:
     return vocab.vocab_size if hasattr(vocab, "vocab_size") else len(vocab)
 
 
-def initialize(model: HybridBlock, ctx: Any, draw: bool = True, gradients: bool = True) -> None:
-    """Draw weights from Normal(0, 0.02) and give every parameter its shape by one forward pass.
+class KeyedDropout(nn.Dropout):
+    """Dropout that `mx.random.seed` also seeds on a GPU; cuDNN's is seeded once per process."""
 
-    GluonNLP's Dense layers learn their input size from the first forward; before it, parameters
-    can be neither saved nor broadcast. The draw follows `mx.random.seed`; without `draw` all
-    weights are zero. Without `gradients` there are none, which halves the memory.
+    def hybrid_forward(self, F: Any, x: Any) -> Any:  # noqa: N803
+        """Drop values of x in training mode."""
+        return F.Dropout(x, p=self._rate, axes=self._axes, cudnn_off=True) if self._rate else x
+
+
+def _key_dropout(block: Block) -> None:
+    if type(block) is nn.Dropout:
+        block.__class__ = KeyedDropout
+
+
+def initialize(
+    model: HybridBlock, ctx: Any, random_init: bool = True, trainable: bool = True
+) -> None:
+    """Initialise weights from Normal(0, 0.02) and give every parameter its shape.
+
+    GluonNLP's Dense layers learn their input size from the first forward pass; before it,
+    parameters can be neither saved nor broadcast. The weights follow `mx.random.seed`; without
+    `random_init` all are zero. Without `trainable` no gradients are allocated, which halves the
+    memory.
     """
-    if not gradients:
+    model.apply(_key_dropout)
+    if not trainable:
         model.collect_params().setattr("grad_req", "null")
-    weights = mx.init.Normal(0.02) if draw else mx.init.Zero()
+    weights = mx.init.Normal(0.02) if random_init else mx.init.Zero()
     model.initialize(init=weights, ctx=ctx, force_reinit=True)
     for device in ctx if isinstance(ctx, (list, tuple)) else [ctx]:
         ids = mx.nd.zeros((1, 1), ctx=device)
         lengths = mx.nd.ones((1,), ctx=device)
         if isinstance(model, nlp.model.BERTModel):
-            # GluonNLP's own way: ours asks for parameters that have their shapes.
+            # GluonNLP's own forward pass: ours needs parameters that have their shapes.
             sequence = model._encode_sequence(ids, [], lengths)[0]
             if model._use_decoder:
                 positions = mx.nd.zeros((1,), ctx=device)
@@ -180,104 +198,120 @@ def initialize(model: HybridBlock, ctx: Any, draw: bool = True, gradients: bool 
 
 def encode(
     model: nlp.model.BERTModel,
-    ids: Any,
-    valid_length: Any,
-    first_only: bool = False,
-    only: Selection | None = None,
-) -> Any:
-    """Encode token ids [batch, length] to [batch, length, hidden]; Bort and RoBERTa alike.
+    ids: NDArray,
+    valid_length: NDArray,
+    cls_only: bool = False,
+    positions: GatherIndices | None = None,
+) -> NDArray:
+    """Encode token ids [batch, length] to [batch, length, hidden], with Bort or RoBERTa.
 
-    `valid_length` [batch] is of the model's type. With `first_only` nothing but the first token's
-    vector, [:, :1], is asked for; with `only` a selection of n positions, [n, hidden].
+    `valid_length` [batch] is of the model's dtype. With `cls_only` the caller uses token 0 alone,
+    [:, :1]; with `positions` the encodings of n positions are returned, [n, hidden].
     """
     check_length(model, ids)
     if runs_on_cpu(ids):
-        embedding = model.word_embed(ids)
-        return encode_embedding(model.encoder, embedding, valid_length, None, first_only, only)
-    return _selected(model._encode_sequence(ids, [], valid_length)[0], only)
+        embedding = model.word_embed(ids)  # [batch, length, hidden]
+        return encode_embedding(model.encoder, embedding, valid_length, None, cls_only, positions)
+    return _gathered(model._encode_sequence(ids, [], valid_length)[0], positions)
 
 
-def _selected(sequence: Any, only: Selection | None) -> Any:
-    if only is None:
+def _gathered(sequence: NDArray, positions: GatherIndices | None) -> NDArray:
+    """Return some positions [n, hidden] of a sequence [batch, length, hidden] on a GPU."""
+    if positions is None:
         return sequence
-    return sequence.reshape((-3, 0)).take(only.table.take(only.places))
+    return _rows(sequence.reshape((-3, 0)), positions.padded.take(positions.flat))
 
 
-class EmbeddingRows:
-    """A model's encoder for one batch, differentiated by hand where autograd is slow on a CPU.
+def _rows(table: NDArray, indices: NDArray) -> NDArray:
+    """Return rows of a table [n, hidden]; on a GPU the gradient of `take` is a serial kernel."""
+    if runs_on_cpu(table):
+        return table.take(indices)
+    return nd.Embedding(indices, table, input_dim=table.shape[0], output_dim=table.shape[1])
 
-    The gradient of the word embedding with respect to a batch's tokens is all zeros but for the
-    rows of these tokens. Left to autograd it is a second matrix of the vocabulary's size, filled,
-    added to that of the tied decoder and thrown away at every step: with 50,265 tokens, three times
-    206 MB. Here the rows are a leaf of the graph. The other places are LayerNorms: see
-    bort.encoder.
+
+class SparseEmbeddingGrad:
+    """The word embeddings of one batch, for a backward pass without their dense gradient.
+
+    The gradient of the embedding matrix with respect to a batch is zero but for the rows of its
+    tokens. autograd makes it a second matrix of the vocabulary's size, filled, added to that of the
+    tied decoder and freed at every step: with 50,265 tokens, three times 206 MB. Here the rows are
+    a leaf of the graph. On a CPU the graph is also broken at every LayerNorm: see bort.encoder.
     """
 
-    def __init__(self, model: nlp.model.BERTModel, ids: Any) -> None:
-        """Look up the distinct ids of a batch [batch, length], an NDArray."""
-        rows, places = np.unique(ids.asnumpy(), return_inverse=True)
+    def __init__(self, model: nlp.model.BERTModel, ids: np.ndarray, device: Context) -> None:
+        """Look up the distinct ids of a batch [batch, length]."""
+        rows, inverse = np.unique(ids, return_inverse=True)  # [distinct], [batch * length]
         self._parameter = model.word_embed[0].weight
-        self._context = ids.context
-        self._rows = nd.array(rows, ctx=ids.context, dtype="int32")
-        self.places = nd.array(places.reshape(ids.shape), ctx=ids.context, dtype="int32")
-        self.table = self._parameter.data(ids.context).take(self._rows)
-        self.table.attach_grad()
-        self.cuts: list[Cut] = []
+        self._device = device
+        self._rows = nd.array(rows, ctx=device, dtype="int32")
+        self._inverse = nd.array(inverse.reshape(ids.shape), ctx=device, dtype="int32")
+        self._table = self._parameter.data(device).take(self._rows)  # [distinct, hidden]
+        self._table.attach_grad()
+        self.breaks: list[GraphBreak] = []
 
-    def backward(self, head: Any, gradient: Any | None = None) -> None:
-        """Differentiate what was recorded from `encode_rows` on: a loss [1], or an array of which
-        the loss has this `gradient`.
+    def embedding(self) -> NDArray:
+        """Return the word embeddings [batch, length, hidden] of the batch."""
+        return _rows(self._table, self._inverse)
+
+    def backward(self, head: NDArray, gradient: NDArray | None = None) -> None:
+        """Differentiate what was recorded by `encode_for_backward`.
+
+        `head` is a loss [1], or an array with its `gradient`.
         """
-        backward(head, self.cuts, gradient)
-        whole = self._parameter.grad(self._context)
-        whole[self._rows] = whole.take(self._rows) + self.table.grad
+        backward(head, self.breaks, gradient)
+        whole = self._parameter.grad(self._device)
+        whole[self._rows] = whole.take(self._rows) + self._table.grad
 
 
-def encode_rows(
+def encode_for_backward(
     model: nlp.model.BERTModel,
-    rows: EmbeddingRows,
-    valid_length: Any,
-    first_only: bool = False,
-    only: Selection | None = None,
-) -> Any:
-    """Do what `encode` does, to be differentiated by `rows.backward`."""
-    embedding = rows.table.take(rows.places)
+    embeddings: SparseEmbeddingGrad,
+    valid_length: NDArray,
+    cls_only: bool = False,
+    positions: GatherIndices | None = None,
+) -> NDArray:
+    """Do what `encode` does, to be differentiated by `embeddings.backward`."""
+    embedding = embeddings.embedding()
+    check_length(model, embedding)
     if runs_on_cpu(embedding):
-        return encode_embedding(model.encoder, embedding, valid_length, rows.cuts, first_only, only)
-    embedding = embedding.transpose((1, 0, 2))
-    sequence = model.encoder(embedding, valid_length=valid_length)[0].transpose((1, 0, 2))
-    return _selected(sequence, only)
+        return encode_embedding(
+            model.encoder, embedding, valid_length, embeddings.breaks, cls_only, positions
+        )
+    by_position = embedding.transpose((1, 0, 2))  # [length, batch, hidden]
+    sequence = model.encoder(by_position, valid_length=valid_length)[0].transpose((1, 0, 2))
+    return _gathered(sequence, positions)
 
 
-def masked_hidden(model: nlp.model.BERTModel, sequence: Any, positions: Any) -> Any:
+def masked_hidden(model: nlp.model.BERTModel, sequence: NDArray, positions: NDArray) -> NDArray:
     """Return the decoder's hidden states [n, hidden] before the projection onto the vocabulary.
 
     `positions` [n] index the flattened [batch * length] grid of `sequence`: unlike GluonNLP's
-    [batch, masks] table it has no padding, so nothing is projected in vain.
+    [batch, masks] table it has no padding, which would be projected for nothing.
     """
     return decoder_hidden(model, sequence.reshape((-3, 0)).take(positions))
 
 
-def decoder_hidden(model: nlp.model.BERTModel, rows: Any) -> Any:
+def decoder_hidden(model: nlp.model.BERTModel, hidden_states: NDArray) -> NDArray:
     """Return the decoder's hidden states [n, hidden] of encoded positions [n, hidden]."""
     dense, gelu, layer_norm, _ = model.decoder
-    return layer_norm(gelu(dense(rows)))
+    return layer_norm(gelu(dense(hidden_states)))
 
 
-def decode(model: nlp.model.BERTModel, hidden: Any) -> Any:
+def decode(model: nlp.model.BERTModel, hidden_states: NDArray) -> NDArray:
     """Project hidden states [n, hidden] onto the vocabulary: logits [n, vocabulary].
 
-    Written the other way round, matrix times hidden states: the few hidden states are then the
-    operand that oneDNN reorders, not the matrix. Where a gradient will be asked for, the bias is
-    added as an outer product: MXNet's broadcast sums it slowly. A fifth less time than the layer's.
+    Computed as matrix times hidden states: the few hidden states are then the operand that oneDNN
+    reorders, not the matrix. While a gradient is recorded, the bias is added as an outer product:
+    MXNet's broadcast sums its gradient slowly. Takes a fifth less time than the layer itself.
     """
     layer = model.decoder[3]
-    weight, bias = (one.data(hidden.context) for one in (layer.weight, layer.bias))
-    products = nd.FullyConnected(weight, hidden, no_bias=True, num_hidden=hidden.shape[0])
-    products, bias = products.transpose(), bias.reshape((1, -1))
+    weight, bias = (p.data(hidden_states.context) for p in (layer.weight, layer.bias))
+    count = hidden_states.shape[0]
+    products = nd.FullyConnected(weight, hidden_states, no_bias=True, num_hidden=count)
+    products, bias = products.transpose(), bias.reshape((1, -1))  # [n, vocabulary]
     if not autograd.is_recording():
         return nd.broadcast_add(products, bias)
-    ones = nd.ones((hidden.shape[0], 1), ctx=hidden.context, dtype=hidden.dtype)
+    ones = nd.ones((count, 1), ctx=hidden_states.context, dtype=hidden_states.dtype)
     return nd.elemwise_add(products, nd.dot(ones, bias))
 
 
@@ -293,22 +327,22 @@ def build_network(
     ctx: Any,
     use_decoder: bool = True,
     dropout: float = 0.0,
-    draw: bool = True,
-    gradients: bool = True,
+    random_init: bool = True,
+    trainable: bool = True,
 ) -> nlp.model.BERTModel:
     """Build a network with random weights: one of GluonNLP's RoBERTa models or a shape of ours.
 
-    Without `draw` the weights are zero, for whoever loads others at once; without `gradients` it
-    cannot be trained.
+    Without `random_init` the weights are zero, which is faster before others are loaded; without
+    `trainable` it has no gradients.
 
     Raises `UserError` for any other name.
     """
-    vocab = range(vocab_size)  # asked for nothing but its length
+    vocab = range(vocab_size)  # only its length is used
     if model_name in ROBERTA:
         network, _ = nlp.model.get_model(
             model_name, vocab=vocab, pretrained=False, use_decoder=use_decoder, dropout=dropout
         )
-        initialize(network, ctx or mx.cpu(), draw, gradients)
+        initialize(network, ctx or mx.cpu(), random_init, trainable)
         return network
     try:
         shape_of(model_name)
@@ -320,6 +354,6 @@ def build_network(
         ctx=ctx,
         use_decoder=use_decoder,
         dropout=dropout,
-        draw=draw,
-        gradients=gradients,
+        random_init=random_init,
+        trainable=trainable,
     )[0]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Sequence
 
 import mxnet as mx
+import numpy as np
 from mxnet import nd
 
 from bort.communicator import Communicator
 from bort.errors import UserError
 from bort.types import Context
+
+GPU_WIDTH = 8  # tokens
 
 
 def devices_of(gpus: str | None, cpu_contexts: int, communicator: Communicator) -> list[Context]:
@@ -42,9 +46,13 @@ def devices_of(gpus: str | None, cpu_contexts: int, communicator: Communicator) 
 
 
 def check_dtype(dtype: str, devices: Sequence[Context]) -> None:
-    """Raise `UserError` when the devices cannot train in a dtype."""
-    if dtype == "float16" and any(device.device_type != "gpu" for device in devices):
+    """Raise `UserError` when the devices cannot train in a dtype; prepare MXNet for float16."""
+    if dtype != "float16":
+        return
+    if not all(uses_gpu_code(device) for device in devices):
         raise UserError("--dtype float16: needs GPUs; give --gpus, or --dtype float32")
+    # Softmax and LayerNorm then sum in float32; MXNet reads it at every call.
+    os.environ.setdefault("MXNET_SAFE_ACCUMULATION", "1")
 
 
 def unused_gpus(devices: Sequence[Context]) -> str:
@@ -56,6 +64,23 @@ def unused_gpus(devices: Sequence[Context]) -> str:
     return f"this machine has {there} GPU(s) and the run uses none; --gpus {numbers} uses them"
 
 
+def uses_gpu_code(device: Context) -> bool:
+    """Tell whether a device takes the code path for GPUs."""
+    return bool(device.device_type == "gpu")
+
+
 def runs_on_cpu(array: Any) -> bool:
-    """Tell whether an array takes the code path for CPUs: not symbols, nor arrays on a GPU."""
-    return isinstance(array, nd.NDArray) and array.context.device_type != "gpu"
+    """Tell whether an array takes the code path for CPUs; a symbol does not."""
+    return isinstance(array, nd.NDArray) and not uses_gpu_code(array.context)
+
+
+def widened(ids: np.ndarray, device: Context) -> np.ndarray:
+    """Pad token ids [batch, length] on a GPU to a multiple of GPU_WIDTH columns.
+
+    CachedOp plans its memory anew for every shape it has not seen. The new columns repeat the first
+    one: they are padding beyond the valid length, and bring no further ids.
+    """
+    missing = -ids.shape[1] % GPU_WIDTH
+    if not missing or not uses_gpu_code(device):
+        return ids
+    return np.concatenate([ids, np.repeat(ids[:, :1], missing, axis=1)], axis=1)

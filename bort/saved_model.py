@@ -213,7 +213,7 @@ def build_network(
         body, model_config.num_outputs, dropout, model_config.extra_layer
     )
     if draw:
-        bort.initialize(classifier, ctx, gradients=gradients)
+        bort.initialize(classifier, ctx, trainable=gradients)
     else:  # the body is initialised
         if not gradients:
             classifier.collect_params().setattr("grad_req", "null")

@@ -8,16 +8,16 @@ import pytest
 from mxnet import autograd, nd
 from mxnet.gluon import nn
 
-from bort.bort import BortModel, EmbeddingRows, encode, encode_rows, get_bort_model
+from bort.bort import BortModel, SparseEmbeddingGrad, encode, encode_for_backward, get_bort_model
 from bort.encoder import (
-    HIDDEN,
-    Cut,
+    MASK_VALUE,
+    GraphBreak,
+    additive_mask,
     backward,
     encode_embedding,
-    hide_padding,
-    join_projections,
+    fuse_qkv,
+    gather_indices,
     layer_norm,
-    select,
 )
 
 IDS = np.random.default_rng(4).integers(0, 50, (3, 12))
@@ -50,9 +50,9 @@ def by_autograd(model: BortModel, run: Callable[[BortModel, Any, Any], Any]) -> 
 
 def by_rows(model: BortModel) -> None:
     """Do the same as a step of training does."""
-    rows = EmbeddingRows(model, nd.array(IDS))
+    rows = SparseEmbeddingGrad(model, IDS, mx.cpu())
     with autograd.record():
-        total = (encode_rows(model, rows, nd.array(LENGTHS)) * nd.array(WEIGHTS)).sum()
+        total = (encode_for_backward(model, rows, nd.array(LENGTHS)) * nd.array(WEIGHTS)).sum()
     model.word_embed[0].weight.zero_grad()
     rows.backward(total)
 
@@ -101,32 +101,32 @@ def test_gradients_are_added_where_they_are_to_accumulate(model: BortModel) -> N
     assert_close(ours, {n: v if n.startswith("word") else 3 * v for n, v in once.items()})
 
 
-def test_a_cut_graph_has_the_gradients_of_the_whole_in_float64(model: BortModel) -> None:
+def test_a_broken_graph_has_the_gradients_of_the_whole_in_float64(model: BortModel) -> None:
     model.cast("float64")
     ids, lengths, weights = (nd.array(a, dtype="float64") for a in (IDS, LENGTHS, WEIGHTS))
     found = []
-    cuts: list[Cut] = []
-    for place in (None, cuts):
+    breaks: list[GraphBreak] = []
+    for place in (None, breaks):
         with autograd.record():
             embedding = model.word_embed(ids)
             total = (encode_embedding(model.encoder, embedding, lengths, place) * weights).sum()
         backward(total, place or [])
         found.append(gradients_of(model))
-    assert len(cuts) == 5
+    assert len(breaks) == 5
     for name, values in found[0].items():
         np.testing.assert_allclose(found[1][name], values, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_the_first_token_alone_has_the_values_and_gradients_of_all(model: BortModel) -> None:
     model.cast("float64")
-    ids, lengths = (nd.array(a, dtype="float64") for a in (IDS, LENGTHS))
+    lengths = nd.array(LENGTHS, dtype="float64")
     weights = nd.array(WEIGHTS[:, :1], dtype="float64")
     values, gradients = [], []
-    for first_only in (False, True):
+    for cls_only in (False, True):
         model.collect_params().zero_grad()
-        rows = EmbeddingRows(model, ids)
+        rows = SparseEmbeddingGrad(model, IDS, mx.cpu())
         with autograd.record():
-            sequence = encode_rows(model, rows, lengths, first_only)
+            sequence = encode_for_backward(model, rows, lengths, cls_only)
             total = (sequence.slice_axis(axis=1, begin=0, end=1) * weights).sum()
         rows.backward(total)
         values.append(sequence.asnumpy()[:, :1])
@@ -147,14 +147,14 @@ def test_a_selection_has_the_values_and_gradients_of_all(model: BortModel) -> No
     ids, lengths = (nd.array(a, dtype="float64") for a in (IDS, LENGTHS))
     positions = np.array([0, 5, 11, 24 + 6])
     weights = nd.array(WEIGHTS.reshape(-1, 32)[positions], dtype="float64")
-    only = select(positions, 3, 12, mx.cpu())
-    assert only.table.size == 3 * 3
+    only = gather_indices(positions, 3, 12, mx.cpu())
+    assert only.padded.size == 3 * 3
     values, gradients = [], []
     for selection in (None, only):
         model.collect_params().zero_grad()
-        rows = EmbeddingRows(model, ids)
+        rows = SparseEmbeddingGrad(model, IDS, mx.cpu())
         with autograd.record():
-            encoded = encode_rows(model, rows, lengths, only=selection)
+            encoded = encode_for_backward(model, rows, lengths, positions=selection)
             if selection is None:
                 encoded = encoded.reshape((-3, 0)).take(nd.array(positions))
             total = (encoded * weights).sum()
@@ -163,7 +163,9 @@ def test_a_selection_has_the_values_and_gradients_of_all(model: BortModel) -> No
         gradients.append(gradients_of(model))
     assert encoded.shape == (4, 32)
     np.testing.assert_allclose(values[1], values[0], rtol=1e-9)
-    np.testing.assert_allclose(encode(model, ids, lengths, only=only).asnumpy(), values[0], 1e-9)
+    np.testing.assert_allclose(
+        encode(model, ids, lengths, positions=only).asnumpy(), values[0], 1e-9
+    )
     for name, expected in gradients[0].items():
         scale = np.abs(expected).max()
         np.testing.assert_allclose(
@@ -171,25 +173,25 @@ def test_a_selection_has_the_values_and_gradients_of_all(model: BortModel) -> No
         )
 
 
-def test_joined_projections_give_the_same(model: BortModel) -> None:
+def test_fused_projections_give_the_same(model: BortModel) -> None:
     ids, lengths = nd.array(IDS), nd.array(LENGTHS)
     expected = encode(model, ids, lengths).asnumpy()
-    join_projections(model.encoder)
+    fuse_qkv(model.encoder)
     for name in ("query_weight", "value_bias"):  # no longer asked for
         getattr(model.encoder.transformer_cells[0].attention_cell, name).data()[:] = 0
     np.testing.assert_allclose(encode(model, ids, lengths).asnumpy(), expected, atol=2e-5)
 
 
 def test_without_a_position_a_selection_is_empty_but_valid(model: BortModel) -> None:
-    only = select(np.array([], np.int64), 3, 12, mx.cpu())
-    assert only.table.asnumpy().tolist() == [0, 12, 24]
-    assert only.places.size == 0
+    only = gather_indices(np.array([], np.int64), 3, 12, mx.cpu())
+    assert only.padded.asnumpy().tolist() == [0, 12, 24]
+    assert only.flat.size == 0
 
 
 def test_padding_is_hidden_from_its_length_on() -> None:
-    mask = hide_padding(nd.array([3, 1, 0]), 3).asnumpy()
+    mask = additive_mask(nd.array([3, 1, 0]), 3).asnumpy()
     np.testing.assert_array_equal(mask == 0, [[1, 1, 1], [1, 0, 0], [0, 0, 0]])
-    assert mask.min() == np.float32(HIDDEN)
+    assert mask.min() == np.float32(MASK_VALUE)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
@@ -203,11 +205,11 @@ def test_layer_norm_has_the_gradient_of_float64(offset: float) -> None:
     layer.beta.set_data(nd.array(beta))
     inputs = nd.array(rows)
     inputs.attach_grad()
-    cuts: list[Cut] = []
+    breaks: list[GraphBreak] = []
     with autograd.record():
-        outputs = layer_norm(layer, inputs * 1, cuts)
+        outputs = layer_norm(layer, inputs * 1, breaks)
         total = (outputs * nd.array(gradient)).sum()
-    backward(total, cuts)
+    backward(total, breaks)
     deviation = np.sqrt(rows.var(axis=1, keepdims=True) + 1e-5)
     x = (rows - rows.mean(axis=1, keepdims=True)) / deviation
     # The derivative of the mean and of the deviation, each by the chain rule.

@@ -24,7 +24,7 @@ import numpy as np
 from mxnet import autograd, nd
 
 from bort import checkpoint
-from bort.bort import EmbeddingRows
+from bort.bort import SparseEmbeddingGrad
 from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict
 from bort.devices import check_dtype, devices_of
@@ -142,7 +142,9 @@ class ClassificationStep:
     def __call__(self, batch: DeviceBatch, scale: float, timer: PhaseTimer) -> NDArray:
         """Add the gradients of a micro-batch; returns the sums [2] over its examples."""
         with timer("model"):
-            embeddings = EmbeddingRows(self._network.bort, batch.input_ids)
+            embeddings = SparseEmbeddingGrad(
+                self._network.bort, batch.host_ids, batch.input_ids.context
+            )
             with autograd.record():
                 logits = forward(self._network, batch, self._kind, embeddings)
                 loss = classification_loss(logits, batch.labels, self._kind).sum()

@@ -7,8 +7,9 @@ from typing import NamedTuple, Optional
 import numpy as np
 from mxnet import nd
 
-from bort.bort import EmbeddingRows, encode, encode_rows
+from bort.bort import SparseEmbeddingGrad, encode, encode_for_backward
 from bort.communicator import Communicator, SingleProcess
+from bort.devices import widened
 from bort.training.job import Interrupted, StopRequested
 from bort.types import Block, Context, NDArray, TaskKind
 from data.encoding import ClassifierBatch, ClassifierLoader
@@ -20,16 +21,19 @@ class DeviceBatch(NamedTuple):
     input_ids: NDArray
     valid_length: NDArray
     labels: NDArray
+    host_ids: np.ndarray  # the input ids in the memory of the host
 
 
 def to_device(batch: ClassifierBatch, device: Context) -> DeviceBatch:
     """Copy a micro-batch to a device, as float32: MXNet's operators take ids in this type."""
-    arrays = (batch.input_ids, batch.valid_length, batch.labels)
-    return DeviceBatch(*(nd.array(array, ctx=device, dtype="float32") for array in arrays))
+    host_ids = widened(batch.input_ids, device)
+    arrays = (host_ids, batch.valid_length, batch.labels)
+    ids, lengths, labels = (nd.array(array, ctx=device, dtype="float32") for array in arrays)
+    return DeviceBatch(ids, lengths, labels, host_ids)
 
 
 def forward(
-    network: Block, batch: DeviceBatch, kind: str, embeddings: Optional[EmbeddingRows] = None
+    network: Block, batch: DeviceBatch, kind: str, embeddings: Optional[SparseEmbeddingGrad] = None
 ) -> NDArray:
     """Return float32 logits: [examples, classes or options]; for regression [examples, 1].
 
@@ -38,9 +42,9 @@ def forward(
     body = network.bort
     valid_length = batch.valid_length.astype(body.word_embed[0].weight.dtype, copy=False)
     if embeddings is None:
-        hidden_states = encode(body, batch.input_ids, valid_length, first_only=True)
+        hidden_states = encode(body, batch.input_ids, valid_length, cls_only=True)
     else:
-        hidden_states = encode_rows(body, embeddings, valid_length, first_only=True)
+        hidden_states = encode_for_backward(body, embeddings, valid_length, cls_only=True)
     logits = network.head(hidden_states).astype("float32", copy=False)  # [inputs, outputs]
     if kind == TaskKind.MULTIPLE_CHOICE:
         return logits.reshape((len(batch.labels), -1))  # [examples * options, 1] -> [.., options]

@@ -1,34 +1,39 @@
-"""The losses of teacher-student masked-LM distillation: pure functions with reductions of our own.
+"""The losses of masked-LM distillation: pure functions that return sums and a gradient.
 
-All work on masked positions only. They return sums, not means: micro-batches hold different
+All take masked positions only. They return sums, not means: micro-batches have different
 numbers of masked positions, so the mean over a global batch is formed once, from the sums of all
-its micro-batches. The gradient is known in closed form and not left to autograd, which would go
-over the vocabulary several times more. Gluon's KLDivLoss is not used: its reduction changed between
-versions of MXNet and it takes a second softmax of what is already one.
+its micro-batches. The gradient is computed in closed form: autograd would pass over the vocabulary
+several times more. Gluon's KLDivLoss is not used: its reduction changed between versions of MXNet,
+and it applies softmax to what is already a distribution.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mxnet import nd
+
+from bort.devices import runs_on_cpu
+from bort.types import NDArray
 
 
 class LossParts(NamedTuple):
     """Sums over the n masked positions of a micro-batch, as NDArrays of shape [1]; a gradient."""
 
-    total: Any  # mlm_weight * mlm + teacher_ce_weight * kl
-    mlm: Any  # cross-entropy with the true tokens, nats
-    kl: Any  # temperature^2 * KL(teacher || student) at the temperature, nats; 0 without teacher
-    gradient: Any  # of the total, with respect to the student's logits [n, vocabulary]
+    total: NDArray  # mlm_weight * mlm + teacher_ce_weight * kl
+    mlm: NDArray  # cross-entropy with the true tokens, nats
+    kl: NDArray  # temperature^2 * KL(teacher || student) at the temperature; 0 without teacher
+    gradient: NDArray  # of the total, with respect to the student's logits [n, vocabulary]
 
 
-def masked_lm_loss(logits: Any, labels: Any) -> Any:
+def masked_lm_loss(logits: NDArray, labels: NDArray) -> NDArray:
     """Cross-entropy, in nats, of logits [n, vocabulary] with token ids [n]; returns [n]."""
     return -nd.pick(nd.log_softmax(logits, axis=-1), labels, axis=-1)
 
 
-def distillation_kl(student_logits: Any, teacher_logits: Any, temperature: float) -> Any:
+def distillation_kl(
+    student_logits: NDArray, teacher_logits: NDArray, temperature: float
+) -> NDArray:
     """Return temperature^2 * KL(teacher / T || student / T) per position [n], in nats.
 
     Summed over the vocabulary: logits [n, vocabulary]. The factor T^2 keeps the size of the
@@ -38,12 +43,14 @@ def distillation_kl(student_logits: Any, teacher_logits: Any, temperature: float
     return temperature**2 * _divergence(student, teacher, nd.softmax(teacher, axis=-1))
 
 
-def _softened(student_logits: Any, teacher_logits: Any, temperature: float) -> tuple[Any, Any]:
-    # Beforehand: MXNet's own softmax with a temperature is a slow one.
+def _softened(
+    student_logits: NDArray, teacher_logits: NDArray, temperature: float
+) -> tuple[NDArray, NDArray]:
+    # MXNet's softmax with a temperature is slow.
     return student_logits * (1 / temperature), teacher_logits * (1 / temperature)
 
 
-def _divergence(student: Any, teacher: Any, probabilities: Any) -> Any:
+def _divergence(student: NDArray, teacher: NDArray, probabilities: NDArray) -> NDArray:
     """Return KL(teacher || student) [n] of logits [n, m], given the teacher's probabilities."""
     terms = nd.elemwise_sub(nd.log_softmax(teacher, axis=-1), nd.log_softmax(student, axis=-1))
     # A product with ones: MXNet's sum along an axis is slow.
@@ -52,14 +59,14 @@ def _divergence(student: Any, teacher: Any, probabilities: Any) -> Any:
 
 
 def distillation_loss(
-    student_logits: Any,
-    labels: Any,
-    teacher_logits: Any | None,
+    student_logits: NDArray,
+    labels: NDArray,
+    teacher_logits: NDArray | None,
     mlm_weight: float,
     teacher_ce_weight: float,
     temperature: float,
 ) -> LossParts:
-    """Weigh the masked-LM loss and the distance from the teacher (None: masked LM only).
+    """Return the weighted sum of masked-LM and distillation loss (teacher None: the former only).
 
     Args:
         student_logits: [n, vocabulary].
@@ -84,15 +91,18 @@ def distillation_loss(
     return LossParts(mlm_weight * mlm + teacher_ce_weight * kl, mlm, kl, gradient)
 
 
-def correct_predictions(logits: Any, labels: Any) -> Any:
-    """Count positions whose highest logit [n, vocabulary] is the label [n]; returns [1]."""
-    return (logits.argmax(axis=-1) == labels.astype("float32")).sum()
+def correct_predictions(logits: NDArray, labels: NDArray) -> NDArray:
+    """Count the positions whose highest logit [n, vocabulary] is the label's [n]; returns [1]."""
+    if runs_on_cpu(logits):
+        return (logits.argmax(axis=-1) == labels.astype("float32")).sum()
+    # On a GPU a single thread of argmax walks through a row; the maximum is a parallel reduction.
+    return (nd.pick(logits, labels, axis=-1) >= logits.max(axis=-1)).sum()
 
 
-def squared_distance(student_logits: Any, teacher_logits: Any) -> Any:
+def squared_distance(student_logits: NDArray, teacher_logits: NDArray) -> NDArray:
     """Return the mean square between the two distributions [n, vocabulary] per position, [n].
 
-    A figure for the log, as the original printed it; not part of the loss.
+    For the log only, as the original printed it.
     """
     difference = nd.softmax(student_logits, axis=-1) - nd.softmax(teacher_logits, axis=-1)
     return nd.square(difference).mean(axis=-1)

@@ -25,8 +25,8 @@ def evaluate(
 ) -> Metrics:
     """Measure a model on every batch of a held-out set, split over the ranks.
 
-    Returns means over all masked positions: mlm_loss (nats), accuracy, and with a teacher
-    teacher_accuracy and kl, which is temperature^2 * KL(teacher || student) at the temperature.
+    Returns means over all masked positions, nothing without any: mlm_loss (nats), accuracy, with a
+    teacher teacher_accuracy and kl: temperature^2 * KL(teacher || student) at the temperature.
 
     Raises `Interrupted` when `stop_requested` on any rank; it is asked between two batches.
     """
@@ -34,7 +34,10 @@ def evaluate(
     for number in range(communicator.rank, source.batches_per_epoch, communicator.size):
         if stop_requested():
             break
-        batch = to_device(source(number), device)
+        host_batch = source(number)
+        if not len(host_batch.labels):
+            continue
+        batch = to_device(host_batch, device)
         logits = masked_logits(student, batch)
         parts = [masked_lm_loss(logits, batch.labels).sum()]
         parts.append(correct_predictions(logits, batch.labels))
@@ -50,6 +53,8 @@ def evaluate(
     mlm, correct, kl, teacher_correct, positions, stopped = communicator.allreduce(sums)
     if stopped:
         raise Interrupted
+    if not positions:
+        return {}
     result = {"mlm_loss": mlm / positions, "accuracy": correct / positions}
     if teacher is not None:
         result.update(kl=kl / positions, teacher_accuracy=teacher_correct / positions)

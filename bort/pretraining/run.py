@@ -11,7 +11,7 @@ import mxnet as mx
 from mxnet import autograd, nd
 
 from bort import checkpoint
-from bort.bort import EmbeddingRows, get_bort_model
+from bort.bort import SparseEmbeddingGrad, get_bort_model
 from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict, command_of
 from bort.devices import check_dtype, devices_of
@@ -145,9 +145,10 @@ class DistillationStep:
             with timer("teacher"):
                 teacher_logits = self.teacher.logits(batch)
         with timer("student"):
-            rows = EmbeddingRows(self.student, batch.input_ids)
+            device = batch.input_ids.context
+            embeddings = SparseEmbeddingGrad(self.student, batch.host_ids, device)
             with autograd.record():
-                logits = masked_logits(self.student, batch, rows)
+                logits = masked_logits(self.student, batch, embeddings)
             *sums, gradient = distillation_loss(
                 logits,
                 batch.labels,
@@ -156,7 +157,7 @@ class DistillationStep:
                 self._loss.teacher_ce_weight,
                 self._loss.distillation_temperature,
             )
-            rows.backward(logits, gradient if scale == 1.0 else gradient * scale)
+            embeddings.backward(logits, gradient if scale == 1.0 else gradient * scale)
             correct = correct_predictions(logits, batch.labels)
             square = nd.zeros_like(correct)
             if self._loss.log_teacher_mse and teacher_logits is not None:

@@ -9,7 +9,7 @@ import gluonnlp as nlp
 
 from bort import checkpoint
 from bort.bort import build_network
-from bort.encoder import join_projections
+from bort.encoder import fuse_qkv
 from bort.errors import UserError
 from bort.files import read_json
 from bort.parameters import load_parameters, parameter_file
@@ -37,7 +37,7 @@ def load_teacher(
             "student need the same vocabulary"
         )
     try:
-        network = build_network(model_name, vocab_size, ctx, gradients=False)
+        network = build_network(model_name, vocab_size, ctx, trainable=False)
     except UserError as error:
         raise UserError(f"--teacher_model: {error}") from None
     load_parameters(network, path)
@@ -57,7 +57,7 @@ class LiveTeacher:
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        join_projections(network.encoder)
+        fuse_qkv(network.encoder)
 
     def logits(self, batch: DeviceBatch) -> Any:
         """Return the logits [n, vocabulary] of the network."""

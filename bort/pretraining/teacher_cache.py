@@ -30,7 +30,7 @@ from mxnet.gluon import nn
 
 from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess
-from bort.encoder import join_projections
+from bort.encoder import fuse_qkv
 from bort.errors import UserError
 from bort.files import NPZ_ERRORS, read_json_as, sha256_of, write_json
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
@@ -280,7 +280,7 @@ def build_cache(
     if communicator.rank == 0:
         prepare_cache(folder, teacher, manifest)
     communicator.barrier()
-    join_projections(teacher.encoder)
+    fuse_qkv(teacher.encoder)
     mine = pairs[communicator.rank :: communicator.size]
     total = sum(shard.num_sequences for shard, _ in mine)
     first = communicator.rank == 0

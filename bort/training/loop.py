@@ -194,6 +194,9 @@ class Loop:
         for _ in self._own(numbers):
             with self._timer("data"):
                 number, device, batch = next(batches)
+                if not len(batch.labels):  # a batch of sequences without masks
+                    self._add_empty(batch, device)
+                    continue
                 on_device = job.step.to_device(batch, device)
             self._seed_dropout(number, device)
             sums = job.step(on_device, self._scale, self._timer)
@@ -210,6 +213,14 @@ class Loop:
         # One step may wait in the device's queue, no more: a run that is told to stop ends soon.
         self._wait_for_updates(waiting=0 if self.trainer.loss_scale else 1)
         self.reporter.advance()
+
+    def _add_empty(self, batch: Any, device: Context) -> None:
+        """Count a micro-batch that has nothing to learn from: its gradient is zero."""
+        self._accumulator.tokens += batch.tokens
+        if not self._accumulates:  # no backward pass overwrites the gradient of the last update
+            for parameter in self.job.network.collect_params().values():
+                if parameter.grad_req != "null":
+                    parameter.grad(device)[:] = 0
 
     def batches(self) -> Generator[MicroBatch, None, None]:
         """Yield the micro-batches of this rank, without end, prepared ahead."""
@@ -437,7 +448,7 @@ class Loop:
         state = self.communicator.allreduce(np.array(self._accumulator.state()))
         *sums, count, tokens = state
         seconds = self._stopwatch.lap()
-        means = {name: s / count for name, s in zip(self.job.step.metric_names, sums)}
+        means = {name: s / (count or 1) for name, s in zip(self.job.step.metric_names, sums)}
         values = self.job.step.metrics(means, self.progress)
         values["lr"] = self.trainer.rate
         if self.trainer.loss_scale:

@@ -1,8 +1,8 @@
-"""Optimisation: the learning-rate schedule, clipping, and one update of all parameters.
+"""Optimization: the learning-rate schedule, clipping, and one update of all parameters.
 
 The update is BERTAdam, or for OSE's theory plain SGD. Gradients are sums over masked positions, so
-averaging, clipping and unscaling are one factor, handed to the update as an array. Nothing is read
-back from a GPU: it never waits for Python.
+averaging, clipping and unscaling are one factor, passed to the update as an array: nothing is read
+back from a GPU.
 """
 
 from __future__ import annotations
@@ -13,47 +13,52 @@ import mxnet as mx
 from mxnet import nd
 
 from bort.communicator import Communicator
+from bort.devices import runs_on_cpu
 from bort.training.bert_adam import BERTAdam
 from bort.training.config import UpdateSettings
-from bort.types import Block
+from bort.types import Block, NDArray
 
-# Neither biases nor the gains and offsets of LayerNorm are shrunk (BERT, appendix A.2).
+# Parameters without weight decay: biases, and gamma and beta of LayerNorm (BERT, appendix A.2).
 WITHOUT_DECAY = ("bias", "beta", "gamma")
 # Values whose squares are summed in float32 at once: see sum_of_squares.
-PIECE = 1 << 19
+CHUNK = 1 << 19
+# Parameters that one call of MXNet's kernel of BERTAdam can update.
+MOST_AGGREGATED = 50
 
 
 def linear_warmup_decay(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Return the rate of optimiser step `step` (1-based): linear up to the peak, linear down.
+    """Return the learning rate of step `step` (1-based): linear warmup, then linear decay.
 
-    The last step still has a positive rate, and the peak is reached exactly once, at the end of
-    the warm-up; past `total_steps` the last rate is kept.
+    The last step has a positive rate, and the peak is reached once, at the end of the warmup; after
+    `total_steps` the last rate is kept.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps
-    left = max(1, total_steps - step + 1)
-    return peak * left / (total_steps - warmup_steps + 1)
+    remaining = max(1, total_steps - step + 1)
+    return peak * remaining / (total_steps - warmup_steps + 1)
 
 
-def sum_of_squares(arrays: Sequence[Any]) -> Any:
+def sum_of_squares(arrays: Sequence[NDArray]) -> NDArray:
     """Return the sum of the squares of all values of all arrays, [1].
 
-    Summed in pieces: on a CPU, MXNet's own multi_sum_sq and norm add value after value to one
+    On a CPU it is summed in chunks: MXNet's multi_sum_sq and norm add value after value to one
     float32, which loses 10 percent and more over the gradient of a vocabulary's matrix, and takes
     three times as long as dot products.
     """
+    if not runs_on_cpu(arrays[0]):
+        return nd.multi_sum_sq(*arrays, num_arrays=len(arrays)).sum()  # in float32, one operator
     # float16 squares overflow at 256.
     flat = [array.reshape(-1).astype("float32", copy=False) for array in arrays]
-    pieces = [one[start : start + PIECE] for one in flat for start in range(0, one.size, PIECE)]
-    return nd.concat(*[nd.dot(piece, piece) for piece in pieces], dim=0).sum()
+    chunks = [array[i : i + CHUNK] for array in flat for i in range(0, array.size, CHUNK)]
+    return nd.concat(*[nd.dot(chunk, chunk) for chunk in chunks], dim=0).sum()
 
 
 class LossScale:
-    """The factor on a float16 loss that keeps small gradients from vanishing.
+    """The factor on a float16 loss that keeps small gradients from underflowing.
 
     Halved whenever a gradient overflows, doubled after `window` updates without (Micikevicius et
-    al., Mixed Precision Training, section 3.2). Every rank sees the same summed gradient, so all
-    keep the same factor without talking.
+    al., Mixed Precision Training, section 3.2). Every rank has the same summed gradient, so all
+    have the same factor without communication.
     """
 
     def __init__(self, value: float = 2.0**15, window: int = 2000) -> None:
@@ -62,7 +67,7 @@ class LossScale:
         self.good_updates = 0
 
     def update(self, overflowed: bool) -> None:
-        """Take note of one update."""
+        """Record whether an update overflowed."""
         self.good_updates = 0 if overflowed else self.good_updates + 1
         if overflowed:
             self.value = max(1.0, self.value / 2)
@@ -73,8 +78,8 @@ class LossScale:
 class ProjectedSGD(mx.optimizer.Optimizer):
     """SGD over a compact set: w <- clip(w - rate * (g + wd * w), -bound, bound).
 
-    As in the kernel of BERTAdam, `rescale_grad` is an array, and 0 leaves everything as it is. In
-    float32 only.
+    As in the kernel of BERTAdam, `rescale_grad` is an array, and 0 changes nothing. In float32
+    only.
     """
 
     def __init__(self, bound: float, **options: Any) -> None:
@@ -86,7 +91,11 @@ class ProjectedSGD(mx.optimizer.Optimizer):
         return ()
 
     def update_multi_precision(
-        self, index: Sequence[int], weight: Sequence[Any], grad: Sequence[Any], state: Sequence[Any]
+        self,
+        index: Sequence[int],
+        weight: Sequence[NDArray],
+        grad: Sequence[NDArray],
+        state: Sequence[NDArray],
     ) -> None:
         """Make one update of several parameters."""
         for number, values, gradient in zip(index, weight, grad):
@@ -101,14 +110,13 @@ class ProjectedSGD(mx.optimizer.Optimizer):
 
 
 class Trainer:
-    """Averages, clips and applies the gradients of a model with BERTAdam, or with `ProjectedSGD`.
+    """Averages, clips and applies the gradients of a model with BERTAdam or `ProjectedSGD`.
 
-    The gradients have to be sums over positions; `update` is told over how many. On several
-    devices of this process and several processes the sums are added up first, so every replica
-    makes the same update. A gradient that is not finite changes nothing: the update kernel leaves
-    out what it is told to multiply by zero. With `loss_scale` the gradients are that of the scaled
-    loss, and float16 parameters have float32 master copies. With `weight_bound` the update is SGD's
-    and the weights stay within the bound.
+    The gradients are sums over positions; `update` is given their number. The sums of several
+    devices and processes are added up first, so every replica makes the same update. A gradient
+    that is not finite changes nothing: the update kernel skips what it is to multiply by zero. With
+    `loss_scale` the gradients are those of the scaled loss, and float16 parameters have float32
+    master copies. With `weight_bound` the optimizer is SGD and the weights stay within the bound.
     """
 
     def __init__(
@@ -132,6 +140,8 @@ class Trainer:
         options = {"wd": weight_decay, "param_dict": dict(enumerate(self._parameters))}
         if weight_bound is None:
             self._optimizer = BERTAdam(epsilon=epsilon, multi_precision=True, **options)
+            # On a GPU every call of the kernel waits for the device.
+            self._optimizer.aggregate_num = MOST_AGGREGATED
         else:
             self._optimizer = ProjectedSGD(weight_bound, **options)
         # One array for all steps: the device's queue then keeps the sums of successive steps apart.
@@ -143,7 +153,7 @@ class Trainer:
         ]
         self.rate = 0.0
 
-    def sum_gradients(self, positions: int) -> Any:
+    def sum_gradients(self, positions: int) -> NDArray:
         """Add up the gradients of all devices and ranks.
 
         Returns by what `update` divides them, [1]: the sum of `positions`; one for compressed
@@ -164,12 +174,13 @@ class Trainer:
         self._communicator.allreduce_(self._gradients(), compression=self._compression)
         return nd.ones_like(self._positions)
 
-    def update(self, positions: Any, rate: float) -> Any:
+    def update(self, positions: Any, rate: float) -> NDArray:
         """Apply the summed gradients, which are over `positions` [1] positions.
 
         Returns the norm [1] of the averaged gradient before clipping.
         """
         self.rate = rate
+        positions = nd.maximum(positions, 1)  # without any, the gradient is zero
         gradients = self._gradients()
         scale = self.loss_scale.value if self.loss_scale else 1.0
         norm = sum_of_squares(gradients).sqrt() / (positions * scale)
@@ -188,18 +199,18 @@ class Trainer:
         return norm
 
     def zero_gradients(self) -> None:
-        """Forget the gradients: needed between updates where backward passes accumulate."""
+        """Zero the gradients: needed between updates when backward passes accumulate."""
         for parameter in self._parameters:
             parameter.zero_grad()
 
-    def _gradients(self) -> list[Any]:
+    def _gradients(self) -> list[NDArray]:
         return [p.list_grad()[0] for p in self._parameters]
 
-    def _weights(self) -> list[Any]:
+    def _weights(self) -> list[NDArray]:
         return [p.list_data()[0] for p in self._parameters]
 
-    def state(self) -> dict[str, Any]:
-        """Return the optimiser's state as {name: NDArray}, to be stored without pickle."""
+    def state(self) -> dict[str, NDArray]:
+        """Return the optimizer's state as {name: NDArray}, to be stored without pickle."""
         named = {}
         for index, state in enumerate(self._states):
             if not state:  # SGD has none

@@ -348,10 +348,15 @@ def _classifier(name: str) -> Any:
     (layers, heads, inner, hidden), vocabulary = SHAPES[name]
     shape = Shape(layers, heads, inner, hidden).name
     body, _ = get_bort_model(
-        shape, vocab=range(vocabulary), use_decoder=False, dropout=0.0, draw=False, gradients=False
+        shape,
+        vocab=range(vocabulary),
+        use_decoder=False,
+        dropout=0.0,
+        random_init=False,
+        trainable=False,
     )
     network = BortClassifier(body, dropout=0.0)
-    initialize(network, None, draw=False, gradients=False)
+    initialize(network, None, random_init=False, trainable=False)
     # NumPy draws them sooner than MXNet, whose int8 cannot take a layer that is all 0.
     generator = np.random.default_rng(0)
     for parameter in network.collect_params().values():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import mxnet as mx
 import numpy as np
 import pytest
 from mxnet import autograd, nd
 
-from bort.bort import EmbeddingRows
+from bort.bort import SparseEmbeddingGrad
 from bort.communicator import SingleProcess
 from bort.finetuning.scoring import (
     classification_loss,
@@ -114,7 +115,7 @@ def test_embedding_rows_give_the_same_scores_and_the_gradient_of_the_matrix(toke
     gradients = []
     for with_rows in (False, True):
         network.collect_params().zero_grad()
-        rows = EmbeddingRows(network.bort, batch.input_ids) if with_rows else None
+        rows = SparseEmbeddingGrad(network.bort, batch.host_ids, mx.cpu()) if with_rows else None
         with autograd.record():
             scores = forward(network, batch, "classification", rows)
             loss = classification_loss(scores, batch.labels, "classification").sum()

@@ -158,10 +158,10 @@ def first_mean(max_norm: float, scale: float, positions: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("threads", ["1", "3"])
-def test_an_update_in_pieces_is_that_of_mxnets_kernel(monkeypatch, threads: str) -> None:
+def test_an_update_in_chunks_is_that_of_mxnets_kernel(monkeypatch, threads: str) -> None:
     parameters, others = fresh_parameters(), fresh_parameters()
     trainer, other = trainer_of(parameters), trainer_of(others)
-    monkeypatch.setattr(bert_adam, "PIECE", 5)
+    monkeypatch.setattr(bert_adam, "CHUNK", 5)
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     for seed in range(4):
         step(trainer, parameters, seed)
