@@ -106,6 +106,7 @@ def candidate_run(
         "num_steps": steps,
         "on_nonfinite": "skip",
         "ckpt_dir": folder,
+        "no_verify": True,  # the search has verified the shards and the cache
         "ckpt_interval": steps,
         "eval_interval": steps,
         "log_interval": steps,
@@ -218,10 +219,11 @@ def held_out_entropy(shards: ShardSet, cache: str, num_buckets: int) -> float:
 
     from bort.pretraining.mlm import to_device
     from bort.pretraining.run import held_out_source
-    from bort.pretraining.teacher_cache import CachedTeacher
+    from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 
     teacher = CachedTeacher(cache, [mx.cpu()])
-    source = held_out_source(shards, EVALUATION_BATCH, num_buckets, teacher_cache=cache)
+    rows = open_rows(cache, shards)
+    source = held_out_source(shards, EVALUATION_BATCH, num_buckets, teacher_rows=rows)
     total, positions = 0.0, 0
     for number in range(source.batches_per_epoch):
         batch = to_device(source(number), mx.cpu())

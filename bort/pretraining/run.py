@@ -8,6 +8,7 @@ import os
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import mxnet as mx
+import numpy as np
 from mxnet import autograd, nd
 
 from bort import checkpoint
@@ -28,11 +29,12 @@ from bort.pretraining.config import (
 from bort.pretraining.distillation import correct_predictions, distillation_loss, squared_distance
 from bort.pretraining.evaluation import evaluate
 from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
-from bort.pretraining.teacher import LiveTeacher, Teacher, load_teacher
+from bort.pretraining.teacher import LiveTeacher, Teacher, load_teacher, require_tokenizer
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.reporter import FolderReporter, Reporter
 from bort.saved_model import ModelConfig, save_model, save_model_config
 from bort.seeds import mxnet_seed
+from bort.shapes import MAX_LENGTH
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.training.job import (
     Evaluation,
@@ -49,7 +51,6 @@ from bort.training.optimization import linear_warmup_decay, make_trainer
 from bort.training.reporting import PhaseTimer
 from bort.types import Block, Context, NDArray
 from data.batches import Batch, BucketSampler, PretrainingLoader, open_dynamic_masking
-from data.masking import DynamicMasking
 from data.shards import Manifest, ShardSet, open_shards
 
 # What a resumed run cannot change. The micro-batch of a number depends on the first and the last.
@@ -95,8 +96,7 @@ def pretraining_loop(
     """Build student, teacher and data of a run that is ready to start."""
     data, optimizer, run = settings.data, settings.optimizer, settings.run
     inputs = open_data(data, run.seed, settings.teacher.teacher_cache)
-    vocab_size = inputs.manifest.vocab_size
-    student = build_student(settings.student, vocab_size, run.seed, optimizer.dtype, devices)
+    student = build_student(settings.student, inputs.manifest, run.seed, optimizer.dtype, devices)
     teacher = build_teacher(settings.teacher, inputs.manifest, optimizer.dtype, devices)
     job = Job(
         title=(
@@ -296,25 +296,35 @@ def open_data(data: DataSettings, seed: int, teacher_cache: str | None = None) -
     if data.dynamic_masking and teacher_cache:
         raise UserError("--dynamic_masking: not with --teacher_cache, which has fixed masks only")
     shards = open_shards(data.data, verify=not data.no_verify)
+    require_positions(shards, f"--data {data.data}")
     order = BucketSampler(shards.lengths, data.batch_size, data.num_buckets, data.use_avg_len, seed)
     masking = open_dynamic_masking(data.data, shards, seed) if data.dynamic_masking else None
-    training = _source(shards, order, teacher_cache, masking, not data.no_verify)
+    verify = not data.no_verify
+    rows = open_rows(teacher_cache, shards, verify) if teacher_cache else None
+    training = PretrainingLoader(shards, order, shards.manifest.pad_id, rows, masking)
     if not data.data_eval:
         return Inputs(training, None, shards.manifest)
     held_out = open_shards(data.data_eval, verify=not data.no_verify)
+    require_positions(held_out, f"--data_eval {data.data_eval}")
     if held_out.manifest.tokenizer_fingerprint != shards.manifest.tokenizer_fingerprint:
         raise UserError(
             f"--data_eval {data.data_eval}: made with another tokenizer than --data {data.data}"
         )
+    rows = open_rows(teacher_cache, held_out, verify) if teacher_cache else None
     evaluation = held_out_source(
-        held_out,
-        data.batch_size_eval,
-        data.num_buckets,
-        data.use_avg_len,
-        teacher_cache,
-        not data.no_verify,
+        held_out, data.batch_size_eval, data.num_buckets, data.use_avg_len, rows
     )
     return Inputs(training, evaluation, shards.manifest, shards_sha256(held_out.manifest))
+
+
+def require_positions(shards: ShardSet, named: str) -> None:
+    """Raise `UserError` when sequences are longer than the models have positions."""
+    longest = int(shards.lengths.max())
+    if longest > MAX_LENGTH:
+        raise UserError(
+            f"{named}: holds sequences of {longest} tokens, but the models have {MAX_LENGTH} "
+            f"positions; make the shards with --max_seq_length {MAX_LENGTH}"
+        )
 
 
 def held_out_source(
@@ -322,38 +332,28 @@ def held_out_source(
     batch_size: int,
     num_buckets: int,
     use_avg_len: bool = False,
-    teacher_cache: str | None = None,
-    verify: bool = True,
+    teacher_rows: Sequence[np.ndarray] | None = None,
 ) -> PretrainingLoader:
     """Return the batches of held-out shards, in an order that is always the same."""
     order = BucketSampler(shards.lengths, batch_size, num_buckets, use_avg_len)
-    return _source(shards, order, teacher_cache, verify=verify)
-
-
-def _source(
-    shards: ShardSet,
-    order: BucketSampler,
-    teacher_cache: str | None,
-    masking: DynamicMasking | None = None,
-    verify: bool = True,
-) -> PretrainingLoader:
-    rows = open_rows(teacher_cache, shards, verify) if teacher_cache else None
-    return PretrainingLoader(shards, order, shards.manifest.pad_id, rows, masking)
+    return PretrainingLoader(shards, order, shards.manifest.pad_id, teacher_rows)
 
 
 def build_student(
-    student: StudentSettings, vocab_size: int, seed: int, dtype: str, devices: Sequence[Context]
+    student: StudentSettings, manifest: Manifest, seed: int, dtype: str, devices: Sequence[Context]
 ) -> Block:
     """Build the model that is trained, from random weights or those it is to start from."""
     mx.random.seed(mxnet_seed(seed))
     network, _ = get_bort_model(
         student.student_model,
-        vocab=range(vocab_size),
+        vocab=range(manifest.vocab_size),
         ctx=list(devices),
         dropout=student.dropout,
     )
     if student.student_parameters:
-        load_parameters(network, parameter_file(student.student_parameters))
+        path = parameter_file(student.student_parameters)
+        require_tokenizer(path, manifest.tokenizer_fingerprint)
+        load_parameters(network, path)
     network.cast(dtype)
     network.encoder.hybridize(static_alloc=True)
     return network

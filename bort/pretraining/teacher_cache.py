@@ -3,7 +3,8 @@
 The teacher is frozen and the masks of a shard are fixed, so its hidden state at a masked position,
 before the projection, is the same in every epoch. A cache is a folder:
 
-    manifest.json       the teacher (shape, SHA-256 of its parameters), the type of the rows
+    manifest.json       the teacher (shape, SHA-256 of its parameters), the dtype of the rows, and
+                        the size and SHA-256 of each file of rows
     projection.npz      the teacher's output matrix [vocabulary, hidden] and bias, float32
     <shard>.npy         one row [hidden] per masked position of a shard, in the shard's order; named
                         by the first 16 digits of the shard's SHA-256
@@ -29,13 +30,13 @@ from mxnet import nd
 from mxnet.gluon import nn
 
 from bort.bort import decode
-from bort.communicator import Communicator, SingleProcess
+from bort.communicator import Communicator, SingleProcess, lock_of_rank_0
 from bort.encoder import fuse_qkv
 from bort.errors import UserError
-from bort.files import NPZ_ERRORS, read_json_as, sha256_of, write_json
+from bort.files import NPZ_ERRORS, atomic_write, read_json_as, sha256_of, write_json
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
 from bort.progress import ProgressBar
-from bort.types import Context
+from bort.types import Block, Context, NDArray
 from bort.verified import Verifiable, verify_changed
 from data.batches import collate
 from data.shards import Shard, ShardEntry, ShardSet
@@ -50,7 +51,7 @@ _ROWS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What a cache was made with: all of it has to fit before a row is used."""
+    """What a cache was made with, all of which has to fit before a row is used."""
 
     teacher_model: str
     teacher_sha256: str
@@ -150,7 +151,7 @@ def _map_array(path: str) -> np.ndarray:
 
 
 class CachedTeacher:
-    """A teacher that looks its hidden states up and only projects them."""
+    """A teacher whose hidden states are read from a cache and only projected."""
 
     def __init__(self, folder: str, devices: Sequence[Context]) -> None:
         """Load the projection; raises `UserError` when it is missing, damaged or another's."""
@@ -160,10 +161,10 @@ class CachedTeacher:
         layer.initialize(ctx=list(devices))
         layer.weight.set_data(nd.array(weight))
         layer.bias.set_data(nd.array(bias))
-        # What `decode` wants to see of a model, so that both kinds of teacher project alike.
+        # The part of a model that `decode` uses, so that both kinds of teacher project alike.
         self._model = SimpleNamespace(decoder=(None, None, None, layer))
 
-    def logits(self, batch: DeviceBatch) -> Any:
+    def logits(self, batch: DeviceBatch) -> NDArray:
         """Project the hidden states [n, hidden] of a batch: logits [n, vocabulary]."""
         return decode(self._model, batch.teacher_hidden)
 
@@ -211,7 +212,7 @@ def _check_finite(path: str, values: np.ndarray) -> None:
         raise UserError(f"{path}: has values that are not finite; delete it, run {BUILD} again")
 
 
-def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:
+def prepare_cache(folder: str, teacher: Block, manifest: CacheManifest) -> None:
     """Make the folder with manifest and projection; raises `UserError` for another teacher's."""
     path = os.path.join(folder, MANIFEST_FILE)
     if os.path.exists(path):
@@ -223,26 +224,21 @@ def prepare_cache(folder: str, teacher: Any, manifest: CacheManifest) -> None:
                     "give another --output_dir or delete it"
                 )
         return
-    os.makedirs(folder, exist_ok=True)
     projection = teacher.decoder[3]
-    temporary = os.path.join(folder, f".{PROJECTION_FILE}")
-    with open(temporary, "wb") as handle:
+    with atomic_write(os.path.join(folder, PROJECTION_FILE), "wb") as handle:
         np.savez(
             handle,
             weight=projection.weight.data(projection.weight.list_ctx()[0]).asnumpy(),
             bias=projection.bias.data(projection.bias.list_ctx()[0]).asnumpy(),
         )
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, os.path.join(folder, PROJECTION_FILE))
-    # Last: a folder with a manifest is whole.
+    # Last: a folder with a manifest is complete.
     write_json(path, asdict(manifest))
 
 
 def build_cache(
     folder: str,
     sets: Sequence[ShardSet],
-    teacher: Any,
+    teacher: Block,
     teacher_model: str,
     dtype: str = "float16",
     batch_size: int = 16,
@@ -251,11 +247,11 @@ def build_cache(
     """Store a teacher's outputs for some sets of shards, which the ranks share out.
 
     Args:
-        folder: of the cache; an interrupted call goes on where it stopped.
+        folder: of the cache; an interrupted call is resumed.
         sets: shards of one tokenizer.
         teacher: a model with its decoder.
         teacher_model: its name.
-        dtype: type of the stored rows.
+        dtype: of the stored rows.
         batch_size: sequences per forward pass.
         communicator: the other processes, if any.
 
@@ -265,8 +261,8 @@ def build_cache(
     # By content: two ranks must not write the same file.
     distinct = {
         entry.sha256: (shard, entry)
-        for one in sets
-        for shard, entry in zip(one.shards, one.manifest.shards)
+        for shard_set in sets
+        for shard, entry in zip(shard_set.shards, shard_set.manifest.shards)
     }
     pairs, tokenizer = list(distinct.values()), sets[0].manifest
     manifest = CacheManifest(
@@ -277,26 +273,21 @@ def build_cache(
         hidden=teacher._units,
         dtype=dtype,
     )
-    if communicator.rank == 0:
-        prepare_cache(folder, teacher, manifest)
-    communicator.barrier()
-    fuse_qkv(teacher.encoder)
-    mine = pairs[communicator.rank :: communicator.size]
-    total = sum(shard.num_sequences for shard, _ in mine)
-    first = communicator.rank == 0
-    with ProgressBar("caching", total, unit="sequence", enabled=first) as progress:
-        for shard, entry in mine:
-            cache_shard(
-                folder,
-                shard,
-                entry,
-                teacher,
-                manifest,
-                tokenizer.pad_id,
-                batch_size,
-                progress.advance,
-            )
-    communicator.barrier()
+    with lock_of_rank_0(folder, "--output_dir", communicator):
+        if communicator.rank == 0:
+            prepare_cache(folder, teacher, manifest)
+        communicator.barrier()
+        fuse_qkv(teacher.encoder)
+        mine = pairs[communicator.rank :: communicator.size]
+        first = communicator.rank == 0
+        total = sum(shard.num_sequences for shard, _ in mine)
+        with ProgressBar("caching", total, unit="sequence", enabled=first) as progress:
+            for shard, entry in mine:
+                pad_id = tokenizer.pad_id
+                cache_shard(
+                    folder, shard, entry, teacher, manifest, pad_id, batch_size, progress.advance
+                )
+        communicator.barrier()
     return [entry for _, entry in pairs]
 
 
@@ -304,13 +295,13 @@ def cache_shard(
     folder: str,
     shard: Shard,
     entry: ShardEntry,
-    teacher: Any,
+    teacher: Block,
     manifest: CacheManifest,
     pad_id: int,
     batch_size: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Write the rows of one shard; goes on where an interrupted call stopped.
+    """Write the rows of one shard; resumes what an interrupted call has left.
 
     Args:
         folder: a cache made by `prepare_cache`.
@@ -375,16 +366,20 @@ def _header(shape: tuple[int, int], dtype: str) -> bytes:
 
 
 def _teacher_rows(
-    shard: Shard, start: int, teacher: Any, pad_id: int, batch_size: int
+    shard: Shard, start: int, teacher: Block, pad_id: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     device = next(iter(teacher.collect_params().values())).list_ctx()[0]
     for first in range(start, shard.num_sequences, batch_size):
         numbers = np.arange(first, min(first + batch_size, shard.num_sequences))
-        batch = to_device(collate([shard.sequence(n) for n in numbers], pad_id), device)
-        yield masked_states(teacher, batch).asnumpy(), len(numbers)
+        batch = collate([shard.sequence(n) for n in numbers], pad_id)
+        if len(batch.labels):
+            rows = masked_states(teacher, to_device(batch, device)).asnumpy()
+        else:
+            rows = np.empty((0, teacher._units), np.float32)
+        yield rows, len(numbers)
 
 
-def parameters_sha256(model: Any) -> str:
+def parameters_sha256(model: Block) -> str:
     """Return a SHA-256 over the names and values of a model's parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model._collect_params_with_prefix().items()):

@@ -46,8 +46,9 @@ def sum_of_squares(arrays: Sequence[NDArray]) -> NDArray:
     three times as long as dot products.
     """
     if not runs_on_cpu(arrays[0]):
-        return nd.multi_sum_sq(*arrays, num_arrays=len(arrays)).sum()  # in float32, one operator
-    # float16 squares overflow at 256.
+        # One operator for all arrays; squares of float16 overflow at 256.
+        wide = [array.astype("float32", copy=False) for array in arrays]
+        return nd.multi_sum_sq(*wide, num_arrays=len(wide)).sum()
     flat = [array.reshape(-1).astype("float32", copy=False) for array in arrays]
     chunks = [array[i : i + CHUNK] for array in flat for i in range(0, array.size, CHUNK)]
     return nd.concat(*[nd.dot(chunk, chunk) for chunk in chunks], dim=0).sum()

@@ -33,7 +33,11 @@ SHAPE = "bort_1_2_32_32"
 
 
 def write_shards(
-    folder: str | os.PathLike, sizes: Sequence[int], seed: int, fingerprint: str = "one"
+    folder: str | os.PathLike,
+    sizes: Sequence[int],
+    seed: int,
+    fingerprint: str = "one",
+    masked: bool = True,
 ) -> None:
     """Write shards of `sizes` sequences whose words count upwards: 9 10 11 ...
 
@@ -50,15 +54,17 @@ def write_shards(
         with ShardWriter(path, id_type(VOCAB_SIZE)) as writer:
             for _ in range(size):
                 words, first = next(chosen)
-                _write_sequence(writer, np.arange(first, first + words), generator)
+                _write_sequence(writer, np.arange(first, first + words), generator, masked)
             entries.append(writer.finish(documents=size, sentences=size, unknown=0))
     tokenizer = TokenizerEntry(fingerprint, VOCAB_SIZE, PAD)
     write_manifest(str(folder), "manifest.json", Manifest(tokenizer, {}, [], entries))
 
 
-def _write_sequence(writer: ShardWriter, words: np.ndarray, generator: np.random.Generator) -> None:
+def _write_sequence(
+    writer: ShardWriter, words: np.ndarray, generator: np.random.Generator, masked: bool
+) -> None:
     ids = np.concatenate([[BOS], words, [EOS]])
-    masks = max(1, round(0.15 * len(words)))
+    masks = max(1, round(0.15 * len(words))) if masked else 0
     positions = np.sort(1 + generator.choice(len(words), masks, replace=False))
     labels = ids[positions]
     ids[positions] = MASK

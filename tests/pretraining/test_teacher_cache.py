@@ -17,6 +17,7 @@ import pytest
 
 from bort.communicator import SingleProcess
 from bort.errors import UserError
+from bort.files import lock_folder
 from scripts.build_teacher_cache import main as build
 from tests import reference
 from tests.pretraining.helpers import (
@@ -123,9 +124,13 @@ def distance(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return (squares / sum(float((a**2).sum()) for a in one)) ** 0.5
 
 
-def test_float32_is_the_live_teacher_bit_for_bit_in_a_batch_of_the_same_sequences(data, tmp_path):
-    flags = {"data": data / "test", "batch_size": 7, "num_buckets": 1, "dropout": 0.1}
-    build(build_line(data, tmp_path / "cache", data=data / "test", batch_size=7))
+def test_float32_is_the_live_teacher_bit_for_bit_in_batches_of_one_sequence(data, tmp_path):
+    """With more, the last bits of a row depend on its place in the batch: a product of matrices
+    computes the rows that are left over after its blocks by another kernel, on AVX2 for one.
+    """
+    flags = {"data": data / "test", "num_buckets": 1, "dropout": 0.1}
+    flags.update(batch_size=1, accumulate=7)
+    build(build_line(data, tmp_path / "cache", data=data / "test", batch_size=1))
     sums, gradients = one_step(data, tmp_path / "live", **flags, **live(data))
     cached_sums, cached = one_step(
         data, tmp_path / "cached", **flags, teacher_cache=tmp_path / "cache"
@@ -422,3 +427,72 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on(data, tmp_path, cache, mo
             build.__wrapped__(build_line(data, folder))
     build(build_line(data, folder))
     assert contents(folder) == contents(cache)
+
+
+# ---- every bit, one writer, one vocabulary -------------------------------------------------------
+
+
+def test_a_flipped_bit_of_the_rows_is_named(data, tmp_path, cache, capsys):
+    folder = copy_of(cache, tmp_path / "cache")
+    path = rows_file(folder, data)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(bytes(content))
+    said = refused(capsys, data, folder)
+    assert said.startswith(f"error: {path}: its SHA-256 is not that in {path.stem}.json;")
+    path.write_bytes(bytes(content) + b"\0")
+    assert "its SHA-256 is not that in" in refused(capsys, data, folder)
+    path.unlink()
+    build(build_line(data, folder))
+    assert contents(folder) == contents(cache)
+
+
+def test_a_cache_of_an_earlier_version_is_used(data, tmp_path, cache):
+    folder = copy_of(cache, tmp_path / "cache")
+    for record in folder.glob("*.json"):
+        if record.name != "manifest.json":
+            record.unlink()
+    make_run(data, ckpt_dir=tmp_path / "run", teacher_cache=folder)
+
+
+def test_a_second_build_into_the_same_folder_is_refused(data, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    with lock_folder(str(folder)):
+        said = complaint(capsys, build, build_line(data, folder))
+    assert f"--output_dir {folder}: process {os.getpid()} on " in said
+
+
+def test_sequences_without_masks_have_no_rows(data, tmp_path, cache):
+    write_shards(tmp_path / "shards", sizes=(6,), seed=5, masked=False)
+    folder = tmp_path / "cache"
+    build(build_line(data, folder, data=tmp_path / "shards"))
+    (rows,) = folder.glob("*.npy")
+    assert np.load(rows).shape == (0, 32)
+
+
+@pytest.mark.parametrize("flag", ["teacher_ckpt_dir", "student_parameters"])
+@pytest.mark.parametrize("beside", ["state.json", "model.json"])
+def test_weights_of_another_tokenizer_are_refused_wherever_they_are_given(
+    data, tmp_path, capsys, flag, beside
+):
+    """As a checkpoint says it, and as a converted model does."""
+    from run_pretraining_distillation import main
+
+    write_shards(tmp_path / "foreign", sizes=(3,), seed=1, fingerprint="another")
+    run = make_run(data, ckpt_dir=tmp_path / "run", data=tmp_path / "foreign", num_steps=1)
+    run.run()
+    weights = tmp_path / "run" / "checkpoint_last"
+    if beside == "model.json":
+        copied = tmp_path / "converted"
+        copied.mkdir()
+        for name in ("model.params", "model.json"):
+            shutil.copy(weights / name, copied)
+        weights = copied
+    given = {flag: weights}
+    if flag == "teacher_ckpt_dir":
+        given["teacher_model"] = SHAPE
+        said = complaint(capsys, build, build_line(data, tmp_path / "cache", **given))
+        assert "trained with another tokenizer than the one of the shards" in said
+        assert not (tmp_path / "cache").exists()
+    said = complaint(capsys, main, arguments(data, ckpt_dir=tmp_path / "new", **given))
+    assert "trained with another tokenizer than the one of the shards" in said

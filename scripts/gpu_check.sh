@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs what only a machine with a GPU can show: the tests marked `gpu`, then a benchmark of about two
+# minutes that prints tokens/s and the share of the peak of the GPU. Has not been run on a GPU yet.
+#
+#   scripts/gpu_check.sh [gpu number] [peak TFLOP/s of the GPU in float32]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+gpu=${1:-0} peak=${2:-}
+[[ $gpu =~ ^[0-9]+$ ]] || { echo "usage: $0 [gpu number] [peak TFLOP/s]" >&2; exit 2; }
+scripts/setup_env.sh
+
+echo "== tests"
+.venv/bin/python -m pytest -m gpu -rs tests
+echo "== benchmark"
+.venv/bin/python scripts/benchmark.py gpu --gpus "$gpu" ${peak:+--peak_tflops "$peak"}
