@@ -21,11 +21,11 @@ from bort.finetuning.config import FINETUNING_CLASSES, ORIGINAL_FLAGS, Finetunin
 @entry_point
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the program; returns the content of metrics.json."""
-    from bort.finetuning.run import finetune
-
     settings = FinetuningSettings(
         *parse(__doc__, argv, *FINETUNING_CLASSES, config=True, renamed=ORIGINAL_FLAGS)
     )
+    from bort.finetuning.run import finetune  # after the flags: --help does not import MXNet
+
     return finetune(settings, communicator_of_environment())
 
 

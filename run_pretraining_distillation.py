@@ -24,12 +24,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
 
     With --check it only prints what is known before the run, and there are none.
     """
-    from bort.pretraining.preflight import preflight
-    from bort.pretraining.run import pretrain
-
     settings = PretrainingSettings(
         *parse(__doc__, argv, *SETTINGS_CLASSES, config=True, renamed=ORIGINAL_FLAGS)
     )
+    # After the flags: --help does not import MXNet.
+    from bort.pretraining.preflight import preflight
+    from bort.pretraining.run import pretrain
+
     if settings.run.check:
         preflight(settings, SingleProcess())
         return []

@@ -39,11 +39,12 @@ class CacheSettings:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the cache; returns its size in bytes."""
+    (settings,) = parse(str(__doc__), argv, CacheSettings)
+    # After the flags: --help does not import MXNet.
     from bort.devices import devices_of
     from bort.pretraining.teacher import load_teacher
     from bort.pretraining.teacher_cache import build_cache
 
-    (settings,) = parse(str(__doc__), argv, CacheSettings)
     start = time.perf_counter()
     communicator = communicator_of_environment()
     sets = _shards(settings.data)
