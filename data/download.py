@@ -12,6 +12,7 @@ Only https is used, in redirects too; http is for a server on this machine.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import ipaddress
@@ -374,6 +375,10 @@ def unpack(archive: Path, names: Sequence[str], folder: Path) -> None:
                 _extract(opened, _find_member(opened, name), folder / name)
     except _DAMAGED as error:
         raise UserError(f"{archive}: is damaged ({quoted(str(error))[1:-1]})") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # else: the archive names an offset before its start
+            raise
+        raise UserError(f"{archive}: is damaged ({error.strerror})") from None
 
 
 # ValueError: a name that is not UTF-8, a negative offset.
