@@ -77,7 +77,7 @@ def runs_on_cpu(array: Any) -> bool:
 def widened(ids: np.ndarray, device: Context) -> np.ndarray:
     """Pad token ids [batch, length] on a GPU to a multiple of GPU_WIDTH columns.
 
-    CachedOp plans its memory anew for every shape it has not seen. The new columns repeat the first
+    CachedOp plans memory for every shape it has not seen. The new columns repeat the first
     one: they are padding beyond the valid length, and bring no further ids.
     """
     missing = -ids.shape[1] % GPU_WIDTH

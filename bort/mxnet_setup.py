@@ -94,7 +94,7 @@ def reuse_gpu_memory() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what MXNet frees on a CPU, instead of returning it to the system.
 
-    MXNet frees every large buffer and takes it anew at the next step; the kernel then fills it with
+    MXNet frees every large buffer and allocates it at the next step; the kernel then fills it with
     zeros first, which cost a training step of Bort a tenth of its time. The arenas of single
     threads return large buffers whatever the two thresholds say, hence one arena for all.
     """

@@ -3,7 +3,8 @@ r"""Store the teacher's outputs for shards, so that training with --teacher_cach
     python scripts/build_teacher_cache.py --data shards/train,shards/test --output_dir cache \
         --teacher_model roberta_24_1024_16 --teacher_ckpt_dir model/roberta.params
 
-Interrupted, the same command goes on where it stopped. Under horovodrun the ranks share the shards.
+An interrupted build resumes when the same command runs again. Under horovodrun
+the ranks share the shards.
 """
 
 from __future__ import annotations

@@ -17,74 +17,81 @@ HEAD_DISTRIBUTIONS = ("normal", "uniform", "orthogonal", "xavier")
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Which task, where its data lie, and how they are read."""
+    """Task and its data."""
 
-    task_name: str = required("task of GLUE or SuperGLUE, or RACE-H, RACE-M: MRPC, CB, ...")
+    task_name: str = required("task of GLUE, SuperGLUE or RACE: MRPC, CB, RACE-H, ...")
     data_dir: Optional[str] = option(
         None, "folder of the official data (default: GluonNLP's, $MXNET_HOME/datasets)"
     )
     race_cast: str = option(
-        "choices", "RACE's options compete, or are joined to one input", choices=CASTS
+        "choices", "RACE as multiple choice, or all options joined in one input", choices=CASTS
     )
-    skip_bad_rows: bool = option(False, "count and pass over broken rows instead of stopping")
-    train_rows: Optional[int] = option(None, "learn from the first so many rows only", minimum=1)
-    max_len: int = option(POSITIONS, "tokens that an input is cut to", minimum=8, maximum=POSITIONS)
-    cache_dir: str = option("runs/encoded", "folder where encoded examples are kept")
+    skip_bad_rows: bool = option(False, "skip and count invalid rows instead of stopping")
+    train_rows: Optional[int] = option(None, "train on the first N rows only", minimum=1)
+    max_len: int = option(
+        POSITIONS,
+        "maximum number of tokens; longer inputs are truncated",
+        minimum=8,
+        maximum=POSITIONS,
+    )
+    cache_dir: str = option("runs/encoded", "folder that caches encoded examples")
 
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    """The network, and what it starts from."""
+    """Model and its initial weights."""
 
     model_name: Optional[str] = option(
         None,
-        "shape, roberta_12_768_12 or roberta_24_1024_16 (default: that of the weights, else "
+        "shape, roberta_12_768_12 or roberta_24_1024_16 (default: that of the weights, or "
         "bort_4_8_768_1024)",
     )
     pretrained_parameters: Optional[str] = option(
-        None, "weights to start from: a parameter file, a pretraining checkpoint or run"
+        None, "pretrained weights: a parameter file, a pretraining checkpoint or run"
     )
     model_parameters: Optional[str] = option(
-        None, "a fine-tuned classifier to go on from or to predict with"
+        None, "fine-tuned classifier to train further or to predict with"
     )
-    dropout: float = option(0.1, "dropout rate while training", minimum=0.0, maximum=0.99)
+    dropout: float = option(0.1, "dropout rate during training", minimum=0.0, maximum=0.99)
     init: str = option(
         "normal", "distribution of the new head's weights", choices=HEAD_DISTRIBUTIONS
     )
     prob: float = option(
-        0.02, "its width: deviation, bound, scale or magnitude, in that order", minimum=0.0
+        0.02,
+        "sigma, bound, scale or magnitude of --init normal, uniform, orthogonal or xavier",
+        minimum=0.0,
     )
-    extra_layer: bool = option(False, "one more dense layer before the head, for CoLA")
+    extra_layer: bool = option(False, "add a dense layer before the head, as for CoLA")
 
 
 @dataclass(frozen=True)
 class FinetuningOptimizerSettings(UpdateSettings):
-    """BERTAdam, its schedule, and when training ends."""
+    """Optimizer, learning-rate schedule and stopping."""
 
-    epochs: int = option(10, "passes over the training set", minimum=1)
+    epochs: int = option(10, "epochs to train", minimum=1)
     ramp_up_epochs: Optional[int] = option(
-        None, "passes until the rate has come down to its floor (default: all)", minimum=1
+        None, "epochs over which the learning rate decays to its minimum (default: all)", minimum=1
     )
-    training_steps: Optional[int] = option(None, "updates to make, instead of --epochs", minimum=1)
+    training_steps: Optional[int] = option(None, "updates, instead of --epochs", minimum=1)
     early_stop: Optional[int] = option(
-        None, "stop after so many evaluations without a better one", minimum=1
+        None, "stop after N evaluations without improvement", minimum=1
     )
     batch_size: int = option(8, "examples per micro-batch and worker", minimum=1)
     dev_batch_size: int = option(32, "examples per batch of evaluation and prediction", minimum=1)
     accumulate: int = option(1, "micro-batches per worker and update", minimum=1)
-    num_buckets: int = option(10, "ranges of length; a batch is made within one", minimum=1)
+    num_buckets: int = option(10, "number of length buckets", minimum=1)
     lr: float = option(5e-5, "peak learning rate", minimum=0.0)
     warmup_ratio: float = option(
-        0.1, "part of the schedule in which the rate rises", minimum=0.0, maximum=1.0
+        0.1, "fraction of the schedule for linear warmup", minimum=0.0, maximum=1.0
     )
 
 
 @dataclass(frozen=True)
 class FinetuningRunSettings:
-    """Where the run goes, what it says, and where it starts."""
+    """Run: folder, checkpoints, log and devices."""
 
-    output_dir: str = option("runs/finetuning", "results go to a folder of the task's name in here")
-    only_inference: bool = option(False, "train nothing: evaluate and predict with a classifier")
+    output_dir: str = option("runs/finetuning", "folder of the results, in a folder per task")
+    only_inference: bool = option(False, "evaluate and predict without training")
     resume: bool = option(
         False, "resume from the latest valid checkpoint in the task's folder", rerun=False
     )
@@ -92,9 +99,11 @@ class FinetuningRunSettings:
         None, "updates between checkpoints (default: one at the end of each epoch)", minimum=1
     )
     log_interval: int = option(10, "updates between metric lines", minimum=1)
-    seed: int = option(0, "of the head, the order of the data and the dropout", minimum=0)
-    gpus: Optional[str] = option(None, "device numbers such as 0,1; without: the CPU")
-    cpu_contexts: int = option(1, "replicas of the model in one process on the CPU", minimum=1)
+    seed: int = option(0, "random seed (head, data order, dropout)", minimum=0)
+    gpus: Optional[str] = option(None, "GPU numbers such as 0,1 (default: the CPU)")
+    cpu_contexts: int = option(
+        1, "model replicas in one process on the CPU, to test several devices", minimum=1
+    )
 
 
 class FinetuningSettings(NamedTuple):
@@ -111,7 +120,7 @@ class FinetuningSettings(NamedTuple):
         given = self.classifier
         if given.model_parameters and given.pretrained_parameters:
             raise UserError(
-                "--model_parameters has a body of its own: leave --pretrained_parameters out"
+                "--model_parameters contains the body: leave --pretrained_parameters out"
             )
         if self.run.only_inference and not given.model_parameters:
             raise UserError("--only_inference needs --model_parameters: a fine-tuned classifier")

@@ -218,7 +218,7 @@ def disk_row(folder: str, size: int, checkpoints: int) -> Row:
 
 
 def time_updates(loop: Loop) -> tuple[float, float, float]:
-    """Make some updates of a run that starts anew; a checkpoint is neither read nor written.
+    """Make some updates of a new run; a checkpoint is neither read nor written.
 
     Returns the seconds of the first update, those of each further one, and the mean number of
     tokens in one of these, of all ranks together.

@@ -4,7 +4,7 @@
 
 Ways take turns, so that a change in the machine's pace meets all; the table has medians, in
 milliseconds for a batch. MXNet's number of threads is fixed when it is imported: each number of
-threads has a process of its own. They start anew for each size of input, because what the runtimes
+threads has a process of its own. They restart for each size of input, because what the runtimes
 keep for every size fills the memory. Weights mean nothing: the time does not depend on them.
 """
 

@@ -413,7 +413,7 @@ def complaint(capsys: Any, line: list[str]) -> str:
         ({"task_name": "AX"}, "has no training set; fine-tune MNLI"),
         ({"data_dir": "absent"}, "no train set"),
         ({"only_inference": True}, "--only_inference needs --model_parameters"),
-        ({"model_parameters": "a", "pretrained_parameters": "b"}, "a body of its own"),
+        ({"model_parameters": "a", "pretrained_parameters": "b"}, "contains the body"),
         ({"pretrained_parameters": "absent"}, "absent: not found"),
         ({"model_name": "bort_1_3_32_32"}, "bort_1_3_32_32"),
         ({"max_len": 513}, "--max_len 513: must be at most 512"),

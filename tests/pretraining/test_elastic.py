@@ -1,4 +1,4 @@
-"""A rank is killed: with --elastic training goes on, without it the job ends in good order."""
+"""A rank is killed: with --elastic training continues, without it the job ends in good order."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path, report):
     resumed.log(15, "train", TRAIN)
     assert steps(tmp_path) == [0, 5, 10, 15]
     report(from_step=0)
-    assert steps(tmp_path) == [], "a run that starts anew says everything again"
+    assert steps(tmp_path) == [], "a new run reports everything again"
 
 
 @pytest.mark.parametrize("torn", ['{"step": 7, "pha', '{"step": 7}', "{"])
