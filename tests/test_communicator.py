@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -99,6 +100,7 @@ def test_processes_of_a_launcher_that_horovod_does_not_see_are_refused(monkeypat
     assert communicator_of_environment().size == 1
 
 
+@pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod")
 def test_a_rank_alone_under_srun_or_mpirun_is_refused_by_the_program_for_many(tmp_path):
     """As with a Horovod of Gloo, which does not know of the other processes."""
     program = "run_pretraining_distillation_hvd.py"

@@ -15,6 +15,7 @@ from tests.pretraining.helpers import (
     assert_same_training,
     finished_run,
     horovodrun,
+    launched,
     teacher_flags,
     write_data,
 )
@@ -61,12 +62,19 @@ def run_flags(data: Path) -> dict[str, object]:
     }
 
 
-def two_ranks(data: Path, folder: Path, door="run_pretraining_distillation_hvd.py", **flags):
-    """Train on two ranks; rank r keeps what it writes in <folder>/<r>."""
+def two_ranks_line(
+    data: Path, folder: Path, door="run_pretraining_distillation_hvd.py", **flags
+) -> list[str]:
+    """Return the command of a rank; rank r keeps what it writes in <folder>/<r>."""
     line = arguments(data, **{**run_flags(data), **flags})
     words = " ".join(map(shlex.quote, ["python", str(door), *line]))
     own_folder = f'--ckpt_dir {shlex.quote(str(folder))}/"$HOROVOD_RANK"'
-    horovodrun(2, "bash", "-c", f"exec {words} {own_folder}")
+    return ["bash", "-c", f"exec {words} {own_folder}"]
+
+
+def two_ranks(data: Path, folder: Path, **flags) -> None:
+    """Train on two ranks."""
+    horovodrun(2, *two_ranks_line(data, folder, **flags))
 
 
 def stored(folder: Path, step: int) -> dict[str, np.ndarray]:
@@ -134,7 +142,9 @@ def test_told_to_stop_on_one_rank_and_resumed_two_ranks_end_bit_for_bit_alike(
     door = tmp_path / "stopped.py"
     door.write_text(textwrap.dedent(STOPPED_DOOR))
     folder = tmp_path / "run"
-    two_ranks(data, folder, door=door)
+    stopped = launched(["-np", "2", "-H", "localhost:2"], *two_ranks_line(data, folder, door=door))
+    assert stopped.returncode != 0  # as `&&` and Slurm's afterok need it
+    assert stopped.stderr.count("stopped after step 7; --resume continues") == 2
     assert (folder / "0" / "checkpoint_last").resolve().name == "step-0000007"
     two_ranks(data, folder, resume=True)
     ours, undisturbed = stored(folder / "0", STEPS), stored(on_two_ranks / "0", STEPS)
