@@ -9,6 +9,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -25,6 +26,7 @@ Value = TypeVar("Value")
 
 LOCK_FILE = ".lock"
 MAX_YAML_BYTES = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # of `_temporary_name`
 _COPY_BYTES = 1 << 20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What a full disk, a quota or a failing one answers to a write.
@@ -101,6 +103,15 @@ def _refuse_special_file(path: str, target: str) -> None:
 def _temporary_name(path: str) -> str:
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
+
+
+def remove_temporaries(folder: str) -> None:
+    """Remove the temporary files that killed writers left; for the holder of the folder's lock."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if _TEMPORARY.fullmatch(name):
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(folder, name))
 
 
 def _sync(path: str) -> None:

@@ -577,6 +577,22 @@ def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path, num_workers):
         assert (tmp_path / "out" / name).stat().st_mtime_ns == changed
 
 
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
+    create(tmp_path / "undisturbed")
+    left = [
+        ".part-00000.npz.0123456789abcdef.tmp",
+        "tokenizer/.tokenizer.model.00ff00ff00ff00ff.tmp",
+    ]
+    kept = ["notes.tmp", ".mine.tmp"]
+    (tmp_path / "out" / "tokenizer").mkdir(parents=True)
+    for name in [*left, *kept]:
+        (tmp_path / "out" / name).write_bytes(b"half")
+    create(tmp_path / "out")
+    assert content(tmp_path / "out") == {
+        **content(tmp_path / "undisturbed"), **dict.fromkeys(kept, b"half")
+    }  # fmt: skip
+
+
 def test_a_complete_folder_is_left_as_it_is(tmp_path, capsys):
     first = create(tmp_path / "out", num_outputs=2)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npz")}
