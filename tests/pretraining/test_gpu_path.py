@@ -119,7 +119,8 @@ def test_gpus_are_checked_before_anything_is_loaded(monkeypatch):
 def test_float16_accumulates_safely(monkeypatch):
     import os
 
-    monkeypatch.delenv("MXNET_SAFE_ACCUMULATION", raising=False)
+    monkeypatch.setenv("MXNET_SAFE_ACCUMULATION", "0")  # so that what the call sets is undone
+    monkeypatch.delenv("MXNET_SAFE_ACCUMULATION")
     devices.check_dtype("float32", [mx.gpu(0)])
     assert "MXNET_SAFE_ACCUMULATION" not in os.environ
     devices.check_dtype("float16", [mx.gpu(0)])
