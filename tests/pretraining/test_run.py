@@ -506,6 +506,7 @@ def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
     pytest.fail(f"step {step} was not reached: {process.stderr.read().decode()}")
 
 
+@pytest.mark.slow  # 9 s: three processes; the test above stops runs in this process
 def test_processes_told_to_stop_and_killed_leave_the_bits_of_an_undisturbed_run(data, tmp_path):
     flags = {"num_steps": 240, "ckpt_interval": 20, "log_interval": 2, "seed": 4}
     expected = finished_run(data, ckpt_dir=tmp_path / "expected", **flags)
