@@ -16,13 +16,11 @@ no symbolic links there are none.
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import itertools
 import json
 import os
 import re
-import secrets
 import shutil
 import warnings
 import zipfile
@@ -31,7 +29,7 @@ from typing import Any, Callable, Mapping, NamedTuple
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import sha256_of, write_json
+from bort.files import sha256_of, temporary_name, write_json
 
 MODEL = "model.params"
 MODEL_CONFIG = "model.json"
@@ -92,7 +90,7 @@ def save(
     Raises `UserError` when it cannot be written; nothing of it is left then.
     """
     name = _name(step)
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_name(path_of(folder, step))
     try:
         os.makedirs(temporary)
         write_model(os.path.join(temporary, MODEL))
@@ -136,7 +134,7 @@ def _move(source: str, target: str) -> None:
     """Rename a folder; what stood there, an earlier save of the same step, is removed after it."""
     replaced = None
     if os.path.isdir(target):
-        replaced = f"{source}.replaced"
+        replaced = temporary_name(target)
         os.rename(target, replaced)
     os.replace(source, target)
     if replaced:
@@ -155,7 +153,7 @@ def _not_saved(folder: str, step: int, error: Exception) -> UserError:
 
 def point(folder: str, link: str, name: str) -> None:
     """Let the link `checkpoint_last` or `checkpoint_best` lead to checkpoint `name`."""
-    temporary = os.path.join(folder, f".{link}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_name(os.path.join(folder, link))
     try:
         os.symlink(name, temporary)
         os.replace(temporary, os.path.join(folder, link))
@@ -299,8 +297,7 @@ def rewind(folder: str, step: int, best_step: int | None, remove_later: bool = F
     """Make the folder what it was when the run had saved the checkpoint of `step`.
 
     With `remove_later` the later checkpoints are of a continuation that is given up. Without it
-    they are damaged: they are renamed, so that the ones to come do not meet them. What a killed run
-    left half-written is removed.
+    they are damaged: they are renamed, so that the ones to come do not meet them.
     """
     for name in _names(folder):
         if _step_of(name) > step:
@@ -309,10 +306,6 @@ def rewind(folder: str, step: int, best_step: int | None, remove_later: bool = F
                 shutil.rmtree(path)
             else:
                 os.rename(path, _free_name(os.path.join(folder, f"{DAMAGED}{name}")))
-    for half_written in glob.glob(os.path.join(glob.escape(folder), ".step-*.tmp*")):
-        shutil.rmtree(half_written)
-    for link in glob.glob(os.path.join(glob.escape(folder), ".checkpoint_*.tmp")):
-        os.remove(link)
     point(folder, LAST, _name(step))
     if best_step is not None and _name(best_step) in _names(folder):
         point(folder, BEST, _name(best_step))

@@ -26,7 +26,9 @@ Value = TypeVar("Value")
 
 LOCK_FILE = ".lock"
 MAX_YAML_BYTES = 1 << 20
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # of `_temporary_name`
+# A name of `temporary_name`: the process that writes it, 8 random digits.
+_TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9a-f]{8})[0-9a-f]{8}\.tmp")
+_LEVELS = 2  # of subfolders in which a run writes files: step-0001000/tokenizer/
 _COPY_BYTES = 1 << 20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What a full disk, a quota or a failing one answers to a write.
@@ -47,7 +49,7 @@ def atomic_path(path: str) -> Iterator[str]:
     """
     target = os.path.realpath(path)
     _refuse_special_file(path, target)
-    temporary = _temporary_name(target)
+    temporary = temporary_name(target)
     try:
         yield temporary
         _sync(temporary)
@@ -100,18 +102,46 @@ def _refuse_special_file(path: str, target: str) -> None:
         raise UserError(f"{path}: there is no folder {folder}; make it first")
 
 
-def _temporary_name(path: str) -> str:
+def temporary_name(path: str) -> str:
+    """Return a new name beside `path` for what is to become it; no two writers share one.
+
+    `lock_folder` removes what stands under such a name when its writer was killed.
+    """
     folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
+    return os.path.join(folder, f".{name}.{os.getpid():08x}{secrets.token_hex(4)}.tmp")
 
 
-def remove_temporaries(folder: str) -> None:
-    """Remove the temporary files that killed writers left; for the holder of the folder's lock."""
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(folder):
-            if _TEMPORARY.fullmatch(name):
-                with contextlib.suppress(OSError):
-                    os.remove(os.path.join(folder, name))
+def _remove_temporaries(folder: str, levels: int = _LEVELS) -> None:
+    """Remove what killed writers left in a folder, but not where another process has the lock."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if _is_left_over(entry.name):
+                _remove(entry)
+            elif levels and _is_unlocked_folder(entry):
+                _remove_temporaries(entry.path, levels - 1)
+
+
+def _is_unlocked_folder(entry: os.DirEntry[str]) -> bool:
+    is_locked = os.path.lexists(os.path.join(entry.path, LOCK_FILE))
+    return entry.is_dir(follow_symlinks=False) and not is_locked
+
+
+def _is_left_over(name: str) -> bool:
+    """Tell whether a name is that of a temporary file whose writer does not run here any more."""
+    found = _TEMPORARY.fullmatch(name)
+    if not found:
+        return False
+    pid = int(found["pid"], 16)
+    # A program that holds no lock may write here too, such as an export into a run's folder.
+    return pid == os.getpid() or not os.path.exists(f"/proc/{pid}")
+
+
+def _remove(entry: os.DirEntry[str]) -> None:
+    if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.remove(entry.path)
 
 
 def _sync(path: str) -> None:
@@ -153,7 +183,7 @@ def new_folder(path: str) -> Iterator[str]:
     path = os.path.normpath(path)
     if os.path.lexists(path):
         raise UserError(f"--output {path}: already exists; name a new folder")
-    temporary = _temporary_name(path)
+    temporary = temporary_name(path)
     try:
         os.makedirs(temporary)
         yield temporary
@@ -172,28 +202,45 @@ def lock_folder(folder: str, flag: str = "") -> Iterator[None]:
     """Make a folder, unless it is there, and keep every other writer out of it.
 
     The lock is on a file that is open for writing, as NFS requires (flock(2)); it ends with the
-    process, however that ends. An empty folder is not left behind. `flag` is the one that named
-    the folder, for messages.
+    process, however that ends. Temporary files that killed writers left are removed. No empty
+    folder that was made here is left behind. `flag` is the one that named the folder, for messages.
 
     Raises `UserError` when another process holds the lock, which it names, or when the folder
     cannot be made.
     """
     shown = f"{flag} {folder}".strip()
     path = os.path.join(folder, LOCK_FILE)
+    new = _missing_folders(folder)
     try:
         os.makedirs(folder, exist_ok=True)
         handle = _locked(path)
     except OSError as error:
+        _remove_empty(new)
         raise UserError(f"{shown}: cannot be written ({_reason(error)})") from None
     if handle is None:
         raise UserError(f"{shown}: {_owner(path)} is writing there; wait for it or stop it")
     try:
+        _remove_temporaries(folder)
         yield
     finally:
         with contextlib.suppress(OSError):
             os.remove(path)
         os.close(handle)
-        with contextlib.suppress(OSError):  # raised unless the folder is empty
+        _remove_empty(new)
+
+
+def _missing_folders(folder: str) -> list[str]:
+    """Return the folders that have to be made for a folder to be there, the deepest first."""
+    missing, path = [], os.path.abspath(folder)
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
+
+
+def _remove_empty(folders: list[str]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # raised where it is not empty
             os.rmdir(folder)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from bort.config import option, required
 from bort.errors import UserError
-from bort.files import lock_folder, remove_temporaries, sha256_of
+from bort.files import lock_folder, sha256_of
 from bort.jobs import ProcessDiedError, WorkerPool
 from bort.mxnet_setup import usable_cores
 from bort.progress import ProgressBar
@@ -149,8 +149,6 @@ def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
                 files = [scan(source, progress.advance) for source in sources]
             _check_number_of_documents(files, corpus.num_outputs)
             with lock_folder(corpus.output_dir, "--output_dir"):
-                remove_temporaries(corpus.output_dir)
-                remove_temporaries(os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
                 plan = _plan(maker, corpus, files)
                 size = _make_missing_shards(corpus, make, sources, plan)
                 maker.tokenizer.save(os.path.join(corpus.output_dir, TOKENIZER_FOLDER))

@@ -15,6 +15,7 @@ import pytest
 
 from bort import checkpoint
 from bort.errors import UserError
+from bort.files import lock_folder
 from bort.parameters import parameter_file
 
 ARRAYS = {
@@ -110,7 +111,8 @@ def test_killed_at_any_moment_of_saving_a_whole_checkpoint_stands(
         warnings.simplefilter("error")
         assert checkpoint.latest(str(tmp_path)).state["step"] == stands
     assert checkpoint.load(str(tmp_path / "checkpoint_last")).state["step"] == 1
-    checkpoint.rewind(str(tmp_path), stands, best_step=None)
+    with lock_folder(str(tmp_path)):
+        checkpoint.rewind(str(tmp_path), stands, best_step=None)
     assert checkpoint.load(str(tmp_path / "checkpoint_last")).state["step"] == stands
     assert not list(tmp_path.glob(".*")), "half-written files are left"
     save(tmp_path, 2)

@@ -148,9 +148,74 @@ def test_a_second_writer_is_refused_by_name_until_the_first_has_ended(tmp_path):
 
 
 def test_an_empty_folder_is_not_left_behind(tmp_path):
-    with files.lock_folder(str(tmp_path / "run")):
+    (tmp_path / "there").mkdir()
+    for folder in ("run", "new/below/run", "there"):
+        with files.lock_folder(str(tmp_path / folder)):
+            pass
+    assert left(tmp_path) == ["there"]
+    too_long = str(tmp_path / "new" / "below" / ("x" * 300))
+    with pytest.raises(UserError, match="too long"), files.lock_folder(too_long):
         pass
-    assert left(tmp_path) == []
+    assert left(tmp_path) == ["there"]
+
+
+def ended_process() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    dead, alive = (f"{pid:08x}01234567" for pid in (ended_process(), os.getppid()))
+    left_over = [
+        f".part-00000.npz.{dead}.tmp",
+        f".step-0000003.{dead}.tmp/model.params",
+        f"step-0000002/.state.json.{dead}.tmp",
+        f"step-0000002/tokenizer/.vocab.json.{dead}.tmp",
+    ]
+    kept = [
+        f".model.onnx.{alive}.tmp",  # of an export into this folder, which has no lock
+        "notes.tmp",
+        ".mine.tmp",
+        f".x.{dead}.tmp.bak",
+        f".{dead}.tmp",
+        f"run/.config.json.{dead}.tmp",  # the folder of another run
+        "run/.lock",
+        f"a/b/c/.too_deep.{dead}.tmp",
+    ]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    beyond_a_link = tmp_path / "elsewhere" / f".x.{dead}.tmp"
+    beyond_a_link.touch()
+    for name in [*left_over, *kept]:
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder" / f".checkpoint_last.{dead}.tmp").symlink_to("step-0000002")
+    with files.lock_folder(str(tmp_path / "folder")):
+        pass
+    folder = tmp_path / "folder"
+    found = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
+    assert {str(path.relative_to(folder)) for path in found} == {*kept, "link"}
+    assert beyond_a_link.exists()
+
+
+@pytest.mark.parametrize("writer", ["atomic_path", "new_folder"])
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, writer):
+    program = f"""
+import os, signal
+from bort import files
+
+with files.{writer}({str(tmp_path / "run" / "made")!r}) as temporary:
+    open(temporary if {writer!r} == "atomic_path" else temporary + "/x", "w").write("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    (tmp_path / "run").mkdir()
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False)
+    assert len(left(tmp_path / "run")) == 1
+    with files.lock_folder(str(tmp_path / "run")):
+        assert left(tmp_path / "run") == [".lock"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 from typing import Any, Callable, Mapping
 
+from bort.files import temporary_name
 from bort.journal import Journal
 
 
@@ -71,8 +72,7 @@ class DiskStore(Store):
     def save_model(self, name: str, model: Any) -> None:
         """Write the model; it appears under its name complete or not at all."""
         path = os.path.join(self.folder, name)
-        temporary = f"{path}.tmp"
-        _remove(temporary)
+        temporary = temporary_name(path)
         self.write_model(temporary, model)
         _flush(temporary)
         _remove(path)

@@ -20,6 +20,7 @@ from bort.agora.algorithm import AgoraSettings, Examples, Jitter, agora, input_k
 from bort.agora.pruning import longest_common_subsequence
 from bort.agora.store import DiskStore, Store
 from bort.errors import UserError
+from bort.files import lock_folder, temporary_name
 from bort.grids import combinations
 
 SPACE = combinations({"degree": [1, 2, 3], "decay": [1e-3, 1.0], "seed": [0, 1]})
@@ -428,7 +429,7 @@ class Mortal(DiskStore):
 
     def save_model(self, name, model):
         if not self.calls:  # dies while writing
-            os.makedirs(os.path.join(self.folder, f"{name}.tmp"))
+            os.makedirs(temporary_name(os.path.join(self.folder, name)))
         self.spend()
         super().save_model(name, model)
 
@@ -456,7 +457,8 @@ def test_a_run_killed_anywhere_resumes_to_the_same_result(tmp_path, settings):
             break
         except Killed:
             pass
-        store = Mortal(folder)
+        with lock_folder(str(folder)):
+            store = Mortal(folder)
         result = run(settings, resumed, search_space=space, store=store)
         assert comparable(result) == expected
         # The fit in flight may be made twice, no other.
