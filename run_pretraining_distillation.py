@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Sequence
 
-from bort.communicator import SingleProcess
+from bort.communicator import only_process
 from bort.config import parse
 from bort.errors import entry_point
 from bort.pretraining.config import ORIGINAL_FLAGS, SETTINGS_CLASSES, PretrainingSettings
@@ -27,14 +27,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     settings = PretrainingSettings(
         *parse(__doc__, argv, *SETTINGS_CLASSES, config=True, renamed=ORIGINAL_FLAGS)
     )
+    alone = only_process("run_pretraining_distillation_hvd.py")
     # After the flags: --help does not import MXNet.
     from bort.pretraining.preflight import preflight
     from bort.pretraining.run import pretrain
 
     if settings.run.check:
-        preflight(settings, SingleProcess())
+        preflight(settings, alone)
         return []
-    return pretrain(settings, SingleProcess())
+    return pretrain(settings, alone)
 
 
 if __name__ == "__main__":

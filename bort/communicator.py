@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any, Iterator, Protocol, Sequence
 
 import numpy as np
@@ -16,10 +17,13 @@ from bort.errors import UserError
 from bort.files import lock_folder
 from bort.types import NDArray
 
-# Where mpirun and srun say how many processes they start. A batch script of Slurm has SLURM_NTASKS,
-# too, and may run one process on purpose, unless that is a program for many.
-LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-LAUNCHERS_OF_RANKS = (*LAUNCHERS, "SLURM_NTASKS")
+# Where mpirun and srun say how many processes they start.
+LAUNCHERS = (
+    *("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "SLURM_STEP_NUM_TASKS",
+)
+# Of a whole job of Slurm, also where its script starts one process without srun.
+SLURM_TASKS = "SLURM_NTASKS"
 
 
 class Communicator(Protocol):
@@ -96,8 +100,10 @@ class Horovod:
 
         self._hvd = hvd
         self._join()
-        if self.size == 1:
-            _refuse_unconnected_processes(LAUNCHERS_OF_RANKS)
+        if self.size == 1 and not _started_by_horovodrun():
+            # A program for many that is alone in a job for many was started without a launcher.
+            step_is_known = "SLURM_STEP_NUM_TASKS" in os.environ
+            _refuse_unconnected_processes(LAUNCHERS if step_is_known else (*LAUNCHERS, SLURM_TASKS))
 
     def _join(self) -> None:
         self._hvd.init()
@@ -154,24 +160,49 @@ class Horovod:
 
 
 def communicator_of_environment() -> Communicator:
-    """Return Horovod's processes when `horovodrun` started this one, else a single process.
+    """Return the processes of Horovod when a launcher started several, else a single process.
 
-    Raises `UserError` when another launcher started several, which would not know of one another.
+    Raises `UserError` when Horovod is not there or does not know of the others.
     """
-    if "HOROVOD_RANK" in os.environ:
+    # mpirun is a launcher for a Horovod that was built with MPI.
+    if _started_by_horovodrun() or (_launched(LAUNCHERS) and find_spec("horovod")):
         return Horovod()
     _refuse_unconnected_processes(LAUNCHERS)
     return SingleProcess()
 
 
-def _refuse_unconnected_processes(variables: Sequence[str]) -> None:
+def only_process(program_for_many: str) -> SingleProcess:
+    """Return this process; raises `UserError` when a launcher started several."""
+    if launched := _launched(("HOROVOD_SIZE", *LAUNCHERS)):
+        name, count = launched
+        raise UserError(
+            f"{name} is {count}, but this program is for one process: start {program_for_many} "
+            f"with horovodrun, or unset {name} where only one was started"
+        )
+    return SingleProcess()
+
+
+def _started_by_horovodrun() -> bool:
+    return "HOROVOD_RANK" in os.environ
+
+
+def _launched(variables: Sequence[str]) -> tuple[str, int] | None:
+    """Return the first variable that counts more than one process, and their number."""
     for name in variables:
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 1:
-            raise UserError(
-                f"{name} is {value}, but this process is alone: {value} independent copies would "
-                "run; start them with horovodrun, or rebuild Horovod with MPI"
-            )
+            return name, int(value)
+    return None
+
+
+def _refuse_unconnected_processes(variables: Sequence[str]) -> None:
+    if launched := _launched(variables):
+        name, count = launched
+        raise UserError(
+            f"{name} is {count}, but this process is alone: {count} independent copies would run; "
+            "start them with horovodrun, or rebuild Horovod with MPI; where only one was started, "
+            f"unset {name}"
+        )
 
 
 @contextmanager

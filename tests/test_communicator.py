@@ -7,12 +7,19 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-from bort.communicator import LAUNCHERS, SingleProcess, communicator_of_environment
+from bort.communicator import (
+    LAUNCHERS,
+    Horovod,
+    SingleProcess,
+    communicator_of_environment,
+    only_process,
+)
 from bort.errors import UserError
 from tests.pretraining.helpers import ROOT, horovodrun
 
@@ -91,13 +98,86 @@ def test_two_ranks_one_of_them_slow(tmp_path):
     assert ranks[0]["size"] == 2
 
 
+ALL_LAUNCHERS = (*LAUNCHERS, "HOROVOD_RANK", "HOROVOD_SIZE", "SLURM_NTASKS")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ALL_LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_launcher")
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_processes_of_a_launcher_that_horovod_does_not_see_are_refused(monkeypatch, name):
+    monkeypatch.setattr("bort.communicator.find_spec", lambda _: None)
     monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match=f"{name} is 2, but this process is alone: 2 independent"):
         communicator_of_environment()
+    with pytest.raises(UserError, match=f"{name} is 2, .* one process: start many.py"):
+        only_process("many.py")
     monkeypatch.setenv(name, "1")
-    assert communicator_of_environment().size == 1
+    assert communicator_of_environment().size == only_process("many.py").size == 1
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_one_process_in_a_job_of_slurm_for_many_is_taken(monkeypatch):
+    """Its script has the number of tasks, and starts the program once."""
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert communicator_of_environment().size == only_process("many.py").size == 1
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_ranks_of_horovodrun_are_not_taken_for_one_process(monkeypatch):
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    with pytest.raises(UserError, match="HOROVOD_SIZE is 2"):
+        only_process("many.py")
+
+
+@pytest.fixture
+def horovod_of_gloo(monkeypatch):
+    """Put in a Horovod that knows the processes of horovodrun, not those of mpirun or srun."""
+    functions = dict.fromkeys(("rank", "local_rank"), lambda: 0)
+    size = lambda: int(os.environ.get("HOROVOD_SIZE", "1"))  # noqa: E731
+    functions.update(init=lambda: None, size=size, local_size=size)
+    package = types.ModuleType("horovod")
+    package.mxnet = types.SimpleNamespace(**functions)
+    monkeypatch.setitem(sys.modules, "horovod", package)
+    monkeypatch.setitem(sys.modules, "horovod.mxnet", package.mxnet)
+    monkeypatch.setattr("bort.communicator.find_spec", lambda _: True)
+
+
+@pytest.mark.usefixtures("no_launcher", "horovod_of_gloo")
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS"),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS"),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, None),  # srun -n 1
+        # salloc -n 4, then horovodrun
+        ({"SLURM_NTASKS": "4", "HOROVOD_RANK": "0", "HOROVOD_SIZE": "1"}, None),
+        ({"SLURM_NTASKS": "4", "HOROVOD_RANK": "0", "HOROVOD_SIZE": "4"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, "OMPI_COMM_WORLD_SIZE"),
+        ({"SLURM_NTASKS": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_the_program_for_many_is_not_one_of_many_that_do_not_know(monkeypatch, given, refused):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if refused:
+        with pytest.raises(UserError, match=f"{refused} is {given[refused]}, but this process is"):
+            Horovod()
+    else:
+        assert Horovod().size == int(given.get("HOROVOD_SIZE", "1"))
+
+
+@pytest.mark.usefixtures("no_launcher", "horovod_of_gloo")
+def test_a_horovod_of_mpi_takes_the_processes_of_mpirun(monkeypatch):
+    """It has no variable of horovodrun."""
+    monkeypatch.setattr(sys.modules["horovod.mxnet"], "size", lambda: 2)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert communicator_of_environment().size == 2
 
 
 @pytest.mark.skipif(find_spec("horovod") is None, reason="needs Horovod")

@@ -409,10 +409,10 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[s
     data, rows = read_task_data(task, settings.task, run.seed)
     sets = read_prediction_sets(task, settings.task)
     classifier = build_classifier(settings, task, devices)
-    if communicator.rank == 0 and not run.resume:
-        refuse_other_run(folder)
     checkpoint.require_usable(folder, "--output_dir")
     with lock_of_rank_0(folder, "--output_dir", communicator), explained_memory_errors():
+        if communicator.rank == 0 and not run.resume:
+            refuse_other_run(folder)
         training = finetuning_run(settings, classifier, data, communicator, devices)
         training.loop.run()
         return conclude(training, rows, sets, scoring_of(settings, communicator, devices))
