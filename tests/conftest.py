@@ -34,6 +34,20 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list to which every Matplotlib figure that is saved is added."""
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    saved, savefig = [], figure.Figure.savefig
+
+    def keep(self: Any, *given: Any, **named: Any) -> Any:
+        saved.append(self)
+        return savefig(self, *given, **named)
+
+    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    return saved
+
+
+@pytest.fixture
 def tiny_model() -> Any:
     """Return a Bort with decoder, small enough for anything: vocabulary 50, all values drawn."""
     import bort.bort

@@ -29,6 +29,7 @@ import numpy as np
 from bort.config import option, parse
 from bort.errors import UserError
 from bort.inference.runtime import BACKENDS, available_backends
+from bort.plots import figure_file
 
 # Layers, heads, width inside the feed-forward layers, hidden size; vocabulary.
 SHAPES = {
@@ -486,30 +487,21 @@ def _print_goals(medians: dict[tuple[Way, str, Cell], float], threads: list[str]
 
 def draw(medians: dict[tuple[Way, str, Cell], float], sizes: dict[Way, float], path: str) -> None:
     """Draw the best latency of each way against its size, for the goals' size of input."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     cells = {cell for _, _, cell in medians}
     cell = GOAL_CELL if GOAL_CELL in cells else min(cells)
     best: dict[Way, float] = {}
     for (way, _, one), found in medians.items():
         if one == cell:
             best[way] = min(found, best.get(way, found))
-    figure = Figure(figsize=(7.5, 5.5))
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for number, network in enumerate(SHAPES):
-        points = {way: found for way, found in best.items() if way.network == network}
-        places = [sizes[way] for way in points], [1e3 * found for found in points.values()]
-        axes.scatter(*places, color=f"C{number}", label=network)
-        for way, x, y in zip(points, *places):
-            axes.annotate(way.engine, (x, y), (5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="weights, MB", ylabel="latency, ms")
-    axes.set_title(f"{cell.batch} x {cell.length} tokens", fontsize=10)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: cannot be written ({error})") from None
+    with figure_file(path, 7.5, 5.5) as figure:
+        axes = figure.add_subplot()
+        for number, network in enumerate(SHAPES):
+            points = {way: found for way, found in best.items() if way.network == network}
+            places = [sizes[way] for way in points], [1e3 * found for found in points.values()]
+            axes.scatter(*places, color=f"C{number}", label=network)
+            for way, x, y in zip(points, *places):
+                axes.annotate(way.engine, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel="weights, MB", ylabel="latency, ms")
+        axes.set_title(f"{cell.batch} x {cell.length} tokens", fontsize=10)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False)

@@ -344,8 +344,7 @@ def test_the_smaller_spaces_take_their_values_from_it():
 # The report
 
 
-def test_the_report_of_a_run(finished, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_the_report_of_a_run(finished, tmp_path, capsys, figures):
     _, result = finished
     data = agora_text.TextData(TASK, TRAIN, DEV, TEST, [], 3)
     report = Report(str(tmp_path), data, SPACE, "a rule")
@@ -388,3 +387,10 @@ def test_the_report_of_a_run(finished, tmp_path, capsys):
             example.input[0][0], row.inputs[0][0],
         ]  # fmt: skip
     assert (tmp_path / "agora.png").read_bytes().startswith(b"\x89PNG")
+    scores, sizes = figures[-1].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in scores.lines}
+    assert lines["best of the round"] == [max(one.scores) for one in result.rounds]
+    assert lines["best so far"] == [one.best_score for one in result.rounds]
+    last = {bars.get_label(): bars.patches[-1].get_height() for bars in sizes.containers}
+    counts = result.rounds[-1].label_counts.items()
+    assert last == {f"class {name}": count for name, count in counts}

@@ -68,7 +68,7 @@ def write_errors(tmp_path, *lines):
     return path
 
 
-def test_a_search_with_errors_measured_elsewhere(capsys, tmp_path):
+def test_a_search_with_errors_measured_elsewhere(capsys, tmp_path, figures):
     path = write_errors(
         tmp_path,
         "bort_4_8_768_1024,2.0",
@@ -102,9 +102,18 @@ def test_a_search_with_errors_measured_elsewhere(capsys, tmp_path):
     with open(folder / "ose.csv", newline="") as handle:
         assert [row["model_name"] for row in csv.DictReader(handle)] == list(table)
     assert (folder / "ose.png").read_bytes().startswith(b"\x89PNG")
+    by_size = figures[-1].axes[0]
+    points, rings = (drawn.get_offsets().tolist() for drawn in by_size.collections)
+    assert [error for _, error in points] == [
+        row["error"] for row in table.values() if row["error"] is not None
+    ]
+    assert [error for _, error in rings] == [
+        row["error"] for row in table.values() if row["pareto"]
+    ]
+    assert by_size.lines[0].get_label() == "bort_4_8_768_1024"
 
 
-def test_strides_are_compared(capsys, tmp_path):
+def test_strides_are_compared(capsys, tmp_path, figures):
     options = ["--errors", "synthetic", "--compare_strides", "4,2,8", "--output_dir", tmp_path]
     result, out = call(capsys, *options, *SMALL)
     lines = out.splitlines()
@@ -116,6 +125,10 @@ def test_strides_are_compared(capsys, tmp_path):
     for row in rows:
         assert float(row[5][:-1]) >= float(row[6][:-1])
     assert (tmp_path / "strides.png").read_bytes().startswith(b"\x89PNG")
+    found, bound = figures[-1].axes[0].lines
+    assert list(found.get_xdata()) == [1, 2, 4, 8]
+    assert list(bound.get_ydata()) == pytest.approx([result.best.w / n for n in (1, 2, 4, 8)])
+    assert all(found.get_ydata() >= bound.get_ydata())
 
 
 def test_stride_and_seed_reach_the_search(capsys, tmp_path):

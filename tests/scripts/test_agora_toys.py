@@ -36,8 +36,7 @@ def test_interval_is_students():
 
 
 @pytest.mark.slow
-def test_table_and_plot(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_table_and_plot(tmp_path, capsys, figures):
     plot, table = tmp_path / "toys.png", tmp_path / "toys.md"
     argv = ["--seeds", "3", "--plot", str(plot), "--table", str(table)]
     accuracies = agora_toys.main(argv)
@@ -45,6 +44,9 @@ def test_table_and_plot(tmp_path, capsys):
     assert all(values.shape == (3, 4) for values in accuracies.values())
     assert np.mean([values[:, 1] - values[:, 0] for values in accuracies.values()]) > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert [axes.get_title() for axes in figures[0].axes] == list(toys.TASKS)
+    for axes, values in zip(figures[0].axes, accuracies.values()):
+        assert np.array([line.get_ydata() for line in axes.lines[:3]]) == pytest.approx(values)
     text = table.read_text()
     assert text in capsys.readouterr().out
     moons = accuracies["two moons"]

@@ -76,11 +76,16 @@ def test_the_table_shows_the_share_of_the_floor(capsys):
     assert lines[-1].split()[:4] == ["BERT-large", "GluonNLP", DEFAULT, "-"]
 
 
-def test_the_plot_is_written_or_one_line_says_why_not(tmp_path):
+def test_the_plot_shows_the_best_latency_of_each_runtime(tmp_path, figures):
     sizes = {way: 100.0 + number for number, (way, _, _) in enumerate(MEDIANS)}
     inference.draw(MEDIANS, sizes, str(tmp_path / "latency.png"))
-    assert (tmp_path / "latency.png").stat().st_size > 5000
-    with pytest.raises(UserError, match="cannot be written"):
+    (axes,) = figures[0].axes
+    drawn = {points.get_label(): points.get_offsets().tolist() for points in axes.collections}
+    assert drawn["Bort"] == [[100.0, 10.0], [101.0, 5.0]]
+    assert drawn["BERT-base"] == [[sizes[BASE], 80.0]]
+    assert [text.get_text() for text in axes.texts][:2] == ["onnx", "onnx-int8"]
+    assert axes.get_ylabel() == "latency, ms"
+    with pytest.raises(UserError, match="there is no folder"):
         inference.draw(MEDIANS, sizes, str(tmp_path / "absent" / "latency.png"))
 
 

@@ -40,21 +40,6 @@ def complaint(capsys, *line: object) -> str:
     return said
 
 
-@pytest.fixture
-def figures(monkeypatch) -> list:
-    """Return a list to which every figure that is saved is added."""
-    from matplotlib.figure import Figure
-
-    saved, savefig = [], Figure.savefig
-
-    def keeping(self, *given, **named):
-        saved.append(self)
-        return savefig(self, *given, **named)
-
-    monkeypatch.setattr(Figure, "savefig", keeping)
-    return saved
-
-
 def test_one_run_is_drawn_into_its_folder(tmp_path, figures, capsys):
     folder = write_metrics(tmp_path / "run", steps=20)
     assert main([str(folder)]) == str(folder / "metrics.png")
