@@ -1,0 +1,1 @@
+"""Scripts of experiments that RESULTS.md reports."""
