@@ -1,6 +1,6 @@
-"""Tokenizers: RoBERTa's byte-level BPE and SentencePiece.
+"""Tokenizers: RoBERTa's byte-level BPE and SentencePiece; BERT's is in bort.wordpiece.
 
-Both implement the `Tokenizer` protocol; `load_tokenizer` loads the one that the flags name.
+All implement the `Tokenizer` protocol; `load_tokenizer` loads the one that the flags name.
 `encode` is for plain text: `<mask>` in a text is six ordinary characters, and special ids are never
 returned (except `<unk>`, by a SentencePiece model without byte fallback).
 """
@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Any, Iterable, Optional, Protocol, Sequence
+from typing import Any, Iterable, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 
@@ -36,8 +36,10 @@ _RELEASED_FILES = (
 )
 # The folder of the tokenizer beside shards and saved models.
 TOKENIZER_FOLDER = "tokenizer"
-# The files of `Tokenizer.save`: SentencePiece's model, or BPE's two under Hugging Face's names.
+# The files of `Tokenizer.save`: SentencePiece's model, BPE's two under Hugging Face's names, or
+# WordPiece's one.
 _SAVED_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
+TOKENIZER_JSON = "tokenizer.json"
 # GPT-2's division of text into words. The alternatives without look-ahead are grouped: tiktoken's
 # regular expressions search the group as one automaton, which makes encoding a third faster.
 _GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s"
@@ -51,6 +53,8 @@ _ENDLESS_BLANKS = re.compile(r"\s{65536}(?=\s)")
 class Tokenizer(Protocol):
     """A vocabulary and its encoder.
 
+    `special_tokens` maps bos, pad, eos, unk and mask to their spelling: bos begins a sequence and
+    eos ends each of its texts, `<s>` and `</s>`, in BERT [CLS] and [SEP].
     `special_ids` are sorted and never masked; `word_starts[id]` is True for a token that begins a
     word, and for special tokens; `fingerprint` is a SHA-256 over everything that decides the ids.
     """
@@ -62,6 +66,7 @@ class Tokenizer(Protocol):
     eos_id: int
     mask_id: int
     unk_id: int
+    special_tokens: Mapping[str, str]
     special_ids: np.ndarray
     word_starts: np.ndarray
     fingerprint: str
@@ -96,16 +101,26 @@ class TokenizerSettings:
         None, f"{RELEASED_DATASET}: RoBERTa's vocabulary, downloaded once to GluonNLP's cache"
     )
     vocab_file: Optional[str] = option(
-        None, "vocabulary of a byte-level BPE: GluonNLP's .vocab or Hugging Face's vocab.json"
+        None,
+        "BERT's vocab.txt or a WordPiece's tokenizer.json, or the vocabulary of a byte-level BPE: "
+        "GluonNLP's .vocab or Hugging Face's vocab.json",
     )
     bpe_ranks: Optional[str] = option(
-        None, "its merges: GluonNLP's openai_webtext_bpe_ranks or Hugging Face's merges.txt"
+        None,
+        "merges of a byte-level BPE: GluonNLP's openai_webtext_bpe_ranks or Hugging Face's "
+        "merges.txt",
     )
     sentencepiece: Optional[str] = option(None, "SentencePiece .model file")
 
     def check(self) -> None:
         """Raise `UserError` unless the flags name at most one complete vocabulary."""
-        if bool(self.vocab_file) != bool(self.bpe_ranks):
+        if self.vocab_file and is_wordpiece_file(self.vocab_file):
+            if self.bpe_ranks:
+                raise UserError(
+                    f"--vocab_file {self.vocab_file}: a WordPiece has no merges: leave --bpe_ranks "
+                    "out"
+                )
+        elif bool(self.vocab_file) != bool(self.bpe_ranks):
             given, missing = ("vocab_file", "bpe_ranks")[:: 1 if self.vocab_file else -1]
             raise UserError(f"--{given} {getattr(self, given)}: needs --{missing}")
         kinds = ("dataset_name", "vocab_file", "sentencepiece")
@@ -132,6 +147,8 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
         return _load_bpe(*_released_files())
     if settings.vocab_file and settings.bpe_ranks:
         return _load_bpe(settings.vocab_file, settings.bpe_ranks)
+    if settings.vocab_file:
+        return _load_wordpiece(settings.vocab_file)
     return _load_sentencepiece(SAMPLE_MODEL)
 
 
@@ -145,10 +162,31 @@ def load_tokenizer_folder(folder: str) -> Optional[Tokenizer]:
         return _load_sentencepiece(model)
     if os.path.exists(vocab_file):
         return _load_bpe(vocab_file, bpe_ranks)
-    return None
+    return _wordpiece_of(folder)
 
 
-def _write_files(folder: str, contents: dict[str, bytes]) -> None:
+def _wordpiece_of(folder: str) -> Optional[Tokenizer]:
+    from bort.wordpiece import is_wordpiece_json
+
+    file, vocab_file = (os.path.join(folder, name) for name in (TOKENIZER_JSON, "vocab.txt"))
+    if os.path.exists(file) and is_wordpiece_json(file):
+        return _load_wordpiece(file)
+    return _load_wordpiece(vocab_file) if os.path.exists(vocab_file) else None
+
+
+def is_wordpiece_file(path: str) -> bool:
+    """Return whether the name of a file is that of a WordPiece: .txt, or tokenizer.json."""
+    return path.endswith(".txt") or os.path.basename(path) == TOKENIZER_JSON
+
+
+def _load_wordpiece(path: str) -> Tokenizer:
+    from bort.wordpiece import read_wordpiece
+
+    return read_wordpiece(path)
+
+
+def write_files(folder: str, contents: dict[str, bytes]) -> None:
+    """Write files into a folder, except those that have their content already."""
     os.makedirs(folder, exist_ok=True)
     for name, content in contents.items():
         path = os.path.join(folder, name)
@@ -165,22 +203,28 @@ def _holds(path: str, content: bytes) -> bool:
         return False
 
 
-class _Vocabulary:
-    """The tokens by id and the special ids, for both kinds of tokenizer."""
+class Vocabulary:
+    """The tokens by id and the special ids, for all kinds of tokenizer."""
 
-    def __init__(self, spelling: Sequence[str], word_mark: str) -> None:
+    def __init__(
+        self,
+        spelling: Sequence[str],
+        word_starts: Sequence[bool],
+        special_tokens: Mapping[str, str] = SPECIAL_TOKENS,
+    ) -> None:
         """Number the tokens in order; raises `ValueError` when a special token is missing."""
         ids = {token: index for index, token in enumerate(spelling)}
-        missing = [token for token in SPECIAL_TOKENS.values() if token not in ids]
+        missing = [token for token in special_tokens.values() if token not in ids]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        special = {role: ids[token] for role, token in SPECIAL_TOKENS.items()}
+        special = {role: ids[token] for role, token in special_tokens.items()}
+        self.special_tokens = special_tokens
         self.bos_id, self.pad_id = special["bos"], special["pad"]
         self.eos_id, self.unk_id = special["eos"], special["unk"]
         self.mask_id = special["mask"]
         self.vocab_size = len(spelling)
         self.special_ids = np.array(sorted(special.values()), np.int32)
-        self.word_starts = np.array([token.startswith(word_mark) for token in spelling])
+        self.word_starts = np.array(word_starts)
         self.word_starts[self.special_ids] = True
         self._spelling = spelling
 
@@ -189,7 +233,7 @@ class _Vocabulary:
         return [self._spelling[index] for index in ids]
 
 
-class ByteLevelBPE(_Vocabulary):
+class ByteLevelBPE(Vocabulary):
     """Byte-level byte-pair encoding (Radford et al. 2019, section 2.2), as in RoBERTa.
 
     Equivalent to GluonNLP's `GPT2BPETokenizer` with its vocabulary. tiktoken merges any neighbours
@@ -208,7 +252,8 @@ class ByteLevelBPE(_Vocabulary):
         """
         import tiktoken
 
-        super().__init__(spelling, word_mark=_BYTE_TO_CHARACTER[ord(" ")])
+        space = _BYTE_TO_CHARACTER[ord(" ")]
+        super().__init__(spelling, [token.startswith(space) for token in spelling])
         made = _tokens_made(merges)
         ids = {token: index for index, token in enumerate(spelling)}
         missing = [token for token in made if token not in ids]
@@ -270,7 +315,7 @@ class ByteLevelBPE(_Vocabulary):
         merges = "".join(f"{line}\n" for line in ("#version: 0.2", *self._merges))
         vocabulary = json.dumps(ids, ensure_ascii=False)
         _, vocab_file, bpe_ranks = _SAVED_FILES
-        _write_files(folder, {bpe_ranks: merges.encode(), vocab_file: vocabulary.encode()})
+        write_files(folder, {bpe_ranks: merges.encode(), vocab_file: vocabulary.encode()})
 
     def _ranks(self, text: str) -> np.ndarray:
         nothing: frozenset[str] = frozenset()
@@ -285,7 +330,7 @@ class ByteLevelBPE(_Vocabulary):
         return np.concatenate(ranks) if cuts else ranks[0]
 
 
-class SentencePiece(_Vocabulary):
+class SentencePiece(Vocabulary):
     """A SentencePiece model (Kudo and Richardson 2018), unigram or BPE."""
 
     name = "sentencepiece"
@@ -303,7 +348,8 @@ class SentencePiece(_Vocabulary):
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
         ids = range(self._processor.vocab_size())
-        super().__init__(self._processor.id_to_piece(list(ids)), word_mark="▁")
+        spelling = self._processor.id_to_piece(list(ids))
+        super().__init__(spelling, [piece.startswith("▁") for piece in spelling])
         readable = [
             self._spelling[index]
             for index in self.special_ids.tolist()
@@ -344,7 +390,7 @@ class SentencePiece(_Vocabulary):
 
     def save(self, folder: str) -> None:
         """Write tokenizer.model to a folder."""
-        _write_files(folder, {_SAVED_FILES[0]: self._model})
+        write_files(folder, {_SAVED_FILES[0]: self._model})
 
 
 def utf8_bytes(text: str) -> bytes:
@@ -424,14 +470,21 @@ def spelling_of(ids: Any, path: str) -> list[str]:
 
 def read_merges(path: str) -> list[str]:
     """Return the merges ("a b") by rank; raises `UserError` for a file that cannot be read."""
+    return [line for line in read_lines(path) if line and not line.startswith("#version")]
+
+
+def read_lines(path: str) -> list[str]:
+    """Return the lines of a text, the last one empty if the text ends with a line feed.
+
+    Raises `UserError` when it cannot be read.
+    """
     try:
         with open(path, encoding="utf-8") as handle:
-            lines = handle.read().split("\n")
+            return handle.read().split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 (byte {error.start})") from None
-    return [line for line in lines if line and not line.startswith("#version")]
 
 
 def _load_sentencepiece(path: str) -> SentencePiece:

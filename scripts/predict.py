@@ -44,7 +44,9 @@ class PredictSettings:
     format: str = option(
         "tsv", "output: label and probability, or JSON lines", choices=OUTPUT_FORMATS
     )
-    fill_mask: bool = option(False, "predict five words for each <mask>, with a pretrained model")
+    fill_mask: bool = option(
+        False, "predict five words for each <mask> (BERT: [MASK]), with a pretrained model"
+    )
     runtime: str = option(
         "mxnet", "the int8 models are made by scripts/quantize.py", choices=BACKENDS
     )

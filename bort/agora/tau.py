@@ -126,8 +126,12 @@ class Infill:
             return list(words)
         chosen = np.sort(generator.choice(readable, count, replace=False))
         masked, positions = self._masked(pieces[:readable], chosen)
-        # One word may be spelled by two tokens: with and without a space before it.
-        banned = [self._tokens_by_word.get(words[index], []) for index in chosen]
+        # One word may be spelled by two tokens: with and without a space before it. The token of
+        # a word may read otherwise: in lower case.
+        banned = [
+            [*self._tokens_by_word.get(words[index], []), *pieces[index][: len(pieces[index]) == 1]]
+            for index in chosen
+        ]
         filled = self._draw(masked, positions, banned, generator)
         ids = filled[np.argmax(self._likelihood(masked, positions, filled))]
         changed = list(words)

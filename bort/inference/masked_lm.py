@@ -1,4 +1,7 @@
-"""Masked language modelling: the most probable words for each `<mask>` of a text."""
+"""Masked language modelling: the most probable words for each mask of a text.
+
+A mask is spelled as in the vocabulary: `<mask>`, or `[MASK]` in BERT's.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,6 @@ from bort.tokenization import Tokenizer
 from bort.types import Block
 from data.rows import BadRowError, require_field
 
-MASK = "<mask>"
 TOP_K = 5
 # Masks projected onto the vocabulary at once: 51 MB of logits with 50,265 tokens.
 MASKS_AT_ONCE = 256
@@ -53,7 +55,7 @@ class FillMaskPipeline:
         return InputSchema(numbered_columns(1))
 
     def prepare(self, content: Input) -> np.ndarray:
-        """Return the ids of a text, int32 [tokens]; `<mask>` becomes the mask token.
+        """Return the ids of a text, int32 [tokens]; what is spelled as the mask becomes the mask.
 
         Raises `BadRowError` for a text without mask and one longer than the model's positions.
         """
@@ -63,8 +65,9 @@ class FillMaskPipeline:
             if len(content) != 1:
                 raise BadRowError(f"has {len(content)} texts, expected 1")
             content = content[0]
-        if MASK not in content:
-            raise BadRowError(f"has no {MASK} where a word is missing")
+        mask = self.tokenizer.special_tokens["mask"]
+        if mask not in content:
+            raise BadRowError(f"has no {mask} where a word is missing")
         check_texts([content])
         ids = mask_ids(self.tokenizer, content.strip())
         if len(ids) > self.model_config.max_len:
@@ -107,11 +110,11 @@ class FillMaskPipeline:
 
 
 def mask_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Return the ids, int32 [tokens], of a text with `<mask>`s, between `<s>` and `</s>`.
+    """Return the ids, int32 [tokens], of a text with masks, between bos and eos.
 
     A mask stands for a whole token, including the space before it.
     """
-    first, *others = text.split(MASK)
+    first, *others = text.split(tokenizer.special_tokens["mask"])
     parts = [[tokenizer.bos_id], tokenizer.encode(first.rstrip())]
     for number, piece in enumerate(others, 1):
         text = piece.rstrip() if number < len(others) else piece

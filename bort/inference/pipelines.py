@@ -1,4 +1,4 @@
-"""Prediction for new text with a saved model: labels with probabilities, or words for `<mask>`.
+"""Prediction for new text with a saved model: labels with probabilities, or words for masks.
 
 for prediction in predict("runs/finetuning/SST-2", ["a fine film", "a bore"]):
 print(prediction.label, prediction.value)
@@ -40,7 +40,7 @@ def predict(
 def fill_mask(
     model: Union[str, FillMaskPipeline], texts: Iterable[Input], *, batch_size: int = BATCH_SIZE
 ) -> Iterator[tuple[MaskPrediction, ...]]:
-    """Yield the five most probable words for each `<mask>` of each text, in order.
+    """Yield the five most probable words for each `<mask>` (BERT: `[MASK]`) of each text, in order.
 
     model: a pretraining run, a checkpoint, a saved model, or a loaded `FillMaskPipeline`.
 

@@ -30,6 +30,7 @@ from bort.tokenization import (
     load_tokenizer,
     load_tokenizer_folder,
 )
+from bort.wordpiece import read_wordpiece
 from data import preparation
 from data.corpus import scan
 from data.masking import MaskingSettings, SequenceSettings
@@ -37,6 +38,7 @@ from data.preparation import Block, InstanceMaker, InstanceSettings, read_blocks
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE, open_shards, read_manifest
 from data.text_formats import TextSource
 from tests.conftest import ROOT
+from tests.wordpieces import write_vocabulary
 
 SAMPLE = ROOT / "test_data" / "sample_text.txt"
 
@@ -172,6 +174,30 @@ def test_whole_words_of_real_tokens(tmp_path, tokenizer):
         row[positions], chosen[positions] = true_ids, True
         continues = ~tokenizer.word_starts[row]
         assert (chosen[1:] == chosen[:-1])[continues[1:] & (row[:-1] != tokenizer.bos_id)].all()
+
+
+def test_wordpiece_masks_whole_words_and_pads_with_0(tmp_path):
+    path = write_vocabulary(tmp_path)
+    settings = {"vocab_file": path, "whole_word_mask": True, "masked_lm_prob": 0.3}
+    create(tmp_path / "out", **settings, num_workers=2)
+    shards, tokenizer = open_shards(str(tmp_path / "out")), read_wordpiece(path)
+    assert shards.manifest.tokenizer.name == "wordpiece"
+    assert shards.manifest.tokenizer.settings["vocab_file"] == path
+    assert (shards.manifest.pad_id, shards.manifest.tokenizer.mask_id) == (0, 4)
+    saved = load_tokenizer_folder(str(tmp_path / "out" / "tokenizer"))
+    assert saved.fingerprint == tokenizer.fingerprint == shards.manifest.tokenizer_fingerprint
+    pieces = 0
+    for index in range(shards.num_sequences):
+        ids, positions, true_ids = shards.sequence(index)
+        row, chosen = np.array(ids), np.zeros(len(ids), bool)
+        row[positions], chosen[positions] = true_ids, True
+        tokens = tokenizer.tokens(row)
+        assert (tokens[0], tokens[-1]) == ("[CLS]", "[SEP]")
+        for before, place in zip(range(len(ids)), range(1, len(ids))):
+            if tokens[place].startswith("##") and tokens[before] != "[CLS]":
+                assert chosen[place] == chosen[before]
+                pieces += int(chosen[place])
+    assert pieces > 100
 
 
 def test_copies_differ_in_masks_and_boundaries(tmp_path, tokenizer):

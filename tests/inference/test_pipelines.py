@@ -24,15 +24,17 @@ from bort.finetuning.scoring import predict_logits
 from bort.inference import masked_lm, prediction_files
 from bort.inference.base import WINDOW, Located, locate, predictions, windows
 from bort.inference.classification import Prediction, load_classifier
-from bort.inference.masked_lm import MASK, MASKS_AT_ONCE, mask_ids
+from bort.inference.masked_lm import MASKS_AT_ONCE, mask_ids
 from bort.inference.pipelines import fill_mask, predict
 from bort.inference.prediction_files import InputReader, LineReader
 from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, build_network, save_model
 from bort.tokenization import TokenizerSettings, load_tokenizer
+from bort.wordpiece import Normalizer, WordPiece
 from data.encoding import ClassifierLoader, encode_examples
 from data.tasks import get_task
 from scripts import predict as program
 from tests import reference
+from tests.wordpieces import VOCABULARY
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "test_data"
@@ -507,7 +509,7 @@ def test_parameters_that_are_not_finite_predict_nothing(tmp_path, tokenizer, mas
     (path,) = tmp_path.glob("*.params")
     save_model(str(path), *model)
     with pytest.raises(UserError, match=r"layer_norm.gamma has values that are NaN or infinite"):
-        list((fill_mask if masked_lm else predict)(str(tmp_path), [MASK]))
+        list((fill_mask if masked_lm else predict)(str(tmp_path), ["<mask>"]))
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -538,9 +540,30 @@ def test_words_for_masks_are_those_of_a_direct_forward_pass(tmp_path, tokenizer,
         assert [word.text for word in words] == [word["word"] for word in one["words"]]
 
 
+def test_masks_of_a_wordpiece_model(tmp_path):
+    tokenizer = WordPiece(VOCABULARY, Normalizer())
+    model = saved_masked_lm(tmp_path, tokenizer)
+    pieces = tokenizer.tokens(mask_ids(tokenizer, "The [MASK] runn[MASK], <mask>"))
+    assert pieces[:6] == ["[CLS]", "the", "[MASK]", "runn", "[MASK]", ","]
+    assert pieces[-1] == "[SEP]"
+    assert "[MASK]" not in pieces[6:]
+    ids = mask_ids(tokenizer, "The [MASK] runs")
+    (words,) = fill_mask(str(tmp_path), ["The [MASK] runs"])
+    parameters = reference.parameters_of(model.network)
+    hidden = reference.encode(parameters, 2, ids)[ids == tokenizer.mask_id]
+    scores = reference.decode(parameters, hidden)[0]
+    scores[tokenizer.special_ids] = -np.inf
+    best = np.argsort(-scores)[:5]
+    # A token that continues a word keeps its mark.
+    assert [word.text for word in words] == [word.token for word in words]
+    assert [word.token for word in words] == tokenizer.tokens(best)
+    with pytest.raises(UserError, match=r"has no \[MASK\] where a word is missing"):
+        list(fill_mask(str(tmp_path), ["The <mask>"]))
+
+
 def test_many_masks_are_projected_in_pieces(tmp_path, tokenizer, monkeypatch):
     saved_masked_lm(tmp_path, tokenizer)
-    text = MASK * 60
+    text = "<mask>" * 60
     pipeline = masked_lm.load_mask_filler(str(tmp_path))
     expected = list(fill_mask(pipeline, [text, "a <mask>"]))
     assert len(expected) == 61
@@ -564,8 +587,8 @@ def test_many_masks_are_projected_in_pieces(tmp_path, tokenizer, monkeypatch):
 
 def test_masks_take_the_space_before_them(tokenizer):
     pieces = tokenizer.tokens(mask_ids(tokenizer, "the <mask> of un<mask>."))
-    assert pieces == ["<s>", "▁the", MASK, "▁of", "▁un", MASK, ".", "</s>"]
-    assert tokenizer.tokens(mask_ids(tokenizer, MASK)) == ["<s>", MASK, "</s>"]
+    assert pieces == ["<s>", "▁the", "<mask>", "▁of", "▁un", "<mask>", ".", "</s>"]
+    assert tokenizer.tokens(mask_ids(tokenizer, "<mask>")) == ["<s>", "<mask>", "</s>"]
 
 
 @pytest.mark.parametrize(
@@ -573,7 +596,7 @@ def test_masks_take_the_space_before_them(tokenizer):
     [
         ("no mask", r"has no <mask>"),
         ("a\tb <mask>", r"has 2 texts, expected 1"),
-        ("the old man " * 60 + MASK, r"has \d+ tokens, the model takes 64"),
+        ("the old man " * 60 + "<mask>", r"has \d+ tokens, the model takes 64"),
     ],
 )
 def test_texts_that_cannot_be_filled(tmp_path, tokenizer, text, message):
