@@ -2,7 +2,7 @@
 r"""Pretrain Bort by masked-LM distillation in many processes under Horovod.
 
 The program and flags of run_pretraining_distillation.py; --batch_size and --accumulate count for
-each process. With --elastic training outlives the loss of processes. Example:
+each process. With --elastic training survives the loss of processes. Example:
 
     horovodrun -np 2 -H localhost:2 python run_pretraining_distillation_hvd.py \
         --data shards/train --data_eval shards/test --num_steps 1000 --ckpt_dir runs/bort

@@ -39,9 +39,9 @@ OWN_SUM = "state_sha256"
 LAST = "checkpoint_last"
 BEST = "checkpoint_best"
 DAMAGED = "damaged-"
-# What the read of a damaged or absent file answers; any other error may pass (ESTALE, EIO).
+# Errors of reading a damaged or absent file; any other one may be transient (ESTALE, EIO).
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-# What a file system without symbolic links answers.
+# Errors of a file system without symbolic links.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -169,7 +169,7 @@ def load(path: str) -> Checkpoint:
     """Verify and open one checkpoint.
 
     Raises `UserError` that names what is missing or altered, and `OSError` for a read that failed
-    though the file is there: that may pass.
+    though the file is there: it may be transient.
     """
     state = _read_state(path)
     for file, expected in state["sha256"].items():
@@ -296,8 +296,8 @@ def newest_path(folder: str) -> str | None:
 def rewind(folder: str, step: int, best_step: int | None, remove_later: bool = False) -> None:
     """Make the folder what it was when the run had saved the checkpoint of `step`.
 
-    With `remove_later` the later checkpoints are of a continuation that is given up. Without it
-    they are damaged: they are renamed, so that the ones to come do not meet them.
+    With `remove_later` the later checkpoints are deleted. Without it they are damaged: they are
+    renamed, so that new checkpoints do not collide with them.
     """
     for name in _names(folder):
         if _step_of(name) > step:
@@ -319,7 +319,7 @@ def _free_name(path: str) -> str:
 
 
 def remove_all(folder: str) -> None:
-    """Delete the checkpoints of a run that has ended, and what leads to them."""
+    """Delete the checkpoints of a run that has ended, and the links to them."""
     for link in (LAST, BEST):
         if os.path.islink(os.path.join(folder, link)):
             os.remove(os.path.join(folder, link))

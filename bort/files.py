@@ -31,7 +31,7 @@ _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9a-f]{8})[0-9a-f]{8}\.tmp")
 _LEVELS = 2  # of subfolders in which a run writes files: step-0001000/tokenizer/
 _COPY_BYTES = 1 << 20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# What a full disk, a quota or a failing one answers to a write.
+# Errors of writing to a full disk, beyond a quota, or to a failing disk.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 

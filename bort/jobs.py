@@ -10,7 +10,7 @@ results in the order of completion or of the input, with a bounded number of job
 
 A process never outlives the one that started it. The system kills it with its parent (on Linux), a
 thread looks for the parent every second, and a process whose parent died before either was set up
-ends itself: it is told the parent's number when it starts.
+ends itself: it gets the parent's pid when it starts.
 """
 
 from __future__ import annotations

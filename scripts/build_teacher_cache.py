@@ -26,7 +26,7 @@ from data.shards import ShardEntry, ShardSet, open_shards
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Which teacher's outputs are stored, for which shards."""
+    """Teacher, shards and cache."""
 
     data: str = required("folders of shards, separated by commas")
     output_dir: str = required("folder of the cache")
@@ -34,7 +34,7 @@ class CacheSettings:
     teacher_ckpt_dir: str = required("its weights: a parameter file, a checkpoint, a run's folder")
     dtype: str = option("float16", "type of the stored rows", choices=("float16", "float32"))
     batch_size: int = option(16, "sequences per forward pass", minimum=1)
-    gpus: Optional[str] = option(None, "device number; without: the CPU")
+    gpus: Optional[str] = option(None, "GPU number (default: the CPU)")
 
 
 @entry_point

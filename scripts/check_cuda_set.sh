@@ -26,7 +26,7 @@ install_set() {
     "$PY" -m pip list --format=freeze | grep -E '^(mxnet|nvidia|numpy|gluonnlp)'
 }
 
-# The functions of the driver that libmxnet.so calls: cu and a capital; cuBLAS and its like go on
+# The functions of the driver that libmxnet.so calls: cu and a capital; cuBLAS and its like continue
 # in small letters.
 driver_functions() { nm -D --undefined-only "$1" | grep -oE '\bcu[A-Z][A-Za-z0-9]*' | sort -u; }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Give damaged and hostile files to every reader, and count what becomes of them.
+r"""Give damaged and hostile files to every reader, and count the outcomes.
 
     python scripts/fuzz.py --cases 2000 --seed 1
     python scripts/fuzz.py --only shards,onnx --cases 500
@@ -51,7 +51,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def many_cases(settings: FuzzSettings, folder: Path) -> int:
-    """Run all cases and print what became of them."""
+    """Run all cases and print the table of outcomes."""
     from tests.fuzz import formats, harness
 
     start = time.perf_counter()

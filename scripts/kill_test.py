@@ -26,10 +26,10 @@ from bort import checkpoint
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point
 
-DOOR = os.path.join(
+PROGRAM = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "run_pretraining_distillation.py"
 )
-# Dropout, accumulation, evaluation and checkpoints whose intervals do not divide one another.
+# With dropout and accumulation; intervals of evaluations and checkpoints that do not coincide.
 RUN = {
     "student_model": "bort_2_4_128_64",
     "dropout": 0.1,
@@ -41,26 +41,27 @@ RUN = {
     "lr": 1e-3,
     "seed": 3,
 }
-# What is printed when a run is ready for its first step, and after some steps.
+# Lines that a run prints before its first step, and after some steps.
 READY = re.compile(r"from step (\d+)$")
 STEP = re.compile(r"^step +(\d+) +train ")
-# One of so many kills falls into the start, before the first step.
+# One in so many kills comes before the first step.
 STARTS = 5
-# Of twice an equal share of the steps that are left, so that no attempt but the last ends.
+# Kills come within this fraction of twice an equal share of the remaining steps, so that only the
+# last attempt reaches the end.
 SHARE = 0.8
-# Within so many steps after one that is seen: also while a checkpoint is being written.
+# A kill comes up to so many steps after the line it waits for, so also while saving.
 SCATTER = 8
 
 
 @dataclass(frozen=True)
 class KillTestSettings:
-    """How often and where."""
+    """Data and kills."""
 
     data: str = required("folder of shards, of training and held-out data alike")
     work_dir: str = required("folder for the two runs")
     kills: int = option(20, "times the run is killed", minimum=1)
     num_steps: int = option(600, "updates of the run", minimum=1)
-    seed: int = option(0, "of the moments", minimum=0)
+    seed: int = option(0, "random seed of the moments", minimum=0)
 
 
 class Timing(NamedTuple):
@@ -112,7 +113,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def draw_moment(generator: random.Random, most_steps: float, timing: Timing) -> Moment:
-    """Draw when to kill: in the start, or anywhere in the first `most_steps` steps."""
+    """Draw when to kill: before the first step, or anywhere in the first `most_steps` steps."""
     place, scatter = generator.random(), generator.random()
     if generator.randrange(STARTS) == 0:
         return Moment(None, place * timing.start)
@@ -128,11 +129,11 @@ def _command(settings: KillTestSettings, folder: str) -> list[str]:
         "ckpt_dir": folder,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, DOOR, *words]
+    return [sys.executable, PROGRAM, *words]
 
 
 def _to_the_end(command: list[str], steps: int) -> Timing:
-    """Run a command; raises `UserError` with its complaint when it fails."""
+    """Run a command to its end; raises `UserError` with its last lines when it fails."""
     begun = ready = time.monotonic()
     said = []
     with _started(command) as process:
@@ -174,7 +175,7 @@ def _steps_saved(folder: str) -> int:
 
 
 def _left_behind(folder: str) -> str:
-    """Return what a killed run has left, in words."""
+    """Describe the checkpoints that a killed run has left."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     half_written = sum(name.endswith(".tmp") for name in names)
     return f"step {_steps_saved(folder)}" + f" and {half_written} half-written" * bool(half_written)

@@ -33,7 +33,7 @@ PANELS = (
     ("tokens_per_second", "throughput", "tokens/s"),
 )
 COLUMNS = 3
-# With more points than this a marker for each would hide the line.
+# Above this number of points, markers would hide the line.
 MOST_MARKERS = 60
 
 
@@ -85,7 +85,7 @@ def main(argv: Optional[Sequence[str]] = None) -> str:
 
 
 def metrics_file(path: str) -> str:
-    """Return the metrics.jsonl that a path means."""
+    """Return the metrics.jsonl of a run's folder, or the file itself."""
     return os.path.join(path, FILE) if os.path.isdir(path) else path
 
 

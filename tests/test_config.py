@@ -277,8 +277,8 @@ def test_required_flags_are_still_required_beside_a_config_without_them(
 ORIGINAL_FLAGS = {
     "finetune_classifier.py": {
         "--no_distributed True": "one process is the default",
-        "--init gaussian": "is --init normal here",
-        "--init=gaussian": "is --init normal here",
+        "--init gaussian": "use --init normal",
+        "--init=gaussian": "use --init normal",
         "--use_scheduler True": "leave it out",
         "--momentum 0.9": "leave it out",
         "--multirc_test_location a": "--data_dir",
@@ -287,7 +287,7 @@ ORIGINAL_FLAGS = {
         "--race_dataset_location a": "--data_dir",
     },
     "run_pretraining_distillation.py": {
-        "--model bort_4_8_768_1024": "is --student_model here",
+        "--model bort_4_8_768_1024": "use --student_model",
         "--pretrained": "--student_parameters",
         "--dataset_name x": "the shards record their vocabulary",
         "--num_eval_steps 3": "leave it out",

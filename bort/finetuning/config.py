@@ -130,7 +130,7 @@ _DATA_DIR = "name the folder of the data with --data_dir"
 # Flags of the original's finetune_bort.py, and what to give instead. Its --gpu and --dataset are
 # taken as abbreviations of --gpus and --dataset_name.
 ORIGINAL_FLAGS: Mapping[str, str] = {
-    "--init gaussian": "is --init normal here",
+    "--init gaussian": "use --init normal",
     "--no_distributed": "leave it out; one process is the default, horovodrun starts several",
     "--use_scheduler": "leave it out; the learning rate always follows the schedule",
     "--momentum": "leave it out; BERTAdam has no such setting",

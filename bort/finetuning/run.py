@@ -214,7 +214,7 @@ class DevEvaluation:
 
 @dataclass(frozen=True)
 class FinetuningOptions:
-    """What a run of fine-tuning is told besides its classifier, its data and its optimizer."""
+    """Settings of a fine-tuning run besides its classifier, its data and its optimizer."""
 
     folder: str
     max_len: int

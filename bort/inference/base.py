@@ -30,7 +30,7 @@ from data.batches import pad
 from data.rows import BadRowError
 
 BATCH_SIZE = 32
-# Inputs, and bytes of input lines, that are read and sorted by length before any is answered.
+# Inputs, and bytes of input lines, that are read and sorted by length before any is predicted.
 WINDOW, WINDOW_BYTES = 512, 1 << 24
 # Batches are padded to multiples of it: MXNet plans memory for every new shape, and keeps the plan.
 PAD_MULTIPLE = 8

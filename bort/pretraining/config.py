@@ -29,7 +29,7 @@ class DataSettings:
         "with --teacher_cache",
     )
     no_verify: bool = option(
-        False, "do not read shards and teacher cache at the start to check SHA-256 and ids"
+        False, "skip the check of SHA-256 and ids of shards and teacher cache at the start"
     )
 
 
@@ -211,7 +211,7 @@ def settings_of(**flags: Any) -> PretrainingSettings:
 
 # Flags of the original's pretraining programs, and what to give instead.
 ORIGINAL_FLAGS: Mapping[str, str] = {
-    "--model": "is --student_model here",
+    "--model": "use --student_model",
     "--pretrained": "name the weights with --student_parameters",
     "--dataset_name": "leave it out; the shards record their vocabulary",
     "--num_eval_steps": "leave it out; it had no effect, all of --data_eval is evaluated",

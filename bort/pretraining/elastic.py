@@ -1,9 +1,9 @@
-"""Training that outlives its workers: lost ones are done without, new ones are let in.
+"""Elastic training: tolerates lost workers and admits new ones.
 
-Horovod's own elastic training covers other frameworks; what is needed here is a state that its
-framework-free wrapper can keep. It is a copy in the memory of every worker, made after each metric
-line (`--log_interval`): parameters and moments in float32 are 12 bytes a parameter, 0.9 GB for
-Bort, too much to copy at every step. A lost worker costs at most the steps since the last line.
+Horovod's elastic training covers other frameworks. Its framework-independent wrapper needs a state
+that it can save and restore: here a copy in the memory of every worker, made after each metric line
+(`--log_interval`). Parameters and moments in float32 are 12 bytes a parameter, 0.9 GB for Bort, too
+much to copy at every step. A lost worker costs at most the steps since the last metric line.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from bort.reporter import FolderReporter
 from bort.training.job import Metrics
 from bort.training.loop import Loop
 
-# Who speaks when a sum or broadcast fails. Other errors, such as too little memory, would come
-# again after every new start.
+# Whose error messages mean that a sum or broadcast failed. Other errors, such as lack of memory,
+# would be raised again after every restart.
 COLLECTIVE_FAILURE = re.compile("Horovod|gloo|nccl", re.IGNORECASE)
 
 
@@ -89,11 +89,11 @@ def lost_workers() -> Iterator[None]:
 
 
 def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[Metrics]:
-    """Train like `bort.pretraining.run.pretrain`, with the workers there are at any time.
+    """Train like `bort.pretraining.run.pretrain`, while workers are lost and added.
 
-    An update takes the same micro-batches whatever their number, so losing one changes nothing but
-    the rounding of sums. Returns the evaluations since workers were last lost or let in. Raises
-    `UserError` when `horovodrun` was not told how to find hosts.
+    An update takes the same micro-batches with any number of workers, so losing one changes only
+    the rounding of sums. Returns the evaluations since the workers last changed. Raises `UserError`
+    when `horovodrun` was not told how to discover hosts.
     """
     if os.environ.get("HOROVOD_ELASTIC") != "1":
         raise UserError(

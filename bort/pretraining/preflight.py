@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 class Preflight:
-    """Looks at everything a run needs, each part after those it depends on."""
+    """Checks everything a run needs, each part after those it depends on."""
 
     def __init__(self, settings: PretrainingSettings, communicator: Communicator) -> None:
         self.settings = settings
@@ -197,7 +197,7 @@ def data_rows(inputs: Inputs, micro_batches: int, num_steps: int) -> list[Row]:
 
 
 def start_of(run: RunSettings) -> int:
-    """Return the step a run would start from; raises what the run itself would raise."""
+    """Return the step a run would start from; raises the same errors as the run."""
     found = None
     if run.start_step:
         found = checkpoint.at_step(run.ckpt_dir, run.start_step)

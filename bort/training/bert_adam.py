@@ -1,8 +1,8 @@
 """BERTAdam: GluonNLP's, with a faster update of float32 parameters on a CPU.
 
-There MXNet's kernel computes the square root and the quotient of one value at a time, which takes
-twice as long as the memory traffic. NumPy computes sixteen values at once; threads share the work,
-because NumPy releases the GIL in each operation. RESULTS.md has the times.
+On a CPU MXNet's kernel computes the square root and the quotient of one value at a time, which
+takes twice as long as the memory traffic. NumPy computes sixteen values at once; threads share the
+work, because NumPy releases the GIL in each operation. RESULTS.md has the times.
 """
 
 from __future__ import annotations

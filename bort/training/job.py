@@ -88,7 +88,7 @@ class NoExtraState:
 
 
 class Interrupted(Exception):  # noqa: N818  (no error: a signal asked for it)
-    """An evaluation was left before its end because a rank was told to stop."""
+    """An evaluation was interrupted because a rank was told to stop."""
 
 
 def _ignore(progress: Progress, metrics: Metrics, best: bool) -> None:
@@ -116,7 +116,7 @@ class Resumed(NamedTuple):
     """What a run takes over from the settings of its checkpoint."""
 
     accumulate: int  # micro-batches per worker and update
-    best_counts: bool = True  # its best score was measured on the held-out data of now
+    best_counts: bool = True  # its best score was measured on the current held-out data
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class SavePolicy:
     write_model: Callable[[str, Progress], None]  # parameters, and what belongs beside them
     write_config: Callable[[str, Progress], None]  # only what belongs beside the parameters
     identity: Mapping[str, Any]  # what state.json says of the run besides its progress
-    # Given the state of a checkpoint; raises `UserError` when the settings of now cannot resume it.
+    # Takes the state of a checkpoint; raises `UserError` when these settings cannot resume it.
     check_resume: Callable[[Mapping[str, Any]], Resumed]
     settings: Mapping[str, Any]  # the content of config.json
     keep: int = 1

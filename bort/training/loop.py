@@ -137,7 +137,7 @@ class Loop:
         self.communicator.broadcast(self.arrays())
 
     def start(self) -> None:
-        """Divide the micro-batches among the ranks there are, and open the log on rank 0.
+        """Divide the micro-batches among the current ranks, and open the log on rank 0.
 
         Raises `UserError` when there are more workers than micro-batches in an update.
         """
@@ -462,7 +462,7 @@ class Loop:
     # ---- evaluation -----------------------------------------------------------------------------
 
     def _evaluate_before_training(self, evaluations: list[Metrics]) -> bool:
-        """Evaluate a new run, or make up for the evaluation that a resumed one was stopped before.
+        """Evaluate a new run, or do the evaluation that was pending when a resumed run stopped.
 
         Returns whether to stop.
         """

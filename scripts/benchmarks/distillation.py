@@ -2,10 +2,10 @@
 
     python scripts/benchmark.py distillation [--teachers roberta_12_768_12] [--repeats 9]
 
-Every way trains the 4-layer Bort on the same batches; ways take turns, so that a change in the
-machine's pace meets all; the table has medians. The original's recipe is run in processes of its
-own that also take turns, on as many threads as ours and on those MXNet takes by default, and with
-the C library's own handling of freed memory.
+Every contender trains the 4-layer Bort on the same batches. They run in turn, so that a change in
+the machine's speed affects all alike; the table has medians. The original's recipe runs in
+processes of its own, in turn too: with as many threads as ours, and with MXNet's default; both
+without our setting for freed memory.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python scripts/benchmark.py finetuning [--batch_size 8] [--length 128] [--repeats 15]
 
-Both train the classifier of the 4-layer Bort on the same random tokens and threads, by turns, so
-that a change in the machine's pace meets both; the table has medians.
+Both train the classifier of the 4-layer Bort on the same random tokens and threads, in turn, so
+that a change in the machine's speed affects both alike; the table has medians.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python scripts/benchmark.py inference [--batch_sizes 1] [--lengths 128] [--plot latency.png]
 
-Ways take turns, so that a change in the machine's pace meets all; the table has medians, in
-milliseconds for a batch. MXNet's number of threads is fixed when it is imported: each number of
-threads has a process of its own. They restart for each size of input, because what the runtimes
-keep for every size fills the memory. Weights mean nothing: the time does not depend on them.
+The contenders run in turn, so that a change in the machine's speed affects all alike; the table has
+medians, in milliseconds for a batch. MXNet's number of threads is fixed when it is imported: each
+number of threads has a process of its own. The processes restart for each size of input, because
+the buffers that the runtimes keep for every size fill the memory. The weights are random, because
+the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def _worker(count: int) -> Iterator[Ask]:
         answer = process.stdout.readline()
         if not answer:
             raise UserError(
-                f"the process that measures with {count} thread(s) has ended, most likely for want "
+                f"the process that measures with {count} thread(s) has ended, most likely for lack "
                 "of memory: measure less at once, see --networks and --batch_sizes"
             )
         return json.loads(answer)

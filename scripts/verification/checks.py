@@ -134,7 +134,7 @@ def check_checkpoint(folder: Path) -> Found:
 
 
 def check_pretraining(folder: Path) -> Found:
-    """Compare where a run is with where it ends; its checkpoints are folders of their own."""
+    """Compare a run's last step with its number of steps; checkpoints are checked apart."""
     check_metrics(folder / "metrics.jsonl")
     steps = checkpoint.steps(str(folder))
     for link in (checkpoint.LAST, checkpoint.BEST):

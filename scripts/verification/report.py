@@ -1,4 +1,4 @@
-"""Finds the folders of this project under a path, checks each and makes a table of it."""
+"""Find the folders of this project under a path, check each, and format a table."""
 
 from __future__ import annotations
 

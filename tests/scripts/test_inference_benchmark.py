@@ -119,5 +119,5 @@ def test_a_process_that_ends_before_it_answers_is_one_line(monkeypatch, tmp_path
     silent.write_text("#!/bin/sh\nexit 0\n")
     silent.chmod(0o755)
     monkeypatch.setattr(inference.sys, "executable", str(silent))
-    with pytest.raises(UserError, match="for want of memory"), inference._worker(1) as ask:
+    with pytest.raises(UserError, match="for lack of memory"), inference._worker(1) as ask:
         ask({})
