@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Sequence
 
 import gluonnlp as nlp
 import mxnet as mx
@@ -28,7 +28,12 @@ class BortModel(nlp.model.RoBERTaModel):
     Neither token types nor pooler (Optimal Subarchitecture Extraction for BERT, released model).
     """
 
-    def __call__(self, inputs: Any, valid_length: Any = None, masked_positions: Any = None) -> Any:
+    def __call__(
+        self,
+        inputs: NDArray,
+        valid_length: NDArray | None = None,
+        masked_positions: NDArray | None = None,
+    ) -> Any:
         """Run the model; raises `ValueError` for sequences longer than its position table."""
         check_length(self, inputs)
         return super().__call__(inputs, valid_length, masked_positions)
@@ -62,17 +67,17 @@ class BortClassifier(HybridBlock):
                     nn.Dense(num_classes, in_units=bort._units),
                 )
 
-    def hybrid_forward(self, F: Any, inputs: Any, valid_length: Any) -> Any:  # noqa: N803
+    def hybrid_forward(self, F: Any, inputs: NDArray, valid_length: NDArray) -> NDArray:  # noqa: N803
         """Return the logits of the sequences (shapes: see the class)."""
         return self.head(self.bort(inputs, valid_length))
 
-    def head(self, sequence: Any) -> Any:
+    def head(self, sequence: NDArray) -> NDArray:
         """Return the logits [batch, num_classes] of an encoded sequence [batch, length, hidden]."""
         first = sequence.slice_axis(axis=1, begin=0, end=1).squeeze(axis=1)
         return self.classifier(first if self.extra is None else self.extra(first))
 
 
-def check_length(model: nlp.model.BERTModel, inputs: Any) -> None:
+def check_length(model: nlp.model.BERTModel, inputs: NDArray) -> None:
     """Raise `ValueError` when inputs [batch, length, ...] exceed the model's position table."""
     limit = model.encoder._max_length
     if isinstance(inputs, mx.nd.NDArray) and inputs.shape[1] > limit:
@@ -87,7 +92,7 @@ def get_bort_model(
     dataset_name: str | None = None,
     vocab: Any = None,
     pretrained: bool = False,
-    ctx: Any = None,
+    ctx: Context | Sequence[Context] | None = None,
     use_decoder: bool = True,
     root: str = "model",
     dropout: float = 0.1,
@@ -158,7 +163,7 @@ def vocabulary_size(vocab: Any) -> int:
 class KeyedDropout(nn.Dropout):
     """Dropout that `mx.random.seed` also seeds on a GPU; cuDNN's is seeded once per process."""
 
-    def hybrid_forward(self, F: Any, x: Any) -> Any:  # noqa: N803
+    def hybrid_forward(self, F: Any, x: NDArray) -> NDArray:  # noqa: N803
         """Drop values of x in training mode."""
         return F.Dropout(x, p=self._rate, axes=self._axes, cudnn_off=True) if self._rate else x
 
@@ -169,7 +174,10 @@ def _key_dropout(block: Block) -> None:
 
 
 def initialize(
-    model: HybridBlock, ctx: Any, random_init: bool = True, trainable: bool = True
+    model: HybridBlock,
+    ctx: Context | Sequence[Context],
+    random_init: bool = True,
+    trainable: bool = True,
 ) -> None:
     """Initialise weights from Normal(0, 0.02) and give every parameter its shape.
 
@@ -324,7 +332,7 @@ def parameter_count(model: HybridBlock) -> int:
 def build_network(
     model_name: str,
     vocab_size: int,
-    ctx: Any,
+    ctx: Context | Sequence[Context],
     use_decoder: bool = True,
     dropout: float = 0.0,
     random_init: bool = True,
