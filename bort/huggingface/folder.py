@@ -60,19 +60,27 @@ def write(folder: str, saved: SavedModel, family: str) -> Architecture:
     """
     from safetensors.numpy import save_file
 
-    model_config, tokenizer = saved.model_config, saved.tokenizer
-    architecture = architecture_for(model_config, family)
-    if tokenizer is None:
-        raise UserError(
-            "the model has no tokenizer/ beside it: it was trained on shards of a version that did "
-            "not include one; prepare them again"
-        )
+    architecture = architecture_for(saved.model_config, family)
+    tokenizer = _require_tokenizer(saved)
     collected = saved.network._collect_params_with_prefix()
     parameters = {name: parameter.data().asnumpy() for name, parameter in collected.items()}
     check_finite_arrays("the model", parameters.items())
     arrays = huggingface.to_huggingface(parameters, architecture, tokenizer.pad_id)
     # transformers refuses a file without the format.
     save_file(arrays, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+    write_description(folder, saved, architecture, model_card(saved.model_config, architecture))
+    write_sums(folder)
+    return architecture
+
+
+def write_description(
+    folder: str, saved: SavedModel, architecture: Architecture, card: str
+) -> None:
+    """Write config.json, the files of the tokenizer, and `card` as README.md.
+
+    Raises `UserError` for a model without tokenizer.
+    """
+    model_config, tokenizer = saved.model_config, _require_tokenizer(saved)
     write_json(os.path.join(folder, CONFIG), _config(model_config, tokenizer, architecture))
     tokenizer.save(folder)
     described = huggingface_tokenizer.describe(
@@ -81,9 +89,16 @@ def write(folder: str, saved: SavedModel, family: str) -> Architecture:
     for name, content in described.items():
         write_json(os.path.join(folder, name), content)
     with atomic_write(os.path.join(folder, README)) as file:
-        file.write(model_card(model_config, architecture))
-    write_sums(folder)
-    return architecture
+        file.write(card)
+
+
+def _require_tokenizer(saved: SavedModel) -> Tokenizer:
+    if saved.tokenizer is None:
+        raise UserError(
+            "the model has no tokenizer/ beside it: it was trained on shards of a version that did "
+            "not include one; prepare them again"
+        )
+    return saved.tokenizer
 
 
 def _config(

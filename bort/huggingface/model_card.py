@@ -16,7 +16,7 @@ _NOT_RECORDED = "not recorded"
 _PATH = re.compile(r"(?:/|~|\.{1,2}/|[A-Za-z]:[\\/]|[A-Za-z][\w+.-]*://)\S*")
 _TEMPLATE = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {pipeline}
 tags:
 - bort
@@ -37,6 +37,9 @@ tags:
 
 {details}## Use
 
+{use}
+"""
+_PYTORCH = """\
 ```python
 from transformers import AutoTokenizer, {architecture}
 
@@ -46,12 +49,38 @@ model = {architecture}.from_pretrained("FOLDER")
 
 Load the tokenizer with `AutoTokenizer`: it puts one `</s>` between two texts, as in training;
 RoBERTa's own tokenizer classes put two. Inputs of more than two texts, `<s> A </s> B </s> C </s>`,
-have to be joined from ids.
-"""
+have to be joined from ids."""
+_OPTIMUM = """\
+With optimum:
+
+```python
+from optimum.onnxruntime import ORTModelFor{head}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = ORTModelFor{head}.from_pretrained("FOLDER", file_name="onnx/model.onnx")
+```
+
+Inputs are padded at the end. `onnx/model_quantized.onnx` is the int8 model."""
+_TRANSFORMERS_JS = """
+
+With transformers.js, under Node or in a browser:
+
+```js
+import {{ AutoTokenizer, AutoModelFor{head} }} from "@huggingface/transformers";
+
+const tokenizer = await AutoTokenizer.from_pretrained("FOLDER");
+const model = await AutoModelFor{head}.from_pretrained("FOLDER", {{ dtype: "fp32" }});
+```
+
+`dtype: "q8"` is the int8 model. The `truncation` of transformers.js drops the last special token:
+give it texts of at most {max_len} tokens."""
 
 
-def model_card(model_config: ModelConfig, architecture: Architecture) -> str:
-    """Return README.md: what the model is, its data, metrics and command.
+def model_card(model_config: ModelConfig, architecture: Architecture, is_onnx: bool = False) -> str:
+    """Return README.md: what the model is, its data, metrics and command, and how to load it.
+
+    is_onnx: the folder holds ONNX files, not weights for PyTorch.
 
     Paths are cut to their last component: a card is uploaded, local folders are private.
     """
@@ -73,7 +102,17 @@ def model_card(model_config: ModelConfig, architecture: Architecture) -> str:
         metrics=_table(details.pop("metrics", {})),
         command=_command(command),
         details=f"## Details\n\n{_table(details)}\n" if details else "",
-        architecture=architecture.name,
+        library="transformers.js" if is_onnx else "transformers",
+        use=_use(model_config, architecture, is_onnx),
+    )
+
+
+def _use(model_config: ModelConfig, architecture: Architecture, is_onnx: bool) -> str:
+    template = _PYTORCH
+    if is_onnx:  # transformers.js has no class for a multiple choice
+        template = _OPTIMUM + ("" if architecture.head == "MultipleChoice" else _TRANSFORMERS_JS)
+    return template.format(
+        architecture=architecture.name, head=architecture.head, max_len=model_config.max_len
     )
 
 

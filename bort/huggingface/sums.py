@@ -12,8 +12,9 @@ SUMS = "SHA256SUMS"
 
 
 def write_sums(folder: str) -> None:
-    """Write the sums of all files of a folder."""
-    sums = {name: sha256_of(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    """Write the sums of all files of a folder and of its subfolders."""
+    paths = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+    sums = {os.path.relpath(path, folder): sha256_of(path) for path in sorted(paths)}
     with atomic_write(os.path.join(folder, SUMS)) as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sums.items())
 
@@ -29,7 +30,7 @@ def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = [line.rstrip("\n").partition("  ") for line in file]
     for digest, _, name in lines:
-        found = os.path.join(folder, os.path.basename(name))
+        found = os.path.join(folder, _inside(name))
         if names is not None and (name not in names or not os.path.exists(found)):
             continue
         if not os.path.isfile(found) or sha256_of(found) != digest:
@@ -37,3 +38,9 @@ def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
                 f"{found}: its SHA-256 is not that in {SUMS}; restore the file, or delete {SUMS} "
                 "if you have changed the model"
             )
+
+
+def _inside(name: str) -> str:
+    """Return the last two parts of a path: a list from elsewhere names no file outside."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return os.path.join(*parts[-2:]) if parts else SUMS

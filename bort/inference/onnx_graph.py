@@ -28,7 +28,7 @@ from bort.types import Block
 # Opset 17 is the first with LayerNormalization. Newer runtimes read both.
 OPSET, IR_VERSION = 17, 8
 # Added to the attention scores of padding: its exponential is 0, and no sum with it overflows.
-_MASK_VALUE = np.float32(-1e9)
+MASK_VALUE = np.float32(-1e9)
 
 Value = Union[str, np.ndarray, np.generic]
 
@@ -141,12 +141,13 @@ class _Graph:
         from onnx import helper
 
         name = f"{operator}_{len(self._graph.node)}"
-        names = [value if isinstance(value, str) else self._constant(value) for value in inputs]
+        names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
         outputs = [name] if count == 1 else [f"{name}_{index}" for index in range(count)]
         self._graph.node.append(helper.make_node(operator, names, outputs, name=name, **attributes))
         return outputs
 
-    def _constant(self, array: np.ndarray | np.generic) -> str:
+    def constant(self, array: np.ndarray | np.generic) -> str:
+        """Add a constant and return its name."""
         from onnx import helper
 
         tensor = self._graph.initializer.add()
@@ -183,7 +184,7 @@ def _ints(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-class _Writer:
+class Writer:
     """Writes one network into a graph, in float32 or int8."""
 
     def __init__(self, network: NetworkDescription, precision: str) -> None:
@@ -196,6 +197,7 @@ class _Writer:
         # [heads, hidden]: 1 where a hidden unit belongs to the head, else 0.
         self.head_mask = np.kron(np.eye(network.heads), np.ones(self.head_size)).astype(np.float32)
         self.ids, self.valid_length = "input_ids", "valid_length"
+        self._table: list[str] = []
 
     # -- layers
 
@@ -211,14 +213,19 @@ class _Writer:
         """
         if not self.int8:
             return self.graph("MatMul", values, matrix)
+        rounded, scales = _quantize(matrix, axis=0)
+        return self._integer_product(values, rounded, scales[0], matrix.shape[1])
+
+    def _integer_product(self, values: Value, matrix: Value, scales: Value, columns: int) -> str:
+        """Multiply by an int8 matrix [in, columns] with a scale for each column."""
+        data, step, zero = self.graph.multi_output(3, "DynamicQuantizeLinear", values)
+        sums = self.graph("MatMulInteger", data, matrix, zero, np.zeros(columns, np.int8))
+        return self.graph("Mul", self._float(sums), self.graph("Mul", step, scales))
+
+    def _float(self, values: str) -> str:
         from onnx import TensorProto
 
-        rounded, scales = _quantize(matrix, axis=0)
-        zeros = np.zeros(matrix.shape[1], np.int8)
-        data, step, zero = self.graph.multi_output(3, "DynamicQuantizeLinear", values)
-        sums = self.graph("MatMulInteger", data, rounded, zero, zeros)
-        floats = self.graph("Cast", sums, to=TensorProto.FLOAT)
-        return self.graph("Mul", floats, self.graph("Mul", step, scales[0]))
+        return self.graph("Cast", values, to=TensorProto.FLOAT)
 
     def dense_layer(self, values: Value, name: str) -> str:
         """Apply the dense layer with a name in the parameter file."""
@@ -245,19 +252,32 @@ class _Writer:
         length = self.graph("Shape", self.ids, start=1, end=2)
         table = self.parameters["encoder.position_weight"]
         positions = self.graph("Slice", table, _ints(0), length)
-        summed = self.graph("Add", self._lookup(self.parameters["word_embed.0.weight"]), positions)
+        summed = self.graph("Add", self.word_embedding(), positions)
         return self.layer_norm(summed, "encoder.layer_norm")
 
-    def _lookup(self, table: np.ndarray) -> str:
-        """Look the ids up in a table; in int8 with one scale per row."""
-        if not self.int8:
-            return self.graph("Gather", table, self.ids)
-        from onnx import TensorProto
+    def _word_table(self) -> list[str]:
+        """Return the word embeddings [vocabulary, hidden] and, in int8, a scale per row.
 
-        rounded, scales = _quantize(table, axis=1)
-        looked_up = self.graph("Gather", rounded, self.ids)
-        floats = self.graph("Cast", looked_up, to=TensorProto.FLOAT)
-        return self.graph("Mul", floats, self.graph("Gather", scales, self.ids))
+        A masked-LM network uses them twice; the file holds them once.
+        """
+        if not self._table:
+            table = self.parameters["word_embed.0.weight"]
+            parts = _quantize(table, axis=1) if self.int8 else (table,)
+            self._table = [self.graph.constant(part) for part in parts]
+        return self._table
+
+    def word_embedding(self) -> str:
+        """Look the ids up: [batch, length, hidden]."""
+        found = [self.graph("Gather", part, self.ids) for part in self._word_table()]
+        return self.graph("Mul", self._float(found[0]), found[1]) if self.int8 else found[0]
+
+    def _vocabulary_product(self, values: str) -> str:
+        """Multiply values [..., hidden] by the transposed word embeddings: [..., vocabulary]."""
+        parts = [self.graph("Transpose", part, perm=[1, 0]) for part in self._word_table()]
+        if not self.int8:
+            return self.graph("MatMul", values, parts[0])
+        vocab_size = len(self.parameters["decoder.3.bias"])
+        return self._integer_product(values, parts[0], parts[1], vocab_size)
 
     def attention_mask(self) -> str:
         """Return the additive attention mask, 0 or very negative: [batch, 1, length]."""
@@ -265,7 +285,7 @@ class _Writer:
         positions = self.graph("Range", np.int64(0), length, np.int64(1))
         valid = self.graph("Less", positions, self.graph("Unsqueeze", self.valid_length, _ints(1)))
         return self.graph(
-            "Unsqueeze", self.graph("Where", valid, np.float32(0), _MASK_VALUE), _ints(1)
+            "Unsqueeze", self.graph("Where", valid, np.float32(0), MASK_VALUE), _ints(1)
         )
 
     def layer(self, number: int, hidden: str, mask: str) -> str:
@@ -341,16 +361,21 @@ class _Writer:
 
     def masked_lm(self) -> str:
         """Return the logits [masks, vocabulary] at `positions` of the flattened batch."""
+        size = self.network.heads * self.head_size
+        flat = self.graph("Reshape", self.encoder(), _ints(-1, size))  # [batch * length, hidden]
+        return self.decoder(self.graph("Gather", flat, "positions"))
+
+    def encoder(self) -> str:
+        """Return the hidden states of all tokens: [batch, length, hidden]."""
         hidden, mask = self.embedding(), self.attention_mask()
         for number in range(self.network.layers):
             hidden = self.layer(number, hidden, mask)
-        size = self.network.heads * self.head_size
-        flat = self.graph("Reshape", hidden, _ints(-1, size))  # [batch * length, hidden]
-        masked = self.graph("Gather", flat, "positions")
-        inner = self.layer_norm(self.gelu(self.dense_layer(masked, "decoder.0")), "decoder.2")
-        return self.dense(
-            inner, self.parameters["word_embed.0.weight"], self.parameters["decoder.3.bias"]
-        )
+        return hidden
+
+    def decoder(self, hidden: str) -> str:
+        """Return the logits [..., vocabulary] of hidden states [..., hidden]."""
+        inner = self.layer_norm(self.gelu(self.dense_layer(hidden, "decoder.0")), "decoder.2")
+        return self.graph("Add", self._vocabulary_product(inner), self.parameters["decoder.3.bias"])
 
 
 def _quantize(matrix: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -373,7 +398,7 @@ def build(
     With `precision` int8 matrices are stored and multiplied in int8; `metadata` goes into the file.
     """
     described = network if isinstance(network, NetworkDescription) else describe(network)
-    writer = _Writer(described, precision)
+    writer = Writer(described, precision)
     inputs: dict[str, Sequence[str]] = {
         "input_ids": ["batch", "length"],
         "valid_length": ["batch"],
@@ -384,11 +409,15 @@ def build(
     else:
         inputs["positions"] = ["masks"]
         outputs = {"logits": (writer.masked_lm(), ["masks", vocab_size])}
-    positions = len(described.parameters["encoder.position_weight"])
-    known = {
+    known = metadata_of_graph(described, precision)
+    return writer.graph.model(inputs, outputs, {**known, **(metadata or {})})
+
+
+def metadata_of_graph(network: NetworkDescription, precision: str) -> dict[str, str]:
+    """Return what a file records about its graph (bort.inference.onnx_file)."""
+    return {
         "format": FORMAT,
         "precision": precision,
-        "positions": str(positions),
-        "vocab_size": str(vocab_size),
+        "positions": str(len(network.parameters["encoder.position_weight"])),
+        "vocab_size": str(len(network.parameters["word_embed.0.weight"])),
     }
-    return writer.graph.model(inputs, outputs, {**known, **(metadata or {})})

@@ -323,7 +323,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 
 def test_a_graph_that_differs_is_not_written(saved, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(onnx_graph._Writer, "gelu", lambda self, values: values)
+    monkeypatch.setattr(onnx_graph.Writer, "gelu", lambda self, values: values)
     output = tmp_path / "best.onnx"
     assert "ONNX Runtime differs from MXNet by" in complaint(capsys, saved, "--output", output)
     assert not list(tmp_path.iterdir())
