@@ -2,16 +2,26 @@
 # workers, passes signals on to them and keeps their exit status.
 # shellcheck shell=bash
 
-# Number of the first signal that was passed on; empty before.
+# What supervise runs: its process id, `starting` or nothing; and who gets its signals.
+child=
+recipient=
+# Number of the first signal that was passed on, and name of the last; empty before.
 signal_received=
+signal_name=
+# For good: where SIGINT is ignored, as in a background job, `trap - INT` would let it kill the shell.
+trap 'pass_on TERM 15' TERM
+trap 'pass_on INT 2' INT
+trap 'pass_on HUP 1' HUP
 
 # supervise <recipient> <command...>: runs a command, waits for it and returns its exit status.
 # SIGTERM, SIGINT and SIGHUP that reach this shell go to the recipient: `command`, `group` (all its
 # processes) or a file with the process ids of its ranks. After a signal, no further command starts.
 supervise() {
-    local child recipient=$1 interrupted=yes status=0
-    shift
+    local status=0
     [[ -z $signal_received ]] || exit $((128 + signal_received))
+    recipient=$1
+    shift
+    child=starting
     # In a session of its own, the command gets a Ctrl-C once, from here, and not from the terminal,
     # too. Bash makes its background processes ignore SIGINT; the traps of the subshell undo that.
     (
@@ -19,9 +29,8 @@ supervise() {
         exec setsid "$@"
     ) <&0 &
     child=$!
-    trap 'pass_on TERM 15' TERM
-    trap 'pass_on INT 2' INT
-    trap 'pass_on HUP 1' HUP
+    [[ -z $signal_received ]] || deliver
+    interrupted=yes
     # A trapped signal ends `wait` early.
     while [[ -n $interrupted ]]; do
         interrupted=
@@ -32,22 +41,33 @@ supervise() {
     while [[ $recipient == group && -n $signal_received ]] && kill -0 -- "-$child" 2>/dev/null; do
         sleep 0.1
     done
-    trap - TERM INT HUP
+    child=
     return "$status"
 }
 
-# pass_on <signal> <number>: the traps of supervise, whose variables it uses.
+# pass_on <signal> <number>: the traps.
 pass_on() {
-    local processes=("$child")
     interrupted=yes
     signal_received=${signal_received:-$2}
+    signal_name=$1
+    [[ -n $child ]] || exit $((128 + $2))
+    [[ $child == starting ]] || deliver
+}
+
+# deliver: sends the signal to the recipient.
+deliver() {
+    local processes=("$child")
+    # Of a terminal that was closed; programs save a checkpoint at SIGTERM.
+    [[ $signal_name != HUP ]] || signal_name=TERM
     if [[ $recipient == group ]]; then
         processes=("-$child")
-    elif [[ $1 == TERM && -s $recipient ]]; then
+    elif [[ $recipient != command && -s $recipient ]]; then
         # From horovodrun, the ranks would have 5 seconds to save a checkpoint before it kills them.
+        signal_name=TERM
         mapfile -t processes <"$recipient"
     fi
-    kill -s "$1" -- "${processes[@]}" 2>/dev/null || kill -s "$1" "$child" 2>/dev/null || true
+    kill -s "$signal_name" -- "${processes[@]}" 2>/dev/null ||
+        kill -s "$signal_name" "$child" 2>/dev/null || true
 }
 
 # through <filter> <command...>: runs a command with stdout and stderr piped through a filter that
@@ -66,8 +86,19 @@ through() {
     return "$status"
 }
 
-# Horovod marks each line with its rank; only rank 0 prints, unless something fails.
-without_rank_0_mark() { sed -u 's/^\[0\]<std\(out\|err\)>: \{0,1\}//'; }
+# Horovod marks each line with its rank; only rank 0 prints, unless something fails. Then it adds a
+# traceback of its own to what the rank says.
+without_rank_0_mark() {
+    sed -u '/^Traceback (most recent call last):$/{
+            :more
+            N
+            /\n[^ \n][^\n]*$/!b more
+            /\nRuntimeError: Horovod detected/d
+        }
+        /^Process name: /d
+        /^Exit code: /d
+        s/^\[0\]<std\(out\|err\)>: \{0,1\}//'
+}
 
 # launch <workers> <program> <program for horovodrun> <flags...>: one process, or one per worker.
 # HOROVODRUN_FLAGS holds flags of horovodrun, such as --timeline-filename or --fusion-threshold-mb.
@@ -88,6 +119,10 @@ launch() {
             bash -c 'echo $$ >>"$0" && exec python -u "$@"' "$ranks" \
             "$together" "${gpus[@]}" "$@" || status=$?
         rm -f "$ranks"
+        # horovodrun exits with 1, whatever the status of the ranks.
+        if ((status)) && [[ -n $signal_received ]]; then
+            status=$((128 + signal_received))
+        fi
         return "$status"
     fi
 }

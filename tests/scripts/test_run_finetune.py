@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -295,14 +296,15 @@ sys.exit(7)
 SCRIPTS_AND_ARGUMENTS = [
     ("run_finetune", ("cola",), "runs/finetuning"),
     ("run_pretraining_distillation", ("1", "train", "test"), "runs/pretraining"),
-    ("run_pretraining_distillation", ("2", "train", "test"), "runs/pretraining"),
 ]
 
 
 class Running:
     """A script that runs in the background, in a process group of its own."""
 
-    def __init__(self, project: Project, script: str, *arguments: str) -> None:
+    def __init__(
+        self, project: Project, script: str, *arguments: str, sigint: Any = signal.SIG_DFL
+    ) -> None:
         self.process = subprocess.Popen(
             [str(project.folder / f"{script}.sh"), *arguments],
             env={"PATH": os.environ["PATH"], "HOME": str(project.folder)},
@@ -311,7 +313,7 @@ class Running:
             text=True,
             start_new_session=True,
             # Bash cannot trap a signal that was ignored when it started, as in a background job.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+            preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),  # noqa: PLW1509
         )
 
     def wait_for(self, line: str) -> None:
@@ -331,34 +333,57 @@ def make_stoppable(project: Project, *programs: str) -> None:
         project.program(program, f"exec {sys.executable} stoppable.py")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "passed"),
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGHUP, signal.SIGTERM),
+    ],
+)
 @pytest.mark.parametrize(("script", "arguments", "folder"), SCRIPTS_AND_ARGUMENTS)
 def test_a_signal_reaches_the_program_and_its_status_is_kept(
-    project, script, arguments, folder, number
+    project, script, arguments, folder, number, passed
 ):
-    make_stoppable(project, ".venv/bin/python", ".venv/bin/horovodrun")
+    make_stoppable(project, ".venv/bin/python")
     running = Running(project, script, *arguments)
     running.wait_for("started")
     running.process.send_signal(number)
     status, output = running.end()
     assert status == 7
-    assert f"saved after [{int(number)}]" in output
+    assert f"saved after [{int(passed)}]" in output
     if script == "run_pretraining_distillation":
         assert "saved after" in (project.folder / folder / "train.log").read_text()
 
 
-def test_sigterm_reaches_the_ranks_and_not_horovodrun(project):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_reaches_the_ranks_and_not_horovodrun(project, number):
     # horovodrun kills ranks that take more than 5 seconds to save a checkpoint.
     make_stoppable(project, ".venv/bin/python")
-    horovodrun = """trap "echo horovodrun was stopped" TERM
-        shift 4; "$@" & first=$!; "$@" & wait $first; status=$?; wait $!; exit $status"""
+    horovodrun = """trap "echo horovodrun was stopped" TERM INT HUP
+        shift 4; "$@" & first=$!; "$@" & wait $first; wait $!
+        printf 'Traceback (most recent call last):\n  File "gloo_run.py"\n'
+        printf 'RuntimeError: Horovod detected that a process failed\nProcess name: 0\n'
+        exit 1"""
     project.program(".venv/bin/horovodrun", horovodrun)
     running = Running(project, "run_pretraining_distillation", "2", "train", "test")
     running.wait_for("started")
     running.wait_for("started")
+    running.process.send_signal(number)
+    status, output = running.end()
+    assert (status, output) == (128 + number, f"saved after [{int(signal.SIGTERM)}]\n" * 2)
+
+
+def test_where_sigint_is_ignored_it_stops_nothing(project):
+    """As in a job that a shell script started in the background."""
+    make_stoppable(project, ".venv/bin/python")
+    running = Running(project, "run_finetune", "cola", sigint=signal.SIG_IGN)
+    running.wait_for("started")
+    running.process.send_signal(signal.SIGINT)
     running.process.send_signal(signal.SIGTERM)
     status, output = running.end()
-    assert (status, output) == (7, f"saved after [{int(signal.SIGTERM)}]\n" * 2)
+    assert status == 7
+    assert f"saved after [{int(signal.SIGTERM)}]" in output
 
 
 def test_ctrl_c_reaches_the_program_once(project):
@@ -398,7 +423,10 @@ def test_no_step_of_the_pipeline_follows_a_signal(project):
     assert "started" not in output
 
 
-@pytest.mark.parametrize(("script", "arguments", "folder"), SCRIPTS_AND_ARGUMENTS)
+TWO_WORKERS = ("run_pretraining_distillation", ("2", "train", "test"), "runs/pretraining")
+
+
+@pytest.mark.parametrize(("script", "arguments", "folder"), [*SCRIPTS_AND_ARGUMENTS, TWO_WORKERS])
 def test_the_status_of_the_program_is_that_of_the_script(project, script, arguments, folder):
     for program in ("python", "horovodrun"):
         project.program(f".venv/bin/{program}", "echo failed >&2; exit 5")
@@ -430,10 +458,34 @@ def test_embedded_runs(project, test, name):
     assert " 1 rank(s) " in embedded_run(project, test, name)
 
 
-@pytest.mark.distributed
-def test_embedded_run_on_two_workers(project):
+@pytest.fixture
+def real_horovodrun(project):
     horovodrun = Path(sys.executable).parent / "horovodrun"
     if not horovodrun.exists():
         pytest.skip("this Python has no horovodrun; scripts/setup_env.sh makes one that has")
     project.program(".venv/bin/horovodrun", f'exec {horovodrun} "$@"')
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("real_horovodrun")
+def test_ctrl_c_leaves_ranks_more_than_horovodruns_5_seconds_to_save(project):
+    make_stoppable(project, ".venv/bin/python")
+    slow = STOPPABLE.replace("time.sleep(0.4)", "time.sleep(7)")
+    (project.folder / "stoppable.py").write_text(slow)
+    running = Running(project, "run_pretraining_distillation", "2", "train", "test")
+    missing = {"started", "[1]<stdout>:started"}
+    while missing:
+        line = running.process.stdout.readline()
+        assert line, "the script ended before both ranks had started"
+        missing.discard(line.rstrip("\n"))
+    os.killpg(running.process.pid, signal.SIGINT)
+    status, output = running.end()
+    assert status == 128 + signal.SIGINT
+    assert output.count(f"saved after [{int(signal.SIGTERM)}]") == 2
+    assert "Traceback" not in output
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("real_horovodrun")
+def test_embedded_run_on_two_workers(project):
     assert " 2 rank(s) " in embedded_run(project, "TEST1", "MRPC", WORKERS="2")
