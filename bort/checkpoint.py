@@ -16,7 +16,6 @@ no symbolic links there are none.
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -29,7 +28,7 @@ from typing import Any, Callable, Mapping, NamedTuple
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import sha256_of, temporary_name, write_json
+from bort.files import json_sha256, sha256_of, temporary_name, write_json
 
 MODEL = "model.params"
 MODEL_CONFIG = "model.json"
@@ -127,7 +126,8 @@ def amend(path: str, write_config: Callable[[str], None], state: Mapping[str, An
 
 
 def _write_state(path: str, content: Mapping[str, Any]) -> None:
-    write_json(os.path.join(path, STATE), {**content, OWN_SUM: _json_sha256(content)})
+    summed = {**content, OWN_SUM: json_sha256(content)}
+    write_json(os.path.join(path, STATE), summed, with_sum=False)
 
 
 def _move(source: str, target: str) -> None:
@@ -199,7 +199,7 @@ def _read_state(path: str) -> dict[str, Any]:
         state = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
         raise UserError(f"{file}: is not JSON") from None
-    if not isinstance(state, dict) or state.pop(OWN_SUM, None) != _json_sha256(state):
+    if not isinstance(state, dict) or state.pop(OWN_SUM, None) != json_sha256(state):
         raise UserError(f"{file}: its own SHA-256 is missing or wrong; altered")
     sums = state.get("sha256")
     if not (
@@ -361,10 +361,6 @@ def _names(folder: str) -> list[str]:
 def _files(folder: str) -> list[str]:
     paths = [os.path.join(there, name) for there, _, names in os.walk(folder) for name in names]
     return sorted(os.path.relpath(path, folder) for path in paths)
-
-
-def _json_sha256(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _flushed_sha256(path: str) -> str:

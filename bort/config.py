@@ -51,7 +51,19 @@ def required(text: str) -> Any:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Argument parser that reports an error in one line, which says where the help is."""
+    """Argument parser that reports an error in one line, which says where the help is.
+
+    Arguments have to be UTF-8: what they name is recorded in files and shown in messages.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments, after a check that they are UTF-8."""
+        for word in sys.argv[1:] if args is None else args:
+            try:
+                word.encode("utf-8")
+            except UnicodeEncodeError:
+                self.error(f"{quoted(word)}: is not UTF-8; rename the file or folder")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with status 2."""
@@ -147,7 +159,7 @@ def read_config(path: str, classes: Sequence[type]) -> dict[str, Any]:
 
     Raises `UserError` when it is of another program or a value is of another type.
     """
-    content, by_name = read_json(path), {cls.__name__: cls for cls in classes}
+    content, by_name = read_json(path, verify=False), {cls.__name__: cls for cls in classes}
     if not isinstance(content, dict) or not content.keys() & by_name.keys():
         raise UserError(f"{CONFIG_FLAG} {path}: is not the config.json of a run of this program")
     values: dict[str, Any] = {}

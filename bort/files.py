@@ -30,6 +30,7 @@ MAX_YAML_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9a-f]{8})[0-9a-f]{8}\.tmp")
 _LEVELS = 2  # of subfolders in which a run writes files: step-0001000/tokenizer/
 _COPY_BYTES = 1 << 20
+OWN_SUM = "content_sha256"  # the key under which a JSON file has the SHA-256 of its other content
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Errors of writing to a full disk, beyond a quota, or to a failing disk.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -167,8 +168,14 @@ NPZ_ERRORS = (
 )
 
 
-def write_json(path: str, content: Any) -> None:
-    """Write `content` as JSON under `path`, atomically."""
+def write_json(path: str, content: Any, with_sum: bool = True) -> None:
+    """Write `content` as JSON under `path`, atomically.
+
+    with_sum: an object ends with the SHA-256 of its content, which is verified when it is read;
+        False for files of other programs' formats.
+    """
+    if with_sum and isinstance(content, dict):
+        content = {**content, OWN_SUM: json_sha256(content)}
     text = json.dumps(content, indent=2, ensure_ascii=False)
     with atomic_write(path) as handle:
         handle.write(f"{text}\n")
@@ -306,14 +313,37 @@ def _content(path: str) -> bytes:
         raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
 
 
-def read_json(path: str) -> Any:
-    """Read a JSON file; raises `UserError` when it is missing or not JSON."""
+def read_json(path: str, verify: bool = True) -> Any:
+    """Read a JSON file; an object that has a SHA-256 of its content is verified, and loses it.
+
+    verify: False for a file that may have been edited.
+
+    Raises `UserError` when the file is missing, not JSON, or altered.
+    """
     try:
-        return json.loads(_content(path).decode("utf-8"))
+        content = json.loads(_content(path).decode("utf-8"))
     except RecursionError:
         raise UserError(f"{path}: is not JSON that can be read (nested too deeply)") from None
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({quoted(str(error))[1:-1]})") from None
+    return _without_sum(content, path, verify)
+
+
+def _without_sum(content: Any, path: str, verify: bool = True) -> Any:
+    if not isinstance(content, dict) or OWN_SUM not in content:
+        return content  # of an earlier version or another program
+    expected = content.pop(OWN_SUM)
+    if verify and expected != json_sha256(content):
+        raise UserError(
+            f"{path}: its content is not that of its {OWN_SUM}: damaged, or edited; restore it, "
+            "or delete that line to accept the edit"
+        )
+    return content
+
+
+def json_sha256(content: Any) -> str:
+    """Return the SHA-256 of JSON content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_json_as(path: str, expected: type[Value]) -> Value:
@@ -321,12 +351,19 @@ def read_json_as(path: str, expected: type[Value]) -> Value:
 
     Keys that the type does not have are ignored: a later version may have written them.
 
-    Raises `UserError` that names the key when a value is missing or of another type.
+    Raises `UserError` as `read_json` does, and naming the key when a value is missing or of
+    another type.
     """
-    return decode_json(_content(path), expected, path)
+    import msgspec
+
+    content = _without_sum(decode_json(_content(path), Any, path), path)
+    try:
+        return msgspec.convert(content, expected)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {quoted(str(error))[1:-1]}") from None
 
 
-def decode_json(content: bytes, expected: type[Value], where: str) -> Value:
+def decode_json(content: bytes, expected: Any, where: str) -> Any:
     """Decode JSON into an annotated type; `where` is the file, or file:line, for messages.
 
     Raises `UserError` when it is not JSON or not of the type.

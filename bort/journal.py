@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from typing import Any, Callable, Iterator
+import zlib
+from typing import Any, Callable, Iterator, Mapping
 
 from bort.errors import UserError, quoted
 from bort.files import atomic_write
 
 DAMAGED = ".damaged"  # the suffix of the file that keeps damaged lines
+SUM = "crc32"  # the last key of a line: the CRC-32 of the text before it
+_END = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n?\Z')
+
+
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """Return a record, which is not empty, as a JSON line that ends with its CRC-32."""
+    text = json.dumps(record).encode()[:-1]
+    return b'%s, "%s": "%08x"}\n' % (text, SUM.encode(), zlib.crc32(text))
+
+
+def record_of(line: bytes) -> Any:
+    """Return the JSON value on a line, without its CRC-32; lines of earlier versions have none.
+
+    Raises `ValueError` or `RecursionError` when the line is damaged.
+    """
+    end = _END.search(line)
+    if end and zlib.crc32(line[: end.start()]) != int(end[1], 16):
+        raise ValueError("its CRC-32 is another")
+    record = json.loads(line.decode("utf-8"))
+    if end:
+        del record[SUM]
+    elif isinstance(record, dict) and SUM in record:
+        raise ValueError("its CRC-32 cannot be read")
+    return record
 
 
 class Journal:
-    """A file with a JSON record on each line.
+    """A file with a JSON record, an object, and its CRC-32 on each line.
 
     A record is on the disk when `append` returns. Opening the file drops a last line that a kill
     cut short. Any other line that is no record is reported with file and line, and moved to
@@ -59,9 +85,9 @@ class Journal:
         with atomic_write(self.path, "wb"):
             pass
 
-    def append(self, record: Any) -> None:
+    def append(self, record: Mapping[str, Any]) -> None:
         """Write one record; it is on the disk when this returns."""
-        _append(self.path, [json.dumps(record).encode() + b"\n"])
+        _append(self.path, [line_of(record)])
         self.records.append(record)
 
 
@@ -90,7 +116,7 @@ def _whole_lines(path: str) -> Iterator[bytes]:
 def _decoded(line: bytes, is_record: Callable[[Any], bool]) -> Any:
     """Return the record on a line; raises `ValueError` when there is none."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = record_of(line)
         good = is_record(record)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(quoted(f"{type(error).__name__}: {error}")[1:-1]) from None

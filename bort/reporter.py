@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 
 from bort.communicator import Communicator
 from bort.files import atomic_write, write_json
+from bort.journal import line_of, record_of
 from bort.progress import ProgressBar
 
 FILE = "metrics.jsonl"
@@ -74,9 +74,10 @@ class NullReporter:
 class FolderReporter:
     """Writes the metrics of a run to the screen and into its folder, on rank 0 alone.
 
-    metrics.jsonl gets one JSON object per call of `log`, flushed at once, with `step`, `phase` and
-    the values. `start` cuts off lines beyond its step, which an earlier attempt has left: a resumed
-    run reads like an uninterrupted one. With `quiet` nothing goes to the screen.
+    metrics.jsonl gets one JSON object per call of `log`, flushed at once, with `step`, `phase`, the
+    values and the CRC-32 of the line. `start` cuts off lines beyond its step, which an earlier
+    attempt has left: a resumed run reads like an uninterrupted one. With `quiet` nothing goes to
+    the screen.
     """
 
     def __init__(self, folder: str, communicator: Communicator, quiet: bool = False) -> None:
@@ -91,15 +92,11 @@ class FolderReporter:
         self._enabled = self._communicator.rank == 0
         if not self._enabled:
             return
-        # Imported here: protobuf takes a while, and only rank 0 needs it.
-        from tensorboardX import SummaryWriter
-
         os.makedirs(self._folder, exist_ok=True)
         write_json(os.path.join(self._folder, "config.json"), config)
         _cut_after(self._path, step or -1, evaluate)
-        self._lines = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (stays open)
-        board = os.path.join(self._folder, "tensorboard")
-        self._board = SummaryWriter(board, purge_step=step + 1, flush_secs=10)
+        self._lines = open(self._path, "ab")  # noqa: SIM115 (stays open)
+        self._board = _board(os.path.join(self._folder, "tensorboard"), step)
         # Without lines: metric lines show the progress where there is no terminal.
         self._bar = ProgressBar(
             "", max_steps, "step", initial=step, enabled=not self._quiet, lines=False
@@ -115,9 +112,9 @@ class FolderReporter:
         if not self._enabled:
             return
         record = {"step": step, "phase": phase, "time": round(time.time(), 3), **values}
-        self._lines.write(json.dumps(record) + "\n")
+        self._lines.write(line_of(record))
         self._lines.flush()
-        for name, value in values.items():
+        for name, value in values.items() if self._board else ():
             self._board.add_scalar(f"{phase}/{name}", value, step)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         self.say(f"step {step:>7}  {phase:<5} {shown}")
@@ -143,9 +140,25 @@ class FolderReporter:
             return
         self._bar.close()
         self._lines.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
         if kind is None and not self._quiet:
             print(closing_table(self._path), flush=True)
+
+
+def _board(folder: str, step: int) -> Any:
+    """Return a writer of TensorBoard events; None, with a warning, without shared memory."""
+    # Imported here: protobuf takes a while, and only rank 0 needs it.
+    from tensorboardX import SummaryWriter
+
+    try:
+        return SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Its queue has a semaphore in /dev/shm, which cannot be written to in some containers.
+        print(f"warning: no TensorBoard events are written ({error.strerror})", file=sys.stderr)
+        return None
 
 
 def _cut_after(path: str, step: int, evaluate: bool) -> None:
@@ -180,7 +193,7 @@ def _cut_after(path: str, step: int, evaluate: bool) -> None:
 def _record_of(line: bytes) -> dict[str, Any] | None:
     """Return a metric line as a record; None for another or torn line."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = record_of(line)
     except (ValueError, RecursionError):
         return None
     if not line.endswith(b"\n") or not isinstance(record, dict):

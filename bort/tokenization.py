@@ -20,7 +20,7 @@ from typing import Any, Iterable, Mapping, Optional, Protocol, Sequence
 import numpy as np
 
 from bort.config import option
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.files import atomic_write, read_json
 
 RELEASED_DATASET = "openwebtext_ccnews_stories_books_cased"
@@ -428,7 +428,7 @@ def _tokens_made(merges: Sequence[str]) -> list[str]:
         left, _, right = merge.partition(" ")
         if left not in made or right not in made or left + right in made:
             raise ValueError(
-                f"merge {number}, {merge!r}, does not make a new token of earlier ones"
+                f"merge {number}, {quoted(merge)}, does not make a new token of earlier ones"
             )
         made[left + right] = None
     return list(made)

@@ -22,6 +22,7 @@ from data.task import Example
 
 # Examples in one file of the cache: what one rank encodes at a time.
 PART = 10_000
+_ARRAYS = ("ids", "lengths", "sha256")  # of a file of the cache; the sum is that of the others
 
 
 class EncodedSet(NamedTuple):
@@ -163,7 +164,7 @@ def _cache_path(
     """Return the file of a part: its name is the hash of all that decides its content."""
     if not cache_dir:
         return None
-    digest = hashlib.sha256(f"1 {tokenizer.fingerprint} {max_len}".encode())
+    digest = hashlib.sha256(f"2 {tokenizer.fingerprint} {max_len}".encode())
     for example in part:
         digest.update(json.dumps(example.inputs).encode())
     return os.path.join(cache_dir, f"{digest.hexdigest()}.npz")
@@ -199,9 +200,8 @@ def _read(
 def read_part(path: str) -> Optional[tuple[np.ndarray, np.ndarray]]:
     """Return ids and lengths of any file of a cache; None where it is missing or damaged."""
     try:
-        # An archive's members carry checksums, which are compared as they are read.
         with np.load(path, allow_pickle=False) as arrays:
-            ids, lengths = arrays["ids"], arrays["lengths"]
+            ids, lengths, sha256 = (np.asarray(arrays[name]) for name in _ARRAYS)
     except NPZ_ERRORS:  # the part is encoded again
         return None
     is_whole = (
@@ -210,15 +210,21 @@ def read_part(path: str) -> Optional[tuple[np.ndarray, np.ndarray]]:
         and (lengths >= 2).all()
         and lengths.sum() == len(ids)
         and (ids >= 0).all()
+        and sha256.tobytes() == _sha256(ids, lengths)
     )
     return (ids, lengths) if is_whole else None
+
+
+def _sha256(ids: np.ndarray, lengths: np.ndarray) -> bytes:
+    return hashlib.sha256(lengths.tobytes() + ids.tobytes()).digest()
 
 
 def _write(path: str, ids: np.ndarray, lengths: np.ndarray) -> None:
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with atomic_write(path, "wb") as handle:
-            np.savez(handle, ids=ids, lengths=lengths)
+            sha256 = np.frombuffer(_sha256(ids, lengths), np.uint8)
+            np.savez(handle, **dict(zip(_ARRAYS, (ids, lengths, sha256))))
     except OSError as error:
         raise UserError(f"--cache_dir: {path} cannot be written ({error.strerror})") from None
     except UserError as error:

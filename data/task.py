@@ -8,7 +8,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Seque
 
 import numpy as np
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.types import TaskKind
 from data import metrics
 
@@ -210,12 +210,19 @@ class Task:
         return found
 
     def _not_found(self, data_dir: Union[str, Path, None], split: str) -> str:
-        paths = self.search_paths(data_dir, split)
-        wanted = ", ".join(map(str, paths))
         return (
             f"{self.name}: no {split} set; fetch it with scripts/download_data.py {self.name}, or "
-            f"name its folder with --data_dir; searched {wanted}"
+            f"name its folder with --data_dir; {self.searched(data_dir, [split])}"
         )
+
+    def searched(self, data_dir: Union[str, Path, None], splits: Iterable[str]) -> str:
+        """Return in words where `read` looks for splits, for messages."""
+        root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+        paths = [path for split in splits for path in self.search_paths(data_dir, split)]
+        names = list(dict.fromkeys(path.name for path in paths))
+        folders = list(dict.fromkeys(os.path.relpath(path.parent, root) for path in paths))
+        within = ", ".join(folder for folder in folders if folder != ".")
+        return f"searched {quoted(str(root))} and in it {within} for {' or '.join(names)}"
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
         raise NotImplementedError

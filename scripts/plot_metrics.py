@@ -8,7 +8,6 @@ RUN is the folder of a run, or its metrics.jsonl. Lines are training, markers th
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import build, option, parser_for
 from bort.errors import UserError, entry_point
+from bort.journal import record_of
 from bort.plots import figure_file
 
 FILE = "metrics.jsonl"
@@ -96,21 +96,21 @@ def read_run(path: str) -> Run:
     """
     file = metrics_file(path)
     try:
-        with open(file, encoding="utf-8") as handle:
-            lines = [line for line in handle if line.endswith("\n")]
-    except (OSError, UnicodeDecodeError) as error:
+        with open(file, "rb") as handle:
+            lines = [line for line in handle if line.endswith(b"\n")]
+    except OSError as error:
         raise UserError(f"{file}: cannot be read ({error}); name the folder of a run") from None
     if not lines:
         raise UserError(f"{file}: holds no metrics yet; wait for the run's first line")
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = record_of(line)
             known = {"step", "phase"} <= record.keys()
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             known = False
         if not known:
-            raise UserError(f"{file}, line {number}: is no metric line; name the folder of a run")
+            raise UserError(f"{file}:{number}: is damaged or no metric line; delete it")
         records.append(record)
     return Run(os.path.normpath(path), records)
 

@@ -15,7 +15,7 @@ import pytest
 
 from bort import checkpoint
 from bort.errors import UserError
-from bort.files import lock_folder
+from bort.files import json_sha256, lock_folder
 from bort.parameters import parameter_file
 
 ARRAYS = {
@@ -61,7 +61,7 @@ def test_nothing_is_ever_unpickled(tmp_path):
     content = (path / "trainer.npz").read_bytes()
     state["sha256"]["trainer.npz"] = hashlib.sha256(content).hexdigest()
     del state["state_sha256"]
-    state["state_sha256"] = checkpoint._json_sha256(state)
+    state["state_sha256"] = json_sha256(state)
     (path / "state.json").write_text(json.dumps(state))
     planted = checkpoint.load(str(path))
     with pytest.raises(UserError, match="pickle"):

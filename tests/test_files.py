@@ -244,7 +244,7 @@ class Listing:
     ("content", "message"),
     [
         ("[", "is not JSON"),
-        ("[" * 100_000, "Expected `str`"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"file": "a"}', "Expected `array`"),
         ('["a", "b"]', "Expected `int`"),
         ('["a", ' + "9" * 5000 + "]", r"JSON|out of range|Expected"),
@@ -272,6 +272,40 @@ def test_typed_json(tmp_path):
     path = tmp_path / "x.json"
     files.write_json(str(path), {"entries": [1], "total": 2, "of a later version": 3})
     assert files.read_json_as(str(path), Listing) == Listing([1], 2)
+
+
+def test_every_flipped_bit_of_json_is_named_or_changes_nothing(tmp_path):
+    path = tmp_path / "x.json"
+    content = {"entries": [1, 2.5, None], "total": 4, "name": "na\u00efve"}
+    files.write_json(str(path), content)
+    written = path.read_bytes()
+    harmless = 0
+    for place in range(8 * len(written)):
+        damaged = bytearray(written)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            read = files.read_json(str(path))
+            assert {name: read[name] for name in content} == content
+            harmless += 1  # in the key of the sum, or in white space
+        with contextlib.suppress(UserError):
+            assert files.read_json_as(str(path), Listing) == Listing([1, 2.5, None], 4)
+    assert harmless < len(written)
+
+
+def test_json_that_was_edited_is_named_and_its_sum_may_be_left_out(tmp_path):
+    path = tmp_path / "x.json"
+    files.write_json(str(path), {"entries": [1], "total": 4})
+    summed = json.loads(path.read_text())
+    path.write_text(json.dumps({**summed, "total": 5}, indent=7, sort_keys=True))
+    for read in (files.read_json, lambda name: files.read_json_as(name, Listing)):
+        with pytest.raises(UserError, match=r"x\.json: its content is not .* delete that line"):
+            read(str(path))
+    assert files.read_json(str(path), verify=False)["total"] == 5
+    path.write_text(json.dumps(summed, indent=7, sort_keys=True))  # reformatted
+    assert files.read_json_as(str(path), Listing) == Listing([1], 4)
+    files.write_json(str(path), {"entries": [1], "total": 5}, with_sum=False)
+    assert json.loads(path.read_text()) == {"entries": [1], "total": 5}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mxnet import nd
 from bort.bort import BortClassifier, get_bort_model
 from bort.bort import build_network as build_body
 from bort.errors import UserError
+from bort.files import read_json
 from bort.saved_model import ModelConfig, build_network, load_model, read_model_config, save_model
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from scripts import describe_released
@@ -137,7 +138,7 @@ def test_what_is_no_saved_model_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"holds no parameters"):
         load_model(str(tmp_path))
     save_model(str(path), build_network(model_config), model_config, tokenizer)
-    written = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    written = read_json(str(tmp_path / "best.json"))
     for content in (
         [],
         {**written, "format": 2},
@@ -158,7 +159,7 @@ def test_what_is_no_saved_model_is_refused(tmp_path, tokenizer):
 def test_another_shape_than_the_cards_is_refused(tmp_path, tokenizer):
     model_config = card_of(tokenizer)
     save_model(str(tmp_path / "best.params"), build_network(model_config), model_config, tokenizer)
-    other = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    other = read_json(str(tmp_path / "best.json"))
     (tmp_path / "best.json").write_text(json.dumps({**other, "model": "bort_1_2_32_64"}))
     with pytest.raises(UserError, match="shape"):
         load_model(str(tmp_path))
@@ -196,7 +197,7 @@ def test_a_flipped_bit_of_the_parameters_is_named(tmp_path, tokenizer):
 def test_a_model_saved_without_a_sha_256_is_loaded(tmp_path, tokenizer):
     model_config = card_of(tokenizer)
     save_model(str(tmp_path / "best.params"), build_network(model_config), model_config, tokenizer)
-    written = json.loads((tmp_path / "best.json").read_text(encoding="utf-8"))
+    written = read_json(str(tmp_path / "best.json"))
     del written["sha256"]
     (tmp_path / "best.json").write_text(json.dumps({**written, "of a later version": 1}))
     assert load_model(str(tmp_path)).model_config == model_config

@@ -560,6 +560,7 @@ def test_vocabularies_that_are_none(files, tmp_path, content, says):
     [
         (b"#version: 0.2\na b\nabc d\n", "merge 2, 'abc d', does not make a new token"),
         (b"a b\na b\n", "merge 2, 'a b', does not make a new token"),
+        (b"a " + b"b" * 9999 + b"\n", "b... (10003 characters), does not make a new token"),
         (b"a b\na\xff\n", "is not UTF-8 (byte 5)"),
         (b"PK\x03\x04\n", "merge 1"),
     ],

@@ -444,7 +444,10 @@ def finished_run(
     path = os.path.join(folder, METRICS)
     if communicator.rank == 0:
         print(f"{path}: the run has finished, nothing to do")
-    return read_json_as(path, dict[str, Any])
+    try:
+        return read_json_as(path, dict[str, Any])
+    except UserError as error:
+        raise UserError(f"{error}; delete the file to repeat the run") from None
 
 
 # They change where a run is, what it prints and how it is computed, not what comes out.
@@ -504,13 +507,9 @@ def infer(
     """Evaluate and predict once with a fine-tuned classifier."""
     sets = read_prediction_sets(task, settings.task)
     if not sets:
-        splits = (*task.dev, *task.test)
-        paths = [
-            path for split in splits for path in task.search_paths(settings.task.data_dir, split)
-        ]
         raise UserError(
             f"{task.name}: neither a dev nor a test set; name their folder with --data_dir; "
-            f"searched {', '.join(map(str, paths))}"
+            f"{task.searched(settings.task.data_dir, (*task.dev, *task.test))}"
         )
     classifier = build_classifier(settings, task, devices)
     if classifier.model_config.task not in (task.name, task.model_task):

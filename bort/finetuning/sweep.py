@@ -14,7 +14,9 @@ import math
 import os
 import shlex
 import shutil
+import sys
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,8 @@ from bort.finetuning.config import FinetuningSettings
 from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import check_sets
 from bort.jobs import ProcessDiedError, Processes
-from bort.mxnet_setup import cpu_threads
+from bort.journal import DAMAGED
+from bort.mxnet_setup import asked_threads
 from bort.resume import changed_flags
 from bort.tables import markdown_table
 from bort.tokenization import TOKENIZER_FOLDER
@@ -79,10 +82,17 @@ class SweepRun(NamedTuple):
         """Return the folder of the run's results."""
         return os.path.join(self.folder, get_task(self.settings.task.task_name).name)
 
+    @property
+    def metrics_file(self) -> str:
+        """Return the path of metrics.json."""
+        return os.path.join(self.results, "metrics.json")
+
     def metrics(self) -> Optional[RunMetrics]:
-        """Return the content of metrics.json, None before the run has finished."""
-        path = os.path.join(self.results, "metrics.json")
-        return read_json_as(path, RunMetrics) if os.path.exists(path) else None
+        """Return the content of metrics.json, None before the run has finished or if damaged."""
+        with suppress(UserError):
+            if os.path.exists(self.metrics_file):
+                return read_json_as(self.metrics_file, RunMetrics)
+        return None
 
 
 class SweepRow(NamedTuple):
@@ -118,6 +128,7 @@ def sweep(settings: SweepSettings, base: FinetuningSettings) -> list[SweepRow]:
         check_sets(base.task)
     with lock_folder(folder, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
         claim(folder, base, runs[0].hparams)
+        set_damaged_aside(runs)
         keep_best_weights(runs)  # a kill may have come before
         pending = [run for run in runs if run.metrics() is None]
         print(f"{folder}: {len(runs)} runs, {len(runs) - len(pending)} already finished")
@@ -206,15 +217,27 @@ def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> No
     write_json(path, shared)
 
 
+def set_damaged_aside(runs: Sequence[SweepRun]) -> None:
+    """Rename each metrics.json that cannot be read, with a warning: its run is repeated."""
+    for run in runs:
+        path = run.metrics_file
+        try:
+            if os.path.exists(path):
+                read_json_as(path, RunMetrics)
+        except UserError as error:
+            os.replace(path, f"{path}{DAMAGED}")
+            print(
+                f"warning: {error}; moved to {path}{DAMAGED}, the run is repeated", file=sys.stderr
+            )
+
+
 def run_all(pending: Sequence[SweepRun], count: int, runs: Sequence[SweepRun]) -> None:
     """Run those of the runs that are pending, at most `count` at a time.
 
     When interrupted, the runs save a checkpoint and end first.
     """
-    chosen = os.environ.get("OMP_NUM_THREADS", "").isdecimal()  # by the user
-    threads = cpu_threads() if chosen else None
     left = len(pending)
-    with Processes(count, threads, patience=math.inf) as executor:
+    with Processes(count, asked_threads() or None, patience=math.inf) as executor:
         function = partial(execute, str(PROGRAM))
         for run in executor.as_completed(function, pending, on_error=_ended):
             left -= 1

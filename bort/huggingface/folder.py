@@ -81,13 +81,14 @@ def write_description(
     Raises `UserError` for a model without tokenizer.
     """
     model_config, tokenizer = saved.model_config, _require_tokenizer(saved)
-    write_json(os.path.join(folder, CONFIG), _config(model_config, tokenizer, architecture))
+    config = _config(model_config, tokenizer, architecture)
+    write_json(os.path.join(folder, CONFIG), config, with_sum=False)
     tokenizer.save(folder)
     described = huggingface_tokenizer.describe(
         folder, model_config.max_len, reads_special=model_config.kind == MASKED_LM
     )
     for name, content in described.items():
-        write_json(os.path.join(folder, name), content)
+        write_json(os.path.join(folder, name), content, with_sum=False)
     with atomic_write(os.path.join(folder, README)) as file:
         file.write(card)
 

@@ -22,6 +22,7 @@ from bort.agora.store import DiskStore, Store
 from bort.errors import UserError
 from bort.files import lock_folder, temporary_name
 from bort.grids import combinations
+from bort.journal import line_of, record_of
 
 SPACE = combinations({"degree": [1, 2, 3], "decay": [1e-3, 1.0], "seed": [0, 1]})
 TAU = Jitter(0.05, 0.2)
@@ -517,9 +518,9 @@ def test_a_damaged_line_costs_its_own_fit_only(tmp_path, capsys, damage):
 def test_predictions_of_the_wrong_number_are_made_again(tmp_path):
     expected = comparable(run(AgoraSettings(max_rounds=1), store=Mortal(tmp_path)))
     journal = tmp_path / "journal.jsonl"
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines = [record_of(line) for line in journal.read_bytes().splitlines()]
     del lines[2]["content"]["predictions"][0]
-    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    journal.write_bytes(b"".join(map(line_of, lines)))
     again = run(AgoraSettings(max_rounds=1), store=Mortal(tmp_path))
     assert comparable(again) == expected
 

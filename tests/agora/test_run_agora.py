@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bort.bort import get_bort_model
-from bort.files import lock_folder
+from bort.files import lock_folder, read_json
 from bort.finetuning.config import (
     ClassifierSettings,
     FinetuningOptimizerSettings,
@@ -88,7 +88,7 @@ def check_layout(folder, task, content):
         task.name,
         content["best"]["theta"],
     )
-    assert json.loads(json.dumps(content)) == json.loads((folder / "agora.json").read_text())
+    assert json.loads(json.dumps(content)) == read_json(str(folder / "agora.json"))
     first = content["rounds"][0]
     assert (first["images"]["made"] > 0) == bool(first["mistakes"])  # none where all is right
     names = {"agora.png", "images.tsv", "config.json", "journal.jsonl", "models", "tokenizer"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -162,8 +163,21 @@ def test_missing_file_lists_every_path_that_was_searched(tmp_path):
         task = get_task(name)
         with pytest.raises(UserError) as caught:
             task.read(tmp_path, "test")
+        said = str(caught.value)
+        assert str(tmp_path) in said
         for path in task.search_paths(tmp_path, "test"):
-            assert str(path) in str(caught.value)
+            folder = os.path.relpath(path.parent, tmp_path)
+            assert folder == "." or f" {folder}," in said or f" {folder} for" in said
+            assert path.name in said.rpartition(" for ")[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_message_of_a_missing_file_is_short_however_long_its_folder(name):
+    task = get_task(name)
+    for split in filter(None, (task.train, *task.dev, *task.test)):
+        with pytest.raises(UserError) as caught:
+            task.read("/" + "folder/" * 500, split)
+        assert len(str(caught.value)) < 800
 
 
 def test_kinds_are_plain_words_on_disk_and_in_messages():
@@ -188,7 +202,7 @@ def test_the_two_rte_are_not_confused(tmp_path):
 def test_missing_file_says_where_it_was_looked_for_and_the_cure(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"no test set; .*download_data\.py CoLA.*--data_dir; searched .*glue/CoLA/test\.tsv",
+        match=r"no test set .*download_data\.py CoLA.*--data_dir; .*glue/CoLA, .* for test\.tsv",
     ):
         get_task("CoLA").read(tmp_path, "test")
 

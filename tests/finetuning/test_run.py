@@ -15,6 +15,7 @@ import pytest
 
 import finetune_classifier
 from bort.errors import Stopped, UserError
+from bort.files import read_json
 from data.submission import check_submission
 from data.tasks import get_task, task_names
 from tests.conftest import ROOT
@@ -486,7 +487,7 @@ def test_train_rows_of_record_are_queries(tmp_path):
 def test_a_model_of_other_inputs_is_refused(tmp_path, capsys):
     finetuned(TEST_DATA / "superglue", tmp_path, task_name="WSC", epochs=1)
     path = tmp_path / "WSC" / "best.json"
-    content = json.loads(path.read_text())
+    content = read_json(str(path))
     assert content.pop("inputs_version") == 2
     path.write_text(json.dumps(content))  # as the version before wrote it
     line = arguments(

@@ -132,6 +132,25 @@ def test_ended_runs_are_skipped(tried, capsys):
     assert all(call["resume"] for call in started)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"best": {"score": "x"}}'])
+def test_a_run_whose_metrics_are_damaged_is_repeated_alone(tried, capsys, content):
+    flags = tried.flags(seed=[0], lr=[0.01, 0.02, 0.03])
+    table = sweep.main(flags)
+    damaged = tried.results / "seed=0,lr=0.02" / "SST-2" / "metrics.json"
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    assert sweep.main(flags) == table
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"warning: {damaged}: ")
+    assert f"moved to {damaged}.damaged, the run is repeated" in printed.err
+    assert "3 runs, 2 already finished" in printed.out
+    assert [call["lr"] for call in tried.calls("start")] == [0.01, 0.02, 0.03, 0.02]
+    assert Path(f"{damaged}.damaged").read_bytes() == content
+    assert tried.weights() == ["seed=0,lr=0.03"]
+    sweep.main(flags)
+    assert len(tried.calls("start")) == 4
+
+
 def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tried, capsys):
     (tried.folder / "fail-0.01").touch()
     flags = tried.flags(seed=[0, 1], lr=[0.01, 0.02])

@@ -265,7 +265,7 @@ def test_int8_files_of_before_the_sha256_are_read_with_care(quantized, tmp_path)
     folder = tmp_path / "copy"
     shutil.copytree(quantized, folder)
     record = folder / "int8" / "best.json"
-    content = json.loads(record.read_text("utf-8"))
+    content = runtime.read_json(str(record))
     del content["sha256"]
     record.write_text(json.dumps(content), "utf-8")
     load_runtime(str(folder), "mxnet-int8")

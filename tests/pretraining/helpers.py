@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from bort.communicator import Communicator, SingleProcess
 from bort.config import parse
+from bort.reporter import read_records
 from data.shards import (
     Manifest,
     ShardWriter,
@@ -160,14 +160,14 @@ def digest(run: Any) -> str:
 
 def metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl without what the clock decides."""
-    lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = read_records(str(Path(folder, "metrics.jsonl")))
     return [
         {
             name: value
-            for name, value in json.loads(line).items()
+            for name, value in record.items()
             if name not in ("time", "tokens_per_second") and not name.endswith("_share")
         }
-        for line in lines
+        for record in records
     ]
 
 

@@ -103,7 +103,7 @@ def test_no_metrics_are_one_line(tmp_path, capsys):
     )
     assert "nothing to plot" in complaint(capsys, tmp_path / "empty")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\n")
-    assert "cannot be read" in complaint(capsys, tmp_path / "binary")
+    assert "binary:1: is damaged" in complaint(capsys, tmp_path / "binary")
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -113,9 +113,7 @@ def test_a_line_that_is_no_metrics_is_named(tmp_path, capsys, line):
     with open(folder / "metrics.jsonl", "a") as handle:
         handle.write(f"{line}\n")
     said = complaint(capsys, folder)
-    assert said == (
-        f"error: {folder}/metrics.jsonl, line 3: is no metric line; name the folder of a run"
-    )
+    assert said == (f"error: {folder}/metrics.jsonl:3: is damaged or no metric line; delete it")
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 import time
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from bort.communicator import SingleProcess
+from bort.files import read_json
+from bort.journal import record_of
 from bort.reporter import FolderReporter, NullReporter, closing_table
 from bort.training.reporting import PhaseTimer
 
@@ -61,7 +64,7 @@ def test_every_line_is_one_object_on_disk_at_once(tmp_path, report):
     report().log(5, "train", TRAIN)
     line = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert line.endswith("}\n")
-    record = json.loads(line)
+    record = record_of(line.encode())
     assert before - 1 < record.pop("time") < time.time() + 1
     assert record == {"step": 5, "phase": "train", **TRAIN}
 
@@ -111,6 +114,17 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     }
 
 
+def test_without_shared_memory_there_are_no_events_but_metrics(tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("multiprocessing.Queue", refuse)
+    with reporter_in(tmp_path) as reporter:
+        reporter.log(5, "train", TRAIN)
+    assert steps(tmp_path) == [5]
+    assert "warning: no TensorBoard events are written (Read-only" in capsys.readouterr().err
+
+
 def test_the_closing_table_is_that_of_a_run_that_did_not_fail(tmp_path, capsys):
     for fails in (True, False):
         with suppress(KeyError), reporter_in(tmp_path) as reporter:
@@ -139,7 +153,7 @@ def test_a_quiet_reporter_writes_its_files_and_says_nothing(tmp_path, capsys):
         reporter.log(5, "train", TRAIN)
         reporter.say("a line")
     assert steps(tmp_path) == [5]
-    assert json.loads((tmp_path / "config.json").read_text()) == {"RunSettings": {"seed": 3}}
+    assert read_json(str(tmp_path / "config.json")) == {"RunSettings": {"seed": 3}}
     assert capsys.readouterr() == ("", "")
 
 
