@@ -39,9 +39,9 @@ def quoted(value: Any, characters: int = QUOTED_CHARACTERS) -> str:
 def entry_point(main: Main[Result]) -> Main[Result]:
     """Wrap the `main` of a program: what a user or the system causes is one line on stderr.
 
-    Exit status: 1 for `UserError`, a failed read or write and lack of memory; 128 + its number for
-    a signal (130 for Ctrl-C, 141 for a closed pipe, which is silent). Any other exception keeps
-    its traceback, because it is a bug.
+    Exit status: 1 for `UserError`, a failed read or write, lack of memory and of MXNet; 128 + its
+    number for a signal (130 for Ctrl-C, 141 for a closed pipe, which is silent). Any other
+    exception keeps its traceback, because it is a bug.
     """
 
     @functools.wraps(main)
@@ -56,6 +56,8 @@ def entry_point(main: Main[Result]) -> Main[Result]:
         except Stopped as stop:
             _exit(128 + stop.signum, str(stop))
         except KeyboardInterrupt:
+            # What was being made at that moment may fail in its destructor.
+            sys.unraisablehook = lambda _: None
             _exit(128 + signal.SIGINT, "interrupted")
         except BrokenPipeError:
             _exit(128 + signal.SIGPIPE)
@@ -63,10 +65,27 @@ def entry_point(main: Main[Result]) -> Main[Result]:
             reason = error.strerror or str(error)
             where = error.filename if error.filename is not None else "a file or standard output"
             _exit(1, f"error: {os.fsdecode(where)}: {reason}")
+        except ImportError as error:
+            if error.name != "mxnet":
+                raise
+            _exit(1, f"error: {error}")
         except MemoryError:
             _exit(1, "error: out of memory; use smaller batches or fewer processes")
 
     return wrapped
+
+
+def install_interrupt_hook() -> None:
+    """Let Ctrl-C during a program's imports, before its `main`, be one line as well."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _report
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _exit(status: int, line: str = "") -> NoReturn:

@@ -79,7 +79,8 @@ def set_threads() -> None:
     spin it takes twice as long, and just as long as before on a quiet machine.
     """
     ranks = int(os.environ.get("HOROVOD_LOCAL_SIZE", "1"))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
+    # MXNet ends the process when the variable is another text than one number.
+    os.environ["OMP_NUM_THREADS"] = str(asked_threads() or max(1, usable_cores() // ranks))
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
@@ -110,10 +111,28 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def asked_threads() -> int:
+    """Return the number of threads in OMP_NUM_THREADS, 0 without a valid one.
+
+    Of a list such as "4,1", for nested parallel regions, the first counts.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
 def cpu_threads() -> int:
     """Return the number of threads that OMP_NUM_THREADS allows, without it one for each core."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) else usable_cores()
+    return asked_threads() or usable_cores()
+
+
+def require_docstrings() -> None:
+    """Raise `ImportError` under Python's -OO: MXNet builds its own docstrings from others."""
+    if sys.flags.optimize > 1:
+        raise ImportError(
+            "MXNet needs the docstrings that Python's -OO (PYTHONOPTIMIZE=2) removes; use -O or "
+            "none of both",
+            name="mxnet",
+        )
 
 
 class _BeforeMXNet(MetaPathFinder):
@@ -121,6 +140,7 @@ class _BeforeMXNet(MetaPathFinder):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name == "mxnet":
+            require_docstrings()
             sys.meta_path.remove(self)
             set_threads()
             keep_freed_memory()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from typing import Any, Sequence
@@ -91,10 +92,12 @@ def test_a_process_ends_with_status_1_and_a_traceback_only_if_the_mistake_is_our
     [
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (Stopped(15, "stopped at step 7"), 143, "stopped at step 7\n"),
+        (ImportError("MXNet needs docstrings", name="mxnet"), 1, "error: MXNet needs docstrings\n"),
         (BrokenPipeError(), 141, ""),
         (PermissionError(13, "Permission denied", "a.txt"), 1, "error: a.txt: Permission denied\n"),
         (OSError(28, "No space left on device"), 1, "No space left on device\n"),
         (MemoryError(), 1, "out of memory"),
+        (ImportError("MXNet needs docstrings", name="mxnet"), 1, "error: MXNet needs docstrings"),
         (UserError("a\nb\udc80"), 1, "error: a b\\udc80\n"),
     ],
 )
@@ -131,6 +134,38 @@ main()
 def test_a_closed_pipe_is_silent():
     ended = shell("| head -n 1; exit ${PIPESTATUS[0]}")
     assert (ended.returncode, ended.stdout, ended.stderr) == (141, "0\n", "")
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "ValueError('ours')"])
+def test_ctrl_c_before_main_is_one_line_and_a_bug_keeps_its_traceback(raised):
+    script = f"import bort\nraise {raised}"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if raised == "KeyboardInterrupt":
+        assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "interrupted\n")
+    else:
+        assert ended.returncode == 1
+        assert "Traceback" in ended.stderr
+
+
+def test_a_half_made_object_says_nothing_after_ctrl_c():
+    script = """
+from bort.errors import entry_point
+
+class Half:
+    def __init__(self):
+        raise KeyboardInterrupt
+
+    def __del__(self):
+        raise AttributeError("never set")
+
+entry_point(lambda argv: Half())()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 def test_a_full_disk_behind_standard_output_is_one_line():

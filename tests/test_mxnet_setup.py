@@ -68,6 +68,25 @@ def test_the_users_number_of_threads_is_kept(interpreter: Any) -> None:
     assert found["threads"] == "7"
 
 
+@pytest.mark.parametrize(
+    ("value", "threads"),
+    [("2,1", 2), (" 3 ", 3), ("0", None), ("", None), ("x", None), ("-1", None), ("1e9", None)],
+)
+def test_values_that_mxnet_cannot_read_are_replaced(
+    interpreter: Any, value: str, threads: int | None
+) -> None:
+    found = interpreter(IMPORT, OMP_NUM_THREADS=value)
+    assert found["threads"] == str(threads or cores())
+
+
+def test_without_docstrings_mxnet_is_refused_with_the_reason(interpreter: Any) -> None:
+    code = "import bort\ntry:\n    import mxnet\nexcept ImportError as error:\n"
+    code += "    print(json.dumps([error.name, str(error)]))"
+    name, message = interpreter(code, PYTHONOPTIMIZE="2")
+    assert name == "mxnet"
+    assert "-OO (PYTHONOPTIMIZE=2)" in message
+
+
 def test_only_the_cores_this_process_may_use_count(interpreter: Any) -> None:
     pinned = "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
     assert interpreter(pinned + IMPORT)["threads"] == "1"
