@@ -112,7 +112,7 @@ def _write_onnx_model(content: bytes, model: Path, vocabulary: Path) -> None:
     config: dict[str, Any] = json.loads((vocabulary / "config.json").read_text())
     config["num_hidden_layers"] = sum(name.endswith("query.weight") for name in arrays)
     config["_name_or_path"] = "sentence-transformers/paraphrase-MiniLM-L3-v2"
-    write_json(str(model / "config.json"), config)
+    write_json(str(model / "config.json"), config, with_sum=False)
     for name in VOCABULARY:
         with atomic_write(str(model / name), "wb") as file:
             file.write((vocabulary / name).read_bytes())
