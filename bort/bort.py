@@ -11,8 +11,9 @@ import numpy as np
 from mxnet import autograd, nd
 from mxnet.gluon import HybridBlock, nn
 
+from bort import bfloat16
 from bort.devices import runs_on_cpu
-from bort.encoder import GatherIndices, GraphBreak, backward, encode_embedding
+from bort.encoder import GatherIndices, GraphBreak, backward, dense, encode_embedding, layer_norm
 from bort.errors import UserError
 from bort.parameters import load_parameters
 from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, ROBERTA, shape_of
@@ -198,8 +199,7 @@ def initialize(
             # GluonNLP's own forward pass: ours needs parameters that have their shapes.
             sequence = model._encode_sequence(ids, [], lengths)[0]
             if model._use_decoder:
-                positions = mx.nd.zeros((1,), ctx=device)
-                decode(model, masked_hidden(model, sequence, positions))
+                model.decoder(sequence)
         else:
             model(ids, lengths)
 
@@ -249,6 +249,7 @@ class SparseEmbeddingGrad:
     def __init__(self, model: nlp.model.BERTModel, ids: np.ndarray, device: Context) -> None:
         """Look up the distinct ids of a batch [batch, length]."""
         rows, inverse = np.unique(ids, return_inverse=True)  # [distinct], [batch * length]
+        self._model_parameters = model.collect_params().values()
         self._parameter = model.word_embed[0].weight
         self._device = device
         self._rows = nd.array(rows, ctx=device, dtype="int32")
@@ -267,6 +268,7 @@ class SparseEmbeddingGrad:
         `head` is a loss [1], or an array with its `gradient`.
         """
         backward(head, self.breaks, gradient)
+        bfloat16.add_gradients(self._model_parameters, self._device)
         whole = self._parameter.grad(self._device)
         whole[self._rows] = whole.take(self._rows) + self._table.grad
 
@@ -301,8 +303,10 @@ def masked_hidden(model: nlp.model.BERTModel, sequence: NDArray, positions: NDAr
 
 def decoder_hidden(model: nlp.model.BERTModel, hidden_states: NDArray) -> NDArray:
     """Return the decoder's hidden states [n, hidden] of encoded positions [n, hidden]."""
-    dense, gelu, layer_norm, _ = model.decoder
-    return layer_norm(gelu(dense(hidden_states)))
+    transform, gelu, norm, _ = model.decoder
+    if runs_on_cpu(hidden_states):
+        return layer_norm(norm, nd.LeakyReLU(dense(transform, hidden_states), act_type="gelu"))
+    return norm(gelu(transform(hidden_states)))
 
 
 def decode(model: nlp.model.BERTModel, hidden_states: NDArray) -> NDArray:
@@ -313,14 +317,29 @@ def decode(model: nlp.model.BERTModel, hidden_states: NDArray) -> NDArray:
     MXNet's broadcast sums its gradient slowly. Takes a fifth less time than the layer itself.
     """
     layer = model.decoder[3]
-    weight, bias = (p.data(hidden_states.context) for p in (layer.weight, layer.bias))
+    weight = bfloat16.operand(layer.weight, hidden_states.context)
+    bias = layer.bias.data(hidden_states.context)
     count = hidden_states.shape[0]
-    products = nd.FullyConnected(weight, hidden_states, no_bias=True, num_hidden=count)
+    if weight.dtype == bfloat16.DTYPE:
+        products = bfloat16.product(weight, hidden_states)
+    else:
+        products = nd.FullyConnected(weight, hidden_states, no_bias=True, num_hidden=count)
     products, bias = products.transpose(), bias.reshape((1, -1))  # [n, vocabulary]
     if not autograd.is_recording():
         return nd.broadcast_add(products, bias)
-    ones = nd.ones((count, 1), ctx=hidden_states.context, dtype=hidden_states.dtype)
+    ones = nd.ones((count, 1), ctx=hidden_states.context, dtype=bias.dtype)
     return nd.elemwise_add(products, nd.dot(ones, bias))
+
+
+def set_dtype(network: Block, dtype: str) -> None:
+    """Let a model or classifier compute in float32, float16 or bfloat16.
+
+    In float16 the parameters are cast; in bfloat16 products alone are, see bort.bfloat16.
+    """
+    if dtype == "bfloat16":
+        bfloat16.use_bfloat16(getattr(network, "bort", network))
+    else:
+        network.cast(dtype)
 
 
 def parameter_count(model: HybridBlock) -> int:

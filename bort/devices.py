@@ -11,6 +11,7 @@ from mxnet import nd
 
 from bort.communicator import Communicator
 from bort.errors import UserError
+from bort.processor import multiplies_bfloat16
 from bort.types import Context
 
 GPU_WIDTH = 8  # tokens
@@ -45,14 +46,33 @@ def devices_of(gpus: str | None, cpu_contexts: int, communicator: Communicator) 
     return [mx.gpu(numbers[communicator.local_rank])]
 
 
-def check_dtype(dtype: str, devices: Sequence[Context]) -> None:
-    """Raise `UserError` when the devices cannot train in a dtype; prepare MXNet for float16."""
-    if dtype != "float16":
-        return
-    if not all(uses_gpu_code(device) for device in devices):
-        raise UserError("--dtype float16: needs GPUs; give --gpus, or --dtype float32")
-    # Softmax and LayerNorm then sum in float32; MXNet reads it at every call.
-    os.environ.setdefault("MXNET_SAFE_ACCUMULATION", "1")
+def resolve_dtype(dtype: str, devices: Sequence[Context], flag: str = "--dtype") -> str:
+    """Return the precision of a network on devices, with `auto` resolved; prepare it for float16.
+
+    `auto` is bfloat16 on CPUs that multiply it faster than float32, else float32. Raises
+    `UserError` when the devices cannot compute in the dtype; `flag` is what gave it.
+    """
+    on_gpus = [uses_gpu_code(device) for device in devices]
+    if dtype == "auto":
+        return "bfloat16" if multiplies_bfloat16() and not any(on_gpus) else "float32"
+    if dtype == "bfloat16" and any(on_gpus):
+        raise UserError(f"{flag} bfloat16: is for CPUs; give {flag} float16 or float32 on GPUs")
+    if dtype == "bfloat16" and not multiplies_bfloat16():
+        raise UserError(
+            f"{flag} bfloat16: this processor has neither AVX512-BF16 nor AMX and would be slower "
+            f"than in float32; give {flag} float32, or auto"
+        )
+    if dtype == "float16":
+        if not all(on_gpus):
+            raise UserError(f"{flag} float16: needs GPUs; give --gpus, or {flag} float32")
+        # Softmax and LayerNorm then sum in float32; MXNet reads it at every call.
+        os.environ.setdefault("MXNET_SAFE_ACCUMULATION", "1")
+    return dtype
+
+
+def stored_dtype(dtype: str) -> str:
+    """Return the type of the parameters on disk of a run in a dtype."""
+    return "float16" if dtype == "float16" else "float32"
 
 
 def unused_gpus(devices: Sequence[Context]) -> str:

@@ -17,6 +17,7 @@ import gluonnlp as nlp
 import numpy as np
 from mxnet import autograd, nd
 
+from bort import bfloat16
 from bort.types import Block, Context, NDArray
 
 # Added to the attention scores of padding: the exponential of the sum is 0.
@@ -140,15 +141,15 @@ def self_attention(
     if queries is None:
         queries = hidden_states
     heads, units = cell._num_heads, cell.units
-    batch, width = mask.shape[0], units // heads
+    batch, width, device = mask.shape[0], units // heads, mask.context
     # [batch * positions, units] -> [batch, positions, heads, width] -> [batch * heads, ..., width]
     query, key, value = (
-        affine(inputs, weight, bias)
+        affine(inputs, bfloat16.operand(weight, device), bfloat16.operand(bias, device))
         .reshape((batch, -1, heads, width))
         .transpose((0, 2, 1, 3))
         .reshape((-3, 0, 0))
         for inputs, weight, bias in zip(
-            (queries, hidden_states, hidden_states), *_projections(cell, hidden_states.context)
+            (queries, hidden_states, hidden_states), *_projections(cell)
         )
     )
     scores = nd.batch_dot(query * width**-0.5, key, transpose_b=True)
@@ -182,10 +183,10 @@ def _fused_attention(
     return attended.transpose((1, 0, 2)).reshape((-1, units))  # [batch * length, units]
 
 
-def _projections(cell: Block, device: Context) -> tuple[list[NDArray], list[NDArray]]:
+def _projections(cell: Block) -> tuple[list[Block], list[Block]]:
     """Return the weights [units, units] and biases [units] of queries, keys and values."""
     weights, biases = (
-        [getattr(cell, f"{name}_{part}").data(device) for name in ("query", "key", "value")]
+        [getattr(cell, f"{name}_{part}") for name in ("query", "key", "value")]
         for part in ("weight", "bias")
     )
     return weights, biases
@@ -194,10 +195,13 @@ def _projections(cell: Block, device: Context) -> tuple[list[NDArray], list[NDAr
 def _fused(cell: Block, device: Context) -> tuple[NDArray, NDArray]:
     """Return the three projections head by head: [3 * units, units] and [3 * units]."""
     heads, units = cell._num_heads, cell.units
-    weights, biases = _projections(cell, device)
-    weight = nd.concat(*[w.reshape((heads, -1, units)) for w in weights], dim=1)
-    bias = nd.concat(*[b.reshape((heads, -1)) for b in biases], dim=1)
-    return weight.reshape((-1, units)), bias.reshape((-1,))
+    weights, biases = _projections(cell)
+    weight = nd.concat(*[w.data(device).reshape((heads, -1, units)) for w in weights], dim=1)
+    bias = nd.concat(*[b.data(device).reshape((heads, -1)) for b in biases], dim=1)
+    weight, bias = weight.reshape((-1, units)), bias.reshape((-1,))
+    if bfloat16.has_copies(weights[0]):
+        return bfloat16.rounded(weight), bfloat16.rounded(bias)
+    return weight, bias
 
 
 def fuse_qkv(encoder: nlp.model.BERTEncoder) -> None:
@@ -249,11 +253,14 @@ def dropout(values: NDArray, p: float) -> NDArray:
 
 def dense(layer: Block, inputs: NDArray) -> NDArray:
     """Apply a Gluon Dense layer, without its activation, to inputs [n, in]; returns [n, out]."""
-    return affine(inputs, *(p.data(inputs.context) for p in (layer.weight, layer.bias)))
+    parameters = (layer.weight, layer.bias)
+    return affine(inputs, *(bfloat16.operand(p, inputs.context) for p in parameters))
 
 
 def affine(inputs: NDArray, weight: NDArray, bias: NDArray) -> NDArray:
     """Multiply inputs [n, in] by weight [out, in] and add bias [out]; returns [n, out]."""
+    if weight.dtype == bfloat16.DTYPE:
+        return bfloat16.product(inputs, weight, bias)
     if autograd.is_recording() or weight.shape[1] % ALIASED:
         return nd.FullyConnected(inputs, weight, bias, num_hidden=len(bias))
     return nd.broadcast_add(nd.dot(inputs, weight, transpose_b=True), bias.reshape((1, -1)))

@@ -126,6 +126,8 @@ def load_parameters(model: Block, path: str, ignore_prefixes: Sequence[str] = ()
     """
     from mxnet import nd
 
+    from bort import bfloat16
+
     stored = read_arrays(path)
     if PROJECTION in stored:
         stored.setdefault(EMBEDDING, stored[PROJECTION])
@@ -140,6 +142,7 @@ def load_parameters(model: Block, path: str, ignore_prefixes: Sequence[str] = ()
     values = [_stored_value(path, stored, parameter, names) for parameter, names in tied]
     for (parameter, _), value in zip(tied, values):
         parameter.set_data(nd.array(value, dtype=value.dtype))
+    bfloat16.refresh(parameter for parameter, _ in tied)
 
 
 def check_finite(path: str, network: Block) -> None:

@@ -32,6 +32,12 @@ class CacheSettings:
     output_dir: str = required("folder of the cache")
     teacher_model: str = required("roberta_24_1024_16, roberta_12_768_12, or bort_<...>")
     teacher_ckpt_dir: str = required("its weights: a parameter file, a checkpoint, a run's folder")
+    teacher_dtype: str = option(
+        "float32",
+        "precision of the teacher's matrix products: float32, or on CPUs with AVX512-BF16 or AMX "
+        "bfloat16",
+        choices=("float32", "bfloat16"),
+    )
     dtype: str = option("float16", "type of the stored rows", choices=("float16", "float32"))
     batch_size: int = option(16, "sequences per forward pass", minimum=1)
     gpus: Optional[str] = option(None, "GPU number (default: the CPU)")
@@ -42,20 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Build the cache; returns its size in bytes."""
     (settings,) = parse(str(__doc__), argv, CacheSettings)
     # After the flags: --help does not import MXNet.
-    from bort.devices import devices_of
-    from bort.pretraining.teacher import load_teacher
+    from bort.devices import devices_of, resolve_dtype
+    from bort.pretraining.run import held_out_source
+    from bort.pretraining.teacher import LiveTeacher, load_teacher, round_teacher
     from bort.pretraining.teacher_cache import build_cache
 
     start = time.perf_counter()
     communicator = communicator_of_environment()
     sets = _shards(settings.data)
+    devices = devices_of(settings.gpus, 1, communicator)[:1]
+    resolve_dtype(settings.teacher_dtype, devices, "--teacher_dtype")
     teacher = load_teacher(
         settings.teacher_model,
         settings.teacher_ckpt_dir,
         sets[0].manifest.vocab_size,
         sets[0].manifest.tokenizer_fingerprint,
-        devices_of(settings.gpus, 1, communicator)[:1],
+        devices,
     )
+    if settings.teacher_dtype == "bfloat16":
+        source = held_out_source(sets[0], settings.batch_size, num_buckets=1)
+        cost = round_teacher(LiveTeacher(teacher), source, devices[0])
+        if communicator.rank == 0:
+            print(cost)
     entries = build_cache(
         settings.output_dir,
         sets,

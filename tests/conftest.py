@@ -48,6 +48,16 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept --dtype bfloat16 on every processor that can compute it, if only by emulation."""
+    from bort import devices, processor
+
+    if not processor.computes_bfloat16():
+        pytest.skip("oneDNN computes in bfloat16 on processors with AVX-512 only")
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
+
+
+@pytest.fixture
 def tiny_model() -> Any:
     """Return a Bort with decoder, small enough for anything: vocabulary 50, all values drawn."""
     import bort.bort

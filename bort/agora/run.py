@@ -115,7 +115,7 @@ class FineTuner:
         data = TaskData(self.task, rows, {self.task.dev[0]: self.dev})
         reporter = FolderReporter(folder, alone, quiet=True)
         loop = finetuning_loop(
-            prepared(classifier, optimizer.dtype),
+            prepared(classifier, optimizer.dtype, devices),
             data,
             optimizer,
             options,
@@ -176,7 +176,7 @@ class FineTuner:
         devices = devices_of(self.gpus, 1, SingleProcess())
         classifier = load_classifier(path, self.task, devices)
         scoring = self._scoring(self.optimizer, devices)
-        return prepared(classifier, self.optimizer.dtype), scoring
+        return prepared(classifier, self.optimizer.dtype, devices), scoring
 
 
 def keep_model_only(folder: str) -> None:

@@ -9,7 +9,9 @@ from typing import Any, Callable, Mapping, NamedTuple, Sequence
 import mxnet as mx
 
 from bort import saved_model
+from bort.bort import set_dtype
 from bort.config import command_of
+from bort.devices import resolve_dtype
 from bort.errors import UserError
 from bort.finetuning.config import ClassifierSettings, FinetuningSettings, TaskSettings
 from bort.parameters import load_parameters, parameter_file
@@ -85,12 +87,12 @@ def build_classifier(
             race_cast=settings.task.race_cast,
             details=details,
         )
-    return prepared(classifier, settings.optimizer.dtype)
+    return prepared(classifier, settings.optimizer.dtype, devices)
 
 
-def prepared(classifier: Classifier, dtype: str) -> Classifier:
-    """Cast the network to a dtype and hybridize its encoder; returns the classifier."""
-    classifier.network.cast(dtype)
+def prepared(classifier: Classifier, dtype: str, devices: Sequence[Context]) -> Classifier:
+    """Let the network compute in a dtype and hybridize its encoder; returns the classifier."""
+    set_dtype(classifier.network, resolve_dtype(dtype, devices))
     classifier.network.bort.encoder.hybridize(static_alloc=True)
     return classifier
 

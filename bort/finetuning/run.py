@@ -23,11 +23,11 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd, nd
 
-from bort import checkpoint
+from bort import bfloat16, checkpoint
 from bort.bort import SparseEmbeddingGrad
 from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict
-from bort.devices import check_dtype, devices_of
+from bort.devices import devices_of, resolve_dtype, stored_dtype
 from bort.errors import UserError
 from bort.files import read_json_as, write_json
 from bort.finetuning.classifier import Classifier, build_classifier, task_of
@@ -382,7 +382,8 @@ def check_resume(
             )
     for concern, flag in FIXED_FLAGS:
         then, now = (each.get(concern, {}).get(flag) for each in (state["settings"], config))
-        if then != now:
+        differs = stored_dtype(then) != stored_dtype(now) if flag == "dtype" else then != now
+        if differs:
             raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
     recorded = state["settings"].get("FinetuningOptimizerSettings", {})
     return Resumed(recorded.get("accumulate", accumulate))
@@ -399,7 +400,7 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[s
     settings.check()
     run = settings.run
     devices = devices_of(run.gpus, run.cpu_contexts, communicator)
-    check_dtype(settings.optimizer.dtype, devices)
+    resolve_dtype(settings.optimizer.dtype, devices)
     task = task_of(settings)
     folder = os.path.join(run.output_dir, task.name)
     if run.only_inference:
@@ -562,6 +563,7 @@ def conclude(
     if is_first:
         load_parameters(run.classifier.network, os.path.join(folder, BEST))
     loop.communicator.broadcast(loop.parameters())
+    bfloat16.refresh(run.classifier.network.collect_params().values())
     answers = predict_sets(run.classifier, data.task, sets, scoring, os.path.dirname(folder))
     seconds = run.history.seconds
     metrics = {

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import json
 import os
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Mapping, NamedTuple
 
@@ -26,13 +24,12 @@ from bort.files import read_json, read_json_as, sha256_of
 from bort.inference.onnx_file import OUTPUT, onnx_session, parse_metadata, verify_onnx_file
 from bort.mxnet_setup import cpu_threads
 from bort.parameters import check_finite, check_finite_arrays, parameter_file, read_arrays
+from bort.processor import BFLOAT16_FLAGS, computes_bfloat16
 from bort.saved_model import ModelConfig, load_model, read_model_config, verify_parameters
 from bort.shapes import MAX_LENGTH
 from bort.types import Block
 
 BACKENDS = ("mxnet", "mxnet-bfloat16", "mxnet-int8", "onnx", "onnx-int8")
-# What oneDNN needs for bfloat16 (its "avx512_core"); without it MXNet fails in the first layer.
-BFLOAT16_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl"))
 INT8_FOLDER = "int8"
 DATA_NAMES = ("data0", "data1")  # of token ids and lengths in an exported MXNet symbol
 
@@ -145,20 +142,9 @@ class OnnxBackend(Backend):
 # ---- the processor -------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)
-def processor_flags() -> frozenset[str]:
-    """Return the instruction sets of the first core, as Linux names them; empty if unknown."""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name.strip() == "flags":
-                return frozenset(value.split())
-    return frozenset()
-
-
 def available_backends() -> tuple[str, ...]:
     """Return those of `BACKENDS` that this processor can run."""
-    can = processor_flags() >= BFLOAT16_FLAGS
+    can = computes_bfloat16()  # without, MXNet fails in the first layer
     return tuple(name for name in BACKENDS if can or name != "mxnet-bfloat16")
 
 

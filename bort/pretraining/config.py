@@ -56,6 +56,12 @@ class TeacherSettings:
     teacher_ckpt_dir: Optional[str] = option(
         None, "the teacher's weights: a parameter file, a checkpoint, or a run's folder"
     )
+    teacher_dtype: str = option(
+        "float32",
+        "precision of the teacher's matrix products on CPUs: float32, or bfloat16 where the "
+        "processor has AVX512-BF16 or AMX; on GPUs the teacher has --dtype",
+        choices=("float32", "bfloat16"),
+    )
     teacher_cache: Optional[str] = option(
         None, "instead of the model: its stored outputs, made by scripts/build_teacher_cache.py"
     )
@@ -119,8 +125,8 @@ class OptimizerSettings(UpdateSettings):
 
     def check(self) -> None:
         """Raise `UserError` when the optimizer does not support the precision."""
-        if self.optimizer == "sgd" and self.dtype != "float32":
-            raise UserError(f"--dtype {self.dtype}: --optimizer sgd works in float32 only")
+        if self.optimizer == "sgd" and self.dtype == "float16":
+            raise UserError("--dtype float16: --optimizer sgd updates float32 parameters only")
 
 
 @dataclass(frozen=True)

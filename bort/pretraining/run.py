@@ -12,10 +12,10 @@ import numpy as np
 from mxnet import autograd, nd
 
 from bort import checkpoint
-from bort.bort import SparseEmbeddingGrad, get_bort_model
+from bort.bort import SparseEmbeddingGrad, get_bort_model, set_dtype
 from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict, command_of
-from bort.devices import check_dtype, devices_of
+from bort.devices import devices_of, resolve_dtype, stored_dtype
 from bort.errors import UserError
 from bort.parameters import load_parameters, parameter_file
 from bort.pretraining.config import (
@@ -29,7 +29,13 @@ from bort.pretraining.config import (
 from bort.pretraining.distillation import correct_predictions, distillation_loss, squared_distance
 from bort.pretraining.evaluation import evaluate
 from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
-from bort.pretraining.teacher import LiveTeacher, Teacher, load_teacher, require_tokenizer
+from bort.pretraining.teacher import (
+    LiveTeacher,
+    Teacher,
+    load_teacher,
+    require_tokenizer,
+    round_teacher,
+)
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.reporter import FolderReporter, Reporter
 from bort.saved_model import ModelConfig, save_model, save_model_config
@@ -82,7 +88,8 @@ def checked_devices(settings: PretrainingSettings, communicator: Communicator) -
     settings.check()
     run = settings.run
     devices = devices_of(run.gpus, run.cpu_contexts, communicator)
-    check_dtype(settings.optimizer.dtype, devices)
+    resolve_dtype(settings.optimizer.dtype, devices)
+    resolve_dtype(settings.teacher.teacher_dtype, devices, "--teacher_dtype")
     checkpoint.require_usable(run.ckpt_dir, "--ckpt_dir")
     return devices
 
@@ -96,12 +103,16 @@ def pretraining_loop(
     """Build student, teacher and data of a run that is ready to start."""
     data, optimizer, run = settings.data, settings.optimizer, settings.run
     inputs = open_data(data, run.seed, settings.teacher.teacher_cache)
-    student = build_student(settings.student, inputs.manifest, run.seed, optimizer.dtype, devices)
-    teacher = build_teacher(settings.teacher, inputs.manifest, optimizer.dtype, devices)
+    dtype = resolve_dtype(optimizer.dtype, devices)
+    student = build_student(settings.student, inputs.manifest, run.seed, dtype, devices)
+    teacher = build_teacher(settings.teacher, inputs.manifest, dtype, devices)
+    notes = []
+    if teacher and settings.teacher.teacher_dtype == "bfloat16":
+        notes.append(round_teacher(teacher, inputs.training, devices[0]))
+    low = ", products in bfloat16" if dtype == "bfloat16" else ""
+    sequences = inputs.manifest.totals["sequences"]
     job = Job(
-        title=(
-            f"{settings.student.student_model} on {inputs.manifest.totals['sequences']:,} sequences"
-        ),
+        title=f"{settings.student.student_model} on {sequences:,} sequences{low}",
         network=student,
         stream=Stream(inputs.training, run.seed),
         step=DistillationStep(student, teacher, settings.loss),
@@ -111,6 +122,7 @@ def pretraining_loop(
         max_steps=optimizer.num_steps,
         evaluation=_evaluation(settings, inputs.held_out, student, teacher, communicator, devices),
         saving=_save_policy(settings, inputs, student),
+        notes=notes,
     )
     return Loop(
         job,
@@ -260,7 +272,10 @@ def check_resume(
             given = now[concern][flag]
             # A flag that the checkpoint does not know had its default.
             made_with = then.get(concern, {}).get(flag, _default(concern, flag))
-            if given != made_with:
+            same = given == made_with
+            if flag == "dtype":
+                same = stored_dtype(given) == stored_dtype(made_with)
+            if not same:
                 raise UserError(
                     f"--{flag} {given}: the checkpoint was made with {made_with}; {cure}"
                 )
@@ -354,7 +369,7 @@ def build_student(
         path = parameter_file(student.student_parameters)
         require_tokenizer(path, manifest.tokenizer_fingerprint)
         load_parameters(network, path)
-    network.cast(dtype)
+    set_dtype(network, dtype)
     network.encoder.hybridize(static_alloc=True)
     return network
 
@@ -374,5 +389,5 @@ def build_teacher(
         manifest.tokenizer_fingerprint,
         devices,
     )
-    network.cast(dtype)
+    network.cast(stored_dtype(dtype))
     return LiveTeacher(network)

@@ -8,14 +8,19 @@ from typing import Protocol, Sequence
 import gluonnlp as nlp
 
 from bort import checkpoint
-from bort.bort import build_network
+from bort.bort import build_network, set_dtype
 from bort.encoder import fuse_qkv
 from bort.errors import UserError
 from bort.files import read_json
 from bort.parameters import load_parameters, parameter_file
-from bort.pretraining.mlm import DeviceBatch, masked_logits
+from bort.pretraining.distillation import distillation_kl
+from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
 from bort.saved_model import model_config_path, read_model_config, verify_parameters
 from bort.types import Block, Context, NDArray
+from data.batches import PretrainingLoader
+
+# Batches on which a teacher in bfloat16 is compared with itself in float32.
+CHECKED_BATCHES = 2
 
 
 def load_teacher(
@@ -70,6 +75,9 @@ class Teacher(Protocol):
     def logits(self, batch: DeviceBatch) -> NDArray:
         """Return the logits [n, vocabulary], float32, at the masked positions."""
 
+    def use_bfloat16(self) -> None:
+        """Make matrix products in bfloat16 from now on."""
+
 
 class LiveTeacher:
     """A frozen network that is run on every batch."""
@@ -81,3 +89,28 @@ class LiveTeacher:
     def logits(self, batch: DeviceBatch) -> NDArray:
         """Return the logits [n, vocabulary] of the network."""
         return masked_logits(self.network, batch)
+
+    def use_bfloat16(self) -> None:
+        """Make matrix products in bfloat16 from now on."""
+        set_dtype(self.network, "bfloat16")
+        fuse_qkv(self.network.encoder)
+
+
+def round_teacher(teacher: Teacher, source: PretrainingLoader, device: Context) -> str:
+    """Let a teacher multiply in bfloat16; returns what that costs on some batches, in words."""
+    numbers = range(min(CHECKED_BATCHES, source.batches_per_epoch))
+    batches = [to_device(source(number), device) for number in numbers]
+    batches = [batch for batch in batches if batch.labels.size]
+    exact = [teacher.logits(batch) for batch in batches]
+    teacher.use_bfloat16()
+    total, same, positions = 0.0, 0.0, 0
+    for batch, logits in zip(batches, exact):
+        rounded = teacher.logits(batch)
+        total += float(distillation_kl(rounded, logits, temperature=1.0).sum().asscalar())
+        same += float((rounded.argmax(axis=1) == logits.argmax(axis=1)).sum().asscalar())
+        positions += batch.labels.size
+    return (
+        f"teacher in bfloat16: {total / max(positions, 1):.2g} nats of KL from float32's "
+        f"distributions, the same first word at {100 * same / max(positions, 1):.1f} % of "
+        f"{positions} masked positions"
+    )

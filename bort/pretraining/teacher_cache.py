@@ -29,6 +29,7 @@ import numpy as np
 from mxnet import nd
 from mxnet.gluon import nn
 
+from bort.bfloat16 import add_copies, has_copies
 from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess, lock_of_rank_0
 from bort.encoder import fuse_qkv
@@ -58,7 +59,8 @@ class CacheManifest:
     tokenizer_fingerprint: str
     vocab_size: int
     hidden: int
-    dtype: str
+    dtype: str  # of the rows
+    teacher_dtype: str = "float32"  # of the teacher's matrix products
     format_version: int = FORMAT_VERSION
 
 
@@ -168,6 +170,10 @@ class CachedTeacher:
         """Project the hidden states [n, hidden] of a batch: logits [n, vocabulary]."""
         return decode(self._model, batch.teacher_hidden)
 
+    def use_bfloat16(self) -> None:
+        """Make the projection in bfloat16 from now on."""
+        add_copies([self._model.decoder[3].weight])
+
 
 def _read_projection(folder: str, manifest: CacheManifest) -> tuple[np.ndarray, np.ndarray]:
     path = os.path.join(folder, PROJECTION_FILE)
@@ -272,6 +278,7 @@ def build_cache(
         vocab_size=tokenizer.vocab_size,
         hidden=teacher._units,
         dtype=dtype,
+        teacher_dtype="bfloat16" if has_copies(teacher.decoder[3].weight) else "float32",
     )
     with lock_of_rank_0(folder, "--output_dir", communicator):
         if communicator.rank == 0:

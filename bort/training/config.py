@@ -15,7 +15,10 @@ class UpdateSettings:
     epsilon: float = option(1e-6, "Adam epsilon", minimum=0.0)
     max_norm: float = option(1.0, "gradients are clipped to this global norm", minimum=1e-9)
     dtype: str = option(
-        "float32", "training precision; float16 needs GPUs", choices=("float32", "float16")
+        "float32",
+        "training precision: float16 needs GPUs; bfloat16 is that of matrix products on CPUs and "
+        "needs AVX512-BF16 or AMX; auto: bfloat16 on such CPUs, else float32",
+        choices=("float32", "float16", "bfloat16", "auto"),
     )
     compression: str = option(
         "none",

@@ -151,3 +151,4 @@ class Job:
     extra: ExtraState = field(default_factory=NoExtraState)
     # Parameters whose gradient the backward passes add to even where others are overwritten.
     added_gradients: Sequence[Any] = ()
+    notes: Sequence[str] = ()  # further lines for the start of the log

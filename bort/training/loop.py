@@ -16,7 +16,7 @@ from typing import Any, Callable, Generator, Iterator, NamedTuple, Optional, Seq
 import mxnet as mx
 import numpy as np
 
-from bort import checkpoint
+from bort import bfloat16, checkpoint
 from bort.bort import parameter_count
 from bort.communicator import Communicator
 from bort.devices import unused_gpus
@@ -135,6 +135,7 @@ class Loop:
         """Give every rank the progress, the parameters and the optimizer state of rank 0."""
         self.load_state(self.communicator.broadcast_object(self.state()))
         self.communicator.broadcast(self.arrays())
+        bfloat16.refresh(self.job.network.collect_params().values())
 
     def start(self) -> None:
         """Divide the micro-batches among the current ranks, and open the log on rank 0.
@@ -155,7 +156,8 @@ class Loop:
             self._evaluation_pending,
         )
         names = self.communicator.allgather_object([str(device) for device in self.devices])
-        self.reporter.say(self._description(names))
+        for line in (self._description(names), *self.job.notes):
+            self.reporter.say(line)
         if hint := unused_gpus(self.devices):
             self.reporter.say(f"warning: {hint}")
 

@@ -12,6 +12,7 @@ from typing import Any, Sequence
 import mxnet as mx
 from mxnet import nd
 
+from bort import bfloat16
 from bort.communicator import Communicator
 from bort.devices import runs_on_cpu
 from bort.training.bert_adam import BERTAdam
@@ -197,6 +198,7 @@ class Trainer:
             first, *others = parameter.list_data()
             for other in others:
                 first.copyto(other)
+        bfloat16.refresh(self._parameters)
         return norm
 
     def zero_gradients(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 from mxnet import nd
 from onnx import helper
 
-from bort import mxnet_setup, saved_model
+from bort import mxnet_setup, processor, saved_model
 from bort.errors import UserError
 from bort.inference import onnx_graph, runtime
 from bort.inference.quantization import Quantization, calibration_batch
@@ -170,7 +170,7 @@ def test_an_exported_file_is_taken_while_it_fits(quantized, tmp_path, batch, mon
 
 
 def test_bfloat16_needs_avx512(quantized, monkeypatch):
-    monkeypatch.setattr(runtime, "processor_flags", lambda: frozenset(("avx2", "avx512f")))
+    monkeypatch.setattr(processor, "processor_flags", lambda: frozenset(("avx2", "avx512f")))
     assert "mxnet-bfloat16" not in available_backends()
     said = refusal(quantized, "mxnet-bfloat16")
     assert "runtime mxnet-bfloat16: needs a processor with AVX-512 (avx512bw, " in said
@@ -179,14 +179,14 @@ def test_bfloat16_needs_avx512(quantized, monkeypatch):
     with pytest.raises(UserError, match="needs a processor with AVX-512"):
         backend_for(network, "mxnet-bfloat16")
     avx512_core = frozenset(("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"))
-    monkeypatch.setattr(runtime, "processor_flags", lambda: avx512_core)
+    monkeypatch.setattr(processor, "processor_flags", lambda: avx512_core)
     assert available_backends() == BACKENDS
 
 
 def test_the_flags_of_the_processor_are_those_that_linux_lists():
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     expected = next((line for line in text.splitlines() if line.startswith("flags")), "flags:")
-    assert runtime.processor_flags() == set(expected.split(":")[1].split())
+    assert processor.processor_flags() == set(expected.split(":")[1].split())
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnx-int8"])

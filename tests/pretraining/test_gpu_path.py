@@ -121,9 +121,9 @@ def test_float16_accumulates_safely(monkeypatch):
 
     monkeypatch.setenv("MXNET_SAFE_ACCUMULATION", "0")  # so that what the call sets is undone
     monkeypatch.delenv("MXNET_SAFE_ACCUMULATION")
-    devices.check_dtype("float32", [mx.gpu(0)])
+    devices.resolve_dtype("float32", [mx.gpu(0)])
     assert "MXNET_SAFE_ACCUMULATION" not in os.environ
-    devices.check_dtype("float16", [mx.gpu(0)])
+    devices.resolve_dtype("float16", [mx.gpu(0)])
     assert os.environ["MXNET_SAFE_ACCUMULATION"] == "1"
 
 

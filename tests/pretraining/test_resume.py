@@ -7,17 +7,22 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bort import checkpoint
+from bort import checkpoint, devices
 from bort.errors import Stopped, UserError
 from bort.files import lock_folder
+from bort.parameters import read_arrays
 from bort.pretraining import run as pretraining
 from tests.pretraining.helpers import (
     arguments,
+    arrays_of,
     digest,
     finished_run,
+    make_run,
     metrics,
+    settings_of_run,
     write_data,
     write_shards,
 )
@@ -139,6 +144,24 @@ def test_what_a_resumed_run_cannot_change_is_refused_by_name(
         finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True, **changed)
 
 
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("auto", "float32")])
+def test_checkpoints_are_float32_whatever_the_products_are(data, tmp_path, bfloat16, before, after):
+    run = finished_run(data, ckpt_dir=tmp_path, num_steps=2, dtype=before)
+    path = checkpoint.latest(str(tmp_path)).model_path
+    assert {array.dtype for array in read_arrays(path).values()} == {np.dtype("float32")}
+    resumed = make_run(data, ckpt_dir=tmp_path, num_steps=4, resume=True, dtype=after)
+    resumed.setup()
+    for name, array in arrays_of(run).items():
+        np.testing.assert_array_equal(arrays_of(resumed)[name], array)
+    resumed.train()
+    with pytest.raises(UserError, match="--dtype float16: the checkpoint was made with"):
+        pretraining.check_resume(
+            settings_of_run(data, dtype="float16"),
+            pretraining.open_data(settings_of_run(data).data, seed=0),
+            checkpoint.latest(str(tmp_path)).state,
+        )
+
+
 def test_another_accumulation_is_applied_on_resume(data, tmp_path):
     run = finished_run(data, ckpt_dir=tmp_path, num_steps=2)
     assert run.progress.batches == 2
@@ -207,6 +230,8 @@ def test_a_second_writer_of_a_run_is_refused(data, tmp_path, capsys):
         ({"gpus": "-1"}, "--gpus -1: MXNet sees"),
         ({"gpus": "0,0"}, "--gpus 0,0: names a device twice"),
         ({"dtype": "float16"}, "--dtype float16: needs GPUs"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16: this processor has neither AVX512-BF16 nor"),
+        ({"teacher_dtype": "bfloat16"}, "--teacher_dtype bfloat16: this processor has neither"),
         ({"lr": "inf"}, "--lr inf: must be a finite number"),
         ({"mlm_weight": 0}, "--mlm_weight 0: the loss is zero without a teacher"),
         ({"ckpt_dir": "file"}, "file is not a folder"),
@@ -219,6 +244,7 @@ def test_a_run_that_cannot_be_is_one_line_before_anything_is_loaded(
 ):
     from run_pretraining_distillation import main
 
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: False)
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     # There are no shards: what is wrong is found before they are looked for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -411,6 +412,26 @@ def test_a_build_never_mixes_two_teachers_or_types(data, cache, capsys, flags, w
     assert said.startswith(f"error: {cache}: made with {what} ")
     assert "give another --output_dir or delete it" in said
     assert contents(cache) == before
+
+
+def test_a_teacher_in_bfloat16_says_what_it_costs_and_has_a_cache_of_its_own(
+    data, tmp_path, cache, capsys, bfloat16
+):
+    low = {"teacher_dtype": "bfloat16"}
+    said = complaint(capsys, build, build_line(data, cache, **low))
+    assert f"error: {cache}: made with teacher_dtype float32, now bfloat16" in said
+    folder = tmp_path / "cache"
+    build(build_line(data, folder, **low))
+    printed = capsys.readouterr().out.splitlines()
+    cost = r"teacher in bfloat16: (\S+) nats of KL from float32's distributions, the same "
+    (kl,) = re.match(cost, printed[0]).groups()
+    assert 1e-7 < float(kl) < 1e-3
+    exact, rounded = (np.load(rows_file(each, data)) for each in (cache, folder))
+    assert 2**-11 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2**-6
+    # In training, too: of a live teacher all products, of a cache the projection.
+    for flags in (live(data), {"teacher_cache": copy_of(cache, tmp_path / "copy")}):
+        make_run(data, ckpt_dir=tmp_path / "run", **flags, **low).setup()
+        assert capsys.readouterr().out.count("teacher in bfloat16: ") == 1
 
 
 def test_a_full_disk_is_one_line_and_the_build_goes_on(data, tmp_path, cache, monkeypatch):
