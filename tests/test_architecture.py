@@ -7,13 +7,23 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-SUBPACKAGES = ("training", "pretraining", "finetuning", "inference", "huggingface", "agora", "ose")
+SUBPACKAGES = (
+    "training",
+    "pretraining",
+    "finetuning",
+    "inference",
+    "huggingface",
+    "deployment",
+    "agora",
+    "ose",
+)
 MAY_IMPORT = {
     "training": set(),
     "pretraining": {"training"},
     "finetuning": {"training"},
     "inference": set(),
     "huggingface": set(),
+    "deployment": {"inference", "huggingface"},
     "agora": {"finetuning"},
     "ose": {"pretraining"},
 }

@@ -58,10 +58,10 @@ from optimum.onnxruntime import ORTModelFor{head}
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = ORTModelFor{head}.from_pretrained("FOLDER", file_name="onnx/model.onnx")
+model = ORTModelFor{head}.from_pretrained("FOLDER", file_name="model.onnx")
 ```
 
-Inputs are padded at the end. `onnx/model_quantized.onnx` is the int8 model."""
+Inputs are padded at the end. `model_quantized.onnx` is the int8 model."""
 _TRANSFORMERS_JS = """
 
 With transformers.js, under Node or in a browser:

@@ -41,6 +41,5 @@ def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
 
 
 def _inside(name: str) -> str:
-    """Return the last two parts of a path: a list from elsewhere names no file outside."""
-    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-    return os.path.join(*parts[-2:]) if parts else SUMS
+    """Return a path without what leads outside: a list may come from elsewhere."""
+    return os.path.join("", *(part for part in name.split("/") if part not in ("", ".", "..")))

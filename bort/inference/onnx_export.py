@@ -55,30 +55,40 @@ def export_onnx(model: str, output: Optional[str] = None) -> Export:
     return Export(path, difference, largest, description)
 
 
-def compare_with_mxnet(network: Block, session: Any, seed: int = 0) -> tuple[float, float]:
+def compare_with_mxnet(network: Block, session: Any) -> tuple[float, float]:
     """Compare a graph in ONNX Runtime with its network in MXNet, on random batches with padding.
 
     Returns the largest difference and the largest absolute value of the outputs.
     """
-    generator = np.random.default_rng(seed)
-    body: Block = getattr(network, "bort", network)
-    vocab_size, positions = body.word_embed[0].weight.shape[0], body.encoder._max_length
     differences, largest = [], 0.0
-    for batch, length in ((1, positions), (5, min(40, positions)), (2, 1)):
-        ids = generator.integers(0, vocab_size, (batch, length))
-        lengths = generator.integers(1, length + 1, batch)
-        feed = {"input_ids": ids, "valid_length": lengths}
-        if body is network:
-            # The last position of each sequence before its padding.
-            feed["positions"] = np.arange(batch) * length + lengths - 1
-        expected = _mxnet_outputs(network, feed)
+    for feed in random_inputs(network):
+        expected = mxnet_outputs(network, feed)
         (found,) = session.run(None, feed)
         differences.append(float(np.abs(found - expected).max()))
         largest = max(largest, float(np.abs(expected).max()))
     return max(differences), largest
 
 
-def _mxnet_outputs(network: Block, feed: dict[str, np.ndarray]) -> np.ndarray:
+def random_inputs(network: Block, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Return batches for a network, the first as long as its position table, others with padding.
+
+    Each has input_ids [batch, length] and valid_length [batch], for a masked LM also `positions`
+    [batch] of the flattened batch: the last of each sequence before its padding.
+    """
+    generator = np.random.default_rng(seed)
+    body: Block = getattr(network, "bort", network)
+    vocab_size, positions = body.word_embed[0].weight.shape[0], body.encoder._max_length
+    feeds = []
+    for batch, length in ((1, positions), (5, min(40, positions)), (2, 1)):
+        ids = generator.integers(0, vocab_size, (batch, length))
+        lengths = generator.integers(1, length + 1, batch)
+        feeds.append({"input_ids": ids, "valid_length": lengths})
+        if body is network:
+            feeds[-1]["positions"] = np.arange(batch) * length + lengths - 1
+    return feeds
+
+
+def mxnet_outputs(network: Block, feed: dict[str, np.ndarray]) -> np.ndarray:
     """Return the logits: [batch, outputs], or [masks, vocabulary] where there are `positions`."""
     from mxnet import nd
 

@@ -115,6 +115,18 @@ def check_huggingface(folder: Path) -> Found:
     return Found(True, f"{model_config.task or model_config.kind} {model_config.model}")
 
 
+def check_onnx_folder(folder: Path) -> Found:
+    """Compare the SHA-256 of a folder in Hugging Face's ONNX layout and load its graphs."""
+    from bort.huggingface.sums import check_sums
+    from bort.inference.onnx_file import onnx_session
+
+    check_sums(str(folder))
+    paths = sorted(folder.glob("onnx/*.onnx"))
+    for path in paths:
+        onnx_session(str(path), threads=1)
+    return Found(True, ", ".join(path.name for path in paths))
+
+
 def check_tokenizer(folder: Path) -> Found:
     """Load a tokenizer."""
     from bort.tokenization import load_tokenizer_folder

@@ -57,6 +57,10 @@ def _is_huggingface(folder: Path) -> bool:
     return weights(folder) and _has("config.json")(folder)
 
 
+def _is_onnx_folder(folder: Path) -> bool:
+    return (folder / "onnx" / "model.onnx").is_file() and _has("config.json")(folder)
+
+
 def _is_submission(folder: Path) -> bool:
     return any(name in checks.submission_names() for name in os.listdir(folder))
 
@@ -64,6 +68,7 @@ def _is_submission(folder: Path) -> bool:
 # The first that matches names a folder; what it may match as well stands below it.
 KINDS: Sequence[Kind] = (
     Kind("checkpoint", _is_checkpoint, checks.check_checkpoint),
+    Kind("ONNX export for Hugging Face", _is_onnx_folder, checks.check_onnx_folder),
     Kind("Hugging Face export", _is_huggingface, checks.check_huggingface),
     Kind("sweep", _has("sweep.json", "sweep.tsv"), checks.check_sweep),
     Kind("OSE search", _holds(r"ose\.json|journal-\d+\.jsonl"), checks.check_ose),

@@ -167,6 +167,16 @@ def write_int8(folder: Path) -> None:
     called(main, folder, "--data_dir", TEST_DATA)
 
 
+def write_onnx_folder(folder: Path) -> None:
+    """Write a classifier in Hugging Face's ONNX layout."""
+    from scripts.export_onnx import main
+
+    source = folder.with_name(f"{folder.name}.source")
+    write_classifier(source)
+    called(main, source, "--layout", "huggingface", "--output", folder)
+    shutil.rmtree(source)
+
+
 def write_huggingface(folder: Path, write: Callable[[Path], None] = write_classifier) -> None:
     """Write the Hugging Face folder of a saved model."""
     from scripts.convert_to_huggingface import main

@@ -41,6 +41,10 @@ KINDS = {
         "Hugging Face export",
         ["model.safetensors", "config.json", "tokenizer.model", "tokenizer.json"],
     ),
+    "onnx": (
+        "ONNX export for Hugging Face",
+        ["onnx/model.onnx", "onnx/model_quantized.onnx", "config.json", "tokenizer.json"],
+    ),
     "submission/glue.zip": ("leaderboard archive", [""]),
     "submission/runs": ("submission", ["SST-2.tsv"]),
 }  # fmt: skip
@@ -61,6 +65,7 @@ def good(tmp_path_factory) -> Path:
     samples.write_agora(folder / "agora")
     samples.write_ose(folder / "ose")
     samples.write_huggingface(folder / "huggingface")
+    samples.write_onnx_folder(folder / "onnx")
     samples.write_submission(folder / "submission")
     return folder
 

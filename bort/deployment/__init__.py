@@ -1,0 +1,1 @@
+"""A trained model in the form in which other programs and browsers run it."""

@@ -1,0 +1,87 @@
+"""Saved models of drawn values, and the packages of npm that tests run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bort.saved_model import ModelConfig, build_network, save_model
+from bort.tokenization import ByteLevelBPE
+from tests.conftest import ROOT
+from tests.reference import redraw
+
+SHAPE, MAX_LEN = "bort_2_4_24_32", 160
+KINDS: dict[str, dict[str, Any]] = {
+    "masked_lm": {},
+    "classification": {"task": "SST-2", "labels": ("0", "1"), "num_outputs": 2},
+    "regression": {"task": "STS-B", "num_outputs": 1},
+    "multiple_choice": {"task": "COPA", "labels": ("0", "1"), "num_outputs": 1},
+    "candidates": {"task": "ReCoRD", "labels": ("0", "1"), "num_outputs": 2},
+}
+TEXTS = [
+    "a fine film",
+    "It's the year's best; don't miss it!",
+    "naïve café, 50 % off: “quoted” — élan",
+    "in the heart  of the on re at er",
+]
+
+
+def byte_level_bpe() -> ByteLevelBPE:
+    """Return a small byte-level BPE laid out as RoBERTa's, `<mask>` last."""
+    from bort.tokenization import _BYTE_TO_CHARACTER
+
+    merges = ["h e", "Ġ t", "i n", "Ġt he", "e r", "Ġ a", "o n", "Ġ s", "r e", "a t", "Ġs he"]
+    tokens = [*_BYTE_TO_CHARACTER.values(), *(one.replace(" ", "") for one in merges)]
+    np.random.default_rng(0).shuffle(tokens)
+    return ByteLevelBPE(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], merges)
+
+
+def save(folder: Path, kind: str, tokenizer: Any, **others: Any) -> str:
+    """Save a network of drawn values as `best` in a folder; returns the folder."""
+    values = {"model": SHAPE, "kind": kind, "max_len": MAX_LEN, **KINDS[kind], **others}
+    model_config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint, **values
+    )
+    network = build_network(model_config)
+    redraw(network, seed=3, deviation=0.3)
+    save_model(str(folder / "best.params"), network, model_config, tokenizer)
+    return str(folder)
+
+
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the packages of npm that the tests run, and the tests' scripts.
+
+    They are installed once for all tests; BORT_NODE_MODULES names a folder where they are already.
+    """
+    from bort.deployment.npm import TRANSFORMERS
+
+    if not shutil.which("node") or not shutil.which("npm"):
+        pytest.skip("needs node and npm")
+    folder = tmp_path_factory.getbasetemp() / "node"
+    if not folder.exists():
+        folder.mkdir()
+        if installed := os.environ.get("BORT_NODE_MODULES"):
+            (folder / "node_modules").symlink_to(installed)
+        else:
+            _install(
+                folder, f"{TRANSFORMERS.name}@{TRANSFORMERS.version}", "playwright-core@1.65.1"
+            )
+        for script in (ROOT / "tests" / "deployment").glob("*.mjs"):
+            shutil.copy(script, folder)
+    return folder
+
+
+def _install(folder: Path, *packages: str) -> None:
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
+    ended = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, timeout=600
+    )
+    if ended.returncode:
+        shutil.rmtree(folder)
+        pytest.skip(f"npm cannot install {' '.join(packages)}")
