@@ -16,7 +16,17 @@ from bort.devices import runs_on_cpu
 from bort.encoder import GatherIndices, GraphBreak, backward, dense, encode_embedding, layer_norm
 from bort.errors import UserError
 from bort.parameters import load_parameters
-from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, ROBERTA, shape_of
+from bort.shapes import (
+    BORT_OPTIONS,
+    CLS,
+    MAX_LENGTH,
+    MEAN,
+    ROBERTA,
+    TOKEN_TYPES,
+    BodyOptions,
+    body_shape,
+    shape_of,
+)
 from bort.types import Block, Context, NDArray
 
 
@@ -27,7 +37,24 @@ class BortModel(nlp.model.RoBERTaModel):
     [batch, masks]. Returns the encoded sequence [batch, length, hidden] and, with a decoder, the
     logits [batch, masks, vocabulary]. Positions at and beyond valid_length are zero.
     Neither token types nor pooler (Optimal Subarchitecture Extraction for BERT, released model).
+    Bodies from elsewhere may have two token types: `type_separator` ends the texts of an input, and
+    the tokens after the first one are of type 1 (Devlin et al. 2019, section 3).
     """
+
+    def __init__(self, *arguments: Any, type_separator: int | None = None, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.type_separator = type_separator
+        if type_separator is not None:
+            self._use_token_type_embed = True
+            self.token_type_embed = self._get_embed(
+                None, TOKEN_TYPES, self._units, None, "token_type_embed_"
+            )
+
+    def _encode_sequence(self, inputs: Any, token_types: Any, valid_length: Any = None) -> Any:
+        """Encode ids with GluonNLP's layers; the token types follow from the ids."""
+        if self.type_separator is not None:
+            token_types = types_of(inputs, self.type_separator)
+        return super()._encode_sequence(inputs, token_types, valid_length)
 
     def __call__(
         self,
@@ -40,12 +67,28 @@ class BortModel(nlp.model.RoBERTaModel):
         return super().__call__(inputs, valid_length, masked_positions)
 
 
+def options_of(model: nlp.model.BERTModel) -> BodyOptions:
+    """Return what a body has besides its shape."""
+    return BodyOptions(model.encoder._layer_norm_eps, getattr(model, "type_separator", None))
+
+
+def types_of(ids: Any, separator: int) -> Any:
+    """Return the token types, 0 and 1, of ids [batch, length], arrays or symbols of MXNet."""
+    is_separator = ids == separator
+    return _functions(ids).cumsum(is_separator, axis=1) - is_separator > 0
+
+
+def _functions(value: Any) -> Any:
+    return nd if isinstance(value, nd.NDArray) else mx.sym
+
+
 class BortClassifier(HybridBlock):
     """Dropout - Dense(hidden, tanh) - Dropout - Dense(num_classes) over the first token's vector.
 
     Inputs: token ids [batch, length] and valid_length [batch]; returns logits [batch, num_classes].
     `bort` may be any BERTModel without decoder; `extra_layer` adds a Dense(hidden) in front, which
-    the paper is said to have used for CoLA.
+    the paper is said to have used for CoLA. With `pooling` mean the head takes the mean over the
+    tokens, as sentence models do, instead of the first token's vector.
     """
 
     def __init__(
@@ -54,8 +97,10 @@ class BortClassifier(HybridBlock):
         num_classes: int = 2,
         dropout: float = 0.1,
         extra_layer: bool = False,
+        pooling: str = CLS,
     ) -> None:
         super().__init__()
+        self.pooling = pooling
         with self.name_scope():
             self.bort = bort
             self.extra = nn.Dense(bort._units, in_units=bort._units) if extra_layer else None
@@ -70,12 +115,19 @@ class BortClassifier(HybridBlock):
 
     def hybrid_forward(self, F: Any, inputs: NDArray, valid_length: NDArray) -> NDArray:  # noqa: N803
         """Return the logits of the sequences (shapes: see the class)."""
-        return self.head(self.bort(inputs, valid_length))
+        return self.head(self.bort(inputs, valid_length), valid_length)
 
-    def head(self, sequence: NDArray) -> NDArray:
-        """Return the logits [batch, num_classes] of an encoded sequence [batch, length, hidden]."""
-        first = sequence.slice_axis(axis=1, begin=0, end=1).squeeze(axis=1)
-        return self.classifier(first if self.extra is None else self.extra(first))
+    def head(self, sequence: NDArray, valid_length: NDArray) -> NDArray:
+        """Return the logits [batch, num_classes] of an encoded sequence [batch, length, hidden].
+
+        Beyond `valid_length` [batch] it is zero; without mean pooling one token of it is enough.
+        """
+        if self.pooling == MEAN:
+            lengths = valid_length.expand_dims(axis=1)
+            pooled = _functions(sequence).broadcast_div(sequence.sum(axis=1), lengths)
+        else:
+            pooled = sequence.slice_axis(axis=1, begin=0, end=1).squeeze(axis=1)
+        return self.classifier(pooled if self.extra is None else self.extra(pooled))
 
 
 def check_length(model: nlp.model.BERTModel, inputs: NDArray) -> None:
@@ -100,6 +152,7 @@ def get_bort_model(
     max_length: int = MAX_LENGTH,
     random_init: bool = True,
     trainable: bool = True,
+    options: BodyOptions = BORT_OPTIONS,
 ) -> tuple[BortModel, Any]:
     """Build a Bort of any shape; returns it with its vocabulary, as GluonNLP's get_model does.
 
@@ -115,6 +168,7 @@ def get_bort_model(
         max_length: number of positions.
         random_init: False: zeros, which is faster before weights are loaded.
         trainable: allocate gradient buffers.
+        options: what differs from Bort besides the shape.
 
     Raises:
         UserError: unknown name, no vocabulary, or a checkpoint that is absent or does not fit.
@@ -129,7 +183,7 @@ def get_bort_model(
         max_length=max_length,
         num_heads=shape.heads,
         dropout=dropout,
-        layer_norm_eps=LAYER_NORM_EPS,
+        layer_norm_eps=options.layer_norm_eps,
     )
     model = BortModel(
         encoder,
@@ -137,6 +191,7 @@ def get_bort_model(
         units=shape.hidden,
         embed_size=shape.hidden,
         use_decoder=use_decoder,
+        type_separator=options.type_separator,
     )
     ctx = ctx or mx.cpu()
     initialize(model, ctx, random_init and not pretrained, trainable)
@@ -218,9 +273,21 @@ def encode(
     """
     check_length(model, ids)
     if runs_on_cpu(ids):
-        embedding = model.word_embed(ids)  # [batch, length, hidden]
+        embedding = _with_types(model, model.word_embed(ids), ids)  # [batch, length, hidden]
         return encode_embedding(model.encoder, embedding, valid_length, None, cls_only, positions)
     return _gathered(model._encode_sequence(ids, [], valid_length)[0], positions)
+
+
+def _with_types(model: nlp.model.BERTModel, embedding: NDArray, ids: NDArray) -> NDArray:
+    """Add the token type embedding to word embeddings [batch, length, hidden], if there is one."""
+    separator = options_of(model).type_separator
+    if separator is None:
+        return embedding
+    second = types_of(ids, separator).reshape((-1, 1))
+    table = model.token_type_embed[0].weight.data(ids.context)
+    # A product: the gradient of a lookup in so small a table is slow.
+    types = nd.concat(1 - second, second, dim=1).astype(table.dtype, copy=False)
+    return nd.elemwise_add(embedding, nd.dot(types, table).reshape(embedding.shape))
 
 
 def _gathered(sequence: NDArray, positions: GatherIndices | None) -> NDArray:
@@ -250,6 +317,7 @@ class SparseEmbeddingGrad:
         """Look up the distinct ids of a batch [batch, length]."""
         rows, inverse = np.unique(ids, return_inverse=True)  # [distinct], [batch * length]
         self._model_parameters = model.collect_params().values()
+        self._model, self._ids = model, ids
         self._parameter = model.word_embed[0].weight
         self._device = device
         self._rows = nd.array(rows, ctx=device, dtype="int32")
@@ -260,7 +328,11 @@ class SparseEmbeddingGrad:
 
     def embedding(self) -> NDArray:
         """Return the word embeddings [batch, length, hidden] of the batch."""
-        return _rows(self._table, self._inverse)
+        embedding = _rows(self._table, self._inverse)
+        if options_of(self._model).type_separator is None:
+            return embedding
+        ids = nd.array(self._ids, ctx=self._device, dtype="float32")
+        return _with_types(self._model, embedding, ids)
 
     def backward(self, head: NDArray, gradient: NDArray | None = None) -> None:
         """Differentiate what was recorded by `encode_for_backward`.
@@ -356,6 +428,7 @@ def build_network(
     dropout: float = 0.0,
     random_init: bool = True,
     trainable: bool = True,
+    options: BodyOptions = BORT_OPTIONS,
 ) -> nlp.model.BERTModel:
     """Build a network with random weights: one of GluonNLP's RoBERTa models or a shape of ours.
 
@@ -365,22 +438,23 @@ def build_network(
     Raises `UserError` for any other name.
     """
     vocab = range(vocab_size)  # only its length is used
-    if model_name in ROBERTA:
+    if model_name in ROBERTA and options == BORT_OPTIONS:
         network, _ = nlp.model.get_model(
             model_name, vocab=vocab, pretrained=False, use_decoder=use_decoder, dropout=dropout
         )
         initialize(network, ctx or mx.cpu(), random_init, trainable)
         return network
     try:
-        shape_of(model_name)
+        shape = body_shape(model_name)
     except UserError as error:
         raise UserError(f"{error}, or one of {', '.join(ROBERTA)}") from None
     return get_bort_model(
-        model_name,
+        shape.name,
         vocab=vocab,
         ctx=ctx,
         use_decoder=use_decoder,
         dropout=dropout,
         random_init=random_init,
         trainable=trainable,
+        options=options,
     )[0]

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple, Optional, Tuple
 from bort.errors import UserError, quoted
 from bort.files import atomic_path, read_json_as, sha256_of, write_json
 from bort.parameters import load_parameters, parameter_file, save_parameters
-from bort.shapes import MAX_LENGTH, body_shape
+from bort.shapes import (
+    BORT_OPTIONS,
+    CLS,
+    LAYER_NORM_EPS,
+    MAX_LENGTH,
+    POOLINGS,
+    BodyOptions,
+    body_shape,
+)
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
 from bort.types import Block, TaskKind
 
@@ -41,6 +49,9 @@ class ModelConfig:
     extra_layer: a dense layer stands between the body and the classifier.
     race_cast: how RACE's options are cast; empty for other tasks.
     inputs_version: version of the texts made from the task's rows (data.task.Task).
+    layer_norm_eps, type_separator: of the body (bort.shapes.BodyOptions).
+    pooling: what the head is applied to (bort.shapes.POOLINGS).
+    origin: for a model from the Hugging Face hub its name and revision, for people.
     details: metrics, data and command, for people.
     sha256: of the parameter file; empty where it was not recorded (models saved before 0.2).
     """
@@ -56,8 +67,17 @@ class ModelConfig:
     extra_layer: bool = False
     race_cast: str = ""
     inputs_version: int = 1
+    layer_norm_eps: float = LAYER_NORM_EPS
+    type_separator: Optional[int] = None
+    pooling: str = CLS
+    origin: str = ""
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     sha256: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def body_options(self) -> BodyOptions:
+        """Return what the body has besides its shape."""
+        return BodyOptions(self.layer_norm_eps, self.type_separator)
 
 
 @dataclass(frozen=True)
@@ -172,6 +192,13 @@ def read_model_config(path: str) -> ModelConfig:
     return ModelConfig(**values)
 
 
+def body_options_of(path: str) -> BodyOptions:
+    """Return those that the model config beside a .params file states; without one, Bort's."""
+    if os.path.exists(model_config_path(path)):
+        return read_model_config(path).body_options
+    return BORT_OPTIONS
+
+
 def _check(model_config: ModelConfig) -> None:
     """Raise `UserError` for a value that no saved model has, before anything is built of it."""
     body_shape(model_config.model)
@@ -184,6 +211,13 @@ def _check(model_config: ModelConfig) -> None:
         value = getattr(model_config, name)
         if not low <= value <= high:
             raise UserError(f"{name} is {quoted(value)}, expected {low} to {high}")
+    eps, separator = model_config.body_options
+    if not 0 < eps < 1:
+        raise UserError(f"layer_norm_eps is {quoted(eps)}, expected a number between 0 and 1")
+    if separator is not None and not 0 <= separator < model_config.vocab_size:
+        raise UserError(f"type_separator is {quoted(separator)}, expected the id of a token")
+    if model_config.pooling not in POOLINGS:
+        raise UserError(f"pooling is {quoted(model_config.pooling)}, expected cls or mean")
     if model_config.kind not in KINDS:
         raise UserError(f"kind is {quoted(model_config.kind)}, expected one of {', '.join(KINDS)}")
 
@@ -205,12 +239,23 @@ def build_network(
 
     masked_lm = model_config.kind == MASKED_LM
     body = bort.build_network(
-        model_config.model, model_config.vocab_size, ctx, masked_lm, dropout, draw, gradients
+        model_config.model,
+        model_config.vocab_size,
+        ctx,
+        masked_lm,
+        dropout,
+        draw,
+        gradients,
+        model_config.body_options,
     )
     if masked_lm:
         return body
     classifier = bort.BortClassifier(
-        body, model_config.num_outputs, dropout, model_config.extra_layer
+        body,
+        model_config.num_outputs,
+        dropout,
+        model_config.extra_layer,
+        model_config.pooling,
     )
     if draw:
         bort.initialize(classifier, ctx, trainable=gradients)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from types import MappingProxyType
-from typing import Mapping, NamedTuple
+from typing import Mapping, NamedTuple, Optional
 
 from bort.errors import UserError, quoted
 
@@ -17,6 +17,9 @@ MAX_LENGTH = 512
 # Beyond any network that a machine can train: a damaged file, or a slip of the keyboard.
 MAX_LAYERS, MAX_SIZE = 1000, 1_000_000
 LAYER_NORM_EPS = 1e-5
+# What a classifier's head is applied to: the first token's vector, or the mean over the tokens.
+POOLINGS = CLS, MEAN = "cls", "mean"
+TOKEN_TYPES = 2  # of a body that has them
 
 
 class Shape(NamedTuple):
@@ -33,6 +36,19 @@ class Shape(NamedTuple):
         return f"bort_{self.layers}_{self.heads}_{self.intermediate}_{self.hidden}"
 
 
+class BodyOptions(NamedTuple):
+    """What a body has besides its shape; the defaults are Bort's and RoBERTa's.
+
+    layer_norm_eps: of all its LayerNorms; 1e-12 in BERT.
+    type_separator: id of the token that ends each text of an input, for a body with two token
+        types, as BERT has: the tokens after the first separator are of type 1. None: no types.
+    """
+
+    layer_norm_eps: float = LAYER_NORM_EPS
+    type_separator: Optional[int] = None
+
+
+BORT_OPTIONS = BodyOptions()
 PREDEFINED_SHAPES: Mapping[str, Shape] = MappingProxyType(
     {
         "bort_4_8_768_1024": Shape(layers=4, heads=8, intermediate=768, hidden=1024),
@@ -86,13 +102,17 @@ def body_shape(model_name: str) -> Shape:
     return ROBERTA[model_name] if model_name in ROBERTA else shape_of(model_name)
 
 
-def array_shapes(shape: Shape, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def array_shapes(
+    shape: Shape, vocab_size: int, token_types: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the arrays of a body without decoder in a parameter file."""
     hidden, inner = shape.hidden, shape.intermediate
     found: dict[str, tuple[int, ...]] = {
         "word_embed.0.weight": (vocab_size, hidden),
         "encoder.position_weight": (MAX_LENGTH, hidden),
     }
+    if token_types:
+        found["token_type_embed.0.weight"] = (TOKEN_TYPES, hidden)
     norms = ["encoder.layer_norm"]
     for number in range(shape.layers):
         cell = f"encoder.transformer_cells.{number}"

@@ -7,7 +7,7 @@ mistake with the batched and interleaved operators of the model.
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping
+from typing import Any, Mapping, Optional
 
 import numpy as np
 from numpy.random import default_rng
@@ -44,20 +44,31 @@ def parameters_of(model: Any) -> dict[str, np.ndarray]:
 # ---- the model ---------------------------------------------------------------------------------
 
 
-def encode(parameters: Parameters, heads: int, ids: np.ndarray) -> np.ndarray:
+def encode(
+    parameters: Parameters,
+    heads: int,
+    ids: np.ndarray,
+    epsilon: float = LAYER_NORM_EPS,
+    separator: Optional[int] = None,
+) -> np.ndarray:
     """Encode the token ids [n] of one sequence to [n, hidden]."""
     ids = np.asarray(ids)
     tokens = parameters["word_embed.0.weight"][ids]
+    if separator is not None:
+        ends = [place for place, token in enumerate(ids.tolist()) if token == separator]
+        first_text = ends[0] + 1 if ends else len(ids)
+        types = np.array([0] * first_text + [1] * (len(ids) - first_text))
+        tokens = tokens + parameters["token_type_embed.0.weight"][types]
     positions = parameters["encoder.position_weight"][: len(ids)]
-    hidden = layer_norm(tokens + positions, parameters, "encoder.layer_norm")
+    hidden = layer_norm(tokens + positions, parameters, "encoder.layer_norm", epsilon)
     layers = sum(name.endswith("proj_query.bias") for name in parameters)
     for layer in range(layers):
         name = f"encoder.transformer_cells.{layer}"
         attended = dense(attend(hidden, parameters, heads, name), parameters, f"{name}.proj")
-        hidden = layer_norm(hidden + attended, parameters, f"{name}.layer_norm")
+        hidden = layer_norm(hidden + attended, parameters, f"{name}.layer_norm", epsilon)
         inner = gelu(dense(hidden, parameters, f"{name}.ffn.ffn_1"))
         outer = dense(inner, parameters, f"{name}.ffn.ffn_2")
-        hidden = layer_norm(hidden + outer, parameters, f"{name}.ffn.layer_norm")
+        hidden = layer_norm(hidden + outer, parameters, f"{name}.ffn.layer_norm", epsilon)
     return hidden
 
 
@@ -76,10 +87,12 @@ def attend(hidden: np.ndarray, parameters: Parameters, heads: int, name: str) ->
     return context
 
 
-def decode(parameters: Parameters, hidden: np.ndarray) -> np.ndarray:
+def decode(
+    parameters: Parameters, hidden: np.ndarray, epsilon: float = LAYER_NORM_EPS
+) -> np.ndarray:
     """Return the logits [n, vocabulary] of encoded positions [n, hidden]."""
     inner = gelu(dense(hidden, parameters, "decoder.0"))
-    inner = layer_norm(inner, parameters, "decoder.2")
+    inner = layer_norm(inner, parameters, "decoder.2", epsilon)
     return inner @ parameters["word_embed.0.weight"].T + parameters["decoder.3.bias"]
 
 
@@ -88,11 +101,13 @@ def dense(values: np.ndarray, parameters: Parameters, name: str) -> np.ndarray:
     return values @ parameters[f"{name}.weight"].T + parameters[f"{name}.bias"]
 
 
-def layer_norm(values: np.ndarray, parameters: Parameters, name: str) -> np.ndarray:
+def layer_norm(
+    values: np.ndarray, parameters: Parameters, name: str, epsilon: float = LAYER_NORM_EPS
+) -> np.ndarray:
     """Normalise each row, then apply the gain and offset that are stored under a name."""
     centred = values - values.mean(axis=-1, keepdims=True)
     variance = (centred**2).mean(axis=-1, keepdims=True)
-    normal = centred / np.sqrt(variance + LAYER_NORM_EPS)
+    normal = centred / np.sqrt(variance + epsilon)
     return normal * parameters[f"{name}.gamma"] + parameters[f"{name}.beta"]
 
 

@@ -17,6 +17,7 @@ from bort.finetuning.config import ClassifierSettings, FinetuningSettings, TaskS
 from bort.parameters import load_parameters, parameter_file
 from bort.saved_model import ModelConfig, load_model, model_config_path, read_model_config
 from bort.seeds import mxnet_seed
+from bort.shapes import BORT_OPTIONS
 from bort.tokenization import (
     TOKENIZER_FOLDER,
     Tokenizer,
@@ -162,6 +163,8 @@ def new_classifier(
         extra_layer=settings.extra_layer,
         race_cast=race_cast if task.suite == "race" else "",
         inputs_version=task.inputs_version,
+        pooling=settings.pooling,
+        **(origin.body_options if origin else BORT_OPTIONS)._asdict(),
         details=dict(details),
     )
     mx.random.seed(mxnet_seed(seed))

@@ -7,6 +7,7 @@ from typing import Mapping, NamedTuple, Optional
 
 from bort.config import option, required
 from bort.errors import UserError
+from bort.shapes import CLS, POOLINGS
 from bort.tokenization import TokenizerSettings
 from bort.training.config import UpdateSettings
 from data.race import CASTS
@@ -62,6 +63,12 @@ class ClassifierSettings:
         minimum=0.0,
     )
     extra_layer: bool = option(False, "add a dense layer before the head, as for CoLA")
+    pooling: str = option(
+        CLS,
+        "what a new head is applied to: the first token's vector, or the mean over the tokens, as "
+        "sentence models were trained with",
+        choices=POOLINGS,
+    )
 
 
 @dataclass(frozen=True)

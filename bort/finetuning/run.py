@@ -58,6 +58,7 @@ from bort.finetuning.task_data import (
 from bort.parameters import load_parameters
 from bort.reporter import FolderReporter, Reporter
 from bort.saved_model import save_model, save_model_config
+from bort.shapes import CLS
 from bort.training.job import (
     Evaluation,
     Job,
@@ -81,6 +82,7 @@ FIXED_FLAGS = (
     ("FinetuningRunSettings", "seed"),
     ("TaskSettings", "max_len"),
     ("FinetuningOptimizerSettings", "dtype"),
+    ("ClassifierSettings", "pooling"),
 )
 METRICS = "metrics.json"
 # The learning rate after the schedule has ended (the original's fine-tuning).
@@ -381,7 +383,11 @@ def check_resume(
                 f"now {value}; give what it was made with, or another --output_dir"
             )
     for concern, flag in FIXED_FLAGS:
-        then, now = (each.get(concern, {}).get(flag) for each in (state["settings"], config))
+        # Checkpoints of earlier versions do not know --pooling, which was cls.
+        then, now = (
+            each.get(concern, {}).get(flag, CLS if flag == "pooling" else None)
+            for each in (state["settings"], config)
+        )
         differs = stored_dtype(then) != stored_dtype(now) if flag == "dtype" else then != now
         if differs:
             raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")

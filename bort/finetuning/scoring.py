@@ -10,6 +10,7 @@ from mxnet import nd
 from bort.bort import SparseEmbeddingGrad, encode, encode_for_backward
 from bort.communicator import Communicator, SingleProcess
 from bort.devices import widened
+from bort.shapes import CLS
 from bort.training.job import Interrupted, StopRequested
 from bort.types import Block, Context, NDArray, TaskKind
 from data.encoding import ClassifierBatch, ClassifierLoader
@@ -41,11 +42,13 @@ def forward(
     """
     body = network.bort
     valid_length = batch.valid_length.astype(body.word_embed[0].weight.dtype, copy=False)
+    cls_only = network.pooling == CLS
     if embeddings is None:
-        hidden_states = encode(body, batch.input_ids, valid_length, cls_only=True)
+        hidden_states = encode(body, batch.input_ids, valid_length, cls_only)
     else:
-        hidden_states = encode_for_backward(body, embeddings, valid_length, cls_only=True)
-    logits = network.head(hidden_states).astype("float32", copy=False)  # [inputs, outputs]
+        hidden_states = encode_for_backward(body, embeddings, valid_length, cls_only)
+    # [inputs, outputs]
+    logits = network.head(hidden_states, valid_length).astype("float32", copy=False)
     if kind == TaskKind.MULTIPLE_CHOICE:
         return logits.reshape((len(batch.labels), -1))  # [examples * options, 1] -> [.., options]
     return logits

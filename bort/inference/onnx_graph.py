@@ -22,7 +22,7 @@ from bort.errors import UserError
 from bort.inference.onnx_file import FORMAT, OUTPUT
 from bort.parameters import read_arrays
 from bort.saved_model import ModelConfig
-from bort.shapes import LAYER_NORM_EPS, array_shapes, body_shape
+from bort.shapes import CLS, MEAN, BodyOptions, array_shapes, body_shape
 from bort.types import Block
 
 # Opset 17 is the first with LayerNormalization. Newer runtimes read both.
@@ -37,20 +37,25 @@ class NetworkDescription(NamedTuple):
     """The parameters of a network, and what else its graph depends on.
 
     parameters: {name as in a parameter file of the encoder: float32 array}.
-    layers, heads, epsilon: of the encoder; epsilon is LayerNorm's.
-    head: (weight [out, in], bias [out], tanh follows) of the dense layers over the first token;
-        empty for a masked-LM network.
+    layers, heads: of the encoder.
+    options: LayerNorm's epsilon, and the separator of token types.
+    head: (weight [out, in], bias [out], tanh follows) of the dense layers of a classifier; empty
+        for a masked-LM network.
+    pooling: what the head is applied to (bort.shapes.POOLINGS).
     """
 
     parameters: Mapping[str, np.ndarray]
     layers: int
     heads: int
-    epsilon: float
+    options: BodyOptions
     head: Sequence[tuple[np.ndarray, np.ndarray, bool]]
+    pooling: str = CLS
 
 
 def describe(network: Block) -> NetworkDescription:
     """Describe a BortClassifier, or a BERTModel with decoder (Bort or RoBERTa)."""
+    from bort.bort import options_of
+
     body: Block = getattr(network, "bort", network)
     parameters = {
         name: parameter.data().asnumpy().astype(np.float32, copy=False)
@@ -61,8 +66,9 @@ def describe(network: Block) -> NetworkDescription:
         parameters,
         len(cells),
         cells[0].attention_cell._num_heads,
-        body.encoder.layer_norm._epsilon,
+        options_of(body),
         _head(network) if body is not network else (),
+        getattr(network, "pooling", CLS),
     )
 
 
@@ -72,7 +78,9 @@ def describe_file(path: str, model_config: ModelConfig) -> NetworkDescription:
     Raises `UserError` when the file cannot be read or does not fit the model config.
     """
     shape = body_shape(model_config.model)
-    body = array_shapes(shape, model_config.vocab_size)
+    options = model_config.body_options
+    token_types = options.type_separator is not None
+    body = array_shapes(shape, model_config.vocab_size, token_types)
     square, outputs = (shape.hidden, shape.hidden), (model_config.num_outputs, shape.hidden)
     head = {"extra": square} if model_config.extra_layer else {}
     head |= {"classifier.1": square, "classifier.3": outputs}
@@ -92,11 +100,12 @@ def describe_file(path: str, model_config: ModelConfig) -> NetworkDescription:
         {name: values[f"bort.{name}"] for name in body},
         shape.layers,
         shape.heads,
-        LAYER_NORM_EPS,
+        options,
         [
             (values[f"{name}.weight"], values[f"{name}.bias"], name == "classifier.1")
             for name in head
         ],
+        model_config.pooling,
     )
 
 
@@ -236,7 +245,7 @@ class Writer:
     def layer_norm(self, values: Value, name: str) -> str:
         """Apply the LayerNorm with a name in the parameter file."""
         gamma, beta = (self.parameters[f"{name}.{part}"] for part in ("gamma", "beta"))
-        epsilon = self.network.epsilon
+        epsilon = self.network.options.layer_norm_eps
         return self.graph("LayerNormalization", values, gamma, beta, axis=-1, epsilon=epsilon)
 
     def gelu(self, values: Value) -> str:
@@ -252,8 +261,23 @@ class Writer:
         length = self.graph("Shape", self.ids, start=1, end=2)
         table = self.parameters["encoder.position_weight"]
         positions = self.graph("Slice", table, _ints(0), length)
-        summed = self.graph("Add", self.word_embedding(), positions)
+        words = self.word_embedding()
+        if self.network.options.type_separator is not None:
+            types = self.graph(
+                "Gather", self.parameters["token_type_embed.0.weight"], self.token_types()
+            )
+            words = self.graph("Add", words, types)
+        summed = self.graph("Add", words, positions)
         return self.layer_norm(summed, "encoder.layer_norm")
+
+    def token_types(self) -> str:
+        """Return the types of the tokens: 1 after the first separator. [batch, length]."""
+        from onnx import TensorProto
+
+        separator = np.int64(self.network.options.type_separator or 0)
+        found = self.graph("Cast", self.graph("Equal", self.ids, separator), to=TensorProto.INT32)
+        before = self.graph("CumSum", found, np.int64(1), exclusive=1)
+        return self.graph("Cast", self.graph("Greater", before, np.int32(0)), to=TensorProto.INT32)
 
     def _word_table(self) -> list[str]:
         """Return the word embeddings [vocabulary, hidden] and, in int8, a scale per row.
@@ -281,12 +305,24 @@ class Writer:
 
     def attention_mask(self) -> str:
         """Return the additive attention mask, 0 or very negative: [batch, 1, length]."""
+        return self.graph(
+            "Unsqueeze", self.graph("Where", self.valid(), np.float32(0), MASK_VALUE), _ints(1)
+        )
+
+    def valid(self) -> str:
+        """Return which tokens are no padding: bool [batch, length]."""
         length = self.graph("Squeeze", self.graph("Shape", self.ids, start=1, end=2))
         positions = self.graph("Range", np.int64(0), length, np.int64(1))
-        valid = self.graph("Less", positions, self.graph("Unsqueeze", self.valid_length, _ints(1)))
-        return self.graph(
-            "Unsqueeze", self.graph("Where", valid, np.float32(0), MASK_VALUE), _ints(1)
-        )
+        return self.graph("Less", positions, self.graph("Unsqueeze", self.valid_length, _ints(1)))
+
+    def mean(self, hidden: str) -> str:
+        """Return the mean over the tokens that are no padding: [batch, hidden]."""
+        from onnx import TensorProto
+
+        valid = self.graph("Cast", self.valid(), to=TensorProto.FLOAT)
+        lengths = self.graph("ReduceSum", valid, _ints(1), keepdims=1)
+        total = self.graph("MatMul", self.graph("Unsqueeze", valid, _ints(1)), hidden)
+        return self.graph("Div", self.graph("Squeeze", total, _ints(1)), lengths)
 
     def layer(self, number: int, hidden: str, mask: str) -> str:
         """Apply a layer to hidden states [batch, length, hidden]."""
@@ -349,11 +385,14 @@ class Writer:
         return graph("Add", graph("ReduceSum", masked, _ints(1), keepdims=0), bias)
 
     def classifier(self) -> str:
-        """Return the logits [batch, outputs]; the layers over the first token stay in float32."""
+        """Return the logits [batch, outputs]; the layers of the head stay in float32."""
         hidden, mask = self.embedding(), self.attention_mask()
         for number in range(self.network.layers - 1):
             hidden = self.layer(number, hidden, mask)
-        values = self.last_layer_cls_only(hidden, mask)
+        if self.network.pooling == MEAN:
+            values = self.mean(self.layer(self.network.layers - 1, hidden, mask))
+        else:
+            values = self.last_layer_cls_only(hidden, mask)
         for weight, bias, tanh in self.network.head:
             values = self.graph("Gemm", values, weight, bias, transB=1)
             values = self.graph("Tanh", values) if tanh else values

@@ -1,6 +1,7 @@
 """ONNX graphs with the inputs and outputs of Hugging Face's: for optimum and transformers.js.
 
     input_ids, attention_mask   int64 [batch, length], padded at the end
+    token_type_ids              the same, of a body with token types
     logits                      float32: classifiers [batch, outputs], masked LM [batch, length,
                                 vocabulary]
 
@@ -30,11 +31,13 @@ class _HuggingFaceWriter(Writer):
 
     def __init__(self, network: NetworkDescription, precision: str, has_choices: bool) -> None:
         super().__init__(network, precision)
-        self.inputs = dict(zip(_INPUTS, _INPUTS))
+        has_types = network.options.type_separator is not None
+        names = (*_INPUTS, "token_type_ids") if has_types else _INPUTS
+        self.inputs = {name: name for name in names}
         if has_choices:  # -> [batch * choices, length]
             length = self.graph("Shape", "input_ids", start=2)
             shape = self.graph("Concat", np.array([-1], np.int64), length, axis=0)
-            self.inputs = {name: self.graph("Reshape", name, shape) for name in _INPUTS}
+            self.inputs = {name: self.graph("Reshape", name, shape) for name in names}
         self.ids = self.inputs["input_ids"]
 
     def attention_mask(self) -> str:
@@ -44,6 +47,16 @@ class _HuggingFaceWriter(Writer):
         mask = self.graph("Cast", self.inputs["attention_mask"], to=TensorProto.FLOAT)
         additive = self.graph("Mul", self.graph("Sub", np.float32(1), mask), MASK_VALUE)
         return self.graph("Unsqueeze", additive, np.array([1], np.int64))
+
+    def valid(self) -> str:
+        """Return which tokens are no padding: bool [batch, length]."""
+        from onnx import TensorProto
+
+        return self.graph("Cast", self.inputs["attention_mask"], to=TensorProto.BOOL)
+
+    def token_types(self) -> str:
+        """Return the types that the tokenizer has given the tokens: int64 [batch, length]."""
+        return self.inputs["token_type_ids"]
 
 
 def build_huggingface(

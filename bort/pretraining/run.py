@@ -12,7 +12,7 @@ import numpy as np
 from mxnet import autograd, nd
 
 from bort import checkpoint
-from bort.bort import SparseEmbeddingGrad, get_bort_model, set_dtype
+from bort.bort import SparseEmbeddingGrad, get_bort_model, options_of, set_dtype
 from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict, command_of
 from bort.devices import devices_of, resolve_dtype, stored_dtype
@@ -33,14 +33,15 @@ from bort.pretraining.teacher import (
     LiveTeacher,
     Teacher,
     load_teacher,
+    require_shape,
     require_tokenizer,
     round_teacher,
 )
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.reporter import FolderReporter, Reporter
-from bort.saved_model import ModelConfig, save_model, save_model_config
+from bort.saved_model import ModelConfig, body_options_of, save_model, save_model_config
 from bort.seeds import mxnet_seed
-from bort.shapes import MAX_LENGTH
+from bort.shapes import BORT_OPTIONS, MAX_LENGTH
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.training.job import (
     Evaluation,
@@ -229,6 +230,7 @@ def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) 
             tokenizer_fingerprint=manifest.tokenizer_fingerprint,
             kind="masked_lm",
             max_len=student.encoder._max_length,
+            **options_of(student)._asdict(),
             details=details,
         )
 
@@ -358,16 +360,19 @@ def build_student(
     student: StudentSettings, manifest: Manifest, seed: int, dtype: str, devices: Sequence[Context]
 ) -> Block:
     """Build the model that is trained, from random weights or those it is to start from."""
+    path = parameter_file(student.student_parameters) if student.student_parameters else None
+    if path:
+        require_tokenizer(path, manifest.tokenizer_fingerprint)
+        require_shape(path, "--student_model", student.student_model)
     mx.random.seed(mxnet_seed(seed))
     network, _ = get_bort_model(
         student.student_model,
         vocab=range(manifest.vocab_size),
         ctx=list(devices),
         dropout=student.dropout,
+        options=body_options_of(path) if path else BORT_OPTIONS,
     )
-    if student.student_parameters:
-        path = parameter_file(student.student_parameters)
-        require_tokenizer(path, manifest.tokenizer_fingerprint)
+    if path:
         load_parameters(network, path)
     set_dtype(network, dtype)
     network.encoder.hybridize(static_alloc=True)

@@ -15,7 +15,13 @@ from bort.files import read_json
 from bort.parameters import load_parameters, parameter_file
 from bort.pretraining.distillation import distillation_kl
 from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
-from bort.saved_model import model_config_path, read_model_config, verify_parameters
+from bort.saved_model import (
+    body_options_of,
+    model_config_path,
+    read_model_config,
+    verify_parameters,
+)
+from bort.shapes import ROBERTA, body_shape
 from bort.types import Block, Context, NDArray
 from data.batches import PretrainingLoader
 
@@ -38,8 +44,11 @@ def load_teacher(
     """
     path = parameter_file(checkpoint_path)
     require_tokenizer(path, tokenizer_fingerprint)
+    require_shape(path, "--teacher_model", model_name)
     try:
-        network = build_network(model_name, vocab_size, ctx, trainable=False)
+        network = build_network(
+            model_name, vocab_size, ctx, trainable=False, options=body_options_of(path)
+        )
     except UserError as error:
         raise UserError(f"--teacher_model: {error}") from None
     load_parameters(network, path)
@@ -67,6 +76,19 @@ def require_tokenizer(path: str, fingerprint: str) -> None:
             f"{path}: trained with another tokenizer than the one of the shards; teacher and "
             "student need the same vocabulary"
         )
+
+
+def require_shape(path: str, flag: str, model_name: str) -> None:
+    """Raise `UserError` when the model config beside a parameter file states another shape."""
+    if not os.path.exists(model_config_path(path)):
+        return
+    stated = read_model_config(path).model
+    try:
+        given = body_shape(model_name)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}, or one of {', '.join(ROBERTA)}") from None
+    if given != body_shape(stated):
+        raise UserError(f"{flag} {model_name}: {path} is of the shape {stated}")
 
 
 class Teacher(Protocol):

@@ -96,6 +96,34 @@ def test_a_pretrained_body_brings_weights_shape_and_vocabulary(reviews, tmp_path
         make_run(reviews, tmp_path, pretrained_parameters=other, sentencepiece=SAMPLE_MODEL)
 
 
+def test_a_bert_body_keeps_epsilon_token_types_and_vocabulary(reviews, tmp_path):
+    from bort.saved_model import ModelConfig, build_network, read_model_config, save_model
+    from bort.shapes import BodyOptions
+    from bort.wordpiece import Normalizer, WordPiece
+    from tests.wordpieces import VOCABULARY
+
+    tokenizer, options = WordPiece(VOCABULARY, Normalizer()), BodyOptions(1e-12, type_separator=3)
+    model_config = ModelConfig(
+        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "masked_lm", **options._asdict()
+    )
+    body = build_network(model_config)
+    save_model(str(tmp_path / "body" / "model.params"), body, model_config, tokenizer)
+    given = {"pretrained_parameters": tmp_path / "body", "model_name": None, "pooling": "mean"}
+    run = make_run(reviews, tmp_path, **given)
+    for name, expected in body._collect_params_with_prefix().items():
+        if not name.startswith("decoder"):
+            found = run.classifier.network.bort._collect_params_with_prefix()[name]
+            np.testing.assert_array_equal(found.data().asnumpy(), expected.data().asnumpy())
+    finetuned(reviews, tmp_path, **given)
+    best = read_model_config(str(tmp_path / "SST-2" / "best.params"))
+    assert (best.body_options, best.pooling) == (options, "mean")
+    assert best.tokenizer_fingerprint == tokenizer.fingerprint
+    metrics = finetuned(
+        reviews, tmp_path, model_parameters=tmp_path / "SST-2", model_name=None, only_inference=True
+    )
+    assert metrics["dev"] is not None
+
+
 # ---- updates, rates, evaluations ---------------------------------------------------------------
 
 
@@ -284,6 +312,7 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, undisturb
         ({"batch_size": 8}, "batches_per_epoch"),
         ({"train_rows": 60}, "examples 64, now 60"),
         ({"max_len": 32}, "--max_len 32: the checkpoint was made with 64"),
+        ({"pooling": "mean"}, "--pooling mean: the checkpoint was made with cls"),
     ],
 )
 def test_another_run_is_not_resumed(reviews, tmp_path, flags, says):

@@ -145,6 +145,39 @@ def test_a_student_equal_to_its_teacher_is_at_no_distance_from_it(data, tmp_path
     assert first["accuracy"] == first["teacher_accuracy"]
 
 
+def test_bodies_of_other_options_are_student_and_teacher(data, tmp_path):
+    from bort.saved_model import ModelConfig, build_network, load_model, save_model
+    from bort.shapes import BodyOptions
+    from data.shards import open_shards
+    from tests.reference import redraw
+
+    options = BodyOptions(layer_norm_eps=1e-3, type_separator=2)
+    manifest = open_shards(str(data / "train")).manifest
+    vocabulary = manifest.vocab_size, manifest.tokenizer_fingerprint
+    paths = {}
+    for name, shape in (("student", "bort_1_2_32_16"), ("teacher", "bort_2_4_32_48")):
+        config = ModelConfig(shape, *vocabulary, "masked_lm", **options._asdict())
+        network = build_network(config)
+        redraw(network, seed=1, deviation=0.2)
+        paths[name] = tmp_path / name / "model.params"
+        save_model(str(paths[name]), network, config, None)
+    given = {
+        "student_model": "bort_1_2_32_16",
+        "student_parameters": paths["student"],
+        "teacher_model": "bort_2_4_32_48",
+        "teacher_ckpt_dir": paths["teacher"],
+        "data_eval": data / "test",
+        "eval_interval": 60,
+    }
+    before, after = make_run(data, ckpt_dir=tmp_path / "run", num_steps=60, **given).run()
+    assert after["kl"] < before["kl"]
+    trained = load_model(str(tmp_path / "run"))
+    assert trained.model_config.body_options == options
+    for flag, shape in (("student_model", "bort_1_4_32_16"), ("teacher_model", "bort_2_2_32_48")):
+        with pytest.raises(UserError, match=f"--{flag} {shape}: .* is of the shape"):
+            make_run(data, ckpt_dir=tmp_path / "other", **{**given, flag: shape})
+
+
 def test_distillation_brings_the_student_nearer_to_its_teacher(data, tmp_path):
     run = make_run(
         data,
