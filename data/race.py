@@ -82,14 +82,24 @@ class Race(Task):
         self.kind = TaskKind.MULTIPLE_CHOICE if choices else TaskKind.CLASSIFICATION
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
-        answer = _test_answer if split in self.test else _answer
+        is_test = split in self.test
+        answer = _test_answer if is_test else _answer
+        places: dict[tuple[str, str], str] = {}  # of articles, by level and id
+
+        def questions_of(article: Article) -> list[Question]:
+            """Return the questions of an article, which must not have come before."""
+            row = parse_object(article.content)
+            _require_new(places, row, article)
+            if is_test and not _has_answers(row):
+                del row["answers"]
+            return _questions_of(row, article.where, article.uid)
 
         def cast(question: Question) -> list[Example]:
             """Return the example of a question."""
             return self._example(question, answer)
 
         articles, unread = collect(self._files(path), _articles, skip_bad_rows, _MOVE_AWAY)
-        questions, unparsed = collect(articles, _questions, skip_bad_rows)
+        questions, unparsed = collect(articles, questions_of, skip_bad_rows)
         examples, skipped = collect(questions, cast, skip_bad_rows)
         return Split(examples, unread + unparsed + skipped)
 
@@ -98,6 +108,8 @@ class Race(Task):
         for level in self.levels:
             # Archives packed on a Mac contain .DS_Store and ._1.txt.
             paths = [p for p in (folder / level).glob("*.txt") if not p.name.startswith(".")]
+            if not paths:
+                raise UserError(f"{folder / level}: has no .txt files; unpack the archive again")
             numbered = any(_is_numbered(path) for path in paths)
             for path in sorted(paths, key=lambda p: (len(p.stem), p.stem)):
                 yield ArticleFile(level, path, extra=numbered and not _is_numbered(path))
@@ -107,6 +119,11 @@ class Race(Task):
         unanswered = {key: value for key, value in row.items() if key != "answers"}
         questions = _questions_of(unanswered, "", str(number))
         return [e for question in questions for e in self._example(question, lambda _: None)]
+
+    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the article, the questions and their options."""
+        options = [option for choices in row["options"] for option in choices]
+        return [row["article"], *row["questions"], *options]
 
     def _example(
         self, question: Question, answer: Callable[[Question], Optional[int]]
@@ -181,8 +198,24 @@ def _content(path: Path) -> bytes:
         raise BadRowError(f"cannot be read ({error.strerror})") from None
 
 
-def _questions(article: Article) -> list[Question]:
-    return _questions_of(parse_object(article.content), article.where, article.uid)
+def _require_new(
+    places: dict[tuple[str, str], str], row: Mapping[str, Any], article: Article
+) -> None:
+    """Record where an article is; raises `BadRowError` when one with its id came before."""
+    name = row.get("id")
+    if isinstance(name, str):
+        level = article.uid.partition("/")[0]
+        before = places.setdefault((level, name), article.where)
+        if before != article.where:
+            raise BadRowError(f"repeats the article {quoted(name)} of {before}")
+
+
+def _has_answers(row: Mapping[str, Any]) -> bool:
+    """Tell whether a row has either no key "answers", or as many answers as questions."""
+    answers, questions = row.get("answers", []), row.get("questions")
+    if "answers" not in row or not isinstance(questions, list):
+        return True
+    return isinstance(answers, list) and len(answers) == len(questions)
 
 
 def _questions_of(row: Mapping[str, Any], where: str, uid: str) -> list[Question]:

@@ -17,7 +17,7 @@ OPTIONS = ["red", "green", "blue", "white"]
 def article(text: str = "The door is red.", questions=("The door is _ .",), answers=("A",)) -> str:
     row = {"article": text, "questions": list(questions), "answers": list(answers)}
     row["options"] = [OPTIONS] * len(row["questions"])
-    return json.dumps({**row, "id": "high1.txt"})
+    return json.dumps(row)
 
 
 def write(root: Path, place: str, content: str | bytes) -> None:
@@ -142,6 +142,33 @@ def test_answers_are_required_outside_the_test_set(tmp_path, split, answers):
 def test_answer_in_the_test_set_that_is_not_one_counts_as_absent(tmp_path, answer):
     write(tmp_path, "test/high/1.txt", article(answers=[answer]))
     assert [e.label for e in get_task("RACE-H").read(tmp_path, "test").examples] == [None]
+
+
+@pytest.mark.parametrize("answers", [None, [], ["A", "B"], "A", -1])
+def test_answers_of_a_test_article_that_cannot_be_read_count_as_absent(tmp_path, answers):
+    row = {**json.loads(article()), "answers": answers}
+    write(tmp_path, "test/high/1.txt", json.dumps(row))
+    assert [e.label for e in get_task("RACE-H").read(tmp_path, "test").examples] == [None]
+
+
+def test_an_article_that_comes_twice_is_named(tmp_path):
+    copied = json.dumps({**json.loads(article()), "id": "high1.txt"})
+    write(tmp_path, "dev/high/1.txt", copied)
+    write(tmp_path, "dev/middle/1.txt", copied)
+    assert len(get_task("RACE").read(tmp_path, "dev").examples) == 2
+    write(tmp_path, "dev/high/01.txt", copied)
+    message = r"high/01\.txt:1: repeats the article 'high1.txt' of .*high/1\.txt:1"
+    with pytest.raises(UserError, match=message):
+        get_task("RACE").read(tmp_path, "dev")
+    examples, skipped = get_task("RACE").read(tmp_path, "dev", skip_bad_rows=True)
+    assert (len(examples), len(skipped)) == (2, 1)
+
+
+def test_a_level_without_files_is_named(tmp_path):
+    write(tmp_path, "dev/high/1.txt", article())
+    with pytest.raises(UserError, match=r"dev/middle: has no \.txt files"):
+        get_task("RACE").read(tmp_path, "dev")
+    assert len(get_task("RACE-H").read(tmp_path, "dev").examples) == 1
 
 
 def test_extra_file_beside_the_numbered_ones_is_named(tmp_path):
