@@ -67,6 +67,9 @@ class GlueTask(Task):
     def _check_columns(self, path: Path, split: str, columns: Sequence[str]) -> None:
         wanted = list(self.text_columns)
         wanted += [] if split in self.test else [self.label_column]
+        twice = [name for name in wanted if columns.count(name) > 1]
+        if twice:
+            raise UserError(f"{path}:1: the header has the column {twice[0]} twice; rename one")
         missing = [name for name in wanted if name not in columns]
         if missing:
             raise UserError(

@@ -92,18 +92,11 @@ def submission_text(line: Line) -> str:
 
 
 def submission_object(line: Line) -> dict[str, Any]:
-    """Parse a line of a leaderboard's file as one JSON object in which no key stands twice.
+    """Parse a line of a leaderboard's file as one JSON object.
 
     Raises `BadRowError`, also for what `submission_text` refuses.
     """
-    return parse_object(submission_text(line).encode(), _unique_keys)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise BadRowError(f"has a key twice in {quoted([key for key, _ in pairs])}")
-    return row
+    return parse_object(submission_text(line).encode())
 
 
 def require_keys(row: Mapping[str, Any], *keys: str) -> None:
@@ -121,21 +114,23 @@ def decode(content: bytes) -> str:
         raise BadRowError(f"is not UTF-8 at byte {error.start + 1}") from None
 
 
-def parse_object(
-    content: bytes, hook: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None
-) -> dict[str, Any]:
-    """Parse one JSON object; raises `BadRowError` when the line is not one.
-
-    hook: makes the dictionary of an object from its (key, value) pairs.
-    """
+def parse_object(content: bytes) -> dict[str, Any]:
+    """Parse one JSON object; raises `BadRowError` when the line is not one or has a key twice."""
     try:
-        row = json.loads(decode(content), object_pairs_hook=hook)
+        row = json.loads(decode(content), object_pairs_hook=_unique_keys)
     except RecursionError:
         raise BadRowError("is not JSON that can be read (nested too deeply)") from None
     except ValueError as error:
         raise BadRowError(f"is not JSON ({quoted(str(error))[1:-1]})") from None
     if not isinstance(row, dict):
         raise BadRowError("is not a JSON object")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise BadRowError(f"has a key twice in {quoted([key for key, _ in pairs])}")
     return row
 
 

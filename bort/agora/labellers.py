@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
@@ -17,6 +16,7 @@ from bort.agora.text import predictions_of
 from bort.errors import UserError, quoted
 from bort.files import atomic_write
 from bort.types import TaskKind
+from data.rows import BadRowError, parse_object, require_field
 from data.task import Example, Task
 
 FORM = '{"inputs": [["text", ...], ...], "label": ...}'
@@ -45,6 +45,7 @@ class LabelsMissingError(UserError):
 class _Known(NamedTuple):
     label: Any
     line: int
+    shape: tuple[int, ...]
 
 
 class FileTimaeus:
@@ -65,7 +66,7 @@ class FileTimaeus:
     def _add(self, number: int, line: bytes) -> None:
         where = f"{self.path}:{number}"
         inputs, label = _parsed(where, line)
-        known = _Known(self._checked(where, label), number)
+        known = _Known(self._checked(where, label), number, _shape(inputs))
         before = self.known.setdefault(input_key(inputs), known)
         if before.label != known.label:
             raise UserError(
@@ -82,15 +83,17 @@ class FileTimaeus:
         if isinstance(label, bool) or not isinstance(label, (int, float)):
             raise UserError(f"{where}: label {quoted(label)} is not a number")
         low, high = self.task.predict(np.array([[-np.inf], [np.inf]])).tolist()  # it clips
-        if not (math.isfinite(label) and low <= label <= high):
+        if not low <= label <= high:  # NaN is in no range
             raise UserError(f"{where}: label {quoted(label)} is not from {low:g} to {high:g}")
         return label
 
     def label(self, inputs: Sequence[Inputs]) -> np.ndarray:
         """Return the labels of inputs.
 
-        Raises `LabelsMissingError` after it has written the inputs without a label to `to_label`.
+        Raises `LabelsMissingError` after it has written the inputs without a label to `to_label`,
+        and `UserError` for a line that can match no input, because it has another number of texts.
         """
+        self._require_shapes({_shape(each) for each in inputs})
         missing = [each for each in inputs if input_key(each) not in self.known]
         if missing:
             write_lines(self.to_label, ({"inputs": each, "label": None} for each in missing))
@@ -103,6 +106,20 @@ class FileTimaeus:
             os.remove(self.to_label)
         return np.array([self.known[input_key(each)].label for each in inputs])
 
+    def _require_shapes(self, shapes: set[tuple[int, ...]]) -> None:
+        for known in self.known.values():
+            if shapes and known.shape not in shapes:
+                found, expected = (" + ".join(map(str, s)) for s in (known.shape, min(shapes)))
+                raise UserError(
+                    f"{self.path}:{known.line}: has {found} texts, an input of {self.task.name} "
+                    f"has {expected}"
+                )
+
+
+def _shape(inputs: Inputs) -> tuple[int, ...]:
+    """Return the number of texts of each encoder input."""
+    return tuple(len(texts) for texts in inputs)
+
 
 def _lines(path: str) -> Iterable[bytes]:
     """Return the lines of a file, without a byte order mark; none when it does not exist."""
@@ -114,16 +131,17 @@ def _lines(path: str) -> Iterable[bytes]:
 
 def _parsed(where: str, line: bytes) -> tuple[Any, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
-        inputs, label = row["inputs"], row["label"]
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: is not UTF-8; save the file as UTF-8") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{where}: must be {FORM}") from None
-    nested = isinstance(inputs, list) and inputs and all(isinstance(each, list) for each in inputs)
-    if not nested or not all(isinstance(text, str) for each in inputs for text in each):
-        raise UserError(f"{where}: inputs must be a list of lists of texts, as in {FORM}")
-    return inputs, label
+        row = parse_object(line)
+        inputs = require_field(row, "inputs", list)
+        if not inputs or not all(isinstance(texts, list) and texts for texts in inputs):
+            raise BadRowError("inputs must be a list of lists of texts")
+        for text in (text for texts in inputs for text in texts):
+            require_field({"text": text}, "text", str)
+        if "label" not in row:
+            raise BadRowError("has no 'label'")
+    except BadRowError as problem:
+        raise UserError(f"{where}: {problem}; a line must be {FORM}") from None
+    return inputs, row["label"]
 
 
 def write_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:

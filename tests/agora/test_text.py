@@ -294,8 +294,11 @@ def test_labels_made_elsewhere(finished, tmp_path):
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [
-        ("SST-2", "{", r'labels.jsonl:2: must be {"inputs"'),
-        ("SST-2", '{"inputs": [["a"]]}', r'must be {"inputs"'),
+        ("SST-2", "{", r'labels.jsonl:2: is not JSON .*; a line must be {"inputs"'),
+        ("SST-2", '{"inputs": [["a"]]}', r"has no 'label'; a line must be {"),
+        ("SST-2", '{"inputs": [["a"]], "label": "1", "label": "0"}', r"has a key twice in"),
+        ("SST-2", '{"inputs": [["\\ud800"]], "label": "1"}', r"half of a surrogate pair"),
+        ("STS-B", f'{{"inputs": [["a", "b"]], "label": {10**400}}}', r"is not from 0 to 5"),
         ("SST-2", '{"inputs": [["a"]], "label": 1}', r"label 1 is none of 0, 1"),
         ("CB", '{"inputs": [["a", "b"]], "label": null}', r"label None is none of entail"),
         ("STS-B", '{"inputs": [["a", "b"]], "label": "4"}', r"label '4' is not a number"),
@@ -303,8 +306,8 @@ def test_labels_made_elsewhere(finished, tmp_path):
         ("STS-B", '{"inputs": [["a", "b"]], "label": 99}', r"label 99 is not from 0 to 5"),
         ("STS-B", '{"inputs": [["a", "b"]], "label": -0.5}', r"label -0.5 is not from 0 to 5"),
         ("SST-2", '{"inputs": ["a"], "label": "1"}', r"labels.jsonl:2: inputs must be a list of l"),
-        ("SST-2", '{"inputs": "a", "label": "1"}', r"inputs must be a list of lists of texts"),
-        ("SST-2", '{"inputs": [[1]], "label": "1"}', r"inputs must be a list of lists of texts"),
+        ("SST-2", '{"inputs": "a", "label": "1"}', r"'inputs' is 'a', expected a list"),
+        ("SST-2", '{"inputs": [[1]], "label": "1"}', r"'text' is 1, expected text"),
         ("SST-2", "\udcff", r"labels.jsonl:2: is not UTF-8"),
     ],
 )
@@ -324,6 +327,22 @@ def test_two_labels_of_one_input_are_refused_and_a_byte_order_mark_is_not(tmp_pa
     path.write_text(line % 1 + line % 0)
     with pytest.raises(UserError, match=r"jsonl:2: another label than on line 1 for the same"):
         FileTimaeus(TASK, str(path), str(tmp_path / "to_label.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("task", "inputs", "line", "message"),
+    [
+        ("STS-B", (("a", "b"),), [["a b"]], "has 1 texts, an input of STS-B has 2"),
+        ("COPA", (("p", "a"), ("p", "b")), [["p", "a", "b"]], r"has 3 texts, .* has 2 \+ 2"),
+    ],
+)
+def test_a_label_of_inputs_that_no_example_can_have_is_named(tmp_path, task, inputs, line, message):
+    path = tmp_path / "labels.jsonl"
+    row = {"inputs": line, "label": 1.0 if task == "STS-B" else "1"}
+    path.write_text("\n" + json.dumps(row), encoding="utf-8")
+    timaeus = FileTimaeus(get_task(task), str(path), str(tmp_path / "to_label.jsonl"))
+    with pytest.raises(UserError, match=f"jsonl:2: {message}"):
+        timaeus.label([inputs])
 
 
 # Search spaces

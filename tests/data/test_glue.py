@@ -110,6 +110,11 @@ def test_skipped_row_without_an_index_column_shifts_nothing_either(tmp_path):
         ("SST-2", b"sentence\tlabel\nfine\t1\n\nbad\t0\n", r":3: expected 2 columns, found 1"),
         ("SST-2", b"text\tlabel\nfine\t1\n", r":1: the header has no column sentence;"),
         ("SST-2", b"sentence\nfine\n", r":1: the header has no column label;"),
+        (
+            "SST-2",
+            b"sentence\tlabel\tlabel\nfine\t1\t0\n",
+            r":1: the header has the column label twice",
+        ),
         ("SST-2", b"", r"is empty"),
         ("WNLI", b"index\tsentence1\tsentence2\tlabel\nx\tA\tB\t1\n", r":2: index 'x' is not a"),
         (
