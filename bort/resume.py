@@ -33,13 +33,14 @@ def changed_flags(
         for each in settings
         for field in dataclasses.fields(each)
         if field.name not in free
-        and not _same(
+        and not same_value(
             field.name, recorded.get(field.name, field.default), getattr(each, field.name)
         )
     ]
 
 
-def _same(name: str, recorded: Any, given: Any) -> bool:
+def same_value(name: str, recorded: Any, given: Any) -> bool:
+    """Tell whether two values of a flag are equal; the spellings of a path or model may differ."""
     if isinstance(recorded, str) and isinstance(given, str):
         if name in MODELS:
             return _same_path(recorded, given) or _same_model(recorded, given)

@@ -57,6 +57,7 @@ from bort.finetuning.task_data import (
 )
 from bort.parameters import load_parameters
 from bort.reporter import FolderReporter, Reporter
+from bort.resume import same_value
 from bort.saved_model import save_model, save_model_config
 from bort.shapes import CLS
 from bort.training.job import (
@@ -441,7 +442,7 @@ def finished_run(
         for name, value in values.items()
         if name in now.get(concern, {})
         and name not in IRRELEVANT_FLAGS
-        and not _same(value, now[concern][name])
+        and not same_value(name, value, now[concern][name])
     ]
     if changed:
         raise UserError(
@@ -457,17 +458,12 @@ def finished_run(
         raise UserError(f"{error}; delete the file to repeat the run") from None
 
 
-# They change where a run is, what it prints and how it is computed, not what comes out.
+# They change where a run is, what it prints and how it is computed, not what comes out. The folder
+# is that of the task, however its name is spelled.
 IRRELEVANT_FLAGS = {
-    *("data_dir", "cache_dir", "output_dir", "resume", "log_interval", "ckpt_interval"),
+    *("task_name", "cache_dir", "output_dir", "resume", "log_interval", "ckpt_interval"),
     *("gpus", "cpu_contexts", "dev_batch_size", "skip_bad_rows", "on_nonfinite"),
 }
-
-
-def _same(before: Any, now: Any) -> bool:
-    """Tell whether two values of a flag are equal; paths may be spelled differently."""
-    texts = isinstance(before, str) and isinstance(now, str)
-    return before == now or (texts and os.path.basename(before) == os.path.basename(now) != "")
 
 
 def finetuning_run(

@@ -502,6 +502,24 @@ def test_a_finished_run_is_not_continued_with_other_flags(reviews, tmp_path, cap
     assert (tmp_path / "SST-2" / "metrics.json").read_bytes() == before
     same = {"epochs": 1, "resume": True, "log_interval": 1, "dev_batch_size": 7}
     assert finetuned(reviews, Path(f"{tmp_path}/../{tmp_path.name}"), **same) == found
+    assert finetuned(f"{reviews}/../{reviews.name}", tmp_path, **same, task_name="sst") == found
+
+
+def test_another_path_of_the_same_name_is_not_that_of_the_finished_run(reviews, tmp_path, capsys):
+    finetuned(reviews, tmp_path / "first", epochs=1)
+    for folder in ("a", "b"):
+        shutil.copytree(reviews, tmp_path / folder / "data")
+        shutil.copytree(tmp_path / "first" / "SST-2", tmp_path / folder / "model")
+    flags = {"epochs": 1, "model_name": None, "resume": True}
+    data, model = tmp_path / "a" / "data", tmp_path / "a" / "model"
+    finetuned(data, tmp_path / "run", model_parameters=model, **flags)
+    other = tmp_path / "b"
+    for flag, paths in {
+        "data_dir": (other / "data", model),
+        "model_parameters": (data, other / "model"),
+    }.items():
+        line = arguments(paths[0], tmp_path / "run", model_parameters=paths[1], **flags)
+        assert f"has finished, with --{flag} {tmp_path}/a" in complaint(capsys, line)
 
 
 def test_train_rows_of_record_are_queries(tmp_path):
