@@ -7,7 +7,10 @@ draw-1/...                  every draw
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
@@ -65,8 +68,8 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
 
     Of lines with equal inputs the first counts. No line is in two sets, except in train and dev of
     different draws. A task with a second dev set (MNLI's mismatched) has a second pool for its
-    dev and test sets. Raises `UserError` for fewer lines than the sets need, and, after removing
-    what was written, for a set that cannot be read back.
+    dev and test sets. Raises `UserError` for fewer lines than the sets need, for files of another
+    draw, and, after removing what was written, for a set that cannot be read back.
     """
     task = get_task(settings.task_name)
     if task.train is None:
@@ -77,16 +80,31 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
         other = read_pool(task, settings.data_dir, (split,))
         other = Pool(pool.header, _with_columns(other, pool.header, task.name))
         sets += _draw(task, other, settings, number)
-    written: list[str] = []
+    files = {_path(each, task): _content(each, task, pool.header) for each in sets}
+    missing = [path for path, content in files.items() if not _is_there(path, content)]
     try:
+        for path in missing:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with atomic_write(path, "wb") as handle:
+                handle.write(files[path])
         for each in sets:
-            written.append(_write(each, task, pool.header))
             _read_back(each, task, pool.header)
     except BaseException:
-        for path in written:
-            os.remove(path)
+        for path in missing:
+            with suppress(FileNotFoundError):
+                os.remove(path)
         raise
-    return written
+    return [*files]
+
+
+def _is_there(path: str, content: bytes) -> bool:
+    """Tell whether a file has been written before; raises `UserError` when it has other content."""
+    if not os.path.exists(path):
+        return False
+    with open(path, "rb") as handle:
+        if handle.read() != content:
+            raise UserError(f"{path}: is of another draw; name another --output_dir")
+    return True
 
 
 def read_pool(task: Task, data_dir: Optional[str], splits: Sequence[str]) -> Pool:
@@ -170,18 +188,33 @@ def _require_lines(task: Task, pool: Pool, needed: int, number: int) -> None:
         )
 
 
-def _write(drawn: Set, task: Task, header: Optional[bytes]) -> str:
-    """Write a set as the official file of its split; returns the path."""
-    folder = drawn.root / task.suite_folders[0] / task.folders[0]
+def _path(drawn: Set, task: Task) -> str:
+    """Return the path of a set: that of the official file of its split."""
     names = {file.split: file.name for file in reversed(task.files)}
-    path = str(folder / names[drawn.split])
-    os.makedirs(folder, exist_ok=True)
+    return str(drawn.root / task.suite_folders[0] / task.folders[0] / names[drawn.split])
+
+
+def _content(drawn: Set, task: Task, header: Optional[bytes]) -> bytes:
+    lines = drawn.lines if task.counts_from_zero else _renumbered(drawn.lines)
     if task.name == "CoLA" and drawn.split in task.test:
         header = COLA_HEADER
-    with atomic_write(path, "wb") as handle:
-        for line in [*([] if header is None else [header]), *drawn.lines]:
-            handle.write(line + b"\n")
-    return path
+    return b"".join(line + b"\n" for line in [*([] if header is None else [header]), *lines])
+
+
+def _renumbered(lines: Sequence[bytes]) -> list[bytes]:
+    """Return JSON lines with new indices of passages and queries.
+
+    MultiRC's and ReCoRD's answers are grouped by them, and those of the train and dev files are
+    the same.
+    """
+    queries = itertools.count()
+    rows = []
+    for number, line in enumerate(lines):
+        row = {**parse_object(line), "idx": number}
+        for query in row.get("qas", []):
+            query["idx"] = next(queries)
+        rows.append(json.dumps(row, ensure_ascii=False).encode("utf-8"))
+    return rows
 
 
 def _read_back(drawn: Set, task: Task, header: Optional[bytes]) -> None:

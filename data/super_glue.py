@@ -10,7 +10,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
@@ -61,10 +61,13 @@ class SuperGlueTask(Task):
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
         fields = self._fields(split)
+        lines: dict[Uid, int] = {}
 
         def cast(line: Line) -> list[Example]:
             """Return the examples of one line."""
             examples = self._examples(parse_object(line.content), line.number - 1, fields)
+            if not self.counts_from_zero:
+                _require_new(lines, line, (example.uid for example in examples))
             if split not in self.test and any(e.label is None for e in examples):
                 raise BadRowError(f"has no {self.label_key!r}")
             return examples
@@ -139,6 +142,17 @@ def _index(row: dict[str, Any], number: int) -> int:
     return parse_index(index) if isinstance(index, str) else require_index({"idx": index})
 
 
+def _require_new(lines: dict[Uid, int], line: Line, indices: Iterable[Uid]) -> None:
+    """Record the line of each index; raises `BadRowError` when one has come before.
+
+    MultiRC's and ReCoRD's answers are grouped by index: two questions would become one.
+    """
+    for index in indices:
+        if index in lines:
+            raise BadRowError(f"has the index {index}, as line {lines[index]}")
+        lines[index] = line.number
+
+
 class BoolQ(SuperGlueTask):
     """Answer a yes/no question about a passage."""
 
@@ -184,6 +198,10 @@ class COPA(SuperGlueTask):
         options = [require_field(row, key, str).strip() for key in ("choice1", "choice2")]
         return tuple((premise, f"{link} {option}") for option in options)
 
+    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the premise and both options."""
+        return [row["premise"], row["choice1"], row["choice2"]]
+
 
 class SuperGlueRTE(SuperGlueTask):
     """Textual entailment, SuperGLUE's files of it."""
@@ -210,6 +228,10 @@ class WiC(SuperGlueTask):
 
     def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
         return (tuple(_marked(row, number) for number in "12"),)
+
+    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+        """Return both sentences."""
+        return [row["sentence1"], row["sentence2"]]
 
 
 def _marked(row: dict[str, Any], number: str) -> str:
@@ -362,6 +384,14 @@ class MultiRC(SuperGlueTask):
                 examples.append(Example(uid, (pair,), fields.label(answer)))
         return examples
 
+    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the paragraph, and each question with its answers."""
+        passage = row["paragraph" if "paragraph" in row else "passage"]
+        texts = [passage["text"]]
+        for question in passage["questions"]:
+            texts += [question["question"], *(answer["text"] for answer in question["answers"])]
+        return texts
+
     def _label(self, row: dict[str, Any]) -> Optional[int]:
         if "isAnswer" in row:  # the layout before version 2
             return int(bool(row["isAnswer"]))
@@ -397,6 +427,8 @@ class MultiRC(SuperGlueTask):
         index: list[Uid] = []
         for question in _objects(passage, "questions"):
             require_keys(question, "idx", "answers")
+            if not question["answers"]:
+                raise BadRowError("has a question without answers")
             for answer in _objects(question, "answers"):
                 (number,) = super()._parse_prediction(answer)
                 uid = (require_index(row), require_index(question), number)
@@ -463,10 +495,12 @@ class ReCoRD(SuperGlueTask):
 
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
         answers = _test_answers if split in self.test else _right_answers
+        lines: dict[Uid, int] = {}
 
         def cast(line: Line) -> list[Example]:
             """Return the examples of one passage."""
             queries = _queries(parse_object(line.content), answers, _query_index)
+            _require_new(lines, line, (query.number for query in queries))
             if split not in self.test and not all(query.answers for query in queries):
                 raise BadRowError("has a query without answers")
             if split == self.train:
@@ -479,6 +513,11 @@ class ReCoRD(SuperGlueTask):
         """Return an example per query and entity of a passage."""
         queries = _queries(dict(row), lambda _: (), lambda _, position: number + position)
         return [e for query in queries for e in _candidates(query, query.entities)]
+
+    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the passage, the queries and the entities."""
+        passage, queries = row["passage"], [query["query"] for query in row["qas"]]
+        return [passage["text"], *queries, *_spans(passage["text"], passage["entities"])]
 
     def _chosen(self, examples: Sequence[Example], logits: np.ndarray) -> dict[int, Example]:
         """Return the best candidate of each query; the first one of equals."""

@@ -235,6 +235,13 @@ class Task:
         """
         raise NotImplementedError
 
+    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the texts that the inputs of a row are composed of; `cast_row` has to accept it.
+
+        Official files contain a few empty ones; for new text they are a mistake.
+        """
+        return [row[column] for column in self.text_columns]
+
     def predict(self, logits: np.ndarray) -> np.ndarray:
         """Turn logits [n, classes or options] into class indices [n]."""
         return best_classes(logits)

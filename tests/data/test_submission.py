@@ -10,6 +10,7 @@ import pytest
 
 from bort.errors import UserError
 from data.submission import check_submission, gather, write_archive, write_submission
+from data.task import Example
 from data.tasks import get_task, task_names
 from scripts import make_submission
 
@@ -290,6 +291,11 @@ def test_folder_without_any_submission_file_is_refused(tmp_path, capsys, fill):
             b'"label": 1}]}]}}\n',
             "'idx' is -1",
         ),
+        (
+            "MultiRC.jsonl",
+            b'{"idx": 0, "passage": {"questions": [{"idx": 9, "answers": []}]}}\n',
+            "has a question without answers",
+        ),
     ],
 )
 def test_bytes_and_keys_that_no_leaderboard_takes(tmp_path, name, content, message):
@@ -298,6 +304,15 @@ def test_bytes_and_keys_that_no_leaderboard_takes(tmp_path, name, content, messa
     examples = task.read(TEST_DATA, "test").examples
     with pytest.raises(UserError, match=message):
         check_submission(tmp_path / name, task, "test", examples)
+
+
+def test_a_drawn_set_may_have_an_index_twice_itself(tmp_path):
+    examples = [Example(index, ()) for index in (4, 0, 4)]
+    path = write_cola(tmp_path, f"{HEADER}4\t1\n0\t0\n4\t1\n")
+    assert check_submission(path, get_task("CoLA"), "test", examples) == 3
+    write_cola(tmp_path, f"{HEADER}4\t1\n0\t0\n0\t1\n")
+    with pytest.raises(UserError, match="has an index twice"):
+        check_submission(path, get_task("CoLA"), "test", examples)
 
 
 def test_answers_for_the_withdrawn_qnli_are_named(tmp_path):

@@ -428,6 +428,23 @@ def test_first_rows_of_record_are_queries(tmp_path):
     assert task.first_rows(examples, None) == examples
 
 
+def test_an_index_that_comes_twice_would_join_two_questions(tmp_path):
+    for name, row in (("MultiRC", PARAGRAPH), ("ReCoRD", record(0, "Dee"))):
+        for split in ("train", "dev", "test"):
+            with pytest.raises(UserError, match=r":2: has the index .*, as line 1"):
+                read(tmp_path, name, split, [row, row])
+    twice = {**record(0, "Dee")}
+    twice["qas"] = twice["qas"] * 2
+    with pytest.raises(UserError, match=r":1: has the index 10, as line 1"):
+        read(tmp_path, "ReCoRD", "dev", [twice])
+
+
+def test_a_key_that_comes_twice_is_named(tmp_path):
+    row = json.dumps(NLI)[:-1] + ', "label": "neutral"}'
+    with pytest.raises(UserError, match=r":1: has a key twice in"):
+        read(tmp_path, "CB", "train", [row])
+
+
 def test_half_a_surrogate_pair_is_no_text(tmp_path):
     row = json.dumps({**NLI, "premise": "P\ud800"})
     with pytest.raises(UserError, match="'premise' contains half of a surrogate pair"):

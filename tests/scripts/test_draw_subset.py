@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,45 @@ def test_every_task_reads_its_subset(tmp_path, name):
         path = task.find(tmp_path / "draw-0", split)
         assert str(path) in files
         assert not path.with_suffix(".tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["ReCoRD", "MultiRC"])
+def test_questions_of_the_train_and_dev_files_keep_apart(tmp_path, name):
+    """Both files count from 0, and the answers to a question are found by its index."""
+    folder = tmp_path / name
+    folder.mkdir()
+    rows = 0
+    for split in ("train", "val"):
+        lines = (Path(TEST_DATA) / "superglue" / name / f"{split}.jsonl").read_text("utf-8")
+        numbered = [json.loads(line) for line in lines.splitlines() * 3]
+        for number, row in enumerate(numbered):
+            row["idx"] = number
+            row["passage"]["text"] += f" {split} {number}"
+        for number, query in enumerate(q for row in numbered for q in row.get("qas", [])):
+            query["idx"] = number
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, numbered)), "utf-8")
+        rows += len(numbered)
+    line = arguments(tmp_path / "out", name, **{**ONE, "test": rows - 2})
+    line[line.index(TEST_DATA)] = str(tmp_path)
+    drawn = draw_subset.main(line)[-1]
+    questions = [
+        question
+        for row in map(json.loads, Path(drawn).read_text("utf-8").splitlines())
+        for question in (row.get("qas") or row["passage"]["questions"])
+    ]
+    examples = get_task(name).read(tmp_path / "out" / "draw-0", "test").examples
+    groups = {example.uid[: 1 if name == "ReCoRD" else 2] for example in examples}
+    assert len(groups) == len(questions)
+
+
+def test_files_of_another_draw_are_kept(tmp_path, capsys):
+    files = draw_subset.main(arguments(tmp_path))
+    before = [Path(path).read_bytes() for path in files]
+    assert draw_subset.main(arguments(tmp_path)) == files
+    with pytest.raises(SystemExit):
+        draw_subset.main([*arguments(tmp_path), "--seed", "5"])
+    assert "is of another draw; name another --output_dir" in capsys.readouterr().err
+    assert [Path(path).read_bytes() for path in files] == before
 
 
 OFFICIAL_MNLI = {  # other columns in train and dev, as in the official files
