@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Mapping, NamedTuple, Optional, Sequence
@@ -111,9 +112,9 @@ class ClassificationPipeline:
         if self.task is None:
             raise BadRowError(f"has no {self.schema.columns[0]!r}")
         examples = self.task.cast_row(row, 0)
-        for example in examples:
-            for texts in example.inputs:
-                check_texts(texts)
+        if not examples:
+            raise BadRowError("has no question to answer")
+        check_texts(self.task.source_texts(row))
         if self.model_config.kind != TaskKind.CANDIDATES:
             return [Query(example.inputs, self.model_config.labels) for example in examples]
         groups = [list(group) for _, group in groupby(examples, _query_number)]
@@ -190,6 +191,9 @@ def _own_texts(row: Mapping[str, object], columns: Sequence[str]) -> list[str]:
     texts = [require_field(row, column, str) for column in columns]
     while len(columns) > 1 and f"text{len(texts) + 1}" in row:
         texts.append(require_field(row, f"text{len(texts) + 1}", str))
+    numbers = [int(name[4:]) for name in row if re.fullmatch("text[1-9][0-9]{0,5}", name)]
+    if len(columns) > 1 and max(numbers) > len(texts):
+        raise BadRowError(f"has 'text{max(numbers)}' but no 'text{len(texts) + 1}'")
     return texts
 
 

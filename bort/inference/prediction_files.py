@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import sys
 from collections import deque
@@ -23,6 +24,7 @@ INPUT_FORMATS = ("auto", "text", "tsv", "jsonl")
 OUTPUT_FORMATS = ("tsv", "json")
 EXTENSIONS: Mapping[str, str] = {".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}
 STDIN = "-"
+_JSON = re.compile(rb'\s*\[?\s*\{\s*"')  # how JSON begins, also as a list, which is refused
 
 
 def predict_file(
@@ -200,7 +202,7 @@ class InputReader:
         return LineFormat(self._table(first, fields))
 
     def _guess(self, first: Line, fields: Sequence[str]) -> str:
-        if first.content.startswith(b'{"'):
+        if _JSON.match(first.content):
             return "jsonl"
         return "tsv" if self._is_header(fields) or self._is_headerless(fields) else "text"
 
@@ -208,6 +210,8 @@ class InputReader:
         if self._is_header(fields):
             self._first = None
             columns: Sequence[str] = fields
+            if len(set(fields)) < len(fields):
+                raise UserError(f"{first.where}: the header has a column twice; rename one")
         elif self._is_headerless(fields):
             columns = self._schema.headerless
         else:

@@ -399,6 +399,23 @@ def test_the_diagnostic_set_with_labels(tmp_path, tokenizer, capfdbinary):
 
 
 EMPTY = r"has an empty text \(number 1\)"
+WIC = {"sentence1": "a b", "sentence2": "a b", "start1": 0, "end1": 1, "start2": 0, "end2": 1}
+RECORD = json.dumps(
+    {
+        "passage": {"text": "Ann saw", "entities": [{"start": 3, "end": 3}]},
+        "qas": [{"query": "@placeholder went"}],
+    }
+)
+
+
+def multirc(question: str, answer: str) -> str:
+    questions = [{"question": question, "answers": [{"text": answer}]}]
+    return json.dumps({"passage": {"text": "a", "questions": questions}})
+
+
+def race(question: str, *options: str) -> str:
+    choices = [*options, *["d"] * (2 - len(options)), "", "e"]
+    return json.dumps({"article": "a", "questions": [question], "options": [choices]})
 
 
 @pytest.mark.parametrize(
@@ -409,6 +426,27 @@ EMPTY = r"has an empty text \(number 1\)"
         ("MNLI", '{"sentence1": "", "sentence2": "b"}\n', EMPTY),
         ("MNLI", '{"text1": "\u00a0", "text2": "b"}\n', EMPTY),
         ("COPA", "a\t \tb\n", r"has an empty text \(number 2\)"),
+        (
+            "COPA",
+            '{"premise": "a", "choice1": " ", "choice2": "b", "question": "cause"}\n',
+            r"has an empty text \(number 2\)",
+        ),
+        ("WiC", json.dumps(WIC | {"sentence2": "  "}), r"has an empty text \(number 2\)"),
+        ("MultiRC", multirc("", "a"), r"has an empty text \(number 2\)"),
+        ("MultiRC", multirc("q", "\t"), r"has an empty text \(number 3\)"),
+        ("MultiRC", '{"passage": {"text": "a", "questions": []}}\n', r"has no question to answer"),
+        ("RACE-M", race("q _", "b"), r"has an empty text \(number 5\)"),
+        ("RACE-M", race("", "b", "c"), r"has an empty text \(number 2\)"),
+        ("ReCoRD", RECORD, r"has an empty text \(number 3\)"),
+        (
+            "ReCoRD",
+            '{"text1": "a", "text2": "@placeholder", "text3": "b", "text5": "c"}\n',
+            r"has 'text5' but no 'text4'",
+        ),
+        ("SST-2", '{ "text": 3}\n', r"in:1: 'text' is 3, expected text"),
+        ("SST-2", '[{"text": "a"}]\n', r"in:1: is not a JSON object; for plain text give"),
+        ("SST-2", '{"text": "a", "text": "b"}\n', r"has a key twice"),
+        ("SST-2", "text\ttext\na\tb\n", r"in:1: the header has a column twice"),
         (
             "SST-2",
             '{"} is a smiley\n',
