@@ -16,6 +16,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 import zipfile
 import zlib
 from typing import IO, Any, Iterator, TypeVar
@@ -31,6 +32,7 @@ _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9a-f]{8})[0-9a-f]{8}\.tmp")
 _LEVELS = 2  # of subfolders in which a run writes files: step-0001000/tokenizer/
 _COPY_BYTES = 1 << 20
 OWN_SUM = "content_sha256"  # the key under which a JSON file has the SHA-256 of its other content
+_LOCK_POLL = 0.2  # seconds between attempts to get a lock
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Errors of writing to a full disk, beyond a quota, or to a failing disk.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -112,14 +114,14 @@ def temporary_name(path: str) -> str:
     return os.path.join(folder, f".{name}.{os.getpid():08x}{secrets.token_hex(4)}.tmp")
 
 
-def _remove_temporaries(folder: str, levels: int = _LEVELS) -> None:
+def remove_temporaries(folder: str, levels: int = _LEVELS) -> None:
     """Remove what killed writers left in a folder, but not where another process has the lock."""
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
             if _is_left_over(entry.name):
                 _remove(entry)
             elif levels and _is_unlocked_folder(entry):
-                _remove_temporaries(entry.path, levels - 1)
+                remove_temporaries(entry.path, levels - 1)
 
 
 def _is_unlocked_folder(entry: os.DirEntry[str]) -> bool:
@@ -227,7 +229,7 @@ def lock_folder(folder: str, flag: str = "") -> Iterator[None]:
     if handle is None:
         raise UserError(f"{shown}: {_owner(path)} is writing there; wait for it or stop it")
     try:
-        _remove_temporaries(folder)
+        remove_temporaries(folder)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -282,6 +284,29 @@ def _owner(path: str) -> str:
         return f"process {owner['pid']} on {owner['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def await_unlocked(folder: str, seconds: float) -> None:
+    """Wait until no process holds the lock of a folder, `seconds` at most."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(UserError), lock_folder(folder):
+            return
+        time.sleep(_LOCK_POLL)
+
+
+def opened_parents(path: str, top: str) -> str:
+    """Open the folders from `top` down to a path that another machine may have written; return it.
+
+    A network file system remembers for half a minute that a file was missing, until its folder is
+    opened.
+    """
+    folder = os.path.abspath(top)
+    for name in ["", *os.path.relpath(os.path.dirname(os.path.abspath(path)), folder).split("/")]:
+        folder = os.path.join(folder, name)
+        with contextlib.suppress(OSError):
+            os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
+    return path
 
 
 # ---- reading -------------------------------------------------------------------------------------

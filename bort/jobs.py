@@ -5,6 +5,7 @@ results in the order of completion or of the input, with a bounded number of job
 
     Serial      in this process
     Processes   each job in a new process with its own environment, caps on time and memory
+    Cluster     the same on other machines, in bort/cluster.py
     WorkerPool  worker processes that serve many short jobs each
     Ranks       on the ranks of a communicator; the other ranks call `serve`
 
@@ -90,6 +91,10 @@ class OverMemoryError(CapExceededError):
     """A job exceeded its cap on memory."""
 
 
+class UnwantedError(Exception):
+    """Nobody waits for the result of a job any more; its process is gone."""
+
+
 class ProcessDiedError(UserError):
     """A job's process ended without a result."""
 
@@ -116,6 +121,8 @@ class Executor(futures.Executor):
     """Runs jobs, at most `workers` at once."""
 
     workers = 1
+    # Seconds after which `workers` may have changed; None: it never does.
+    workers_change: Optional[float] = None
 
     def flush(self) -> None:
         """Start the submitted jobs that wait for others to start with them."""
@@ -135,13 +142,14 @@ class Executor(futures.Executor):
         waiting: dict[Future[Result], Item] = {}
         rest = iter(items)
         while True:
-            for item in itertools.islice(rest, self.workers + ahead - len(waiting)):
+            free = max(0, self.workers + ahead - len(waiting))
+            for item in itertools.islice(rest, free):
                 waiting[self.submit(function, item)] = item
             if not waiting:
                 return
             if not any(future.done() for future in waiting):
                 self.flush()
-            done = futures.wait(waiting, return_when=futures.FIRST_COMPLETED).done
+            done = futures.wait(waiting, self.workers_change, futures.FIRST_COMPLETED).done
             # Those that raised last: no result is lost with them.
             for future in sorted(done, key=lambda each: each.exception() is not None):
                 item, error = waiting.pop(future), future.exception()
@@ -157,7 +165,7 @@ class Executor(futures.Executor):
         waiting: deque[Future[Result]] = deque()
         rest = iter(items)
         while True:
-            free = self.workers + ahead - len(waiting)
+            free = max(0, self.workers + ahead - len(waiting))
             waiting.extend(self.submit(function, item) for item in itertools.islice(rest, free))
             if not waiting:
                 return
@@ -173,12 +181,13 @@ class Serial(Executor):
     def submit(self, function: Callable[..., Result], /, *args: Any, **kw: Any) -> Future[Result]:
         """Run the job; returns a future that is done."""
         future: Future[Result] = Future()
-        value, error = _outcome(partial(function, *args, **kw))
+        value, error = outcome_of(partial(function, *args, **kw))
         _settle(future, value, error)
         return future
 
 
-def _outcome(function: Callable[[], Any]) -> tuple[Any, Optional[Exception]]:
+def outcome_of(function: Callable[[], Any]) -> tuple[Any, Optional[Exception]]:
+    """Call a function; returns its result, or the exception that it raised."""
     try:
         return function(), None
     except Stopped:  # this process was told to stop, not the job
@@ -225,7 +234,7 @@ class Processes(Executor):
         for slot in range(workers):
             self._slots.put(slot)
         self._lock = threading.Lock()
-        self._running: set[_Process[Any]] = set()
+        self._running: set[JobProcess[Any]] = set()
         self._closed = False
 
     def submit(self, function: Callable[..., Result], /, *args: Any, **kw: Any) -> Future[Result]:
@@ -242,7 +251,7 @@ class Processes(Executor):
             with self._lock:
                 if self._closed:
                     raise ProcessDiedError(-signal.SIGTERM)
-                process: _Process[Any] = _Process(function, environment)
+                process: JobProcess[Any] = JobProcess(function, environment)
                 self._running.add(process)
             try:
                 return process.result(self.caps)
@@ -275,10 +284,18 @@ def run(
         return executor.submit(function).result()
 
 
-class _Process(Generic[Result]):
-    """A process that runs one function: the function goes to its stdin, the result to a pipe."""
+class JobProcess(Generic[Result]):
+    """A process that runs one function: the function goes to its stdin, the result to a pipe.
 
-    def __init__(self, function: Callable[[], Result], environment: Mapping[str, str]) -> None:
+    It is started in `folder` (default: the current one); `environment` adds to that of this one.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], Result],
+        environment: Mapping[str, str],
+        folder: Optional[str] = None,
+    ) -> None:
         job = pickle.dumps(function)
         self._start = time.monotonic()
         receiver, sender = os.pipe()
@@ -289,6 +306,7 @@ class _Process(Generic[Result]):
                 stdin=subprocess.PIPE,
                 pass_fds=[sender],
                 env={**os.environ, **environment},
+                cwd=folder,
             )
         except BaseException:
             os.close(receiver)
@@ -301,9 +319,12 @@ class _Process(Generic[Result]):
             pickle.dump(_main_module(job), stdin)
             stdin.write(job)
 
-    def result(self, caps: Caps) -> Result:
-        """Wait for the result; raises what the function raised, and as `Processes` says."""
-        self._wait_for_result(caps)
+    def result(self, caps: Caps, wanted: Optional[Callable[[], bool]] = None) -> Result:
+        """Wait for the result; raises what the function raised, and as `Processes` says.
+
+        `wanted` is asked now and then whether the result is; else `UnwantedError` is raised.
+        """
+        self._wait_for_result(caps, wanted)
         try:
             value, error, peak = self._receiver.recv()
         except (EOFError, OSError):
@@ -315,8 +336,11 @@ class _Process(Generic[Result]):
             raise error
         return value
 
-    def _wait_for_result(self, caps: Caps) -> None:
-        while not self._receiver.poll(None if caps == UNLIMITED else CAP_POLL):
+    def _wait_for_result(self, caps: Caps, wanted: Optional[Callable[[], bool]]) -> None:
+        watched = caps != UNLIMITED or wanted is not None
+        while not self._receiver.poll(CAP_POLL if watched else None):
+            if wanted is not None and not wanted():
+                raise UnwantedError
             seconds = time.monotonic() - self._start
             if caps.seconds is not None and seconds > caps.seconds:
                 raise OverTimeError(seconds)
@@ -373,7 +397,7 @@ def main() -> None:
     except Stopped as stop:
         sys.exit(128 + stop.signum)
     except Exception as raised:
-        value, error = None, _sendable(raised)
+        value, error = None, sendable(raised)
     # With the peak, which the parent, checking now and then, may have missed.
     message = (value, error, peak_megabytes(os.getpid()))
     sys.stdout.flush()
@@ -381,7 +405,7 @@ def main() -> None:
         connection.send(message)
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """Return the exception, or a RuntimeError of its text where it cannot be pickled.
 
     Unless it is a `UserError`, a bug raised it: its traceback goes to stderr.
@@ -503,8 +527,8 @@ def _wave(communicator: Communicator, jobs: Optional[Sequence[Any]]) -> Sequence
     if jobs is None:
         return []
     own = communicator.rank < len(jobs)
-    value, error = _outcome(jobs[communicator.rank]) if own else (None, None)
-    outcome = value, error and _sendable(error)
+    value, error = outcome_of(jobs[communicator.rank]) if own else (None, None)
+    outcome = value, error and sendable(error)
     return communicator.allgather_object(outcome)[: len(jobs)]
 
 

@@ -4,7 +4,8 @@ r"""Fine-tune on scarce data with Agora: a search space, a labeller, augmented e
     python scripts/run_agora.py --task_name SST-2 --data_dir DATA --timaeus MODEL \
         --pretrained_parameters RUN --search_space scripts/agora_spaces/many_rows.yaml
 
-The same command resumes an interrupted run. Under horovodrun the ranks share the fits.
+The same command resumes an interrupted run. Under horovodrun the ranks share the fits, with
+--cluster the workers of a Dask cluster do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.agora.config import AGORA_CLASSES, AgoraTextSettings
+from bort.cluster import ClusterSettings
 from bort.config import parse
 from bort.errors import entry_point
 
@@ -23,11 +25,11 @@ from bort.errors import entry_point
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> dict[str, Any]:
     """Run Agora as the flags say; returns the content of agora.json."""
-    settings = AgoraTextSettings(*parse(str(__doc__), argv, *AGORA_CLASSES))
+    *settings, machines = parse(str(__doc__), argv, *AGORA_CLASSES, ClusterSettings)
 
     from bort.agora.run import run_agora
 
-    return run_agora(settings)
+    return run_agora(AgoraTextSettings(*settings), machines.cluster)
 
 
 if __name__ == "__main__":

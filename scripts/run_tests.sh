@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, then runs lint, type check, the quick tests and the two-process tests.
+# Sets up, then runs lint, type check, the quick tests, the two-process and the cluster tests.
 #
 #   ./scripts/run_tests.sh [arguments for pytest ...]      e.g. -k tokenization, --durations=10
 #
@@ -30,4 +30,7 @@ check "format" ruff format --check .
 check "types" mypy
 check "quick tests" python -m pytest -n logical --maxprocesses 8 "$@"
 check "two-process tests" python -m pytest "$@" -m "distributed and not slow"
+if python -c "import distributed" 2>/dev/null; then
+    check "cluster tests" python -m pytest "$@" -m "cluster and not slow"
+fi
 exit "$worst"

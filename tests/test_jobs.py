@@ -157,6 +157,18 @@ def test_the_input_is_read_a_bounded_number_of_jobs_ahead(method):
     assert len(read) == 10
 
 
+@pytest.mark.parametrize("method", ["in_order", "as_completed"])
+def test_workers_may_become_fewer(method):
+    class Shrinking(Serial):
+        workers = 3
+
+        def submit(self, function, number):
+            self.workers = 1
+            return super().submit(function, number)
+
+    assert sorted(getattr(Shrinking(), method)(square_late, range(5))) == [0, 1, 4, 9, 16]
+
+
 def test_results_are_not_lost_with_an_exception():
     def either(number):
         if number == 0:

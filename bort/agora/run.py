@@ -32,6 +32,7 @@ from bort.agora.labellers import FileTimaeus, ModelTimaeus
 from bort.agora.report import ModelMetrics, Report
 from bort.agora.tau import Change, make_tau, masked_model
 from bort.agora.text import FittedText, TextData
+from bort.cluster import Cluster, refuse_with_cluster
 from bort.communicator import SingleProcess, communicator_of_environment
 from bort.config import as_dict, command_of
 from bort.devices import devices_of
@@ -187,19 +188,27 @@ def keep_model_only(folder: str) -> None:
             shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
 
 
-def run_agora(settings: AgoraTextSettings) -> dict[str, Any]:
+def run_agora(settings: AgoraTextSettings, cluster: Optional[str] = None) -> dict[str, Any]:
     """Run Agora; returns the content of agora.json (on other ranks than 0: nothing).
 
-    Warnings are one line each on stderr.
+    `cluster` is the address of one that makes the fits. Warnings are one line each on stderr.
     """
     communicator = communicator_of_environment()
+    if cluster and communicator.size > 1:
+        raise UserError("--cluster: horovodrun spreads the fits over its ranks; leave it out")
+    refuse_with_cluster(cluster, "--workers", settings.run.workers, 1)
     if communicator.rank > 0:
         jobs.serve(communicator)
         return {}
     with warnings.catch_warnings(), jobs.stopped_by_sigterm(STOPPED):
         warnings.showwarning = _print_warning  # type: ignore[assignment]  # fewer named arguments
-        with agora_text.fits_on(settings.run.workers, communicator) as map_fits:
+        executor = Cluster(cluster, _folder(settings), gpus=settings.run.gpus) if cluster else None
+        with agora_text.fits_on(settings.run.workers, communicator, executor) as map_fits:
             return _Run(settings, map_fits).run()
+
+
+def _folder(settings: AgoraTextSettings) -> str:
+    return os.path.join(settings.run.output_dir, get_task(settings.task.task_name).name)
 
 
 def _print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
@@ -212,7 +221,7 @@ class _Run:
     def __init__(self, settings: AgoraTextSettings, map_fits: agora.MapFits) -> None:
         self.settings, self.map_fits = settings, map_fits
         task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
-        self.folder = os.path.join(settings.run.output_dir, task.name)
+        self.folder = _folder(settings)
         # A fit that diverges must not end the run.
         optimizer = dataclasses.replace(settings.optimizer, on_nonfinite="skip")
         self.space = read_space(
@@ -293,7 +302,7 @@ class _Run:
                 )
         write_json(path, as_dict(*self.settings))
         shutil.rmtree(self.socrates.folder, ignore_errors=True)
-        os.makedirs(self.socrates.folder)
+        os.makedirs(self.socrates.folder, exist_ok=True)
 
     def infill(self) -> Change:
         """Load the masked language model for infilling."""

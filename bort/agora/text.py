@@ -205,13 +205,18 @@ def open_store(folder: str) -> DiskStore:
 
 
 @contextlib.contextmanager
-def fits_on(workers: int, communicator: Communicator) -> Iterator[agora.MapFits]:
-    """Give the map that makes the fits of a round: here, in processes, or on ranks.
+def fits_on(
+    workers: int, communicator: Communicator, cluster: Optional[Executor] = None
+) -> Iterator[agora.MapFits]:
+    """Give the map that makes the fits of a round: here, in processes, on ranks, on a cluster.
 
     Ranks share a disk. Raises `UserError` when a process dies.
     """
-    if communicator.size > 1:
-        executor: Executor = Ranks(communicator)
+    executor: Executor
+    if cluster is not None:
+        executor = cluster
+    elif communicator.size > 1:
+        executor = Ranks(communicator)
     elif workers > 1:
         executor = Processes(workers)
     else:
@@ -220,8 +225,9 @@ def fits_on(workers: int, communicator: Communicator) -> Iterator[agora.MapFits]
         with executor:
             yield fits_by(executor)
     except ProcessDiedError as error:
+        flag = "--cluster" if cluster else f"--workers {workers}"
         raise UserError(
-            f"--workers {workers}: {error}; rerun the same command with fewer workers to resume"
+            f"{flag}: {error}; rerun the same command with fewer workers to resume"
         ) from None
 
 

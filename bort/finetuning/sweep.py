@@ -25,13 +25,21 @@ from typing import Any, NamedTuple, NoReturn, Optional, Sequence
 import numpy as np
 
 from bort import jobs
+from bort.cluster import Cluster, WorkerKilledError, refuse_with_cluster
 from bort.config import as_dict, command_of, option, required
 from bort.errors import UserError
-from bort.files import atomic_write, lock_folder, read_json_as, write_json
+from bort.files import (
+    atomic_write,
+    await_unlocked,
+    lock_folder,
+    opened_parents,
+    read_json_as,
+    write_json,
+)
 from bort.finetuning.config import FinetuningSettings
 from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import check_sets
-from bort.jobs import ProcessDiedError, Processes
+from bort.jobs import Executor, ProcessDiedError, Processes
 from bort.journal import DAMAGED
 from bort.mxnet_setup import asked_threads
 from bort.resume import changed_flags
@@ -42,6 +50,7 @@ from data.tasks import get_task
 
 PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
 FREE = ("output_dir", "resume", "gpus", "log_interval", "cache_dir")  # may differ when resumed
+LOCK_SECONDS = 60.0  # that a run waits for the end of one in its folder, on a machine that was lost
 STOPPED = "interrupted; rerun the same command to resume the sweep"
 
 
@@ -87,6 +96,9 @@ class SweepRun(NamedTuple):
         """Return the path of metrics.json."""
         return os.path.join(self.results, "metrics.json")
 
+    def __str__(self) -> str:
+        return os.path.basename(self.folder)
+
     def metrics(self) -> Optional[RunMetrics]:
         """Return the content of metrics.json, None before the run has finished or if damaged."""
         with suppress(UserError):
@@ -116,12 +128,16 @@ class SweepRow(NamedTuple):
         return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else np.nan
 
 
-def sweep(settings: SweepSettings, base: FinetuningSettings) -> list[SweepRow]:
+def sweep(
+    settings: SweepSettings, base: FinetuningSettings, cluster: Optional[str] = None
+) -> list[SweepRow]:
     """Run every combination that has not finished before; returns the table, best mean first.
 
-    A failed run does not affect the others. Raises `UserError` for failed runs at the end, and for
-    a folder that contains a sweep with other flags or that another process writes.
+    `cluster` is the address of one that does the runs. A failed run does not affect the others.
+    Raises `UserError` for failed runs at the end, and for a folder that contains a sweep with other
+    flags or that another process writes.
     """
+    refuse_with_cluster(cluster, "--jobs", settings.jobs, 1)
     folder = os.path.join(base.run.output_dir, f"{get_task(base.task.task_name).name}-sweep")
     runs = runs_of(settings, base, folder)
     if any(run.metrics() is None for run in runs):
@@ -132,7 +148,9 @@ def sweep(settings: SweepSettings, base: FinetuningSettings) -> list[SweepRow]:
         keep_best_weights(runs)  # a kill may have come before
         pending = [run for run in runs if run.metrics() is None]
         print(f"{folder}: {len(runs)} runs, {len(runs) - len(pending)} already finished")
-        run_all(pending, settings.jobs, runs)
+        if pending:
+            with executor_of(settings.jobs, cluster, folder, base.run.gpus) as executor:
+                run_all(pending, executor, runs)
         rows = table(runs)
         write_table(folder, rows)
     print(as_markdown(rows), end="")
@@ -231,19 +249,25 @@ def set_damaged_aside(runs: Sequence[SweepRun]) -> None:
             )
 
 
-def run_all(pending: Sequence[SweepRun], count: int, runs: Sequence[SweepRun]) -> None:
-    """Run those of the runs that are pending, at most `count` at a time.
+def executor_of(count: int, cluster: Optional[str], folder: str, gpus: Optional[str]) -> Executor:
+    """Return where the runs of a sweep are done, here at most `count` at a time.
 
     When interrupted, the runs save a checkpoint and end first.
     """
+    if cluster:
+        return Cluster(cluster, folder, patience=math.inf, gpus=gpus)
+    return Processes(count, asked_threads() or None, patience=math.inf)
+
+
+def run_all(pending: Sequence[SweepRun], executor: Executor, runs: Sequence[SweepRun]) -> None:
+    """Run those of the runs that are pending."""
     left = len(pending)
-    with Processes(count, asked_threads() or None, patience=math.inf) as executor:
-        function = partial(execute, str(PROGRAM))
-        for run in executor.as_completed(function, pending, on_error=_ended):
-            left -= 1
-            name = os.path.basename(run.folder)
-            print(f"{name}: {outcome(run)}, {left} remaining", flush=True)
-            keep_best_weights(runs)
+    function = partial(execute, str(PROGRAM))
+    for run in executor.as_completed(function, pending, on_error=_ended):
+        left -= 1
+        opened_parents(run.metrics_file, os.path.dirname(run.folder))
+        print(f"{run}: {outcome(run)}, {left} remaining", flush=True)
+        keep_best_weights(runs)
 
 
 def execute(program: str, run: SweepRun) -> NoReturn:
@@ -252,12 +276,15 @@ def execute(program: str, run: SweepRun) -> NoReturn:
     settings = FinetuningSettings(*with_values(run.settings, {"gpus": gpus}))
     _, _, *flags = shlex.split(command_of(program, *settings))
     os.makedirs(run.folder, exist_ok=True)
+    await_unlocked(run.results, LOCK_SECONDS)
     jobs.become_program([program, *flags], os.path.join(run.folder, "run.log"))
 
 
 def _ended(run: SweepRun, error: BaseException) -> SweepRun:
     """Take a run whose program has ended, with any exit status."""
-    if not isinstance(error, ProcessDiedError):
+    if isinstance(error, WorkerKilledError):
+        print(f"error: {error}", file=sys.stderr)
+    elif not isinstance(error, ProcessDiedError):
         raise error
     return run
 
@@ -267,8 +294,11 @@ def outcome(run: SweepRun) -> str:
     metrics = run.metrics()
     if metrics is not None:
         return f"{metrics.best.score:.4f} in {metrics.seconds:g} s"
-    with open(os.path.join(run.folder, "run.log"), encoding="utf-8", errors="replace") as log:
-        lines = [line for line in log.read().split("\n") if line]
+    log = os.path.join(run.folder, "run.log")
+    lines: list[str] = []
+    if os.path.exists(log):
+        with open(log, encoding="utf-8", errors="replace") as handle:
+            lines = [line for line in handle.read().split("\n") if line]
     return f"failed ({lines[-1] if lines else 'no output'})"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from bort import jobs
+from bort.cluster import Cluster, refuse_with_cluster
 from bort.communicator import Communicator, SingleProcess, communicator_of_environment
 from bort.config import as_dict
 from bort.errors import UserError
@@ -66,16 +67,22 @@ class Errors(NamedTuple):
 
 
 def run_ose(
-    space_settings: SpaceSettings, settings: SearchSettings, training: TrainingSettings
+    space_settings: SpaceSettings,
+    settings: SearchSettings,
+    training: TrainingSettings,
+    cluster: Optional[str] = None,
 ) -> Optional[OseResult]:
     """Print and search as the settings say; returns the result of the search, if there was one.
 
-    On ranks other than 0 it trains candidates for rank 0 and returns nothing.
+    `cluster` is the address of one that trains the candidates. On ranks other than 0 it trains
+    candidates for rank 0 and returns nothing.
     """
     check_request(space_settings, settings, training)
     communicator = communicator_of_environment() if training.data else SingleProcess()
-    if communicator.size > 1 and training.workers:
-        raise UserError("--workers: horovodrun spreads the search over its ranks; leave it out")
+    if communicator.size > 1 and (training.workers or cluster):
+        flag = "--workers" if training.workers else "--cluster"
+        raise UserError(f"{flag}: horovodrun spreads the search over its ranks; leave it out")
+    refuse_with_cluster(cluster, "--workers", training.workers, None)
     manifests = open_manifests(training) if training.data else []
     space = load_ordered_space(space_settings, manifests)
     if communicator.rank > 0:
@@ -86,9 +93,10 @@ def run_ose(
         return known_search(space, settings, everything)
     strides = read_strides(settings, len(space.members))
     with lock_folder(settings.output_dir, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
-        with executor_of(training, communicator) as executor:
+        with executor_of(training, communicator, cluster, settings.output_dir) as executor:
             errors = trained_errors(space, settings, training, manifests, executor)
             results = run_searches(space, errors, settings.seed, strides)
+        remove_candidates(settings.output_dir)  # those of machines that were lost
         show(space, errors.space, settings, results, everything)
     return results[settings.stride]
 
@@ -147,11 +155,21 @@ def load_ordered_space(settings: SpaceSettings, manifests: Sequence[Manifest]) -
 # ---- the search ----------------------------------------------------------------------------------
 
 
-def executor_of(training: TrainingSettings, communicator: Communicator) -> Executor:
-    """Return the executor that trains candidates: in processes, or on Horovod's ranks."""
+def executor_of(
+    training: TrainingSettings,
+    communicator: Communicator,
+    cluster: Optional[str] = None,
+    folder: str = "",
+) -> Executor:
+    """Return the executor that trains candidates: in processes, on Horovod's ranks, on a cluster.
+
+    A cluster needs the folder of the search, on a shared disk.
+    """
     caps = Caps(training.max_seconds, training.max_memory)
     if communicator.size > 1:
         return Ranks(communicator, isolated=(training.threads, caps))
+    if cluster:
+        return Cluster(cluster, folder, training.threads, caps)
     workers = training.workers or max(1, usable_cores() // training.threads)
     return Processes(workers, training.threads, caps)
 
