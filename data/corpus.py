@@ -159,8 +159,15 @@ def _copy_stream(path: str, copy: str) -> None:
 # ---- documents -----------------------------------------------------------------------------------
 
 
-def scan(source: TextSource, advance: Callable[[int], None] = lambda size: None) -> TextFile:
+def scan(
+    source: TextSource,
+    advance: Callable[[int], None] = lambda size: None,
+    locate: Callable[[int, int], None] = lambda start, position: None,
+) -> TextFile:
     """Read a file once to check and measure it; `advance` is called with the bytes of each piece.
+
+    `locate` is called for each document, with its start (see `documents_from`) and the bytes of the
+    documents before it.
 
     Raises `UserError` when the file cannot be read, is damaged, is not UTF-8 (with line and byte),
     has a row without text (with its line) or holds no text at all.
@@ -171,7 +178,8 @@ def scan(source: TextSource, advance: Callable[[int], None] = lambda size: None)
         digest.update(piece)
         advance(len(piece))
 
-    for document in _documents(source, observe):
+    for start, document in _documents(source, observe):
+        locate(start, size)
         try:
             document.decode()
             has_text = has_text or _has_text(document)
@@ -186,23 +194,35 @@ def scan(source: TextSource, advance: Callable[[int], None] = lambda size: None)
 
 def read_documents(source: TextSource) -> Iterator[bytes]:
     """Yield the documents of a file as UTF-8: lines of text without blank lines between them."""
-    return _documents(source, lambda piece: None)
+    return (document for _, document in documents_from(source))
 
 
-def _documents(source: TextSource, observe: Callable[[bytes], None]) -> Iterator[bytes]:
+def documents_from(source: TextSource, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield the documents of a file from one of them on, each with its start.
+
+    The start of a document is the offset of its first byte in the decompressed text; of one in JSON
+    lines that of its row, of one in parquet the number of its row. A long row holds several.
+    """
+    return _documents(source, lambda piece: None, start)
+
+
+def _documents(
+    source: TextSource, observe: Callable[[bytes], None], start: int = 0
+) -> Iterator[tuple[int, bytes]]:
     if is_parquet(source.path):
-        for document in map(_document_of_row, parquet_texts(source)):
+        for row, text in parquet_texts(source, start):
+            document = _document_of_row(text)
             observe(document + b"\n\n")
-            yield from _nonblank_parts(document)
+            yield from ((row, part) for part in _nonblank_parts(document))
         return
-    pieces = _observed(text_pieces(source), observe)
+    pieces = _observed(text_pieces(source, start), observe)
     first = next(pieces, b"")
     pieces = itertools.chain([first], pieces)
-    if is_json_lines(source, first):
-        for document in map(_document_of_row, json_texts(pieces, source)):
-            yield from _nonblank_parts(document)
+    if is_json_lines(source, next(text_pieces(source), b"") if start else first):
+        for at, text in json_texts(pieces, source, start):
+            yield from ((at, part) for part in _nonblank_parts(_document_of_row(text)))
     else:
-        yield from split_documents(pieces)
+        yield from located_documents(pieces, start)
 
 
 def _observed(pieces: Iterable[bytes], observe: Callable[[bytes], None]) -> Iterator[bytes]:
@@ -218,17 +238,33 @@ def _has_text(document: bytes) -> bool:
 
 def split_documents(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the documents of a text in pieces; where the pieces end makes no difference."""
-    pieces, rest = iter(pieces), b""
-    while len(rest) < len(BYTE_ORDER_MARK) and (piece := next(pieces, b"")):
+    return (document for _, document in located_documents(pieces))
+
+
+def located_documents(pieces: Iterable[bytes], start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield the documents of a text in pieces, each with the offset of its first byte.
+
+    `start` is the offset of the first piece: 0, or that of a document.
+    """
+    pieces, rest, at = iter(pieces), b"", start  # `at`: the offset of `rest`
+    while not start and len(rest) < len(BYTE_ORDER_MARK) and (piece := next(pieces, b"")):
         rest += piece
-    rest = rest.removeprefix(BYTE_ORDER_MARK)
+    if not start and rest.startswith(BYTE_ORDER_MARK):
+        rest, at = rest[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
     # The end of the text ends the last document as a blank line would.
     for piece in itertools.chain([b""], pieces, [b"\n\n"]):
-        *whole, rest = _BLANK_LINES.split((rest + piece).lstrip())
-        *cut, rest = _cut(rest)
-        for document in itertools.chain(*map(_cut, whole), cut):
-            if document.strip():
-                yield document
+        text = (rest + piece).lstrip()
+        at += len(rest) + len(piece) - len(text)
+        begin = 0
+        for gap in _BLANK_LINES.finditer(text):
+            yield from _nonblank(_cut(text[begin : gap.start()], at + begin))
+            begin = gap.end()
+        *parts, (at, rest) = _cut(text[begin:], at + begin)
+        yield from _nonblank(parts)
+
+
+def _nonblank(parts: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    return ((at, part) for at, part in parts if part.strip())
 
 
 def _document_of_row(text: str) -> bytes:
@@ -238,16 +274,21 @@ def _document_of_row(text: str) -> bytes:
 
 
 def _nonblank_parts(document: bytes) -> Iterator[bytes]:
-    return (part for part in _cut(document) if part.strip())
+    return (part for _, part in _nonblank(_cut(document, 0)))
 
 
-def _cut(document: bytes) -> Iterator[bytes]:
-    """Yield the document, in parts when it is longer than `MAX_DOCUMENT_BYTES`."""
+def _cut(document: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the document, in parts when it is longer than `MAX_DOCUMENT_BYTES`.
+
+    `at` is its offset; each part comes with its own.
+    """
     while len(document) > MAX_DOCUMENT_BYTES:
         end = _end_of_part(document)
-        yield document[:end]
-        document = document[end:].lstrip()
-    yield document
+        yield at, document[:end]
+        rest = document[end:].lstrip()
+        at += len(document) - len(rest)
+        document = rest
+    yield at, document
 
 
 def _end_of_part(document: bytes) -> int:

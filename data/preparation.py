@@ -121,25 +121,12 @@ class Instances(NamedTuple):
 MakeInstances = Callable[[Iterable[Block]], Iterator[Instances]]
 
 
-def prepare(
-    corpus: CorpusSettings,
-    tokenizer_settings: TokenizerSettings,
-    sequences: SequenceSettings,
-    masking: MaskingSettings,
-) -> Manifest:
+def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
     """Make the shards that are missing; return the manifest of all.
 
     Raises `UserError` for input that cannot be used, for a folder that holds shards of other
     settings or another text or that another process writes to, and when the disk is full.
     """
-    settings = InstanceSettings(
-        tokenizer_settings, sequences, masking, corpus.dupe_factor, corpus.random_seed
-    )
-    return make_shards(corpus, InstanceMaker(settings))
-
-
-def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
-    """Do what `prepare` does, with a tokenizer that is already loaded."""
     start = time.perf_counter()
     with open_sources(corpus.input_file, corpus.text_field) as sources:
         # More blocks if the text is compressed.
@@ -147,19 +134,18 @@ def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
         with workers(maker, min(corpus.num_workers, usable_cores(), blocks)) as make:
             with ProgressBar("checking the text") as progress:
                 files = [scan(source, progress.advance) for source in sources]
-            _check_number_of_documents(files, corpus.num_outputs)
+            check_number_of_documents(files, corpus.num_outputs)
             with lock_folder(corpus.output_dir, "--output_dir"):
-                plan = _plan(maker, corpus, files)
+                plan = plan_of(maker, corpus, files)
                 size = _make_missing_shards(corpus, make, sources, plan)
                 maker.tokenizer.save(os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
-                _complete(corpus.output_dir, plan)
-    print(_summary(plan, size, time.perf_counter() - start))
-    if report := masked_share_report(plan.totals, maker.settings):
-        print(report, file=sys.stderr)
+                complete(corpus.output_dir, plan)
+    report(plan, maker.settings, size, time.perf_counter() - start)
     return plan
 
 
-def _check_number_of_documents(files: list[TextFile], num_outputs: int) -> None:
+def check_number_of_documents(files: list[TextFile], num_outputs: int) -> None:
+    """Raise `UserError` for more shards than documents."""
     documents = sum(file.documents for file in files)
     if documents < num_outputs:
         raise UserError(
@@ -168,7 +154,7 @@ def _check_number_of_documents(files: list[TextFile], num_outputs: int) -> None:
         )
 
 
-def _plan(maker: InstanceMaker, corpus: CorpusSettings, files: list[TextFile]) -> Manifest:
+def plan_of(maker: InstanceMaker, corpus: CorpusSettings, files: list[TextFile]) -> Manifest:
     """Return the manifest of the shards to make, with the shards that are finished already.
 
     Raises `UserError` when the folder holds shards of another plan, or of none.
@@ -238,18 +224,18 @@ def _make_missing_shards(
     corpus: CorpusSettings, make: MakeInstances, sources: Sequence[TextSource], plan: Manifest
 ) -> int:
     """Make the shards that `plan` lacks and add them to it; return the bytes of their text."""
-    done = {entry.file for entry in plan.shards}
-    if len(done) == corpus.num_outputs:
-        print(f"{corpus.output_dir}: is complete, nothing to do")
+    missing = set(missing_shards(corpus, plan))
+    if not missing:
         return 0
     write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
     total = sum(file.bytes for file in plan.inputs)
     made = 0
     with ProgressBar("making shards", total) as progress:
         blocks = read_blocks(sources, plan.inputs, corpus.num_outputs)
-        missing = _missing_blocks(blocks, done, progress)
-        for shard, group in itertools.groupby(make(missing), key=lambda block: block.shard):
-            entry, size = _write_shard(corpus.output_dir, shard, group, plan, progress)
+        wanted = _wanted_blocks(blocks, missing, progress)
+        for shard, group in itertools.groupby(make(wanted), key=lambda block: block.shard):
+            path = os.path.join(corpus.output_dir, shard_name(shard))
+            entry, size = write_shard(path, group, plan.vocab_size, progress.advance)
             plan.shards.append(entry)
             plan.shards.sort(key=lambda entry: entry.file)
             write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
@@ -261,27 +247,41 @@ def _make_missing_shards(
     return made
 
 
-def _missing_blocks(
-    blocks: Iterable[Block], done: set[str], progress: ProgressBar
+def missing_shards(corpus: CorpusSettings, plan: Manifest) -> list[int]:
+    """Return the numbers of the shards that `plan` lacks; print it when there are none."""
+    done = {entry.file for entry in plan.shards}
+    missing = [number for number in range(corpus.num_outputs) if shard_name(number) not in done]
+    if not missing:
+        print(f"{corpus.output_dir}: is complete, nothing to do")
+    return missing
+
+
+def _wanted_blocks(
+    blocks: Iterable[Block], shards: set[int], progress: ProgressBar
 ) -> Iterator[Block]:
     for block in blocks:
-        if shard_name(block.shard) in done:
-            progress.skip(block.bytes)
-        else:
+        if block.shard in shards:
             yield block
+        else:
+            progress.skip(block.bytes)
 
 
-def _write_shard(
-    folder: str, shard: int, group: Iterable[Instances], plan: Manifest, progress: ProgressBar
+def write_shard(
+    path: str,
+    group: Iterable[Instances],
+    vocab_size: int,
+    advance: Callable[[int], None] = lambda size: None,
 ) -> tuple[ShardEntry, int]:
-    """Write one shard; return its entry and the bytes of its text."""
-    path = os.path.join(folder, shard_name(shard))
+    """Write one shard; return its entry and the bytes of its text.
+
+    `advance` is called with the bytes of each block.
+    """
     size = documents = sentences = unknown = 0
-    with ShardWriter(path, id_type(plan.vocab_size)) as writer:
+    with ShardWriter(path, id_type(vocab_size)) as writer:
         for instances in group:
             for copy in instances.copies:
                 writer.write(*copy)
-            progress.advance(instances.bytes)
+            advance(instances.bytes)
             size += instances.bytes
             documents += instances.documents
             sentences += instances.sentences
@@ -289,7 +289,7 @@ def _write_shard(
         return writer.finish(documents, sentences, unknown), size
 
 
-def _complete(folder: str, plan: Manifest) -> None:
+def complete(folder: str, plan: Manifest) -> None:
     """Write the final manifest; raises `UserError` when the text gave no tokens at all."""
     unfinished = os.path.join(folder, UNFINISHED_FILE)
     if not plan.totals["sequences"]:
@@ -305,8 +305,14 @@ def _complete(folder: str, plan: Manifest) -> None:
         os.remove(unfinished)
 
 
+def report(plan: Manifest, settings: InstanceSettings, size: int, seconds: float) -> None:
+    """Print the closing table; size and seconds are those of this run alone."""
+    print(_summary(plan, size, seconds))
+    if warning := masked_share_report(plan.totals, settings):
+        print(warning, file=sys.stderr)
+
+
 def _summary(manifest: Manifest, size: int, seconds: float) -> str:
-    """Return the closing table; size and seconds are those of this run alone."""
     totals = manifest.totals
     percent = 100 / totals["tokens"]
     lines = [f"{name:<12}{count:>16,}" for name, count in totals.items()]
@@ -351,33 +357,55 @@ def read_blocks(
     Shard i begins with the first document that starts in part i of `num_outputs` equal parts of
     the text, or earlier when the remaining documents are no more than the shards: none is empty.
     """
-    total = sum(file.bytes for file in files)
-    left = sum(file.documents for file in files)
-    block, size, position, shard = Block(0, 0, []), 0, 0, 0
-    for number, (document, document_bytes) in enumerate(_sized_documents(sources, files)):
-        is_next_part = position * num_outputs >= (shard + 1) * total
-        is_next_shard = number > 0 and (is_next_part or left <= num_outputs - shard - 1)
-        if is_next_shard or size >= BLOCK_BYTES:
+    documents = _documents_of_shards(sources, files, num_outputs)
+    for shard, group in itertools.groupby(documents, key=lambda document: document.shard):
+        first = next(group)
+        sized_ones = ((each.text, each.bytes) for each in itertools.chain([first], group))
+        yield from blocks_of_shard(shard, first.number, sized_ones)
+
+
+def blocks_of_shard(
+    shard: int, first_document: int, documents: Iterable[tuple[bytes, int]]
+) -> Iterator[Block]:
+    """Yield the documents of a shard, each with its size, in blocks."""
+    block, size = Block(shard, first_document, []), 0
+    for number, (document, document_bytes) in enumerate(documents, start=first_document):
+        if size >= BLOCK_BYTES:
             yield block
-            shard += is_next_shard
             block, size = Block(shard, number, []), 0
         block.documents.append(document)
         size += document_bytes
-        position += document_bytes
-        left -= 1
     yield block
 
 
-def _sized_documents(
-    sources: Sequence[TextSource], files: Sequence[TextFile]
-) -> Iterator[tuple[bytes, int]]:
-    """Yield documents and their sizes; the last of a file has what is left of `file.bytes`."""
+class _Document(NamedTuple):
+    shard: int
+    number: int
+    text: bytes
+    bytes: int
+
+
+def _documents_of_shards(
+    sources: Sequence[TextSource], files: Sequence[TextFile], num_outputs: int
+) -> Iterator[_Document]:
+    """Yield all documents, each with the number of its shard."""
+    total = sum(file.bytes for file in files)
+    left = sum(file.documents for file in files)
+    number = position = shard = 0
     for source, file in zip(sources, files):
-        left = file.bytes
-        for number, document in enumerate(read_documents(source), start=1):
-            size = len(document) if number < file.documents else left
-            left -= size
-            yield document, size
+        for text, size in sized(read_documents(source), file.documents, file.bytes):
+            is_next_part = position * num_outputs >= (shard + 1) * total
+            shard += number > 0 and (is_next_part or left <= num_outputs - shard - 1)
+            yield _Document(shard, number, text, size)
+            number, position, left = number + 1, position + size, left - 1
+
+
+def sized(documents: Iterable[bytes], count: int, size: int) -> Iterator[tuple[bytes, int]]:
+    """Yield `count` documents and their sizes; the last one has what is left of `size`."""
+    for number, document in enumerate(documents, start=1):
+        own = len(document) if number < count else size
+        size -= own
+        yield document, own
 
 
 class InstanceMaker:

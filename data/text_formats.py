@@ -86,18 +86,33 @@ def suffixes(path: str) -> str:
     return inner + suffix
 
 
+def size_of(source: TextSource) -> int:
+    """Return the bytes of a file, compressed if it is; raises `UserError` when it is missing."""
+    try:
+        return os.path.getsize(source.path)
+    except OSError as error:
+        raise UserError(f"{source.shown}: cannot be read ({error.strerror})") from None
+
+
 # ---- plain text, compressed or not ---------------------------------------------------------------
 
 
-def read_pieces(path: str, name: Optional[str] = None) -> Iterator[bytes]:
+def read_pieces(path: str, name: Optional[str] = None, start: int = 0) -> Iterator[bytes]:
     """Yield a file's content in pieces of about a megabyte, decompressed (gzip, bzip2, xz, zstd).
+
+    It begins with byte `start` of the content; what is compressed is read from its beginning.
 
     Raises `UserError` when the file, called `name`, cannot be read or is damaged.
     """
     name, suffix = name or path, _compression_of(path)
     try:
         with _OPEN.get(suffix, _open_plain)(path) as file:
-            yield from _decompress_zstd(file) if suffix == ".zst" else _pieces_of(file, READ_BYTES)
+            if not suffix:
+                file.seek(start)
+                yield from _pieces_of(file, READ_BYTES)
+                return
+            pieces = _decompress_zstd(file) if suffix == ".zst" else _pieces_of(file, READ_BYTES)
+            yield from _without_first(pieces, start)
     except OSError as error:
         if error.errno is not None:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from None
@@ -133,6 +148,14 @@ def _pieces_of(file: Any, size: int) -> Iterator[bytes]:
         yield piece
 
 
+def _without_first(pieces: Iterable[bytes], count: int) -> Iterator[bytes]:
+    """Yield pieces without their first `count` bytes."""
+    for piece in pieces:
+        if len(piece) > count:
+            yield piece[count:]
+        count = max(0, count - len(piece))
+
+
 def _decompress_zstd(file: Any) -> Iterator[bytes]:
     """Yield the content of the frames of a .zst file.
 
@@ -161,11 +184,14 @@ def _decompress_zstd(file: Any) -> Iterator[bytes]:
         yield bytes(ready)
 
 
-def text_pieces(source: TextSource) -> Iterator[bytes]:
-    """Yield a file's text in pieces; raises `UserError` for a binary file, which it names."""
+def text_pieces(source: TextSource, start: int = 0) -> Iterator[bytes]:
+    """Yield a file's text from byte `start` in pieces.
+
+    Raises `UserError` for a binary file, which it names.
+    """
     _refuse_lfs_pointer(source)
-    for number, piece in enumerate(read_pieces(source.path, source.shown)):
-        if number == 0 and (kind := _kind_of_binary(piece)):
+    for number, piece in enumerate(read_pieces(source.path, source.shown, start)):
+        if number == start == 0 and (kind := _kind_of_binary(piece)):
             raise UserError(f"{source.shown}: is {kind}, not text; {_ACCEPTED}")
         yield piece
 
@@ -205,15 +231,22 @@ def is_json_lines(source: TextSource, first_piece: bytes) -> bool:
         return False
 
 
-def json_texts(pieces: Iterable[bytes], source: TextSource) -> Iterator[str]:
-    """Yield the text of each row of JSON lines; empty lines and null are skipped.
+def json_texts(
+    pieces: Iterable[bytes], source: TextSource, start: int = 0
+) -> Iterator[tuple[int, str]]:
+    """Yield the text of each row of JSON lines, after the offset of the row; null is skipped.
+
+    `start` is the offset of the first piece.
 
     Raises `UserError` that names the line of a row that is not JSON or has no text.
     """
+    at, after = start, f" after byte {start}" if start else ""
     for number, line in enumerate(_lines(pieces, source), start=1):
-        content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 and not start else line
         if content.strip():
-            yield _text_of_row(content, source.text_field, f"{source.shown}, line {number}")
+            where = f"{source.shown}, line {number}{after}"
+            yield at, _text_of_row(content, source.text_field, where)
+        at += len(line) + 1
 
 
 def _lines(pieces: Iterable[bytes], source: TextSource) -> Iterator[bytes]:
@@ -274,8 +307,10 @@ def is_parquet(path: str) -> bool:
     return path.lower().endswith(_PARQUET_SUFFIXES) or _first_bytes(path)[:4] == b"PAR1"
 
 
-def parquet_texts(source: TextSource) -> Iterator[str]:
-    """Yield the text of each row of a parquet file; null is an empty text.
+def parquet_texts(source: TextSource, start: int = 0) -> Iterator[tuple[int, str]]:
+    """Yield the number and the text of each row of a parquet file from row `start` on.
+
+    Null is an empty text.
 
     Raises `UserError` without pyarrow, and for a file that is damaged or lacks the column.
     """
@@ -291,15 +326,28 @@ def parquet_texts(source: TextSource) -> Iterator[str]:
     try:
         with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
             _require_text_column(file.schema_arrow, source)
-            columns = [source.text_field]
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
+            row, groups = _row_groups_from(file.metadata, start)
+            for batch in file.iter_batches(_ROWS_AT_ONCE, groups, [source.text_field]):
                 for text in batch.column(0).to_pylist():
-                    yield text or ""
+                    if row >= start:
+                        yield row, text or ""
+                    row += 1
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = quoted(str(error).split("\n", 1)[0])[1:-1]
         raise UserError(
             f"{source.shown}: damaged, or not a parquet file ({reason}); get it again"
         ) from None
+
+
+def _row_groups_from(metadata: Any, start: int) -> tuple[int, list[int]]:
+    """Return the first row of the row group that holds row `start`, and the groups from it on."""
+    row = 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row + rows > start:
+            return row, list(range(group, metadata.num_row_groups))
+        row += rows
+    return row, []
 
 
 def _require_text_column(schema: Any, source: TextSource) -> None:

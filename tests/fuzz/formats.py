@@ -161,7 +161,8 @@ def samples_main(folder: Path) -> None:
     """Run create_pretraining_data.py on the text of a folder."""
     from bort.tokenization import TokenizerSettings
     from data.masking import MaskingSettings, SequenceSettings
-    from data.preparation import CorpusSettings, prepare
+    from data.preparation import CorpusSettings
+    from data.shard_jobs import prepare
 
     corpus = CorpusSettings(str(folder / "plain.txt"), str(folder / "out"), num_workers=1)
     prepare(corpus, TokenizerSettings(), SequenceSettings(max_seq_length=48), MaskingSettings())

@@ -53,7 +53,13 @@ def commands(tmp_path_factory):
         **{"sequence_length": 24, "output_dir": out},
     }
     ose_line = [word for name, value in ose.items() for word in (f"--{name}", str(value))]
+    text = ROOT / "test_data" / "sample_text.txt"
+    (folder / "text.jsonl").write_text('{"text": "A row.\\nTwo sentences."}\n' * 40)
     return {
+        "shards": [
+            *("create_pretraining_data.py", "--input_file", f"{text},{folder / 'text.jsonl'}"),
+            *("--output_dir", "out", "--num_outputs", "5", "--dupe_factor", "2"),
+        ],
         "sweep": ["scripts/sweep.py", *sweep, "--grid", str(folder / "grid.yaml")],
         "agora": [
             "scripts/run_agora.py",
@@ -133,7 +139,7 @@ def leftovers(folder):
     return [path for path in folder.rglob(".*") if path.name != ".verified.json"]
 
 
-PROGRAMS = ("sweep", "agora", "ose")
+PROGRAMS = ("shards", "sweep", "agora", "ose")
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
