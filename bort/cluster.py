@@ -53,7 +53,7 @@ from bort.jobs import (
     outcome_of,
     sendable,
 )
-from bort.mxnet_setup import cpu_threads, usable_cores
+from bort.mxnet_setup import asked_threads, usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,7 +66,7 @@ END_SECONDS = 120.0  # that a job which is told to end has to save its state
 SENT_BYTES = 8192  # of a function; a larger one goes to the shared disk
 PACKAGES = ("numpy", "gluonnlp", "tiktoken", "sentencepiece")
 # Before MXNet is imported, which sets the variable.
-_USERS_THREADS = cpu_threads() if os.environ.get("OMP_NUM_THREADS", "").isdecimal() else None
+_USERS_THREADS = asked_threads() or None
 _JOB_QUEUES = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}
 _SUBMIT_KEYS = ("jobs",)  # of a job queue's file: ours; the others are dask-jobqueue's
 

@@ -295,8 +295,8 @@ def await_unlocked(folder: str, seconds: float) -> None:
         time.sleep(_LOCK_POLL)
 
 
-def opened_parents(path: str, top: str) -> str:
-    """Open the folders from `top` down to a path that another machine may have written; return it.
+def open_parents(path: str, top: str) -> None:
+    """Open the folders from `top` down to a path that another machine may have written.
 
     A network file system remembers for half a minute that a file was missing, until its folder is
     opened.
@@ -306,7 +306,6 @@ def opened_parents(path: str, top: str) -> str:
         folder = os.path.join(folder, name)
         with contextlib.suppress(OSError):
             os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
-    return path
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from bort.files import (
     atomic_write,
     await_unlocked,
     lock_folder,
-    opened_parents,
+    open_parents,
     read_json_as,
     write_json,
 )
@@ -265,7 +265,7 @@ def run_all(pending: Sequence[SweepRun], executor: Executor, runs: Sequence[Swee
     function = partial(execute, str(PROGRAM))
     for run in executor.as_completed(function, pending, on_error=_ended):
         left -= 1
-        opened_parents(run.metrics_file, os.path.dirname(run.folder))
+        open_parents(run.metrics_file, os.path.dirname(run.folder))
         print(f"{run}: {outcome(run)}, {left} remaining", flush=True)
         keep_best_weights(runs)
 

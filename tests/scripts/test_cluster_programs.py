@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bort.files import OWN_SUM
+from bort.journal import SUM
 from tests.agora.test_run_agora import arguments as agora_arguments
 from tests.agora.test_run_agora import save
 from tests.conftest import ROOT
@@ -22,7 +24,8 @@ from tests.test_jobs import gone
 
 pytestmark = pytest.mark.cluster
 
-# Files with times, which differ between two runs of the same command.
+# Times, which differ between two runs of the same command, sums over them, and files with times.
+CHANGING = ("time", SUM, OWN_SUM)
 NOT_COMPARED = (".png", ".log", ".md", "sweep.tsv", "metrics.jsonl", ".lock")
 
 
@@ -130,7 +133,7 @@ def without_times(value):
         return {
             key: without_times(each)
             for key, each in value.items()
-            if key != "time" and "second" not in key and not key.endswith("_share")
+            if key not in CHANGING and "second" not in key and not key.endswith("_share")
         }
     return [without_times(each) for each in value] if isinstance(value, list) else value
 
