@@ -253,6 +253,18 @@ def _remove_empty(folders: list[str]) -> None:
             os.rmdir(folder)
 
 
+def has_lock(file: IO[Any], path: str) -> bool:
+    """Lock a file that is open for writing; tell whether that succeeded and it still is `path`.
+
+    On a file system without locks it does not succeed.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except OSError:
+        return False
+
+
 def _locked(path: str) -> int | None:
     """Return the open and locked file, or None when another process holds the lock."""
     while True:

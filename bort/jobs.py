@@ -203,6 +203,28 @@ def _settle(future: Future[Any], value: Any, error: Optional[BaseException]) -> 
         future.set_exception(error)
 
 
+class Failures:
+    """Errors of jobs, kept until the others have ended: `keep` is an `on_error`."""
+
+    def __init__(self) -> None:
+        self._kept: list[BaseException] = []
+
+    def keep(self, item: Any, error: BaseException) -> None:
+        """Keep the error of an item, which is named where the user can correct it."""
+        self._kept.append(UserError(f"{item}: {error}") if isinstance(error, UserError) else error)
+
+    def raise_first(self, what: str, count: int) -> None:
+        """Raise the first of the errors, if there are any, of `count` items; `what` is in words."""
+        if not self._kept:
+            return
+        first = self._kept[0]
+        if not isinstance(first, UserError):
+            raise first
+        raise UserError(
+            f"{len(self._kept)} of {count} {what}; {first}; rerun the same command for the rest"
+        )
+
+
 # ---- a process for each job ----------------------------------------------------------------------
 
 

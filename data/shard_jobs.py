@@ -18,14 +18,14 @@ from array import array
 from bisect import bisect_right
 from contextlib import contextmanager
 from functools import partial
-from typing import Iterator, NamedTuple, NoReturn, Optional, Sequence
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from bort.cluster import Cluster
 from bort.errors import UserError
 from bort.files import lock_folder, temporary_name
-from bort.jobs import Executor
+from bort.jobs import Executor, Failures
 from bort.progress import ProgressBar
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
 from data.corpus import STANDARD_INPUT, TextFile, documents_from, find_inputs, scan
@@ -297,14 +297,14 @@ def _make_missing_shards(
     wanted = missing_shards(corpus, plan)
     if not wanted:
         return 0
-    failures: list[BaseException] = []
+    failures = Failures()
     function = partial(
         write_part, maker.settings, maker.tokenizer.fingerprint, os.path.abspath(corpus.output_dir)
     )
     made, journal = 0, _ManifestWriter(corpus.output_dir, plan)
     with ProgressBar("making shards", sum(file.bytes for file in plan.inputs)) as progress:
         parts = index.parts(corpus.num_outputs, wanted)
-        results = executor.as_completed(function, parts, on_error=partial(_kept, failures))
+        results = executor.as_completed(function, parts, on_error=failures.keep)
         for result in results:
             if result is None:
                 continue
@@ -317,23 +317,8 @@ def _make_missing_shards(
                     f"{entry.file}: {entry.sequences} sequences of {entry.tokens} tokens"
                 )
     journal.write()
-    if failures:
-        _raise_first(failures, len(wanted))
+    failures.raise_first("shards were not made", len(wanted))
     return made
-
-
-def _kept(failures: list[BaseException], part: ShardPart, error: BaseException) -> None:
-    failures.append(UserError(f"{part}: {error}") if isinstance(error, UserError) else error)
-
-
-def _raise_first(failures: Sequence[BaseException], wanted: int) -> NoReturn:
-    first = failures[0]
-    if not isinstance(first, UserError):
-        raise first
-    raise UserError(
-        f"{len(failures)} of {wanted} shards were not made; {first}; rerun the same command to "
-        "make the missing ones"
-    )
 
 
 class _ManifestWriter:

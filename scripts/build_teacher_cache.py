@@ -4,7 +4,7 @@ r"""Store the teacher's outputs for shards, so that training with --teacher_cach
         --teacher_model roberta_24_1024_16 --teacher_ckpt_dir model/roberta.params
 
 An interrupted build resumes when the same command runs again. Under horovodrun
-the ranks share the shards.
+the ranks share the shards, with --cluster the workers of a Dask cluster do.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
+from bort.cluster import ClusterSettings
 from bort.communicator import communicator_of_environment
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point
@@ -46,9 +47,10 @@ class CacheSettings:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> int:
     """Build the cache; returns its size in bytes."""
-    (settings,) = parse(str(__doc__), argv, CacheSettings)
+    settings, machines = parse(str(__doc__), argv, CacheSettings, ClusterSettings)
     # After the flags: --help does not import MXNet.
     from bort.devices import devices_of, resolve_dtype
+    from bort.pretraining.cache_jobs import build_cache_on
     from bort.pretraining.run import held_out_source
     from bort.pretraining.teacher import LiveTeacher, load_teacher, round_teacher
     from bort.pretraining.teacher_cache import build_cache
@@ -56,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     communicator = communicator_of_environment()
     sets = _shards(settings.data)
-    devices = devices_of(settings.gpus, 1, communicator)[:1]
+    if machines.cluster and communicator.size > 1:
+        raise UserError("--cluster: horovodrun spreads the shards over its ranks; leave it out")
+    gpus = None if machines.cluster else settings.gpus
+    devices = devices_of(gpus, 1, communicator)[:1]
     resolve_dtype(settings.teacher_dtype, devices, "--teacher_dtype")
     teacher = load_teacher(
         settings.teacher_model,
@@ -70,15 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         cost = round_teacher(LiveTeacher(teacher), source, devices[0])
         if communicator.rank == 0:
             print(cost)
-    entries = build_cache(
-        settings.output_dir,
-        sets,
-        teacher,
-        settings.teacher_model,
-        settings.dtype,
-        settings.batch_size,
-        communicator,
-    )
+    what = (settings.output_dir, sets, teacher, settings.teacher_model)
+    if machines.cluster:
+        how = (settings.teacher_ckpt_dir, settings.dtype, settings.batch_size, settings.gpus)
+        entries = build_cache_on(machines.cluster, *what, *how)
+    else:
+        entries = build_cache(*what, settings.dtype, settings.batch_size, communicator)
     return _report(settings.output_dir, entries, communicator.rank, time.perf_counter() - start)
 
 

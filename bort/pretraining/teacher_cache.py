@@ -19,11 +19,12 @@ import hashlib
 import io
 import os
 import re
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from tokenize import TokenError
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator, Sequence
+from typing import IO, Any, Callable, Iterator, Sequence
 
 import numpy as np
 from mxnet import nd
@@ -34,13 +35,21 @@ from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess, lock_of_rank_0
 from bort.encoder import fuse_qkv
 from bort.errors import UserError
-from bort.files import NPZ_ERRORS, atomic_write, read_json_as, sha256_of, write_json
+from bort.files import (
+    NPZ_ERRORS,
+    atomic_write,
+    has_lock,
+    read_json_as,
+    sha256_of,
+    temporary_name,
+    write_json,
+)
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
 from bort.progress import ProgressBar
 from bort.types import Block, Context, NDArray
 from bort.verified import Verifiable, verify_changed
 from data.batches import collate
-from data.shards import Shard, ShardEntry, ShardSet
+from data.shards import Manifest, Shard, ShardEntry, ShardSet
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -241,6 +250,36 @@ def prepare_cache(folder: str, teacher: Block, manifest: CacheManifest) -> None:
     write_json(path, asdict(manifest))
 
 
+def distinct_shards(sets: Sequence[ShardSet]) -> list[tuple[Shard, ShardEntry]]:
+    """Return the shards of some sets, each content once: two processes must not write one file."""
+    distinct = {
+        entry.sha256: (shard, entry)
+        for shard_set in sets
+        for shard, entry in zip(shard_set.shards, shard_set.manifest.shards)
+    }
+    return list(distinct.values())
+
+
+def cache_manifest(
+    teacher: Block, teacher_model: str, shards: Manifest, dtype: str
+) -> CacheManifest:
+    """Return the manifest of a cache of a teacher's outputs, for shards of this tokenizer."""
+    return CacheManifest(
+        teacher_model=teacher_model,
+        teacher_sha256=parameters_sha256(teacher),
+        tokenizer_fingerprint=shards.tokenizer_fingerprint,
+        vocab_size=shards.vocab_size,
+        hidden=teacher._units,
+        dtype=dtype,
+        teacher_dtype="bfloat16" if has_copies(teacher.decoder[3].weight) else "float32",
+    )
+
+
+def partial_path(rows: str) -> str:
+    """Return the path of the unfinished rows of a shard."""
+    return f"{rows}.partial"
+
+
 def build_cache(
     folder: str,
     sets: Sequence[ShardSet],
@@ -264,22 +303,8 @@ def build_cache(
     Returns the distinct shards' entries. Raises `UserError` when the folder is another teacher's.
     """
     communicator = communicator or SingleProcess()
-    # By content: two ranks must not write the same file.
-    distinct = {
-        entry.sha256: (shard, entry)
-        for shard_set in sets
-        for shard, entry in zip(shard_set.shards, shard_set.manifest.shards)
-    }
-    pairs, tokenizer = list(distinct.values()), sets[0].manifest
-    manifest = CacheManifest(
-        teacher_model=teacher_model,
-        teacher_sha256=parameters_sha256(teacher),
-        tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        hidden=teacher._units,
-        dtype=dtype,
-        teacher_dtype="bfloat16" if has_copies(teacher.decoder[3].weight) else "float32",
-    )
+    pairs, tokenizer = distinct_shards(sets), sets[0].manifest
+    manifest = cache_manifest(teacher, teacher_model, tokenizer, dtype)
     with lock_of_rank_0(folder, "--output_dir", communicator):
         if communicator.rank == 0:
             prepare_cache(folder, teacher, manifest)
@@ -324,9 +349,9 @@ def cache_shard(
     if os.path.exists(final):
         advance(shard.num_sequences)
         return
-    unfinished = f"{final}.partial"
+    unfinished = partial_path(final)
     try:
-        with open(unfinished, "ab") as handle:
+        with _opened_rows(final) as (handle, unfinished):
             start = _resume(handle, shard, manifest, batch_size)
             advance(start)
             for rows, count in _teacher_rows(shard, start, teacher, pad_id, batch_size):
@@ -342,6 +367,18 @@ def cache_shard(
             "command to resume"
         ) from None
     os.replace(unfinished, final)
+
+
+@contextmanager
+def _opened_rows(final: str) -> Iterator[tuple[IO[bytes], str]]:
+    """Give the open file of unfinished rows and its path; a new one when another job writes it."""
+    path = partial_path(final)
+    with ExitStack() as stack:
+        handle = stack.enter_context(open(path, "ab"))
+        if not has_lock(handle, path):
+            path = temporary_name(final)
+            handle = stack.enter_context(open(path, "ab"))
+        yield handle, path
 
 
 def _resume(handle: Any, shard: Shard, manifest: CacheManifest, batch_size: int) -> int:

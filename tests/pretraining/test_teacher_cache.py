@@ -42,10 +42,13 @@ COMPOSITION_BOUND = 1e-6
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Return a folder with shards in train/ and test/, and a teacher's weights."""
+    return write_data_and_teachers(tmp_path_factory.mktemp("data"))
+
+
+def write_data_and_teachers(folder: Path) -> Path:
     from bort.bort import get_bort_model
     from bort.parameters import save_parameters
 
-    folder = tmp_path_factory.mktemp("data")
     write_shards(folder / "train", sizes=(11, 5, 9), seed=1)
     write_shards(folder / "test", sizes=(7,), seed=2)
     for name, seed in (("teacher", 3), ("other", 4)):
@@ -517,3 +520,34 @@ def test_weights_of_another_tokenizer_are_refused_wherever_they_are_given(
         assert not (tmp_path / "cache").exists()
     said = complaint(capsys, main, arguments(data, ckpt_dir=tmp_path / "new", **given))
     assert "trained with another tokenizer than the one of the shards" in said
+
+
+def test_two_jobs_at_once_leave_one_good_result(data, cache, tmp_path, monkeypatch):
+    """The second writes another file and finishes first; then the first replaces its rows."""
+    from bort.pretraining import teacher_cache
+
+    folder = tmp_path / "cache"
+    twice = []
+    rows_of = teacher_cache._teacher_rows
+
+    def second_meanwhile(*args):
+        rows = rows_of(*args)
+        yield next(rows)
+        if not twice:
+            twice.append(len(list(folder.glob("*.partial"))))
+            again(*arguments[0])
+            assert len(list(folder.glob("*.npy"))) == 1
+        yield from rows
+
+    arguments = []
+    again = teacher_cache.cache_shard
+
+    def recorded(*args):
+        arguments.append(args)
+        again(*args)
+
+    monkeypatch.setattr(teacher_cache, "_teacher_rows", second_meanwhile)
+    monkeypatch.setattr(teacher_cache, "cache_shard", recorded)
+    build(build_line(data, folder))
+    assert twice == [1]
+    assert contents(folder) == contents(cache)

@@ -20,6 +20,7 @@ from tests.finetuning.helpers import arguments as finetuning_arguments
 from tests.finetuning.helpers import write_reviews
 from tests.nodes import Nodes, wait_until
 from tests.pretraining.helpers import write_data
+from tests.pretraining.test_teacher_cache import build_line, write_data_and_teachers
 from tests.test_jobs import gone
 
 pytestmark = pytest.mark.cluster
@@ -62,6 +63,10 @@ def commands(tmp_path_factory):
         "shards": [
             *("create_pretraining_data.py", "--input_file", f"{text},{folder / 'text.jsonl'}"),
             *("--output_dir", "out", "--num_outputs", "5", "--dupe_factor", "2"),
+        ],
+        "cache": [
+            "scripts/build_teacher_cache.py",
+            *build_line(write_data_and_teachers(folder / "teacher"), out),
         ],
         "sweep": ["scripts/sweep.py", *sweep, "--grid", str(folder / "grid.yaml")],
         "agora": [
@@ -142,7 +147,7 @@ def leftovers(folder):
     return [path for path in folder.rglob(".*") if path.name != ".verified.json"]
 
 
-PROGRAMS = ("shards", "sweep", "agora", "ose")
+PROGRAMS = ("shards", "cache", "sweep", "agora", "ose")
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
