@@ -18,7 +18,7 @@ import pytest
 
 from bort.communicator import SingleProcess
 from bort.errors import UserError
-from bort.files import lock_folder
+from bort.files import lock_folder, read_json, write_json
 from scripts.build_teacher_cache import main as build
 from tests import reference
 from tests.pretraining.helpers import (
@@ -371,8 +371,8 @@ def test_what_is_no_cache_is_refused(data, tmp_path, cache, capsys):
             capsys, data, folder
         )
     folder = copy_of(cache, tmp_path / "future")
-    manifest = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(manifest.replace('_version": 1', '_version": 2'))
+    manifest = read_json(str(folder / "manifest.json"))
+    write_json(str(folder / "manifest.json"), {**manifest, "format_version": 2})
     assert "another format version" in refused(capsys, data, folder)
     (folder / "manifest.json").write_text("[]")
     assert "manifest.json: Expected `object`" in refused(capsys, data, folder)
