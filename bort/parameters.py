@@ -6,7 +6,8 @@ import errno
 import glob
 import math
 import os
-from typing import Any, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -105,12 +106,26 @@ class _Reader:
 def save_parameters(model: Block, path: str, deduplicate: bool = True) -> None:
     """Write the parameters in MXNet's format, the tied matrix once or under both its names.
 
-    Raises `OSError` when the disk is full: MXNet does not say so.
+    Raises `OSError` when the disk is full: MXNet may not say so.
     """
-    model.save_parameters(path, deduplicate=deduplicate)
+    with mxnet_writes(path):
+        model.save_parameters(path, deduplicate=deduplicate)
     try:
         read_arrays(path)
     except UserError:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from None
+
+
+@contextmanager
+def mxnet_writes(path: str) -> Iterator[None]:
+    """Raise `OSError` where MXNet writes `path` and fails: its own error is a stack."""
+    from mxnet import MXNetError
+
+    try:
+        yield
+    except MXNetError as error:
+        if "fwrite" not in str(error):
+            raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from None
 
 

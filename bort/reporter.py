@@ -94,7 +94,7 @@ class FolderReporter:
             return
         os.makedirs(self._folder, exist_ok=True)
         write_json(os.path.join(self._folder, "config.json"), config)
-        _cut_after(self._path, step or -1, evaluate)
+        cut_after(self._path, step or -1, evaluate)
         self._lines = open(self._path, "ab")  # noqa: SIM115 (stays open)
         self._board = _board(os.path.join(self._folder, "tensorboard"), step)
         # Without lines: metric lines show the progress where there is no terminal.
@@ -161,7 +161,7 @@ def _board(folder: str, step: int) -> Any:
         return None
 
 
-def _cut_after(path: str, step: int, evaluate: bool) -> None:
+def cut_after(path: str, step: int, evaluate: bool) -> None:
     """Keep the lines up to a step; with `evaluate` its evaluation is to come again.
 
     Lines that are none of ours are moved to a file beside it: they must not block a resume.

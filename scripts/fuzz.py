@@ -4,9 +4,13 @@ r"""Give damaged and hostile files to every reader, and count the outcomes.
     python scripts/fuzz.py --cases 2000 --seed 1
     python scripts/fuzz.py --only shards,onnx --cases 500
     python scripts/fuzz.py --only "task CoLA" --seed 1 --case 17
+    python scripts/fuzz.py --flips --cases 4000
+    python scripts/fuzz.py --faults --only predict.py,sweep.py
 
 A clean line is an error of one line that names the file; handled means a value that a good file
-could give. Everything else is a fault of the reader: the exit status is then 1.
+could give. Everything else is a fault of the reader: the exit status is then 1. --flips flips one
+bit of a file with a checksum and counts by file how often that was noticed. --faults runs every
+program while it is killed, the disk is full, streams are closed, and so on.
 """
 
 from __future__ import annotations
@@ -32,7 +36,10 @@ class FuzzSettings:
 
     cases: int = option(2000, "damaged files, over all formats", minimum=1)
     seed: int = option(0, "of every damage", minimum=0)
-    only: str = option("", "formats whose names hold one of these words")
+    only: str = option("", "formats, with --faults programs, whose names hold one of these words")
+    flips: bool = option(False, "flip single bits, in formats with checksums")
+    faults: bool = option(False, "run every program under faults of the system")
+    repeats: int = option(2, "moments at which --faults kills each program", minimum=1)
     jobs: int = option(os.cpu_count() or 1, "processes at a time", minimum=1)
     case: Optional[int] = option(None, "run one case of --only with its traceback", minimum=0)
 
@@ -41,10 +48,9 @@ class FuzzSettings:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Print the table; returns the number of problems."""
     (settings,) = parse(str(__doc__), argv, FuzzSettings)
-    from tests.fuzz import formats
-
-    formats.prepare_imports()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        if settings.faults:
+            return all_faults(settings, Path(folder))
         if settings.case is not None:
             return one_case(settings, Path(folder))
         return many_cases(settings, Path(folder))
@@ -54,14 +60,15 @@ def many_cases(settings: FuzzSettings, folder: Path) -> int:
     """Run all cases and print the table of outcomes."""
     from tests.fuzz import formats, harness
 
+    formats.prepare_imports()
     start = time.perf_counter()
-    chosen = formats.named(settings.only)
-    samples = harness.make_samples(chosen, folder / "samples", settings.jobs)
+    chosen = formats.named(settings.only, summed=settings.flips)
+    samples = harness.make_samples(chosen, folder / "samples", settings.jobs, settings.flips)
     made = time.perf_counter()
     work = folder / "work"
     work.mkdir()
     tallies = harness.run(chosen, samples, settings.cases, settings.seed, settings.jobs, work)
-    print(harness.table(tallies))
+    print((harness.flip_table if settings.flips else harness.table)(tallies))
     found = harness.problems(tallies)
     print("\n".join(["", *found]) if found else "no problems")
     seconds = time.perf_counter() - made
@@ -69,12 +76,31 @@ def many_cases(settings: FuzzSettings, folder: Path) -> int:
     return sum(len(tally.problems) for tally in tallies.values())
 
 
+def all_faults(settings: FuzzSettings, folder: Path) -> int:
+    """Run every program under every fault and print the table of outcomes."""
+    from tests.fuzz import faults
+
+    start = time.perf_counter()
+    chosen = faults.chosen(settings.only)
+    outcomes = faults.run(
+        chosen, list(faults.FAULTS), settings.repeats, settings.seed, settings.jobs, folder
+    )
+    print(faults.table(outcomes))
+    skipped = sorted({one.problem for one in outcomes if one.problem.startswith(faults.SKIPPED)})
+    found = faults.problems(outcomes)
+    lines = [f"{one.program}, {one.fault}: {one.problem}" for one in found]
+    print("\n".join(["", *skipped, *lines]) if skipped or found else "no problems")
+    print(f"seed {settings.seed}: {time.perf_counter() - start:.0f} s")
+    return len(found)
+
+
 def one_case(settings: FuzzSettings, folder: Path) -> int:
     """Run one case again here, and show the damage and the traceback."""
     from tests.fuzz import formats, harness
 
-    (form, *_) = formats.named(settings.only)
-    samples = harness.make_samples([form], folder / "samples")
+    formats.prepare_imports()
+    (form, *_) = formats.named(settings.only, summed=settings.flips)
+    samples = harness.make_samples([form], folder / "samples", flips=settings.flips)
     bench = samples.bench(form, settings.seed, folder / "work")
     case = bench.run(settings.case, keep=True)
     print(case)

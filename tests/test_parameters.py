@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,23 @@ def save_checkpoint(folder: Path, model: Any, step: int = 1, fingerprint: str = 
     write = partial(save_parameters, model)
     state = {"tokenizer_fingerprint": fingerprint}
     return Path(checkpoint.save(str(folder), step, write, {"mean.0": np.zeros(2)}, state))
+
+
+@pytest.mark.parametrize("limit", [100, 5000, 20_000])
+def test_a_full_disk_is_said_without_mxnets_stack(
+    tiny_model: BortModel, tmp_path: Path, limit: int
+) -> None:
+    path = str(tmp_path / "x.params")
+    save_parameters(tiny_model, path)
+    assert os.path.getsize(path) > 20_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left") as caught:
+            save_parameters(tiny_model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == path
 
 
 # ---- which file --------------------------------------------------------------------------------

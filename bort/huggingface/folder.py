@@ -31,6 +31,7 @@ from bort.tokenization import Tokenizer
 from bort.types import TaskKind
 
 CONFIG, README = "config.json", "README.md"
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.model")
 OURS = "bort"  # the key of our own entries in config.json
 _OUR_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inputs_version")
 
@@ -130,7 +131,7 @@ def read(folder: str) -> SavedModel:
 
     Raises `UserError` naming the file and the entry that stands for another computation than ours.
     """
-    check_sums(folder, (WEIGHTS,))
+    check_sums(folder, (WEIGHTS, *VOCABULARY_FILES))
     config = read_json_as(os.path.join(folder, CONFIG), HuggingFaceConfig)
     try:
         architecture, shape = huggingface.parse_config(config)

@@ -29,7 +29,7 @@ from bort.inference.runtime import (
     load_symbol_block,
     metadata_of,
 )
-from bort.parameters import check_finite, parameter_file
+from bort.parameters import check_finite, mxnet_writes, parameter_file
 from bort.saved_model import load_model
 from bort.types import Block, TaskKind
 from data.batches import pad
@@ -70,7 +70,8 @@ def quantize_in_mxnet(network: Block, ids: np.ndarray, valid_length: np.ndarray)
     with tempfile.TemporaryDirectory() as folder:
         # MXNet quantizes only blocks that were exported and imported.
         exported = os.path.join(folder, "network")
-        _hybridize(network).export(exported)
+        with mxnet_writes(exported):
+            _hybridize(network).export(exported)
         return _hybridize(_calibrate(load_symbol_block(exported), ids, valid_length))
 
 
@@ -178,7 +179,9 @@ class Quantization:
         ids, lengths = calibration_batch(self._encode(split)[0], calibration_inputs, pad_id)
         metadata = metadata_of(self.path, self.model_config)
         write_onnx(build(self.network, "int8", metadata), files.onnx)
-        quantize_in_mxnet(self.network, ids, lengths).export(files.mxnet)
+        quantized = quantize_in_mxnet(self.network, ids, lengths)
+        with mxnet_writes(files.mxnet):
+            quantized.export(files.mxnet)
         checks = self._compare(files, batch_size)
         record = {
             "parameters_sha256": metadata["parameters_sha256"],

@@ -37,6 +37,12 @@ class Kind(NamedTuple):
     check: Callable[[Path], Found]
 
 
+def check_json(folder: Path) -> None:
+    """Read every JSON file of a folder, with its SHA-256 where it has one."""
+    for path in sorted(folder.glob("*.json")):
+        read_json(str(path))
+
+
 # ---- data ----------------------------------------------------------------------------------------
 
 

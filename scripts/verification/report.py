@@ -128,6 +128,8 @@ def _file_row(path: Path) -> Row:
 def _row(name: str, kind: Kind, path: Path) -> Row:
     try:
         found = kind.check(path)
+        if path.is_dir():
+            checks.check_json(path)
     except UserError as error:
         return Row(name, kind.name, DAMAGED, str(error))
     except OSError as error:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -30,7 +31,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 
 from bort.errors import UserError
-from tests.fuzz.mutators import Damage, damage, restore
+from tests.fuzz.mutators import Damage, damage, flip_one_bit, restore
 
 BATCH = 25  # cases in one child
 CPU_SECONDS = 10.0  # of one case
@@ -60,6 +61,7 @@ class Format:
     files: globs of the files that are damaged.
     guarded: globs of the files that a checksum covers: reading them changed is always wrong.
     share: cases, relative to those of other formats.
+    summed: it carries checksums, so that flipped bits are looked for.
     writes: the reader may write into the sample.
     """
 
@@ -70,6 +72,7 @@ class Format:
     guarded: Sequence[str] = ()
     share: float = 1.0
     writes: bool = False
+    summed: bool = False
 
 
 class Case(NamedTuple):
@@ -87,6 +90,7 @@ class Tally:
     """The outcomes of one format."""
 
     counts: collections.Counter = field(default_factory=collections.Counter)
+    # By file, and "noticed", "equal" or "no".
     flips: collections.Counter = field(default_factory=collections.Counter)
     problems: List[Case] = field(default_factory=list)
 
@@ -95,9 +99,15 @@ class Tally:
         self.counts[case.outcome] += 1
         if case.damage.kind == "flip_bit":
             noticed = case.outcome == "clean line" or case.detail == "noticed"
-            self.flips["noticed" if noticed else "equal" if case.detail == "equal" else "no"] += 1
+            answer = "noticed" if noticed else "equal" if case.detail == "equal" else "no"
+            self.flips[kind_of_file(case.damage.file), answer] += 1
         if case.outcome not in GOOD:
             self.problems.append(case)
+
+
+def kind_of_file(name: str) -> str:
+    """Return the name of a file without its folder and without numbers and sums in it."""
+    return re.sub(r"[0-9a-f]{16,}|\d+", "#", name.rpartition("/")[2])
 
 
 # ---- one case ------------------------------------------------------------------------------------
@@ -127,8 +137,11 @@ def _update(total: Any, value: Any) -> None:
 class Bench:
     """A copy of a sample, damaged and restored case by case."""
 
-    def __init__(self, form: Format, sample: Path, work: Path, seed: int, good: str) -> None:
-        self.form, self.sample, self.work, self.seed, self.good = form, sample, work, seed, good
+    def __init__(self, form: Format, samples: Samples, seed: int, work: Path) -> None:
+        self.form, self.work, self.seed = form, work, seed
+        self.sample, self.good = samples.folder / form.name, samples.good[form.name]
+        self.damage = samples.damage
+        sample = self.sample
         self.files = files_of(form, sample)
         self._renew()
 
@@ -141,7 +154,7 @@ class Bench:
         generator = random.Random(f"{self.seed} {self.form.name} {number}")
         name = generator.choice(self.files)
         path = self.work / name
-        done = damage(generator, path, self.work)
+        done = self.damage(generator, path, self.work)
         before = set(_paths(self.work))
         outcome, detail = self._judged(name)
         left = [one for one in set(_paths(self.work)) - before if not self._is_output(one)]
@@ -233,7 +246,8 @@ class _Child:
         self.ended = ""
 
     def _begin(self) -> None:
-        self._started, self._cpu = time.monotonic(), _cpu_seconds(self.pid)
+        self._seconds, self._looked = 0.0, time.monotonic()
+        self._cpu = _cpu_seconds(self.pid)
 
     def read(self) -> None:
         """Take what has been reported."""
@@ -250,7 +264,10 @@ class _Child:
 
     def watch(self) -> None:
         """End the child when its case takes too long or too much."""
-        if time.monotonic() - self._started > WALL_SECONDS:
+        now = time.monotonic()
+        # No more than a second at a time: this process may have been stopped itself.
+        self._seconds, self._looked = self._seconds + min(1.0, now - self._looked), now
+        if self._seconds > WALL_SECONDS:
             self._kill(f"{WALL_SECONDS:g} s without an end")
         elif _cpu_seconds(self.pid) - self._cpu > CPU_SECONDS:
             self._kill(f"{CPU_SECONDS:g} s of computation")
@@ -301,16 +318,20 @@ class Samples:
 
     folder: Path
     good: Dict[str, str]
+    damage: Callable[[random.Random, Path, Path], Damage] = damage
 
     def bench(self, form: Format, seed: int, work: Path) -> Bench:
         """Return a bench of one format."""
-        return Bench(form, self.folder / form.name, work, seed, self.good[form.name])
+        return Bench(form, self, seed, work)
 
 
-def make_samples(formats: Sequence[Format], folder: Path, jobs: int = 1) -> Samples:
+def make_samples(
+    formats: Sequence[Format], folder: Path, jobs: int = 1, flips: bool = False
+) -> Samples:
     """Write a sample of each format, and read it: a reader that refuses it is of no use here.
 
-    In children, `jobs` at a time: this process stays without threads.
+    In children, `jobs` at a time: this process stays without threads. With `flips` every damage
+    is one flipped bit.
     """
     good: Dict[str, str] = {}
     waiting, running = list(formats), {}
@@ -324,7 +345,7 @@ def make_samples(formats: Sequence[Format], folder: Path, jobs: int = 1) -> Samp
         for answer in select.select(list(running), [], [])[0]:
             name, pid = running.pop(answer)
             good[name] = answer_of(answer, pid, name)
-    return Samples(folder, good)
+    return Samples(folder, good, flip_one_bit if flips else damage)
 
 
 def _made(form: Format, place: Path) -> str:
@@ -432,7 +453,7 @@ def described(form: Format, samples: Samples, seed: int, number: int) -> Damage:
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(samples.folder / form.name / name, path)
-        return damage(generator, path, Path(folder))
+        return samples.damage(generator, path, Path(folder))
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -446,27 +467,49 @@ def table(tallies: Dict[str, Tally]) -> str:
     for tally in tallies.values():
         total.counts.update(tally.counts)
         total.flips.update(tally.flips)
-    lines = [header, *rows, ["all", *_cells(total)]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                  for i, (cell, w) in enumerate(zip(line, widths)))
-        for line in lines
-    )  # fmt: skip
+    return aligned([header, *rows, ["all", *_cells(total)]])
 
 
 def _cells(tally: Tally) -> List[str]:
     cases = sum(tally.counts.values())
     good = sum(tally.counts[name] for name in GOOD)
-    # A flip that changes nothing that is read has no effect to notice.
-    effective = sum(tally.flips.values()) - tally.flips["equal"]
     share = f"{100 * good / cases:.1f} %" if cases else "-"
     return [
         f"{cases:,}",
         *(str(tally.counts[name]) for name in OUTCOMES),
         share,
-        f"{tally.flips['noticed']}/{effective}",
+        _noticed(tally.flips),
     ]
+
+
+def _noticed(flips: collections.Counter) -> str:
+    """Return noticed/all; a flip that changes nothing that is read has no effect to notice."""
+    counts: collections.Counter = collections.Counter()
+    for (_, answer), number in flips.items():
+        counts[answer] += number
+    return f"{counts['noticed']}/{counts['noticed'] + counts['no']}"
+
+
+def flip_table(tallies: Dict[str, Tally]) -> str:
+    """Return by format and file how many flipped bits were noticed, and how many had no effect."""
+    rows = [["format", "file", "bits", "no effect", "noticed", "unnoticed"]]
+    for name, tally in tallies.items():
+        for file in sorted({file for file, _ in tally.flips}):
+            equal, noticed, missed = (tally.flips[file, a] for a in ("equal", "noticed", "no"))
+            rows.append([name, file, str(equal + noticed + missed), str(equal), str(noticed),
+                         str(missed)])  # fmt: skip
+    rows.append(["all", "", *(str(sum(int(row[i]) for row in rows[1:])) for i in range(2, 6))])
+    return aligned(rows, 2)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return rows of cells as text: the first `left` columns to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i < left else cell.rjust(w)
+                  for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )  # fmt: skip
 
 
 def problems(tallies: Dict[str, Tally], most: int = 100) -> List[str]:

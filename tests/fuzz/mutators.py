@@ -390,6 +390,12 @@ def damage(generator: random.Random, path: Path, folder: Path) -> Damage:
     return Damage(change.__name__, name)
 
 
+def flip_one_bit(generator: random.Random, path: Path, folder: Path) -> Damage:
+    """Flip one bit of a file of a sample in place."""
+    path.write_bytes(flip_bit(generator, path.read_bytes()))
+    return Damage(flip_bit.__name__, str(path.relative_to(folder)))
+
+
 def restore(path: Path, original: Path) -> None:
     """Put the file back as it is in the sample."""
     if path.is_dir() and not path.is_symlink():

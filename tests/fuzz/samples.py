@@ -6,7 +6,6 @@ import bz2
 import contextlib
 import gzip
 import io
-import json
 import lzma
 import shutil
 import zipfile
@@ -15,6 +14,7 @@ from typing import Any, Callable
 
 import numpy as np
 
+from bort.journal import line_of
 from tests.conftest import ROOT
 
 TEST_DATA = ROOT / "test_data"
@@ -253,4 +253,4 @@ def write_metrics(path: Path) -> None:
          "tokens_per_second": 1000.0 + step, "model_share": 0.9}
         for step in range(1, 7) for phase in ("train", "eval")
     ]  # fmt: skip
-    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    path.write_bytes(b"".join(map(line_of, records)))
