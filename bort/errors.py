@@ -112,6 +112,7 @@ def _open_closed_streams() -> None:
             if handle != number:
                 os.dup2(handle, number)
                 os.close(handle)
+            os.set_inheritable(number, True)  # child processes have the stream, too
             mode = "r" if number == 0 else "w"
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (stays)
             setattr(sys, name, stream)

@@ -322,6 +322,8 @@ class JobProcess(Generic[Result]):
         self._start = time.monotonic()
         receiver, sender = os.pipe()
         path = [entry or os.getcwd() for entry in sys.path]
+        # Ctrl-C while it starts waits until it ignores that.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             self._popen = subprocess.Popen(
                 [sys.executable, "-c", _BOOT.format(path=path), str(os.getpid()), str(sender)],
@@ -334,6 +336,7 @@ class JobProcess(Generic[Result]):
             os.close(receiver)
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(sender)
         self._receiver = Connection(receiver, writable=False)
         assert self._popen.stdin is not None
@@ -410,6 +413,7 @@ def main() -> None:
     parent, sender = (int(word) for word in sys.argv[1:])
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     from multiprocessing import spawn
 
     spawn.prepare(pickle.load(sys.stdin.buffer))
@@ -430,9 +434,9 @@ def main() -> None:
 def sendable(error: Exception) -> Exception:
     """Return the exception, or a RuntimeError of its text where it cannot be pickled.
 
-    Unless it is a `UserError`, a bug raised it: its traceback goes to stderr.
+    Unless a user or the system caused it, it is a bug: its traceback goes to stderr.
     """
-    if not isinstance(error, UserError):
+    if not isinstance(error, (UserError, OSError, MemoryError)):
         traceback.print_exception(type(error), error, error.__traceback__)
     try:
         return pickle.loads(pickle.dumps(error))

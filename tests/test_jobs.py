@@ -208,6 +208,9 @@ def test_errors_reach_the_caller(capfd):
     with pytest.raises(UserError, match="file: wrong; fix it"):
         run(user_mistake)
     assert capfd.readouterr().err == ""
+    with pytest.raises(FileNotFoundError, match="nowhere") as missing:
+        run(partial(os.listdir, "/nowhere"))
+    assert (missing.value.filename, capfd.readouterr().err) == ("/nowhere", "")
     with pytest.raises(KeyError, match="not the user's"):
         run(bug)
     assert "in bug" in capfd.readouterr().err  # its traceback
@@ -218,6 +221,19 @@ def test_errors_reach_the_caller(capfd):
     with pytest.raises(ProcessDiedError, match="ended with status 3") as died:
         run(partial(end, 3))
     assert died.value.status == 3
+
+
+def test_ctrl_c_never_reaches_a_job_not_even_while_it_starts(capfd):
+    with Processes(1) as executor:
+        future = executor.submit(time.sleep, 0.2)
+        while not executor._running:
+            time.sleep(0.001)
+        (process,) = executor._running
+        while not future.done():
+            process._popen.send_signal(signal.SIGINT)
+            time.sleep(0.005)
+        assert future.result() is None
+    assert capfd.readouterr().err == ""
 
 
 def test_a_job_over_time_is_ended(tmp_path):

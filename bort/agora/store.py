@@ -73,10 +73,13 @@ class DiskStore(Store):
         """Write the model; it appears under its name complete or not at all."""
         path = os.path.join(self.folder, name)
         temporary = temporary_name(path)
-        self.write_model(temporary, model)
-        _flush(temporary)
-        _remove(path)
-        os.replace(temporary, path)
+        try:
+            self.write_model(temporary, model)
+            _flush(temporary)
+            _remove(path)
+            os.replace(temporary, path)
+        finally:
+            _remove(temporary)
 
     def load_model(self, name: str) -> Any:
         """Read the model kept under `name`."""

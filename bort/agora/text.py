@@ -196,7 +196,11 @@ def open_store(folder: str) -> DiskStore:
     """Open the journal and the best model of a run in its folder."""
 
     def write(path: str, model: FittedText) -> None:
-        shutil.copytree(model.folder, path)
+        try:
+            shutil.copytree(model.folder, path)
+        except shutil.Error as error:
+            _, target, reason = error.args[0][0]  # of the first file
+            raise UserError(f"{target}: cannot be written ({reason})") from None
 
     return DiskStore(folder, write, FittedText)
 

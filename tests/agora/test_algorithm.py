@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -513,6 +515,18 @@ def test_a_damaged_line_costs_its_own_fit_only(tmp_path, capsys, damage):
     assert warning.startswith(f"warning: {journal}:3: damaged record, moved to {journal}.damaged (")
     assert (tmp_path / "journal.jsonl.damaged").read_bytes() == damage + b"\n"
     assert all(json.loads(line) for line in journal.read_bytes().splitlines())
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing(tmp_path):
+    def write(path, model):
+        Path(path).mkdir()
+        (Path(path) / "half").touch()
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    store = DiskStore(str(tmp_path), write, str)
+    with pytest.raises(OSError, match="No space left"):
+        store.save_model("best", None)
+    assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_predictions_of_the_wrong_number_are_made_again(tmp_path):

@@ -22,7 +22,8 @@ try:
     os.replace(out + ".tmp", out)
     print("done", flush=True)
 except KeyboardInterrupt:
-    {interrupted}
+    os.path.exists(out + ".tmp") and os.remove(out + ".tmp")
+    sys.exit(130)
 except OSError as error:
     if os.path.exists(out + ".tmp"):
         os.remove(out + ".tmp")
@@ -30,13 +31,12 @@ except OSError as error:
     sys.exit(f"error: {{out}}: {{error.strerror}}")
 {more}
 """
-CLEAN = 'os.path.exists(out + ".tmp") and os.remove(out + ".tmp"); sys.exit(130)'
 STREAMS = ["no stdin", "| head", ">/dev/full", "no stderr"]
 
 
-def run(tmp_path: Path, names: list[str], more: str = "", interrupted: str = CLEAN) -> list[str]:
+def run(tmp_path: Path, names: list[str], more: str = "") -> list[str]:
     script = tmp_path / "program.py"
-    script.write_text(GOOD.format(more=more, interrupted=interrupted))
+    script.write_text(GOOD.format(more=more))
     program = Program(str(script), "{w}/out.txt", [])
     found = faults.run([program], names, 2, 3, 2, tmp_path / "work")
     return [one.problem for one in found if not one.problem.startswith(faults.SKIPPED)]
@@ -84,10 +84,32 @@ def test_what_does_not_end_is_ended(tmp_path, monkeypatch):
     assert found == "no end after 0.5 s"
 
 
-def test_ctrl_c_with_a_traceback_is_told(tmp_path):
-    slow = "time.sleep(2)"
-    problems = run(tmp_path, ["Ctrl-C"], slow, interrupted="raise")
-    assert any("traceback" in problem for problem in problems)
+TRACE = 'Traceback (most recent call last):\n  File "{}", line 1\nKeyboardInterrupt\n'
+ENDS = [
+    (130, "interrupted\n", ""),
+    (-2, "interrupted\n", ""),
+    (0, "warning: x\n[07:20:39] MXNet start\n", ""),
+    (1, "error: x\n", ""),
+    (-2, TRACE.format("program.py"), "traceback"),
+    (130, TRACE.format("program.py"), "traceback"),
+    (-2, TRACE.format("<frozen site>"), ""),
+    (1, "", "0 lines"),
+    (1, "error: x\nand more\n", "2 lines"),
+    (-11, "", "status -11"),
+    (0, "Exception ignored in: x\n", "traceback"),
+]
+
+
+@pytest.mark.parametrize(("status", "error", "problem"), ENDS)
+def test_ends_are_judged(tmp_path, status, error, problem):
+    case = faults.Case(PROGRAMS[0], tmp_path, tmp_path / "case", None, "")
+    try:
+        case.require_clean(faults.End(status, error), 130, -signal.SIGINT)
+        said = ""
+    except faults.FaultError as found:
+        said = str(found)
+    assert problem in said
+    assert bool(problem) == bool(said)
 
 
 def test_waiting_does_not_count_the_time_in_which_this_process_is_stopped(monkeypatch):
