@@ -220,6 +220,9 @@ def _check(model_config: ModelConfig) -> None:
         raise UserError(f"pooling is {quoted(model_config.pooling)}, expected cls or mean")
     if model_config.kind not in KINDS:
         raise UserError(f"kind is {quoted(model_config.kind)}, expected one of {', '.join(KINDS)}")
+    labels, outputs = len(model_config.labels), model_config.num_outputs
+    if model_config.kind == TaskKind.CLASSIFICATION and labels != outputs:
+        raise UserError(f"num_outputs is {outputs}, but there are {labels} labels")
 
 
 def build_network(

@@ -408,6 +408,8 @@ def _find_member(opened: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     entry = min(entries, key=lambda info: info.filename.count("/"))
     if entry.file_size > MAX_BYTES:
         raise UserError(f"{opened.filename}: {name} would take {entry.file_size} bytes")
+    if not entry.file_size:
+        raise UserError(f"{opened.filename}: {name} in it is empty")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(f"{opened.filename}: {name} is compressed in a way that is not official")
     return entry

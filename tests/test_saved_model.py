@@ -147,6 +147,8 @@ def test_what_is_no_saved_model_is_refused(tmp_path, tokenizer):
         {**written, "model": "bort_1999999999_2_16_16"},
         {**written, "num_outputs": 10**9},
         {**written, "kind": "poem"},
+        {**written, "num_outputs": 3},
+        {**written, "labels": ["0"]},
     ):
         (tmp_path / "best.json").write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(UserError, match=r"best\.json"):

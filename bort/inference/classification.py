@@ -9,7 +9,7 @@ from typing import Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.inference.base import (
     BATCH_SIZE,
     Input,
@@ -162,7 +162,13 @@ class ClassificationPipeline:
         logits = np.empty((len(sequences), self.model_config.num_outputs))
         max_len, pad_id = self.model_config.max_len, self.tokenizer.pad_id
         for batch in token_batches(sequences, self.batch_size, max_len, pad_id):
-            logits[batch.indices] = self.backend.logits(batch.ids, batch.valid_length)
+            found = self.backend.logits(batch.ids, batch.valid_length)
+            if found.shape[1:] != logits.shape[1:]:
+                raise UserError(
+                    f"the model gives {found.shape[-1]} outputs, its configuration says "
+                    f"{logits.shape[1]}; restore it"
+                )
+            logits[batch.indices] = found
         return logits
 
     def _decide(self, query: Query, logits: np.ndarray) -> Prediction:
@@ -238,7 +244,8 @@ def _task(path: str, model_config: ModelConfig, name: Optional[str]) -> Optional
         raise UserError(str(error).replace("--task_name", "--task")) from None
     if model_config.task not in (task.name, task.model_task):
         raise UserError(
-            f"--task {task.name}: {path} is a model of {model_config.task or 'no task'}"
+            f"--task {task.name}: {path} is a model of "
+            f"{quoted(model_config.task)[1:-1] or 'no task'}"
         )
     check_inputs_version(task, model_config.inputs_version, path)
     return task

@@ -243,6 +243,7 @@ LONG = b"a\t1\t\tBirds sing.\n" * 200
         (b"<html>moved</html>", "is damaged"),
         (stored("train.tsv", LONG), r"is damaged \(Bad CRC-32"),
         (zipped({"X/train.tsv": LONG}), r"contains no dev\.tsv"),
+        (zipped({"train.tsv": LONG, "dev.tsv": b"", "test.tsv": LONG}), r"dev\.tsv in it is empty"),
         (
             zipped({"train.tsv": b"a\t1\t\tOne.\n", "dev.tsv": LONG, "test.tsv": LONG}),
             "CoLA: 1 train rows instead of 2",

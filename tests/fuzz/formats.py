@@ -451,6 +451,8 @@ def read_model(folder: Path) -> Any:
 
     network, model_config, tokenizer = load_model(str(folder))
     scores = require_finite(network(*map(nd.array, (IDS, LENGTHS))).asnumpy())
+    if tokenizer is None:
+        return Noticed("a model without tokenizer, which no program takes")
     return scores, model_config.task, model_config.labels, _used(tokenizer)
 
 
