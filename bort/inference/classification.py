@@ -75,13 +75,7 @@ class ClassificationPipeline:
     @property
     def num_texts(self) -> int:
         """Return the number of texts of an input; candidates may be more."""
-        if self.model_config.kind == TaskKind.MULTIPLE_CHOICE:
-            return 1 + len(self.model_config.labels)
-        if self.model_config.kind == TaskKind.CANDIDATES:
-            return 3
-        if self.model_config.race_cast == "joined":
-            return 1 + len(self.model_config.labels)
-        return len(self.task.text_columns) or 2 if self.task else 1
+        return num_texts(self.model_config, self.task)
 
     @property
     def schema(self) -> InputSchema:
@@ -184,6 +178,17 @@ class ClassificationPipeline:
             best = int(probabilities.argmax())
         values = probabilities.tolist()
         return Prediction(query.names[best], values[best], dict(zip(query.names, values)))
+
+
+def num_texts(model_config: ModelConfig, task: Optional[Task]) -> int:
+    """Return the number of texts of an input of a classifier; candidates may be more."""
+    if model_config.kind == TaskKind.MULTIPLE_CHOICE:
+        return 1 + len(model_config.labels)
+    if model_config.kind == TaskKind.CANDIDATES:
+        return 3
+    if model_config.race_cast == "joined":
+        return 1 + len(model_config.labels)
+    return len(task.text_columns) or 2 if task else 1
 
 
 def _query_number(example: Example) -> int:

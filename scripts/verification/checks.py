@@ -133,6 +133,14 @@ def check_onnx_folder(folder: Path) -> Found:
     return Found(True, ", ".join(path.name for path in paths))
 
 
+def check_demo_page(folder: Path) -> Found:
+    """Compare the SHA-256 of a demo page's files."""
+    from bort.huggingface.sums import check_sums
+
+    check_sums(str(folder))
+    return Found(True, "")
+
+
 def check_tokenizer(folder: Path) -> Found:
     """Load a tokenizer."""
     from bort.tokenization import load_tokenizer_folder

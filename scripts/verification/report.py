@@ -58,7 +58,7 @@ def _is_huggingface(folder: Path) -> bool:
 
 
 def _is_onnx_folder(folder: Path) -> bool:
-    return (folder / "onnx" / "model.onnx").is_file() and _has("config.json")(folder)
+    return any(folder.glob("onnx/*.onnx")) and _has("config.json")(folder)
 
 
 def _is_submission(folder: Path) -> bool:
@@ -68,6 +68,7 @@ def _is_submission(folder: Path) -> bool:
 # The first that matches names a folder; what it may match as well stands below it.
 KINDS: Sequence[Kind] = (
     Kind("checkpoint", _is_checkpoint, checks.check_checkpoint),
+    Kind("demo page", _has("page.json"), checks.check_demo_page),
     Kind("ONNX export for Hugging Face", _is_onnx_folder, checks.check_onnx_folder),
     Kind("Hugging Face export", _is_huggingface, checks.check_huggingface),
     Kind("sweep", _has("sweep.json", "sweep.tsv"), checks.check_sweep),

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bort.deployment import npm
+from bort.errors import UserError
 from bort.saved_model import ModelConfig, build_network, save_model
 from bort.tokenization import ByteLevelBPE
 from tests.conftest import ROOT
@@ -59,8 +61,6 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     They are installed once for all tests; BORT_NODE_MODULES names a folder where they are already.
     """
-    from bort.deployment.npm import TRANSFORMERS
-
     if not shutil.which("node") or not shutil.which("npm"):
         pytest.skip("needs node and npm")
     folder = tmp_path_factory.getbasetemp() / "node"
@@ -69,12 +69,23 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if installed := os.environ.get("BORT_NODE_MODULES"):
             (folder / "node_modules").symlink_to(installed)
         else:
-            _install(
-                folder, f"{TRANSFORMERS.name}@{TRANSFORMERS.version}", "playwright-core@1.65.1"
-            )
+            _install(folder, npm.TRANSFORMERS.spec, "playwright-core@1.65.1")
         for script in (ROOT / "tests" / "deployment").glob("*.mjs"):
             shutil.copy(script, folder)
     return folder
+
+
+def archives(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a folder with the real archives of the packages, which npm downloads once."""
+    folder = tmp_path_factory.getbasetemp() / "archives"
+    if not folder.exists():
+        folder.mkdir()
+        try:
+            npm.download(str(folder))
+        except UserError as error:
+            shutil.rmtree(folder)
+            pytest.skip(str(error))
+    return str(folder)
 
 
 def _install(folder: Path, *packages: str) -> None:
