@@ -126,7 +126,13 @@ def _decoded(line: bytes, is_record: Callable[[Any], bool]) -> Any:
 
 
 def _append(path: str, lines: list[bytes]) -> None:
-    with open(path, "ab") as handle:
-        handle.writelines(lines)
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        with open(path, "ab") as handle:
+            handle.writelines(lines)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free some space and run the same "
+            "command again"
+        ) from None

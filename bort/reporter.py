@@ -6,16 +6,19 @@ import os
 import statistics
 import sys
 import time
-from typing import Any, Mapping, Protocol
+from contextlib import contextmanager, suppress
+from typing import Any, Iterator, Mapping, Protocol
 
 import numpy as np
 
 from bort.communicator import Communicator
+from bort.errors import UserError
 from bort.files import atomic_write, write_json
 from bort.journal import line_of, record_of
 from bort.progress import ProgressBar
 
 FILE = "metrics.jsonl"
+BOARD_SECONDS = 10.0  # between writes of TensorBoard's file to the disk
 
 
 class Reporter(Protocol):
@@ -95,8 +98,9 @@ class FolderReporter:
         os.makedirs(self._folder, exist_ok=True)
         write_json(os.path.join(self._folder, "config.json"), config)
         cut_after(self._path, step or -1, evaluate)
-        self._lines = open(self._path, "ab")  # noqa: SIM115 (stays open)
-        self._board = _board(os.path.join(self._folder, "tensorboard"), step)
+        with self._explained():
+            self._lines = open(self._path, "ab")  # noqa: SIM115 (stays open)
+            self._board = _Board(os.path.join(self._folder, "tensorboard"), step + 1)
         # Without lines: metric lines show the progress where there is no terminal.
         self._bar = ProgressBar(
             "", max_steps, "step", initial=step, enabled=not self._quiet, lines=False
@@ -112,10 +116,10 @@ class FolderReporter:
         if not self._enabled:
             return
         record = {"step": step, "phase": phase, "time": round(time.time(), 3), **values}
-        self._lines.write(line_of(record))
-        self._lines.flush()
-        for name, value in values.items() if self._board else ():
-            self._board.add_scalar(f"{phase}/{name}", value, step)
+        with self._explained():
+            self._lines.write(line_of(record))
+            self._lines.flush()
+            self._board.add(step, {f"{phase}/{name}": value for name, value in values.items()})
         shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         self.say(f"step {step:>7}  {phase:<5} {shown}")
 
@@ -128,8 +132,19 @@ class FolderReporter:
         """Save arrays as an .npz file of the run's folder; returns its path, on every rank."""
         path = os.path.join(self._folder, name)
         if self._enabled:
-            np.savez(path, **arrays)
+            with atomic_write(path, "wb") as file:
+                np.savez(file, **arrays)
         return path
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._folder}: the metrics cannot be written ({error.strerror}); free some "
+                "space and resume"
+            ) from None
 
     def __enter__(self) -> FolderReporter:
         return self
@@ -139,26 +154,49 @@ class FolderReporter:
         if not self._enabled:
             return
         self._bar.close()
-        self._lines.close()
-        if self._board:
-            self._board.close()
+        for file in (self._lines, self._board):
+            # After a failed write, closing fails again.
+            with suppress(OSError) if kind else self._explained():
+                file.close()
         if kind is None and not self._quiet:
             print(closing_table(self._path), flush=True)
 
 
-def _board(folder: str, step: int) -> Any:
-    """Return a writer of TensorBoard events; None, with a warning, without shared memory."""
-    # Imported here: protobuf takes a while, and only rank 0 needs it.
-    from tensorboardX import SummaryWriter
+class _Board:
+    """TensorBoard's file of scalars, written by this thread.
 
-    try:
-        return SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        # Its queue has a semaphore in /dev/shm, which cannot be written to in some containers.
-        print(f"warning: no TensorBoard events are written ({error.strerror})", file=sys.stderr)
-        return None
+    tensorboardX's SummaryWriter has a thread for it, and waits for that one for ever once a write
+    of it has failed, as on a full disk; and it needs shared memory, which some containers lack.
+    """
+
+    def __init__(self, folder: str, first_step: int) -> None:
+        # Imported here: protobuf takes a while, and only rank 0 needs it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._event, self._summary = Event, Summary
+        os.makedirs(folder, exist_ok=True)
+        self._events = EventsWriter(os.path.join(folder, "events"))
+        # TensorBoard then hides what an earlier attempt wrote from this step on.
+        start = SessionLog(status=SessionLog.START)
+        self._write(step=first_step, session_log=start)
+        self._flushed = time.monotonic()
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Add scalars by name."""
+        values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]
+        self._write(step=step, summary=self._summary(value=values))
+        if time.monotonic() - self._flushed > BOARD_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is left, and close the file."""
+        self._events.close()
+
+    def _write(self, **content: Any) -> None:
+        self._events.write_event(self._event(wall_time=time.time(), **content))
 
 
 def cut_after(path: str, step: int, evaluate: bool) -> None:

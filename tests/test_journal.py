@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from bort.errors import UserError
 from bort.journal import Journal
 
 RECORDS = [{"n": number} for number in range(5)]
@@ -120,3 +122,11 @@ def test_all_records_are_set_aside(path, capsys):
     assert "another search; its 5 records" in capsys.readouterr().err
     journal.append(RECORDS[0])
     assert Journal(str(path), is_record).records == RECORDS[:1]
+
+
+def test_a_full_disk_is_one_line(path):
+    journal = Journal(str(path), is_record)
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=re.escape(f"{path}: cannot be written (No space left")):
+        journal.append({"n": 1})

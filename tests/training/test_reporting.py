@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
+import resource
 import struct
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bort.communicator import SingleProcess
+from bort.errors import UserError
 from bort.files import read_json
 from bort.journal import record_of
 from bort.reporter import FolderReporter, NullReporter, closing_table
@@ -114,15 +118,43 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     }
 
 
-def test_without_shared_memory_there_are_no_events_but_metrics(tmp_path, capsys, monkeypatch):
+def test_tensorboard_needs_no_shared_memory(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("multiprocessing.Queue", refuse)
     with reporter_in(tmp_path) as reporter:
         reporter.log(5, "train", TRAIN)
-    assert steps(tmp_path) == [5]
-    assert "warning: no TensorBoard events are written (Read-only" in capsys.readouterr().err
+    assert scalars(tmp_path)[("train/loss", 5)] == 1.25
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Let writes beyond a size fail, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, full):
+    """SummaryWriter's thread would die of it, and the run wait for it for ever."""
+    with reporter_in(tmp_path, quiet=True) as warm_up:  # imports
+        warm_up.log(1, "train", TRAIN)
+    message = f"{tmp_path}: the metrics cannot be written (File too large); free some space and"
+    with files_of_at_most(30_000), pytest.raises(UserError, match=re.escape(message)):
+        log_for_long(tmp_path, to_board_alone=full == "tensorboard")
+
+
+def log_for_long(folder, to_board_alone):
+    with reporter_in(folder, quiet=True) as reporter, open(os.devnull, "wb") as nowhere:
+        if to_board_alone:
+            reporter._lines = nowhere
+        for step in range(2, 2000):
+            reporter.log(step, "train", TRAIN)
 
 
 def test_the_closing_table_is_that_of_a_run_that_did_not_fail(tmp_path, capsys):
