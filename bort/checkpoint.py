@@ -28,7 +28,7 @@ from typing import Any, Callable, Mapping, NamedTuple
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import json_sha256, sha256_of, temporary_name, write_json
+from bort.files import json_sha256, sha256_of, temporary_name, write_json, write_npz
 
 MODEL = "model.params"
 MODEL_CONFIG = "model.json"
@@ -93,7 +93,7 @@ def save(
     try:
         os.makedirs(temporary)
         write_model(os.path.join(temporary, MODEL))
-        np.savez(os.path.join(temporary, TRAINER), **arrays)
+        write_npz(os.path.join(temporary, TRAINER), arrays)
         files = [file for file in _files(temporary) if not (unfinished and file == MODEL_CONFIG)]
         sums = {file: _flushed_sha256(os.path.join(temporary, file)) for file in files}
         _write_state(temporary, {"step": step, **state, "sha256": sums})
@@ -103,7 +103,7 @@ def save(
         point(folder, LAST, name)
     except (OSError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _not_saved(folder, step, error) from None
+        raise _not_saved(folder, step, error, temporary) from None
     return os.path.join(folder, name)
 
 
@@ -122,7 +122,7 @@ def amend(path: str, write_config: Callable[[str], None], state: Mapping[str, An
         sums = {file: sums[file] for file in sorted(sums)}
         _write_state(path, {"step": step, **state, "sha256": sums})
     except (OSError, UserError) as error:
-        raise _not_saved(os.path.dirname(path), step, error) from None
+        raise _not_saved(os.path.dirname(path), step, error, path) from None
 
 
 def _write_state(path: str, content: Mapping[str, Any]) -> None:
@@ -141,8 +141,9 @@ def _move(source: str, target: str) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _not_saved(folder: str, step: int, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or error
+def _not_saved(folder: str, step: int, error: Exception, place: str) -> UserError:
+    """Return the error that says why a step cannot be saved; `place` is where it was written."""
+    reason = getattr(error, "strerror", None) or str(error).replace(os.path.join(place, ""), "")
     good = [other for other in steps(folder) if other < step]
     last = f"the last good checkpoint is {_name(good[-1])}" if good else "there is none before it"
     return UserError(

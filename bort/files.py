@@ -19,7 +19,7 @@ import sys
 import time
 import zipfile
 import zlib
-from typing import IO, Any, Iterator, TypeVar
+from typing import IO, Any, Iterator, Mapping, TypeVar
 
 from bort.errors import UserError, quoted
 
@@ -181,6 +181,19 @@ def write_json(path: str, content: Any, with_sum: bool = True) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     with atomic_write(path) as handle:
         handle.write(f"{text}\n")
+
+
+def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by name as an .npz file under `path`, atomically and without pickle.
+
+    As NumPy's savez, which leaves its archive open when a write fails: that complains later.
+    """
+    import numpy as np
+
+    with atomic_write(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.files import atomic_write, write_json
+from bort.files import atomic_write, write_json, write_npz
 from bort.journal import line_of, record_of
 from bort.progress import ProgressBar
 
@@ -132,8 +132,7 @@ class FolderReporter:
         """Save arrays as an .npz file of the run's folder; returns its path, on every rank."""
         path = os.path.join(self._folder, name)
         if self._enabled:
-            with atomic_write(path, "wb") as file:
-                np.savez(file, **arrays)
+            write_npz(path, arrays)
         return path
 
     @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.files import NPZ_ERRORS, atomic_write
+from bort.files import NPZ_ERRORS, write_npz
 from bort.tokenization import Tokenizer
 from data.batches import BucketSampler, pad
 from data.task import Example
@@ -222,9 +222,8 @@ def _sha256(ids: np.ndarray, lengths: np.ndarray) -> bytes:
 def _write(path: str, ids: np.ndarray, lengths: np.ndarray) -> None:
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with atomic_write(path, "wb") as handle:
-            sha256 = np.frombuffer(_sha256(ids, lengths), np.uint8)
-            np.savez(handle, **dict(zip(_ARRAYS, (ids, lengths, sha256))))
+        sha256 = np.frombuffer(_sha256(ids, lengths), np.uint8)
+        write_npz(path, dict(zip(_ARRAYS, (ids, lengths, sha256))))
     except OSError as error:
         raise UserError(f"--cache_dir: {path} cannot be written ({error.strerror})") from None
     except UserError as error:

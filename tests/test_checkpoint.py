@@ -92,7 +92,7 @@ def killed_renaming(source, target, rename=os.replace):
 @pytest.mark.parametrize(
     ("place", "name", "instead", "stands"),
     [
-        (np, "savez", killed, 1),
+        (checkpoint, "write_npz", killed, 1),
         (checkpoint, "_flushed_sha256", killed, 1),
         (checkpoint, "write_json", killed, 1),
         (os, "replace", killed_renaming, 1),
@@ -279,16 +279,24 @@ def test_a_read_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, file, 
         checkpoint.latest(str(tmp_path))
 
 
-def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [("makedirs", ""), ("fsync", "trainer.npz: cannot be written ")],
+)
+def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_nothing(
+    tmp_path, monkeypatch, where, reason
+):
     def full(*_args, **_keywords):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     save(tmp_path, 7)
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(os, where, full)
     with pytest.raises(UserError) as caught:
         save(tmp_path, 9)
+    explained = f"{reason}(No space left on device)"
     assert str(caught.value) == (
-        f"{tmp_path}: the checkpoint of step 9 cannot be written (No space left on device); the "
+        f"{tmp_path}: the checkpoint of step 9 cannot be written "
+        f"{f'({explained})' if reason else explained}; the "
         "last good checkpoint is step-0000007; free some space and resume"
     )
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_last", "step-0000007"]

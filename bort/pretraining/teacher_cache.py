@@ -37,12 +37,12 @@ from bort.encoder import fuse_qkv
 from bort.errors import UserError
 from bort.files import (
     NPZ_ERRORS,
-    atomic_write,
     has_lock,
     read_json_as,
     sha256_of,
     temporary_name,
     write_json,
+    write_npz,
 )
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
 from bort.progress import ProgressBar
@@ -240,12 +240,11 @@ def prepare_cache(folder: str, teacher: Block, manifest: CacheManifest) -> None:
                 )
         return
     projection = teacher.decoder[3]
-    with atomic_write(os.path.join(folder, PROJECTION_FILE), "wb") as handle:
-        np.savez(
-            handle,
-            weight=projection.weight.data(projection.weight.list_ctx()[0]).asnumpy(),
-            bias=projection.bias.data(projection.bias.list_ctx()[0]).asnumpy(),
-        )
+    arrays = {
+        name: value.data(value.list_ctx()[0]).asnumpy()
+        for name, value in (("weight", projection.weight), ("bias", projection.bias))
+    }
+    write_npz(os.path.join(folder, PROJECTION_FILE), arrays)
     # Last: a folder with a manifest is complete.
     write_json(path, asdict(manifest))
 
