@@ -370,13 +370,20 @@ def cache_shard(
 
 @contextmanager
 def _opened_rows(final: str) -> Iterator[tuple[IO[bytes], str]]:
-    """Give the open file of unfinished rows and its path; a new one when another job writes it."""
+    """Give the open file of unfinished rows and its path; a new one when another job writes it.
+
+    A symbolic link in its place is an `OSError`: it would be written through.
+    """
+
+    def no_link(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
     path = partial_path(final)
     with ExitStack() as stack:
-        handle = stack.enter_context(open(path, "ab"))
+        handle = stack.enter_context(open(path, "ab", opener=no_link))
         if not has_lock(handle, path):
             path = temporary_name(final)
-            handle = stack.enter_context(open(path, "ab"))
+            handle = stack.enter_context(open(path, "xb"))
         yield handle, path
 
 

@@ -26,6 +26,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from tests.conftest import ROOT
 from tests.fuzz.harness import aligned, answer_of, start_child
 from tests.fuzz.programs import PROGRAMS, Program, copy_inputs, make_inputs
+from tests.fuzz.server import MODES, serving
 
 LIMIT = 300.0  # seconds of one command
 GONE = 10.0  # seconds in which the processes of a killed program end
@@ -67,7 +68,7 @@ class Case:
     ) -> None:
         self.program, self.inputs, self.place, self.good = program, inputs, place, good
         self.generator = random.Random(f"{seed} {program.name}")
-        self.folder = place / "work"
+        self.folder, self.server = place / "work", ""
         place.mkdir(parents=True)
 
     def prepare(self, folder: Optional[Path] = None) -> None:
@@ -77,7 +78,7 @@ class Case:
 
     def start(self, redirect: str = "", stdout: Any = None, **variables: str) -> subprocess.Popen:
         """Start the command in a new session, with a redirection in the words of a shell."""
-        command = self.program.command(os.fsdecode(os.fsencode(self.folder)))
+        command = self.program.command(str(self.folder), self.server)
         if redirect:
             command = ["/bin/sh", "-c", f'exec "$@" {redirect}', "sh", *command]
         (self.place / "stdin").write_bytes(self.program.stdin)
@@ -304,6 +305,25 @@ def no_shared_memory(case: Case) -> None:
     case.require_results()
 
 
+def misbehaving_server(mode: str) -> Callable[[Case], None]:
+    """Return a fault: a server that answers in one of `server.MODES`."""
+
+    def fault(case: Case) -> None:
+        case.prepare()
+        with serving(mode) as case.server:
+            end = case.run()
+        case.require_clean(end)
+        if end.status == 0:
+            raise FaultError("a success, of what is no archive")
+        # What was fetched may be kept, for the next attempt.
+        left = [name for name in files_in(case.folder) if not name.endswith(".part")]
+        if left:
+            raise FaultError(f"left behind: {left[0]}")
+
+    return fault
+
+
+SERVER = "bad server"
 FAULTS: Dict[str, Sequence[Callable[[Case], None]]] = {
     "kill": [signalled(signal.SIGKILL, -signal.SIGKILL)],
     "Ctrl-C": [signalled(signal.SIGINT, 130, -signal.SIGINT)],
@@ -320,6 +340,7 @@ FAULTS: Dict[str, Sequence[Callable[[Case], None]]] = {
     "threads 2,1": [environment(same=False, OMP_NUM_THREADS="2,1")],
     "python -OO": [without_docstrings],
     "/dev/shm": [no_shared_memory],
+    SERVER: [misbehaving_server(mode) for mode in MODES],
 }
 # Repeated with other moments.
 REPEATED = ("kill", "Ctrl-C", "SIGTERM", "two at once", "disk full")
@@ -454,19 +475,22 @@ def run(
             undisturbed(program, inputs, folder / "good" / program.name.replace("/", "-"))
         )
 
-    for program, answer in _in_children([(p, lambda p=p: measure(p)) for p in programs], jobs):
+    measured = [(p, lambda p=p: measure(p)) for p in programs if not p.downloads]
+    for program, answer in _in_children(measured, jobs):
         good[program.name] = Undisturbed(*json.loads(answer))
     cases = [
         (Outcome(program.name, name, number, ""), program, fault)
         for program in programs
         for name in faults
+        if program.downloads == (name == SERVER)
         for number in range(repeats if name in REPEATED else 1)
         for fault in FAULTS[name]
     ]
     calls = [
         ((outcome, index),
          lambda o=outcome, p=program, f=fault, i=index: judged(
-             p, f, inputs, folder / "cases" / str(i), good[p.name], f"{seed} {o.fault} {o.number}"))
+             p, f, inputs, folder / "cases" / str(i), good.get(p.name),
+             f"{seed} {o.fault} {o.number}"))
         for index, (outcome, program, fault) in enumerate(cases)
     ]  # fmt: skip
     outcomes = []
@@ -478,8 +502,8 @@ def run(
 
 
 def judged(
-    program: Program, fault: Callable[[Case], None], inputs: Path, place: Path, good: Undisturbed,
-    seed: str,
+    program: Program, fault: Callable[[Case], None], inputs: Path, place: Path,
+    good: Optional[Undisturbed], seed: str,
 ) -> str:  # fmt: skip
     """Run one case; returns the problem, "" when there is none."""
     try:

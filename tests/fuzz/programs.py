@@ -15,7 +15,7 @@ class Program(NamedTuple):
     """One command.
 
     words: of the command line, with blanks between them; {w} is the folder that holds the inputs
-        and gets the results, under out.
+        and gets the results, under out; {server} is the address of a server.
     needs: the inputs, of `make_inputs`.
     """
 
@@ -24,11 +24,19 @@ class Program(NamedTuple):
     needs: Sequence[str]
     stdin: bytes = b""
 
-    def command(self, folder: str) -> list[str]:
-        """Return the words for a folder."""
+    @property
+    def downloads(self) -> bool:
+        """Tell whether it needs a server; there is none that behaves here."""
+        return "{server}" in self.words
+
+    def command(self, folder: str, server: str = "") -> list[str]:
+        """Return the words for a folder and a server."""
         script = self.name.split()[0]
         place = ROOT / script if (ROOT / script).exists() else ROOT / "scripts" / script
-        return [sys.executable, str(place), *(w.replace("{w}", folder) for w in self.words.split())]
+        words = [
+            word.replace("{w}", folder).replace("{server}", server) for word in self.words.split()
+        ]
+        return [sys.executable, str(place), *words]
 
 
 _PRETRAINING = (
@@ -85,6 +93,7 @@ PROGRAMS = (
     Program("report_runs.py", "{w}/finetuned", ["finetuned"]),
     Program("plot_metrics.py", "{w}/run --output {w}/out.png", ["run"]),
     Program("verify.py", "{w}/run", ["run"]),
+    Program("download_data.py", "CoLA --data_dir {w}/out --server {server}", []),
 )  # fmt: skip
 
 

@@ -204,7 +204,10 @@ DYING_BUILD = """
 
     teacher_cache._teacher_rows = dying
     # Unbuffered, or nothing of a shard this small would have reached the disk.
-    teacher_cache.open = lambda path, mode: open(path, mode, 0 if mode == "ab" else -1)
+    def unbuffered(path, mode, **more):
+        return open(path, mode, 0 if mode == "ab" else -1, **more)
+
+    teacher_cache.open = unbuffered
     main(sys.argv[2:])
 """
 
@@ -256,6 +259,19 @@ def test_goes_on_from_a_file_cut_anywhere(data, tmp_path, cache, monkeypatch, ba
     build(build_line(data, folder))
     assert starts == [start], "whole batches are kept, and only those"
     assert contents(folder) == contents(cache)
+
+
+def test_a_link_in_place_of_unfinished_rows_is_not_written_through(data, tmp_path, cache, capsys):
+    folder = copy_of(cache, tmp_path / "cache")
+    rows = rows_file(folder, data)
+    rows.unlink()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    Path(f"{rows}.partial").symlink_to(victim)
+    with pytest.raises(SystemExit):
+        build(build_line(data, folder))
+    assert f"{rows}.partial: cannot be written" in capsys.readouterr().err
+    assert victim.read_bytes() == b"mine"
 
 
 def test_a_finished_shard_is_not_made_again(data, tmp_path, cache, monkeypatch):
