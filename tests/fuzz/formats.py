@@ -421,7 +421,7 @@ def read_folder(folder: Path) -> Any:
     for row in rows:
         if row.state == DAMAGED:
             raise UserError(row.detail)
-    return [(row.kind, row.state, row.detail) for row in rows]
+    return [tuple(row)[1:] for row in rows]
 
 
 def read_scores(folder: Path) -> Any:
