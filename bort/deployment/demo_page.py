@@ -12,6 +12,7 @@ Everything is fetched from the folder itself, which any static web server serves
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from typing import Any, NamedTuple, Optional
 
@@ -160,7 +161,8 @@ def _fields(model_config: ModelConfig) -> list[str]:
     """Return the labels of the fields: the names of the task's texts, if it has any."""
     count, task = _num_texts(model_config), _task(model_config)
     columns = task.text_columns if task and model_config.kind != MASKED_LM else ()
-    return [name.capitalize() for name in columns] or list(_FIELDS[:count])
+    named = [re.sub(r"(\d+)$", r" \1", name.capitalize()) for name in columns]
+    return named or list(_FIELDS[:count])  # sentence1 -> Sentence 1
 
 
 def _range(model_config: ModelConfig) -> tuple[Optional[float], Optional[float]]:

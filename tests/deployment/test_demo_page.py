@@ -82,7 +82,7 @@ def test_the_page_says_what_the_model_is(tmp_path, packages):  # noqa: F811
     assert (found["mask"], found["low"], found["max_len"]) == (None, None, MAX_LEN)
     found = description(write_page(tmp_path / "b", "regression", "sentencepiece", *flags))
     assert (found["low"], found["high"], found["labels"]) == (0, 5, [])
-    assert found["fields"] == ["Sentence1", "Sentence2"]
+    assert found["fields"] == ["Sentence 1", "Sentence 2"]
     found = description(write_page(tmp_path / "c", "regression", "byte_level_bpe", *flags, task=""))
     assert (found["low"], found["title"], found["fields"]) == (None, "regression", ["Text"])
     found = description(write_page(tmp_path / "d", "masked_lm", "byte_level_bpe", *flags))

@@ -203,12 +203,29 @@ def test_transformers_js_loads_it_under_node(kind, tokenizer, tmp_path, tmp_path
             np.testing.assert_allclose(rounded["logits"], same.ravel(), atol=1e-4)
 
 
-def run_under_node(node: Path, folder: Path, dtype: str, pairs: list[list[Any]]) -> list[Any]:
-    requests = json.dumps([{"text": text, "pair": pair} for text, pair in pairs])
+@pytest.mark.slow
+@EVERY_TOKENIZER
+def test_transformers_js_tokenizes_english_as_we_do(tokenizer, shared, tmp_path, tmp_path_factory):
+    folder = export(tmp_path, "classification", tokenizer)
+    lines = (shared / "corpus" / "enwiki_gensim_sample.txt").read_text("utf-8").splitlines()
+    texts = [line.strip() for line in lines if line.strip()][::8]
+    assert len(texts) > 1000
+    found = node(node_folder(tmp_path_factory), texts, "tokenize.mjs", str(folder))
+    expected = TOKENIZERS[tokenizer]().encode_batch(texts)
+    assert found == [ids.tolist() for ids in expected]
+
+
+def run_under_node(place: Path, folder: Path, dtype: str, pairs: list[list[Any]]) -> list[Any]:
+    requests = [{"text": text, "pair": pair} for text, pair in pairs]
+    return node(place, requests, "run_model.mjs", str(folder), dtype)
+
+
+def node(place: Path, content: Any, *command: str) -> list[Any]:
+    """Run a script under Node that reads and prints JSON."""
     ended = subprocess.run(
-        ["node", "run_model.mjs", str(folder), dtype],
-        cwd=node,
-        input=requests,
+        ["node", *command],
+        cwd=place,
+        input=json.dumps(content),
         capture_output=True,
         text=True,
         check=False,
