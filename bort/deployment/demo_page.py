@@ -148,7 +148,7 @@ def _describe(saved: SavedModel, megabytes: int) -> dict[str, Any]:
         "max_len": model_config.max_len,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
-        "token_types": False,
+        "token_types": model_config.type_separator is not None,
         "mask": mask if is_masked_lm else None,
         "mask_id": tokenizer.mask_id,
         "special_ids": tokenizer.special_ids.tolist(),

@@ -8,10 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from mxnet import nd
 
-from bort.bort import get_bort_model
+from bort.bort import BortClassifier, get_bort_model, initialize
 from bort.inference.onnx_graph import build, describe
 from bort.inference.onnx_huggingface import build_huggingface
+from bort.shapes import BodyOptions
 from tests import reference
 from tests.inference.test_onnx_graph import (
     BATCHES,
@@ -106,6 +108,34 @@ def test_a_masked_lm_returns_the_logits_of_every_token(masked_lm):
             hidden = reference.encode(parameters, HEADS, ids[row, :length])
             expected = reference.decode(parameters, hidden)
             np.testing.assert_allclose(logits[row, :length], expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_token_types_are_an_input(pooling):
+    separator = 7
+    body, _ = get_bort_model(
+        SHAPE, vocab=range(VOCAB_SIZE), use_decoder=False, options=BodyOptions(1e-12, separator)
+    )
+    network = BortClassifier(body, 3, pooling=pooling)
+    initialize(network, None)
+    reference.redraw(network, seed=4, deviation=0.3)
+    found = session(network, "classification")
+    assert [one.name for one in found.get_inputs()] == [
+        *("input_ids", "attention_mask", "token_type_ids")
+    ]
+    ids, valid_length = random_batch([17, 3, 1, 9])
+    ids[0, 5] = ids[1, 1] = separator
+    ends = np.cumsum(ids == separator, axis=1) - (ids == separator)
+    feed = {
+        "input_ids": ids,
+        "attention_mask": mask_of(ids, valid_length),
+        "token_type_ids": (ends > 0).astype(np.int64),
+    }
+    (logits,) = found.run(None, feed)
+    expected = network(nd.array(ids), nd.array(valid_length)).asnumpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    (untyped,) = found.run(None, {**feed, "token_type_ids": np.zeros_like(ids)})
+    assert np.abs(untyped[:2] - expected[:2]).max() > 0.01
 
 
 def test_an_int8_classifier_is_that_of_quantize():
