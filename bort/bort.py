@@ -393,10 +393,12 @@ def decode(model: nlp.model.BERTModel, hidden_states: NDArray) -> NDArray:
     bias = layer.bias.data(hidden_states.context)
     count = hidden_states.shape[0]
     if weight.dtype == bfloat16.DTYPE:
-        products = bfloat16.product(weight, hidden_states)
+        products = bfloat16.product(weight, bfloat16.padded(hidden_states))
+        products = products.transpose().slice_axis(axis=0, begin=0, end=count)
     else:
         products = nd.FullyConnected(weight, hidden_states, no_bias=True, num_hidden=count)
-    products, bias = products.transpose(), bias.reshape((1, -1))  # [n, vocabulary]
+        products = products.transpose()
+    bias = bias.reshape((1, -1))  # as products, [n, vocabulary]
     if not autograd.is_recording():
         return nd.broadcast_add(products, bias)
     ones = nd.ones((count, 1), ctx=hidden_states.context, dtype=bias.dtype)

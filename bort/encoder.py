@@ -18,6 +18,7 @@ import numpy as np
 from mxnet import autograd, nd
 
 from bort import bfloat16
+from bort.dropout import dropout
 from bort.types import Block, Context, NDArray
 
 # Added to the attention scores of padding: the exponential of the sum is 0.
@@ -85,8 +86,10 @@ def encode_embedding(
     )
     mask = additive_mask(valid_length, length)
     *cells, last = encoder.transformer_cells
+    heads = last.attention_cell._num_heads
+    full = attention_mask(mask, heads, length)
     for cell in cells:
-        attended = self_attention(cell.attention_cell, hidden_states, mask)
+        attended = self_attention(cell.attention_cell, hidden_states, full)
         hidden_states = output_layer(cell, attended, hidden_states, breaks)
     if cls_only:
         attended = cls_attention(last.attention_cell, hidden_states, mask)
@@ -94,9 +97,10 @@ def encode_embedding(
         return output_layer(last, attended, cls, breaks).expand_dims(1)
     if positions is not None:
         queries = hidden_states.take(positions.padded)  # [batch * most, units]
-        attended = self_attention(last.attention_cell, hidden_states, mask, queries)
+        some = attention_mask(mask, heads, queries.shape[0] // batch)
+        attended = self_attention(last.attention_cell, hidden_states, some, queries)
         return output_layer(last, attended, queries, breaks).take(positions.flat)
-    attended = self_attention(last.attention_cell, hidden_states, mask)
+    attended = self_attention(last.attention_cell, hidden_states, full)
     hidden_states = output_layer(last, attended, hidden_states, breaks)
     sequence = hidden_states.reshape((batch, length, units))
     return nd.SequenceMask(sequence, valid_length, use_sequence_length=True, axis=1)
@@ -121,6 +125,16 @@ def additive_mask(valid_length: NDArray, length: int) -> NDArray:
     )
 
 
+def attention_mask(mask: NDArray, heads: int, queries: int) -> NDArray:
+    """Repeat an additive mask [batch, length] for heads and queries.
+
+    Returns [batch * heads, queries, length]. MXNet's broadcast_add would do it in every layer, and
+    would sum a gradient that nothing uses.
+    """
+    repeated = mask.repeat(heads, axis=0).expand_dims(1)
+    return repeated.broadcast_to((repeated.shape[0], queries, mask.shape[1]))
+
+
 def self_attention(
     cell: Block, hidden_states: NDArray, mask: NDArray, queries: Optional[NDArray] = None
 ) -> NDArray:
@@ -129,19 +143,18 @@ def self_attention(
     Args:
         cell: GluonNLP's DotProductSelfAttentionCell.
         hidden_states: [batch * length, units].
-        mask: [batch, length], see `additive_mask`.
+        mask: [batch * heads, queries, length], see `attention_mask`.
         queries: [batch * most, units], some of the hidden states: these alone attend to all.
 
     Returns [batch * length, units], with `queries` [batch * most, units].
     """
-    head_mask = mask.repeat(cell._num_heads, axis=0).expand_dims(1)  # [batch * heads, 1, length]
     fused = getattr(cell, "fused_qkv", {}).get(hidden_states.context)
     if fused and queries is None:
-        return _fused_attention(cell, hidden_states, fused, head_mask)
+        return _fused_attention(cell, hidden_states, fused, mask)
     if queries is None:
         queries = hidden_states
     heads, units = cell._num_heads, cell.units
-    batch, width, device = mask.shape[0], units // heads, mask.context
+    batch, width, device = mask.shape[0] // heads, units // heads, mask.context
     # [batch * positions, units] -> [batch, positions, heads, width] -> [batch * heads, ..., width]
     query, key, value = (
         affine(inputs, bfloat16.operand(weight, device), bfloat16.operand(bias, device))
@@ -153,32 +166,35 @@ def self_attention(
         )
     )
     scores = nd.batch_dot(query * width**-0.5, key, transpose_b=True)
-    context = nd.batch_dot(attention_probs(cell, scores, head_mask), value)
+    context = nd.batch_dot(attention_probs(cell, scores, mask), value)
     # [batch * heads, positions, width] -> [batch, positions, heads, width] -> [.., units]
     return context.reshape((batch, heads, -1, width)).transpose((0, 2, 1, 3)).reshape((-1, units))
 
 
-def attention_probs(cell: Block, scores: NDArray, head_mask: NDArray) -> NDArray:
-    """Return the attention probabilities [batch * heads, queries, length] of masked scores."""
-    # Broadcast beforehand: MXNet's broadcast_add sums a gradient that nothing uses.
-    scores = nd.elemwise_add(scores, head_mask.broadcast_to(scores.shape))
+def attention_probs(cell: Block, scores: NDArray, mask: NDArray) -> NDArray:
+    """Return the probabilities of scores and additive mask, all [batch * heads, queries, length].
+
+    Dropout is applied to them.
+    """
+    # Detached: a graph that is broken is freed piece by piece, and no piece may share a node.
+    scores = nd.elemwise_add(scores, mask.detach())
     return dropout(nd.softmax(scores, axis=-1), p=cell._dropout)
 
 
 def _fused_attention(
-    cell: Block, hidden_states: NDArray, fused: tuple[NDArray, NDArray], head_mask: NDArray
+    cell: Block, hidden_states: NDArray, fused: tuple[NDArray, NDArray], mask: NDArray
 ) -> NDArray:
     """Attend by MXNet's own attention, faster than batches of products for narrow heads.
 
     It takes the three projections head by head, and sequences side by side.
     """
-    batch, length, units = head_mask.shape[0] // cell._num_heads, head_mask.shape[2], cell.units
+    batch, length, units = mask.shape[0] // cell._num_heads, mask.shape[2], cell.units
     by_position = hidden_states.reshape((batch, length, units)).transpose((1, 0, 2))
     projected = affine(by_position.reshape((-1, units)), *fused)
     projected = projected.reshape((length, batch, 3 * units))
     scores = nd.contrib.interleaved_matmul_selfatt_qk(projected, heads=cell._num_heads)
     attended = nd.contrib.interleaved_matmul_selfatt_valatt(
-        projected, attention_probs(cell, scores, head_mask), heads=cell._num_heads
+        projected, attention_probs(cell, scores, mask), heads=cell._num_heads
     )
     return attended.transpose((1, 0, 2)).reshape((-1, units))  # [batch * length, units]
 
@@ -244,11 +260,6 @@ def cls_attention(cell: Block, hidden_states: NDArray, mask: NDArray) -> NDArray
     totals = probs.sum(axis=-1, keepdims=True).transpose((1, 0, 2))  # [heads, batch, 1]
     values = nd.batch_dot(mixed, value, transpose_b=True) + nd.batch_dot(totals, value_bias)
     return values.transpose((1, 0, 2)).reshape((batch, units))
-
-
-def dropout(values: NDArray, p: float) -> NDArray:
-    """Apply dropout in training mode; MXNet's operator copies the values in the other mode, too."""
-    return nd.Dropout(values, p=p) if autograd.is_training() and p else values
 
 
 def dense(layer: Block, inputs: NDArray) -> NDArray:

@@ -77,8 +77,8 @@ def distillation_loss(
         temperature: softens both distributions in the divergence.
     """
     mlm = masked_lm_loss(student_logits, labels).sum()
-    truth = nd.one_hot(labels, student_logits.shape[1], dtype=student_logits.dtype)
-    gradient = nd.elemwise_sub(nd.softmax(student_logits, axis=-1), truth)
+    gradient = nd.softmax(student_logits, axis=-1)
+    _subtract_truth(gradient, labels)
     gradient *= mlm_weight
     if teacher_logits is None:
         return LossParts(mlm_weight * mlm, mlm, nd.zeros_like(mlm), gradient)
@@ -89,6 +89,19 @@ def distillation_loss(
     difference *= teacher_ce_weight * temperature
     gradient += difference
     return LossParts(mlm_weight * mlm + teacher_ce_weight * kl, mlm, kl, gradient)
+
+
+def _subtract_truth(probabilities: NDArray, labels: NDArray) -> None:
+    """Subtract 1 from the probability of the label in each row [n, vocabulary], in place."""
+    rows = nd.arange(len(labels), ctx=labels.context, dtype=labels.dtype)
+    true = nd.pick(probabilities, labels, axis=-1) - 1
+    nd._internal._scatter_set_nd(
+        lhs=probabilities,
+        rhs=true,
+        indices=nd.stack(rows, labels.astype(labels.dtype, copy=False)),
+        shape=probabilities.shape,
+        out=probabilities,
+    )
 
 
 def correct_predictions(logits: NDArray, labels: NDArray) -> NDArray:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Iterator, NamedTuple, Sequence
+from functools import partial
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
 
 import gluonnlp as nlp
 import numpy as np
@@ -24,6 +25,9 @@ from bort.types import NDArray
 # Values updated at once: few enough to stay in the cache from one operation to the next, and enough
 # for threads not to wait for the GIL.
 CHUNK = 1 << 19
+
+
+Result = TypeVar("Result")
 
 
 class Chunk(NamedTuple):
@@ -71,10 +75,7 @@ class BERTAdam(nlp.optimizer.BERTAdam):
             return
         nd.waitall()  # nothing else may read or write the weights during the update
         chunks = list(self._chunks(index, weight, grad, state))
-        workers = cpu_threads()
-        with ThreadPoolExecutor(workers) as pool:
-            shares = [chunks[first::workers] for first in range(workers)]
-            list(pool.map(self._update_chunks, shares, [factor] * workers))
+        on_threads(partial(self._update_chunks, factor=factor), chunks)
 
     def _chunks(
         self,
@@ -117,6 +118,13 @@ class BERTAdam(nlp.optimizer.BERTAdam):
             buf1 += buf0
         buf1 *= np.float32(rate)
         weight -= buf1
+
+
+def on_threads(work: Callable[[Sequence[Any]], Result], items: Sequence[Any]) -> list[Result]:
+    """Divide items among as many threads as there are cores; returns what `work` makes of each."""
+    workers = cpu_threads()
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, [items[first::workers] for first in range(workers)]))
 
 
 def view(array: NDArray) -> np.ndarray:

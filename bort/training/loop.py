@@ -20,6 +20,7 @@ from bort import bfloat16, checkpoint
 from bort.bort import parameter_count
 from bort.communicator import Communicator
 from bort.devices import unused_gpus
+from bort.dropout import dropout
 from bort.errors import Stopped, UserError
 from bort.parameters import load_parameters
 from bort.reporter import Reporter
@@ -387,7 +388,9 @@ class Loop:
     def _seed_dropout(self, number: int, device: Context) -> None:
         """Key dropout by the micro-batch: it depends neither on ranks nor on interruptions."""
         sequence = np.random.SeedSequence([self.job.stream.seed, number])
-        mx.random.seed(int(sequence.generate_state(1)[0]) & MASK_31_BITS, ctx=device)
+        seed = int(sequence.generate_state(1)[0])
+        mx.random.seed(seed & MASK_31_BITS, ctx=device)
+        dropout.seed(seed)
 
     def _wait_for_updates(self, waiting: int = 0) -> None:
         """Wait for all but the last `waiting` updates; not finite ones have changed nothing."""

@@ -59,17 +59,17 @@ def test_losses_at_a_fixed_seed(data, tmp_path):
     run = make_run(data, ckpt_dir=tmp_path, data_eval=data / "test", seed=7, **teacher_flags(data))
     evaluations = run.run()
     losses = [line["loss"] for line in metrics(tmp_path) if line["phase"] == "train"]
-    assert losses == pytest.approx([0.75071, 0.67635, 0.64503, 0.59919], rel=1e-3)
-    assert [line["kl"] for line in evaluations] == pytest.approx([0.75291, 0.43040], rel=1e-3)
+    assert losses == pytest.approx([0.76722, 0.70571, 0.66658, 0.62784], rel=1e-3)
+    assert [line["kl"] for line in evaluations] == pytest.approx([0.75291, 0.44910], rel=1e-3)
 
 
 def test_losses_in_bfloat16_at_a_fixed_seed(data, tmp_path, bfloat16):
-    """Golden numbers, to 2e-3: at this rate 20 steps amplify what rounding changed by 1e-3."""
+    """Golden numbers, to 2e-3: at this rate 20 steps amplify what rounding changed by 3e-3."""
     flags = {"dtype": "bfloat16", "teacher_dtype": "bfloat16", **teacher_flags(data)}
     run = make_run(data, ckpt_dir=tmp_path, data_eval=data / "test", seed=7, **flags)
     evaluations = run.run()
     losses = [line["loss"] for line in metrics(tmp_path) if line["phase"] == "train"]
-    assert losses == pytest.approx([0.75151, 0.67788, 0.64542, 0.61643], rel=2e-3)
+    assert losses == pytest.approx([0.76506, 0.70908, 0.67192, 0.62257], rel=2e-3)
     assert [line["kl"] for line in evaluations] == pytest.approx([0.75224, 0.45302], rel=2e-3)
 
 
