@@ -19,21 +19,20 @@ SECONDS = 40.0  # until a scheduler and its workers are there
 class Nodes:
     """A context with a scheduler and `count` nodes of one worker each, whose logs are in `folder`.
 
-    `variables` are added to the environment, `options` to the command lines of all of them.
+    `variables` are added to the environment of all of them.
     """
 
-    def __init__(self, folder, count=2, threads=1, resources=None, options=(), **variables):
+    def __init__(self, folder, count=2, threads=1, protocol="tcp", **variables):
         self.folder, self.count = Path(folder), count
         self.file = str(self.folder / "scheduler.json")
-        self.options = options
-        worker = ["--nthreads", str(threads)]
-        self.worker = [*worker, *(["--resources", resources] if resources else [])]
+        self.protocol, self.worker = protocol, ["--nthreads", str(threads)]
         self.variables = variables
         self.scheduler, self.nodes = None, []
 
     def __enter__(self):
         self.folder.mkdir(exist_ok=True)
         arguments = ["--host", "localhost", "--port", "0", "--scheduler-file", self.file]
+        arguments += ["--protocol", self.protocol]
         self.scheduler = self._start("dask_scheduler", "scheduler", arguments)
         wait_until(lambda: Path(self.file).exists() and Path(self.file).read_text().endswith("}"))
         self.address = json.loads(Path(self.file).read_text())["address"]
@@ -67,7 +66,7 @@ class Nodes:
         words = [sys.executable, "-m", f"distributed.cli.{program}", "--no-dashboard"]
         with open(self.folder / f"{name}.log", "w") as log:
             return subprocess.Popen(
-                [*words, *self.options, *arguments],
+                [*words, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,

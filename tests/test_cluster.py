@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,3 +356,53 @@ def test_a_machine_that_does_not_share_the_folder_is_refused(nodes, tmp_path):
     refused = pytest.raises(UserError, match=r"does not see .*not there/\.lock of the driver")
     with Cluster(nodes.address, tmp_path / "not there") as executor, refused:
         executor.submit(square, 2).result()
+
+
+# ---- TLS -----------------------------------------------------------------------------------------
+
+
+def certificate(folder, name):
+    """Make a certificate that is its own authority; return its file and that of its key."""
+    files = [str(folder / f"{name}.pem"), str(folder / f"{name}-key.pem")]
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    words += ["-subj", f"/CN={name}", "-out", files[0], "-keyout", files[1]]
+    subprocess.run(words, check=True, capture_output=True)
+    return files
+
+
+def tls(authority, own):
+    """Return the configuration of Dask with certificates."""
+    names = ("ca-file", "client.cert", "client.key")
+    files = (authority[0], *own)
+    return {f"distributed.comm.tls.{name}": file for name, file in zip(names, files)}
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_without_a_certificate_no_one_gets_in(tmp_path, folder, monkeypatch):
+    pytest.importorskip("distributed")
+    import dask
+
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 5)
+    good, other = certificate(tmp_path, "good"), certificate(tmp_path, "other")
+    prefix = "DASK_DISTRIBUTED__COMM__TLS__"  # as scripts/README.md has it
+    variables = {f"{prefix}CA_FILE": good[0]}
+    for role in ("SCHEDULER", "WORKER"):
+        variables[f"{prefix}{role}__CERT"], variables[f"{prefix}{role}__KEY"] = good
+    with Nodes(tmp_path / "nodes", count=1, protocol="tls", **variables) as made:
+        assert made.address.startswith("tls://")
+        with dask.config.set(tls(good, good)), Cluster(made.address, folder) as executor:
+            assert executor.submit(square, 3).result() == 9
+        with dask.config.set(tls(good, good)), Cluster(made.file, folder) as executor:
+            assert executor.submit(square, 4).result() == 16
+        plain = made.address.replace("tls://", "tcp://")
+        for address, settings in (
+            (made.address, {}),
+            (made.address, tls(good, other)),
+            (plain, tls(good, good)),
+        ):
+            with dask.config.set(settings), pytest.raises(UserError) as refused:
+                Cluster(address, folder)
+            assert "cannot be reached" in str(refused.value)
+            assert "\n" not in str(refused.value)
+            print(refused.value)

@@ -1,0 +1,156 @@
+"""Job files of Slurm, as far as stand-ins for its commands go: no queue, two nodes on one host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.data.test_create_pretraining_data import content
+from tests.nodes import wait_until
+from tests.pretraining.helpers import arguments, write_data
+
+PROGRAM = "create_pretraining_data.py"
+# sbatch starts the job at once, in a process group of its own whose number is that of the job.
+SBATCH = """#!{python}
+import os, re, subprocess, sys
+words, nodes = sys.argv[1:], "1"
+while words[0].startswith("--"):
+    nodes = words.pop(0).removeprefix("--nodes=")
+nodes = (re.findall(r"^#SBATCH --nodes=(\\d+)", open(words[0]).read(), re.M) or [nodes])[0]
+script = open(words[0]).read()
+log = open("slurm.log", "a")
+variables = dict(SLURM_SUBMIT_DIR=os.getcwd(), SLURM_JOB_NUM_NODES=nodes, SLURM_JOB_NODELIST="n")
+start = 'export SLURM_JOB_ID=$$; exec bash -c "$0" "$@"'
+job = subprocess.Popen(
+    ["bash", "-c", start, script, *words], stdout=log, stderr=log,
+    env={{**os.environ, **variables}}, start_new_session=True,
+)
+print("Submitted batch job", job.pid)
+"""
+SRUN = """#!{python}
+import os, subprocess, sys
+tasks = [subprocess.Popen(sys.argv[1:]) for _ in range(int(os.environ["SLURM_JOB_NUM_NODES"]))]
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/bin/bash
+printf 'localhost\\n127.0.0.1\\n'
+"""
+SCANCEL = """#!/bin/bash
+for job in "$@"; do kill -TERM -- "-$job" 2>/dev/null; done
+exit 0
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Put stand-ins on the path, and make a folder like the project's with its environment."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, text in (
+        ("sbatch", SBATCH),
+        ("srun", SRUN),
+        ("scontrol", SCONTROL),
+        ("scancel", SCANCEL),
+    ):
+        (commands / name).write_text(text.format(python=sys.executable))
+        (commands / name).chmod(0o755)
+    project = tmp_path / "project"
+    (project / ".venv" / "bin").mkdir(parents=True)
+    activate = f'PATH={Path(sys.executable).parent}:{commands}:"$PATH"\n'
+    (project / ".venv" / "bin" / "activate").write_text(activate)
+    for path in (PROGRAM, "run_pretraining_distillation_hvd.py"):
+        (project / path).symlink_to(ROOT / path)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return project
+
+
+def submit(project, *words):
+    """Submit a job; return its number."""
+    done = subprocess.run(
+        ["sbatch", *words], cwd=project, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[-1])
+
+
+def ended(job):
+    try:
+        os.killpg(job, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def text_flags(output):
+    text = ROOT / "test_data" / "sample_text.txt"
+    return ["--input_file", str(text), "--output_dir", str(output), "--num_outputs", "3"]
+
+
+def create(project, *flags):
+    command = [sys.executable, PROGRAM, *flags]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cluster
+def test_the_job_file_of_a_command_with_cluster(slurm, tmp_path):
+    pytest.importorskip("distributed")
+    flags = text_flags(tmp_path / "jobs")
+    job = submit(slurm, str(ROOT / "scripts/slurm/cluster.sbatch"), PROGRAM, *flags)
+    wait_until(lambda: ended(job), (slurm / "slurm.log").read_text)
+    log = (slurm / "slurm.log").read_text()
+    assert log.count("Registered to:") == 2, log
+    create(slurm, *text_flags(tmp_path / "one"))
+    assert content(tmp_path / "jobs") == content(tmp_path / "one")
+    assert not list(slurm.glob("scheduler-*"))
+
+
+@pytest.mark.cluster
+def test_workers_that_the_command_submits_itself(slurm, tmp_path):
+    pytest.importorskip("dask_jobqueue")
+    queue = tmp_path / "queue.yaml"
+    queue.write_text(
+        f"jobs: 2\ncores: 1\nmemory: 1GB\nqueue: short\nlog_directory: {tmp_path / 'logs'}\n"
+        f"local_directory: {tmp_path}\n"
+    )
+    create(slurm, *text_flags(tmp_path / "jobs"), "--cluster", f"slurm:{queue}")
+    create(slurm, *text_flags(tmp_path / "one"))
+    assert content(tmp_path / "jobs") == content(tmp_path / "one")
+    log = (slurm / "slurm.log").read_text()
+    assert log.count("Registered to:") == 2, log
+
+
+@pytest.mark.cluster
+def test_mistakes_in_the_file_of_a_queue(slurm, tmp_path):
+    pytest.importorskip("dask_jobqueue")
+    queue = tmp_path / "queue.yaml"
+    for text, message in (
+        ("cores: 1\nmemory: 1GB\n", "needs a line `jobs: N`"),
+        ("jobs: 1\n", "cores"),
+        ("jobs: 1\ncores: 1\nmemory: 1GB\nnonsense: 3\n", "nonsense"),
+    ):
+        queue.write_text(text)
+        flags = [*text_flags(tmp_path / "jobs"), "--cluster", f"slurm:{queue}"]
+        command = [sys.executable, PROGRAM, *flags]
+        done = subprocess.run(command, cwd=slurm, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: --cluster slurm:{queue}: ")
+        assert message in line
+
+
+@pytest.mark.distributed
+def test_the_job_file_of_training(slurm, tmp_path):
+    pytest.importorskip("horovod.mxnet")
+    write_data(tmp_path)
+    flags = arguments(tmp_path, ckpt_dir=tmp_path / "run", num_steps=4)
+    job = submit(slurm, str(ROOT / "scripts/slurm/train.sbatch"), *flags)
+    wait_until(lambda: ended(job), seconds=100)
+    log = (slurm / "slurm.log").read_text()
+    assert (tmp_path / "run" / "checkpoint_last").is_dir(), log
