@@ -24,6 +24,7 @@ from bort.errors import entry_point
 def main(argv: Optional[Sequence[str]] = None) -> Any:
     """Run the benchmark that the first argument names; return what its `main` returns."""
     names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    names = [name for name in names if not name.startswith("_")]  # parts of several
     parser = OneLineParser(description=__doc__)
     parser.add_argument("name", choices=names)
     arguments = list(sys.argv[1:] if argv is None else argv)

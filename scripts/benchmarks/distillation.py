@@ -5,7 +5,8 @@
 Every contender trains the 4-layer Bort on the same batches. They run in turn, so that a change in
 the machine's speed affects all alike; the table has medians. The original's recipe runs in
 processes of its own, in turn too: with as many threads as ours, and with MXNet's default; both
-without our setting for freed memory.
+without our setting for freed memory. --dtypes float32,bfloat16 measures ours in both precisions,
+and --pytorch PYTHON measures PyTorch's steps, with the interpreter of another environment.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,13 +22,24 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 
 import numpy as np
 
+from benchmarks._peers import (
+    Work,
+    decoder_flops,
+    encoder_flops,
+    print_floors,
+    pytorch_command,
+    step_apart,
+    units_of,
+)
 from bort import mxnet_setup
 from bort.config import option, parse
-from bort.mxnet_setup import usable_cores
+from bort.mxnet_setup import cpu_threads, usable_cores
 
 MLM_WEIGHT, TEACHER_WEIGHT, TEMPERATURE = 0.1, 0.5, 2.0
 MASKED = 0.15
 SEQUENCES = 64
+STUDENT = "bort_4_8_768_1024"
+ENCODER_PARAMETERS = 24_700_000  # with those of the decoder's dense layer
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,11 @@ class DistillationBenchmarkSettings:
     length: int = option(128, "tokens per sequence", minimum=8, maximum=512)
     vocab_size: int = option(50265, "tokens of the vocabulary", minimum=100)
     repeats: int = option(9, "steps measured of each way", minimum=1)
+    dtypes: str = option("float32", "precisions of our steps, commas between")
+    pytorch: Optional[str] = option(
+        None, "a Python with torch and transformers: measure PyTorch's steps too"
+    )
+    no_original: bool = option(False, "leave the original's recipe out")
     stock_only: Optional[str] = option(
         None, "measure only the original's recipe with this teacher ('none': without), step by step"
     )
@@ -70,6 +86,9 @@ def _compare(
         seconds = _measure(ways, settings.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     _print_table(medians, seconds, settings)
+    print_floors(medians, _work(teacher, settings))
+    if "float32" not in settings.dtypes.split(","):
+        return medians
     live, cached = (medians[f"ours, {teacher} {kind}"] for kind in ("live", "cached"))
     epoch = (live - cached) * SEQUENCES / settings.batch_size
     print(
@@ -102,18 +121,61 @@ def _ways(
     flags = ["--teacher_model", teacher, "--teacher_ckpt_dir", weights]
     _write_teacher(teacher, weights, settings)
     building = _build_cache(shards, cache, teacher, weights)
-    steps = {
-        "ours, no teacher": _our_step(settings, shards, folder, []),
-        f"ours, {teacher} live": _our_step(settings, shards, folder, flags),
-        f"ours, {teacher} cached": _our_step(settings, shards, folder, ["--teacher_cache", cache]),
-    }
+    steps = {}
+    for dtype in settings.dtypes.split(","):
+        kinds = {"no teacher": [], f"{teacher} live": flags}
+        if dtype == "float32":
+            kinds[f"{teacher} cached"] = ["--teacher_cache", cache]
+        for kind, given in kinds.items():
+            low = ["--dtype", dtype, "--teacher_dtype", dtype]
+            steps[f"ours{_label(dtype)}, {kind}"] = _our_step(
+                settings, shards, folder, [*given, *low]
+            )
     ways = {name: timed(step) for name, step in steps.items()}
-    default = max(1, (os.cpu_count() or 2) // 2)  # MXNet's own choice
-    for name, stock in (("no teacher", "none"), (teacher, teacher)):
-        for label, threads in (("", usable_cores()), (", default threads", default)):
-            apart = opened.enter_context(_stock_apart(stock, threads, settings))
-            ways[f"original, {name}{label}"] = apart
+    for name, stock in (("no teacher", None), (teacher, teacher)):
+        for way, command, threads in _commands_apart(name, stock, settings):
+            ways[way] = opened.enter_context(step_apart(command, threads))
     return ways, building
+
+
+def _commands_apart(
+    name: str, teacher: Optional[str], settings: DistillationBenchmarkSettings
+) -> Iterator[tuple[str, list[str], int]]:
+    """Yield the name, the command and the threads of steps of other processes."""
+    if not settings.no_original:
+        command = _stock_command(teacher, settings)
+        yield f"original, {name}", command, usable_cores()
+        default = max(1, (os.cpu_count() or 2) // 2)  # MXNet's own choice
+        yield f"original, {name}, default threads", command, default
+    if settings.pytorch:
+        given = ["--teacher", teacher] if teacher else []
+        for dtype in settings.dtypes.split(","):
+            command = pytorch_command(settings.pytorch, "pretraining", dtype, settings, *given)
+            yield f"PyTorch{_label(dtype)}, {name}", command, cpu_threads()
+
+
+def _label(dtype: str) -> str:
+    return "" if dtype == "float32" else f" in {dtype}"
+
+
+def _work(teacher: str, settings: DistillationBenchmarkSettings) -> dict[str, tuple[str, Work]]:
+    """Return the precision and the work of our steps by name."""
+    tokens = settings.batch_size * settings.length
+    masked = settings.batch_size * round(MASKED * settings.length)
+
+    def forward(name: str) -> float:
+        decoder = decoder_flops(units_of(name), settings.vocab_size, masked)
+        return encoder_flops(name, tokens, settings.length, masked) + decoder
+
+    student = 3 * forward(STUDENT)
+    parameters = settings.vocab_size * (units_of(STUDENT) + 1) + ENCODER_PARAMETERS
+    found = {}
+    for dtype in settings.dtypes.split(","):
+        ours = f"ours{_label(dtype)}"
+        found[f"{ours}, no teacher"] = (dtype, Work(student, parameters))
+        both = Work(student + forward(teacher), parameters)
+        found[f"{ours}, {teacher} live"] = (dtype, both)
+    return found
 
 
 def timed(step: Callable[[], None]) -> Callable[[], float]:
@@ -276,33 +338,10 @@ def random_batch(settings: DistillationBenchmarkSettings) -> tuple[Any, ...]:
 # ---- the original's recipe in a process of its own ----------------------------------------------
 
 
-@contextlib.contextmanager
-def _stock_apart(
-    teacher: str, threads: int, settings: DistillationBenchmarkSettings
-) -> Iterator[Callable[[], float]]:
-    """Start a process on so many threads; yield a function that times a step of it.
-
-    It rests between its steps: it takes one when it reads a line and answers with the seconds.
-    """
+def _stock_command(teacher: Optional[str], settings: DistillationBenchmarkSettings) -> list[str]:
     script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmark.py")
     flags = [f"--{f}={getattr(settings, f)}" for f in ("batch_size", "length", "vocab_size")]
-    process = subprocess.Popen(
-        [sys.executable, script, "distillation", "--stock_only", teacher, *flags],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def step() -> float:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return float(process.stdout.readline())
-
-    try:
-        yield step
-    finally:
-        process.communicate()
+    return [sys.executable, script, "distillation", "--stock_only", teacher or "none", *flags]
 
 
 def _answer_with_stock_steps(settings: DistillationBenchmarkSettings) -> None:
@@ -333,9 +372,10 @@ def _print_table(
     for name, median in medians.items():
         low, high = 1e3 * min(seconds[name]), 1e3 * max(seconds[name])
         stock = medians.get(f"original, {_teacher_of(name)}")
+        ratio = f"{median / stock:.2f}x" if stock else "-"
         print(
             f"{name:<46}{1e3 * median:>8.0f}{f'{low:.0f}-{high:.0f}':>16}"
-            f"{tokens / median:>10.0f}{median / stock:>12.2f}x"
+            f"{tokens / median:>10.0f}{ratio:>13}"
         )
 
 

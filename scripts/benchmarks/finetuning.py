@@ -3,11 +3,14 @@
     python scripts/benchmark.py finetuning [--batch_size 8] [--length 128] [--repeats 15]
 
 Both train the classifier of the 4-layer Bort on the same random tokens and threads, in turn, so
-that a change in the machine's speed affects both alike; the table has medians.
+that a change in the machine's speed affects both alike; the table has medians. --dtypes
+float32,bfloat16 measures ours in both precisions, and --pytorch PYTHON measures PyTorch's steps,
+with the interpreter of another environment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import tempfile
@@ -16,7 +19,17 @@ from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 
+from benchmarks._peers import (
+    Work,
+    encoder_flops,
+    print_floors,
+    pytorch_command,
+    step_apart,
+    units_of,
+)
+from benchmarks.distillation import ENCODER_PARAMETERS
 from bort.config import option, parse
+from bort.mxnet_setup import cpu_threads
 
 LABELS = ("0", "1")
 EXAMPLES = 64
@@ -31,6 +44,10 @@ class FinetuningBenchmarkSettings:
     length: int = option(128, "tokens per sequence", minimum=8, maximum=512)
     vocab_size: int = option(50265, "tokens of the vocabulary", minimum=100)
     repeats: int = option(15, "steps measured of each way", minimum=1)
+    dtypes: str = option("float32", "precisions of our steps, commas between")
+    pytorch: Optional[str] = option(
+        None, "a Python with torch and transformers: measure PyTorch's steps too"
+    )
 
 
 class RandomTokenizer:
@@ -56,11 +73,15 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
     from benchmarks.distillation import timed
 
     (settings,) = parse(str(__doc__), argv, FinetuningBenchmarkSettings)
-    with tempfile.TemporaryDirectory() as folder:
-        ways = {
-            "the original's recipe": timed(StockStep(settings)),
-            "ours": timed(our_step(settings, folder)),
-        }
+    dtypes = settings.dtypes.split(",")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as opened:
+        ways = {"the original's recipe": timed(StockStep(settings))}
+        for dtype in dtypes:
+            ways[f"ours, {dtype}"] = timed(our_step(settings, os.path.join(folder, dtype), dtype))
+            if settings.pytorch:
+                command = pytorch_command(settings.pytorch, "finetuning", dtype, settings)
+                apart = opened.enter_context(step_apart(command, cpu_threads()))
+                ways[f"PyTorch, {dtype}"] = apart
         for way in list(ways.values()) * 2:
             way()  # graphs are made and memory is taken at the first steps
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -80,15 +101,26 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
             f"{name:<24}{1e3 * median:>8.0f}{f'{low:.0f}-{high:.0f}':>16}"
             f"{settings.batch_size / median:>12.1f}{median / stock:>12.2f}x"
         )
+    print_floors(medians, {f"ours, {dtype}": (dtype, _work(settings)) for dtype in dtypes})
     return medians
 
 
-def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[], None]:
+def _work(settings: FinetuningBenchmarkSettings) -> Work:
+    """Return the work of our step: of the last layer token 0 alone, without keys and values."""
+    tokens, units = settings.batch_size * settings.length, units_of(settings.model)
+    flops = encoder_flops(settings.model, tokens, settings.length, settings.batch_size)
+    flops -= 4 * tokens * units**2
+    return Work(3 * flops, settings.vocab_size * units + ENCODER_PARAMETERS)
+
+
+def our_step(
+    settings: FinetuningBenchmarkSettings, folder: str, dtype: str = "float32"
+) -> Callable[[], None]:
     """Return a function that makes one update as `bort.finetuning.run` does, clipping included."""
     import mxnet as mx
 
     from bort.communicator import SingleProcess
-    from bort.finetuning.classifier import Classifier
+    from bort.finetuning.classifier import Classifier, prepared
     from bort.finetuning.config import FinetuningOptimizerSettings
     from bort.finetuning.run import FinetuningOptions, finetuning_loop
     from bort.finetuning.task_data import TaskData
@@ -102,11 +134,12 @@ def our_step(settings: FinetuningBenchmarkSettings, folder: str) -> Callable[[],
         settings.model, settings.vocab_size, "random", "classification", "SST-2", LABELS, 2
     )
     network = build_network(model_config, dropout=0.1)
-    network.bort.encoder.hybridize(static_alloc=True)
     examples = [Example(n, ((str(n),),), n % 2) for n in range(EXAMPLES)]
     data = TaskData(get_task("SST-2"), examples, {})
-    classifier = Classifier(network, model_config, tokenizer)
-    optimizer = FinetuningOptimizerSettings(batch_size=settings.batch_size, epochs=10**6)
+    classifier = prepared(Classifier(network, model_config, tokenizer), dtype, [mx.cpu()])
+    optimizer = FinetuningOptimizerSettings(
+        batch_size=settings.batch_size, epochs=10**6, dtype=dtype
+    )
     options = FinetuningOptions(
         folder=os.path.join(folder, "run"),
         max_len=settings.length,

@@ -50,3 +50,23 @@ def test_a_process_left_behind_is_found() -> None:
     finally:
         os.kill(child, 9)
     assert not _still_there(family)
+
+
+def test_the_work_of_a_step_is_that_of_its_products() -> None:
+    from benchmarks._peers import decoder_flops, encoder_flops
+
+    # One layer of 8 units, 16 in the feed-forward layer, 6 tokens in sequences of 3, 2 at the end.
+    keys_and_values = 6 * 2 * (2 * 8 * 8)
+    rest = 2 * (2 * (2 * 8 * 8) + 2 * (2 * 8 * 16) + 2 * (2 * 3 * 8))
+    assert encoder_flops("bort_1_2_16_8", tokens=6, length=3, last=2) == keys_and_values + rest
+    whole = keys_and_values + 3 * rest  # a layer below is computed for all 6
+    assert encoder_flops("bort_2_2_16_8", 6, 3, 2) == whole + keys_and_values + rest
+    assert decoder_flops(8, vocab_size=50, positions=3) == 3 * 2 * 8 * (8 + 50)
+
+
+def test_parts_of_benchmarks_are_no_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmark import main
+
+    with pytest.raises(SystemExit):
+        main(["_peers"])
+    assert "invalid choice: '_peers'" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""Shared by the training benchmarks: steps of other processes, and the floor of a step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
+
+from bort.mxnet_setup import cpu_threads
+from bort.shapes import shape_of
+
+# Layers, units and units of the feed-forward layer of GluonNLP's models.
+ROBERTA = {"roberta_12_768_12": (12, 768, 3072), "roberta_24_1024_16": (24, 1024, 4096)}
+UPDATE_BYTES = 28  # a parameter, its moments: read and written; its gradient: read; all float32
+
+
+@contextlib.contextmanager
+def step_apart(command: Sequence[str], threads: int) -> Iterator[Callable[[], float]]:
+    """Start a process on so many threads; yield a function that times a step of it.
+
+    It rests between its steps: it takes one when it reads a line and answers with the seconds.
+    """
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def step() -> float:
+        stdin.write("\n")
+        stdin.flush()
+        return float(stdout.readline())
+
+    try:
+        yield step
+    finally:
+        process.communicate()
+
+
+def pytorch_command(python: str, kind: str, dtype: str, settings: Any, *flags: str) -> list[str]:
+    """Return the command of a process that makes PyTorch's steps, in an environment of its own."""
+    script = str(Path(__file__).with_name("_pytorch.py"))
+    sizes = [f"--{f}={getattr(settings, f)}" for f in ("batch_size", "length", "vocab_size")]
+    return [python, script, kind, "--dtype", dtype, "--threads", str(cpu_threads()), *sizes, *flags]
+
+
+class Work(NamedTuple):
+    """What a step has to do at least."""
+
+    flops: float  # of matrix products
+    parameters: int  # to update
+
+
+def encoder_flops(name: str, tokens: int, length: int, last: int) -> float:
+    """Return the operations of a forward pass over tokens in sequences of a length.
+
+    Of the last layer only `last` positions are computed, and the keys and values of all.
+    """
+    if name in ROBERTA:
+        layers, units, inner = ROBERTA[name]
+    else:
+        shape = shape_of(name)
+        layers, units, inner = shape.layers, shape.hidden, shape.intermediate
+    projections = 2 * units * units  # of one token: queries, keys, values, output each
+    rest = 2 * projections + 4 * units * inner + 4 * length * units
+    whole = (layers - 1) * tokens * (2 * projections + rest)
+    return whole + tokens * 2 * projections + last * rest
+
+
+def decoder_flops(units: int, vocab_size: int, positions: int) -> float:
+    """Return the operations of the masked-LM decoder's forward pass at some positions."""
+    return 2.0 * positions * units * (units + vocab_size)
+
+
+def units_of(name: str) -> int:
+    """Return the width of a model."""
+    return ROBERTA[name][1] if name in ROBERTA else shape_of(name).hidden
+
+
+def product_rate(dtype: str) -> float:
+    """Return the operations a second of a dense layer's products, forward and backward."""
+    import mxnet as mx
+    from mxnet import autograd, nd
+
+    rows, units = 512, 1024
+    x, weight, gradient = (
+        nd.amp_cast(nd.random.normal(shape=shape), dtype=dtype)
+        for shape in ((rows, units), (units, units), (rows, units))
+    )
+    x.attach_grad()
+    weight.attach_grad()
+
+    def run() -> None:
+        with autograd.record():
+            product = nd.FullyConnected(x, weight, no_bias=True, num_hidden=units)
+        product.backward(gradient)
+        mx.nd.waitall()
+
+    return 6 * rows * units * units / _median_seconds(run)
+
+
+def copy_speed() -> float:
+    """Return the bytes a second, read and written, of a copy on all threads."""
+    import mxnet as mx
+
+    source = mx.nd.ones((1 << 26,))  # 256 MiB
+    target = mx.nd.zeros_like(source)
+
+    def run() -> None:
+        mx.nd.elemwise_add(source, source, out=target)
+        mx.nd.waitall()
+
+    return 3 * 4 * source.size / _median_seconds(run)
+
+
+def _median_seconds(run: Callable[[], None], repeats: int = 9) -> float:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def print_floors(medians: dict[str, float], work: dict[str, tuple[str, Work]]) -> None:
+    """Print the floor of each way of `work` (its dtype and its work), and the share reached."""
+    rates = {dtype: product_rate(dtype) for dtype in {dtype for dtype, _ in work.values()}}
+    speed = copy_speed()
+    found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+    print(f"products of 512 x 1024 x 1024: {found}; a sum of two arrays: {speed / 1e9:.0f} GB/s")
+    for name, (dtype, todo) in work.items():
+        floor = todo.flops / rates[dtype] + todo.parameters * UPDATE_BYTES / speed
+        print(
+            f"{name}: floor {1e3 * floor:.0f} ms ({todo.flops / 1e9:.0f} GFLOP, update of "
+            f"{todo.parameters / 1e6:.0f} M), {floor / medians[name]:.2f} of it reached"
+        )
