@@ -28,7 +28,14 @@ from typing import Any, Callable, Mapping, NamedTuple
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import json_sha256, sha256_of, temporary_name, write_json, write_npz
+from bort.files import (
+    json_sha256,
+    require_writable,
+    sha256_of,
+    temporary_name,
+    write_json,
+    write_npz,
+)
 
 MODEL = "model.params"
 MODEL_CONFIG = "model.json"
@@ -258,13 +265,7 @@ def require_usable(folder: str, flag: str) -> None:
 
     Writes nothing.
     """
-    path = os.path.abspath(folder)
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    if not os.path.isdir(path):
-        raise UserError(f"{flag} {folder}: {path} is not a folder; name another one")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder}: {path} cannot be written to; name another folder")
+    require_writable(folder, flag)
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if _is_checkpoint(name) and not os.path.isdir(os.path.join(folder, name)):
             raise UserError(

@@ -216,6 +216,20 @@ def new_folder(path: str) -> Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_writable(folder: str, flag: str) -> None:
+    """Raise `UserError` when files cannot be written into a folder, or into a new one there.
+
+    Writes nothing: for programs that load or compute for long before they write.
+    """
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise UserError(f"{flag} {folder}: {path} is not a folder; name another one")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: {path} cannot be written to; name another folder")
+
+
 # ---- one writer per folder -----------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from bort.config import option, required
 from bort.errors import UserError
-from bort.files import lock_folder, sha256_of
+from bort.files import lock_folder, require_writable, sha256_of
 from bort.jobs import ProcessDiedError, WorkerPool
 from bort.mxnet_setup import usable_cores
 from bort.progress import ProgressBar
@@ -128,6 +128,7 @@ def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
     settings or another text or that another process writes to, and when the disk is full.
     """
     start = time.perf_counter()
+    require_writable(corpus.output_dir, "--output_dir")
     with open_sources(corpus.input_file, corpus.text_field) as sources:
         # More blocks if the text is compressed.
         blocks = -(-sum(os.path.getsize(source.path) for source in sources) // BLOCK_BYTES)

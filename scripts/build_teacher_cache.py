@@ -22,6 +22,7 @@ from bort.cluster import ClusterSettings
 from bort.communicator import communicator_of_environment
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point
+from bort.files import require_writable
 from data.shards import ShardEntry, ShardSet, open_shards
 
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bort.pretraining.teacher_cache import build_cache
 
     start = time.perf_counter()
+    require_writable(settings.output_dir, "--output_dir")
     communicator = communicator_of_environment()
     sets = _shards(settings.data)
     if machines.cluster and communicator.size > 1:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -359,3 +360,27 @@ def test_plain_yaml(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("\ufefflr: [1e-5, 0.1]\nseed: [1]\n", encoding="utf-8")
     assert files.read_yaml(str(path)) == {"lr": ["1e-5", 0.1], "seed": [1]}
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "finetune_classifier --task_name CB --output_dir",
+        "run_pretraining_distillation --data absent --ckpt_dir",
+        "create_pretraining_data --input_file absent --output_dir",
+        "scripts.build_teacher_cache --data a --teacher_model b --teacher_ckpt_dir c"
+        " --output_dir",
+    ],
+)
+def test_a_folder_below_a_file_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch, capsys, program
+):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    name, *flags = program.split()
+    main = importlib.import_module(name).main
+    with pytest.raises(SystemExit):
+        main([*flags, "file/run"])
+    folder = "file/run/CB" if "CB" in flags else "file/run"
+    message = f"error: {flags[-1]} {folder}: {tmp_path / 'file'} is not a folder; name another one"
+    assert capsys.readouterr().err.splitlines() == [message]

@@ -29,7 +29,7 @@ from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict
 from bort.devices import devices_of, resolve_dtype, stored_dtype
 from bort.errors import UserError
-from bort.files import read_json_as, write_json
+from bort.files import read_json_as, require_writable, write_json
 from bort.finetuning.classifier import Classifier, build_classifier, task_of
 from bort.finetuning.config import (
     FinetuningOptimizerSettings,
@@ -414,10 +414,10 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[s
         return infer(settings, communicator, devices, task)
     if run.resume and os.path.exists(os.path.join(folder, METRICS)):
         return finished_run(folder, settings, communicator)
+    checkpoint.require_usable(folder, "--output_dir")
     data, rows = read_task_data(task, settings.task, run.seed)
     sets = read_prediction_sets(task, settings.task)
     classifier = build_classifier(settings, task, devices)
-    checkpoint.require_usable(folder, "--output_dir")
     with lock_of_rank_0(folder, "--output_dir", communicator), explained_memory_errors():
         if communicator.rank == 0 and not run.resume:
             refuse_other_run(folder)
@@ -508,6 +508,7 @@ def infer(
     task: Task,
 ) -> dict[str, Any]:
     """Evaluate and predict once with a fine-tuned classifier."""
+    require_writable(settings.run.output_dir, "--output_dir")
     sets = read_prediction_sets(task, settings.task)
     if not sets:
         raise UserError(

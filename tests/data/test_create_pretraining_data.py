@@ -523,7 +523,7 @@ def test_a_vocabulary_too_large_is_named(tmp_path, capsys, monkeypatch, tokenize
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
     line = complaint(capsys, tmp_path / "file" / "out")
-    assert f"--output_dir {tmp_path}/file/out: cannot be written (Not a directory)" in line
+    assert f"--output_dir {tmp_path}/file/out: {tmp_path}/file is not a folder; name" in line
 
 
 def program(output, text, **values):
