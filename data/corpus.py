@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterable, Iterator
 
 from bort.errors import UserError
 from bort.tokenization import utf8_bytes
+from data.remote import is_remote, remote_files
 from data.text_formats import (
     BYTE_ORDER_MARK,
     READ_BYTES,
@@ -90,6 +91,8 @@ def find_inputs(patterns: str) -> list[str]:
 def _files_of(pattern: str) -> list[str]:
     if pattern == STANDARD_INPUT:
         return [pattern]
+    if is_remote(pattern):
+        return remote_files(pattern)
     if os.path.isdir(pattern):
         return _files_below(pattern)
     matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -136,6 +139,8 @@ def open_sources(patterns: str, text_field: str = TEXT_FIELD) -> Iterator[list[T
 
 
 def _is_regular(path: str) -> bool:
+    if is_remote(path):
+        return True
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:

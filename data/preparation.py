@@ -52,7 +52,7 @@ from data.shards import (
     shard_name,
     write_manifest,
 )
-from data.text_formats import TEXT_FIELD, TextSource
+from data.text_formats import TEXT_FIELD, TextSource, size_of
 
 BLOCK_BYTES = 1 << 20
 # Enough to keep the workers busy while a shard is finished.
@@ -69,7 +69,8 @@ class CorpusSettings:
         "text: files, globs (** for any number of folders) and folders, separated by commas "
         "(\\, is a comma in a name), or - for standard input. Plain text has one sentence per line "
         "and a blank line between documents; JSON lines (.jsonl, .ndjson, .json) and parquet have "
-        "one document per row. Text and JSON lines may be compressed with gzip, bzip2, xz or zstd"
+        "one document per row. Text and JSON lines may be compressed with gzip, bzip2, xz or zstd. "
+        "Addresses (s3://, gs://, https://) are read by fsspec"
     )
     output_dir: str = required("folder for the shards, their tokenizer and manifest.json")
     text_field: str = option(
@@ -131,7 +132,7 @@ def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
     require_writable(corpus.output_dir, "--output_dir")
     with open_sources(corpus.input_file, corpus.text_field) as sources:
         # More blocks if the text is compressed.
-        blocks = -(-sum(os.path.getsize(source.path) for source in sources) // BLOCK_BYTES)
+        blocks = -(-sum(map(size_of, sources)) // BLOCK_BYTES)
         with workers(maker, min(corpus.num_workers, usable_cores(), blocks)) as make:
             with ProgressBar("checking the text") as progress:
                 files = [scan(source, progress.advance) for source in sources]

@@ -12,10 +12,11 @@ import lzma
 import os
 import re
 import zlib
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
+from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 from bort.errors import UserError, quoted
 from bort.files import is_lfs_pointer
+from data.remote import is_remote, open_remote, remote_errors, remote_size
 
 READ_BYTES = 1 << 20
 # A row of JSON lines is parsed as a whole.
@@ -24,7 +25,11 @@ TEXT_FIELD = "text"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _ROWS_AT_ONCE = 64
-_OPEN: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
 _COMPRESSED_SUFFIXES = (*_OPEN, ".zst")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -88,6 +93,8 @@ def suffixes(path: str) -> str:
 
 def size_of(source: TextSource) -> int:
     """Return the bytes of a file, compressed if it is; raises `UserError` when it is missing."""
+    if is_remote(source.path):
+        return remote_size(source.path)
     try:
         return os.path.getsize(source.path)
     except OSError as error:
@@ -106,19 +113,28 @@ def read_pieces(path: str, name: Optional[str] = None, start: int = 0) -> Iterat
     """
     name, suffix = name or path, _compression_of(path)
     try:
-        with _OPEN.get(suffix, _open_plain)(path) as file:
-            if not suffix:
-                file.seek(start)
-                yield from _pieces_of(file, READ_BYTES)
-                return
-            pieces = _decompress_zstd(file) if suffix == ".zst" else _pieces_of(file, READ_BYTES)
-            yield from _without_first(pieces, start)
+        with remote_errors(path, name), _open(path) as raw:
+            yield from _content_of(raw, suffix, start)
     except OSError as error:
         if error.errno is not None:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from None
         raise UserError(_DAMAGED.format(path=name, suffix=suffix, error=error)) from None
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(_DAMAGED.format(path=name, suffix=suffix, error=error)) from None
+
+
+def _content_of(raw: IO[bytes], suffix: str, start: int) -> Iterator[bytes]:
+    if not suffix:
+        raw.seek(start)
+        yield from _pieces_of(raw, READ_BYTES)
+    elif suffix == ".zst":
+        yield from _without_first(_decompress_zstd(raw), start)
+    else:
+        yield from _without_first(_pieces_of(_OPEN[suffix](raw), READ_BYTES), start)
+
+
+def _open(path: str) -> IO[bytes]:
+    return open_remote(path) if is_remote(path) else open(path, "rb")
 
 
 def _compression_of(path: str) -> str:
@@ -133,14 +149,10 @@ def _compression_in(content: bytes) -> str:
 
 def _first_bytes(path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with remote_errors(path), _open(path) as file:
             return file.read(16)
     except OSError:
         return b""  # the next read reports the error
-
-
-def _open_plain(path: str) -> Any:
-    return open(path, "rb")
 
 
 def _pieces_of(file: Any, size: int) -> Iterator[bytes]:
@@ -324,7 +336,8 @@ def parquet_texts(source: TextSource, start: int = 0) -> Iterator[tuple[int, str
         ) from None
     _refuse_lfs_pointer(source)
     try:
-        with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+        raw = open_remote(source.path) if is_remote(source.path) else source.path
+        with pq.ParquetFile(raw, page_checksum_verification=True) as file:
             _require_text_column(file.schema_arrow, source)
             row, groups = _row_groups_from(file.metadata, start)
             for batch in file.iter_batches(_ROWS_AT_ONCE, groups, [source.text_field]):
