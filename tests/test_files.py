@@ -368,8 +368,7 @@ def test_plain_yaml(tmp_path):
         "finetune_classifier --task_name CB --output_dir",
         "run_pretraining_distillation --data absent --ckpt_dir",
         "create_pretraining_data --input_file absent --output_dir",
-        "scripts.build_teacher_cache --data a --teacher_model b --teacher_ckpt_dir c"
-        " --output_dir",
+        "scripts.build_teacher_cache --data a --teacher_model b --teacher_ckpt_dir c --output_dir",
     ],
 )
 def test_a_folder_below_a_file_is_refused_before_anything_is_read(

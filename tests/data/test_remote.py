@@ -64,7 +64,7 @@ def test_the_shards_are_those_of_files(tmp_path, bucket, monkeypatch, cluster):
 
 def test_globs_folders_and_files_are_found(bucket):
     assert find_inputs("memory://bucket/*.txt") == ["memory:///bucket/a.txt"]
-    assert find_inputs("memory://bucket/**.txt")[-1] == "memory:///bucket/below/c.txt"
+    assert find_inputs("memory://bucket/**/*.txt")[-1] == "memory:///bucket/below/c.txt"
     both = find_inputs(f"memory://bucket/below,{bucket / 'a.txt'}")
     assert both == ["memory:///bucket/below/c.txt", str(bucket / "a.txt")]
     assert find_inputs("memory://bucket/a.txt") == ["memory://bucket/a.txt"]
