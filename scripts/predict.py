@@ -48,7 +48,10 @@ class PredictSettings:
         False, "predict five words for each <mask> (BERT: [MASK]), with a pretrained model"
     )
     runtime: str = option(
-        "mxnet", "the int8 models are made by scripts/quantize.py", choices=BACKENDS
+        "mxnet",
+        "the int8 models are made by scripts/quantize.py; auto: the fastest in float32 that is "
+        "installed",
+        choices=(*BACKENDS, "auto"),
     )
     batch_size: int = option(32, "inputs per forward pass", minimum=1)
 

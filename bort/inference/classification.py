@@ -20,7 +20,7 @@ from bort.inference.base import (
     softmax,
     token_batches,
 )
-from bort.inference.runtime import Backend, backend_for, load_runtime
+from bort.inference.runtime import Backend, backend_for, fastest_runtime, load_runtime
 from bort.parameters import check_finite, parameter_file
 from bort.saved_model import (
     MASKED_LM,
@@ -214,7 +214,8 @@ def load_classifier(
     """Load a saved classifier: its .params file or its folder.
 
     task: another task that this model predicts, if any (MNLI's predicts AX).
-    runtime: one of `bort.inference.runtime.BACKENDS`.
+    runtime: one of `bort.inference.runtime.BACKENDS`, or auto: the fastest in float32 that is
+        installed.
 
     Raises `UserError` when there is none, when it is damaged, and for another task than the
     model's.
@@ -227,6 +228,8 @@ def load_classifier(
             "finetune_classifier.py, or give --fill_mask"
         )
     model_task = _task(path, model_config, task)
+    if runtime == "auto":
+        runtime = fastest_runtime(found)
     if runtime == "mxnet":  # reads parameters and tokenizer at the same time
         network, model_config, tokenizer = load_model(found)
         check_finite(found, network)

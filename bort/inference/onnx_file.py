@@ -21,6 +21,7 @@ FORMAT = "2"
 # ModelProto.metadata_props (field 14), 74 bytes: key (field 1) "sha256", value (field 2) 64 digits.
 _TRAILER_START = b"\x72\x4a\x0a\x06sha256\x12\x40"
 _TRAILER_BYTES = len(_TRAILER_START) + 64
+METADATA_FIELD = 14  # metadata_props of ModelProto
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,61 @@ def parse_metadata(name: str, metadata: Mapping[str, str]) -> OnnxMetadata:
         metadata.get("format") == FORMAT,
         metadata.get("parameters_sha256", ""),
     )
+
+
+def read_metadata(name: str, content: Any) -> dict[str, str]:
+    """Return the metadata of a file's content, without parsing its graph.
+
+    content: the bytes of an onnx.ModelProto, or a view of them. Raises `UserError` when it is none.
+    """
+    found, place = {}, 0
+    try:
+        while place < len(content):
+            field, value, place = _field(content, place)
+            if field == METADATA_FIELD:
+                key, text = _pair(bytes(value))
+                found[key] = text
+    except (IndexError, ValueError, KeyError):
+        raise UserError(f"{name}: is not an ONNX file, or damaged; write it again") from None
+    return found
+
+
+def _pair(content: bytes) -> tuple[str, str]:
+    place, parts = 0, {1: "", 2: ""}  # of StringStringEntryProto
+    while place < len(content):
+        field, value, place = _field(content, place)
+        parts[field] = bytes(value).decode()
+    return parts[1], parts[2]
+
+
+def _field(content: Any, place: int) -> tuple[int, Any, int]:
+    """Return number and value of the field of a protocol buffer at a place, and the next place.
+
+    The value of a field that is not delimited is left out. Raises `ValueError` or `IndexError`.
+    """
+    tag, place = _varint(content, place)
+    kind = tag & 7
+    if kind == 0:
+        return tag >> 3, b"", _varint(content, place)[1]
+    if kind in (1, 5):
+        return tag >> 3, b"", place + (8 if kind == 1 else 4)
+    if kind != 2:
+        raise ValueError("an unknown kind of field")
+    length, place = _varint(content, place)
+    if place + length > len(content):
+        raise ValueError("it ends too soon")
+    return tag >> 3, content[place : place + length], place + length
+
+
+def _varint(content: Any, place: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = content[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+    raise ValueError("a number of more than 64 bits")
 
 
 def onnx_session(model: bytes | str, threads: int) -> Any:

@@ -27,7 +27,7 @@ def predict(
     inputs: texts, sequences of texts (of a pair; of a choice the common text and the options; of
         ReCoRD passage, query with "@placeholder" and the candidates) or rows of the task's
         official files as dictionaries.
-    runtime: one of `bort.inference.runtime.BACKENDS`.
+    runtime: one of `bort.inference.runtime.BACKENDS`, or auto.
 
     Raises `UserError` for a path without a classifier, a wrong task, and an invalid input.
     """

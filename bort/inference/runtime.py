@@ -15,21 +15,39 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any, Mapping, NamedTuple
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Callable, Mapping, NamedTuple, Union
 
 import numpy as np
 
 from bort.errors import UserError, quoted
 from bort.files import read_json, read_json_as, sha256_of
-from bort.inference.onnx_file import OUTPUT, onnx_session, parse_metadata, verify_onnx_file
+from bort.inference.onnx_file import (
+    OUTPUT,
+    onnx_session,
+    parse_metadata,
+    read_metadata,
+    verify_onnx_file,
+)
 from bort.mxnet_setup import cpu_threads
 from bort.parameters import check_finite, check_finite_arrays, parameter_file, read_arrays
-from bort.processor import BFLOAT16_FLAGS, computes_bfloat16
+from bort.processor import BFLOAT16_FLAGS, computes_bfloat16, multiplies_bfloat16
 from bort.saved_model import ModelConfig, load_model, read_model_config, verify_parameters
 from bort.shapes import MAX_LENGTH
 from bort.types import Block
 
-BACKENDS = ("mxnet", "mxnet-bfloat16", "mxnet-int8", "onnx", "onnx-int8")
+BACKENDS = (
+    "mxnet",
+    "mxnet-bfloat16",
+    "mxnet-int8",
+    "onnx",
+    "onnx-int8",
+    "openvino",
+    "openvino-bfloat16",
+)
+# In float32, the fastest first: what `auto` chooses from.
+FASTEST = ("openvino", "onnx", "mxnet")
 INT8_FOLDER = "int8"
 DATA_NAMES = ("data0", "data1")  # of token ids and lengths in an exported MXNet symbol
 
@@ -139,17 +157,93 @@ class OnnxBackend(Backend):
         return self._session.run([OUTPUT], feed)[0]
 
 
+class OpenVinoBackend(Backend):
+    """A graph written by bort.inference.onnx_graph, in OpenVINO."""
+
+    def __init__(
+        self, model: bytes | str, precision: str = "float32", threads: int | None = None
+    ) -> None:
+        """Take the path of a file or its content; multiply in `precision`.
+
+        Raises `UserError` for a damaged file and for a graph that is not a classifier of ours.
+        """
+        import openvino
+
+        name = model if isinstance(model, str) else "the ONNX graph"
+        if isinstance(model, str):
+            has_digest = verify_onnx_file(model)
+            with open(model, "rb") as file:
+                model = file.read()
+        else:
+            has_digest = True  # made just now
+        self.metadata = parse_metadata(name, read_metadata(name, memoryview(model)))
+        if self.metadata.has_digest and not has_digest:
+            raise UserError(f"{name}: its SHA-256 is missing: the file is damaged; write it again")
+        super().__init__(self.metadata.vocab_size, self.metadata.positions)
+        options = {
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
+            "INFERENCE_NUM_THREADS": threads or cpu_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        core = openvino.Core()
+        try:
+            graph = core.read_model(model, b"")
+            inputs, outputs = (
+                {port.any_name for port in ports} for ports in (graph.inputs, graph.outputs)
+            )
+            if outputs != {OUTPUT} or inputs != {"input_ids", "valid_length"}:
+                raise UserError(f"{name}: is not a classifier; it has no output `{OUTPUT}` alone")
+            compiled = core.compile_model(graph, "CPU", options)
+        except RuntimeError as error:
+            reason = quoted(str(error).strip().splitlines()[-1])[1:-1]
+            raise UserError(f"{name}: OpenVINO cannot load it ({reason})") from None
+        self._request = compiled.create_infer_request()
+
+    def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        feed = {"input_ids": ids.astype(np.int64), "valid_length": lengths.astype(np.int64)}
+        self._request.infer(feed)
+        return self._request.get_output_tensor(0).data.copy()
+
+
 # ---- the processor -------------------------------------------------------------------------------
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return those of `BACKENDS` that this processor can run."""
-    can = computes_bfloat16()  # without, MXNet fails in the first layer
-    return tuple(name for name in BACKENDS if can or name != "mxnet-bfloat16")
+    """Return those of `BACKENDS` that this processor and this environment can run."""
+    left_out = set()
+    if not computes_bfloat16():  # MXNet fails in the first layer
+        left_out.add("mxnet-bfloat16")
+    if not multiplies_bfloat16():
+        left_out.add("openvino-bfloat16")
+    if not find_spec("openvino"):
+        left_out |= {"openvino", "openvino-bfloat16"}
+    return tuple(name for name in BACKENDS if name not in left_out)
+
+
+def fastest_runtime(path: str) -> str:
+    """Return the fastest backend for a saved classifier that computes in float32.
+
+    A backend whose package is not installed is passed over; an ONNX file needs no MXNet.
+    """
+    installed = {"openvino": "openvino", "onnx": "onnxruntime", "mxnet": "mxnet"}
+    for name in FASTEST:
+        if find_spec(installed[name]) and not (name == "mxnet" and path.endswith(".onnx")):
+            return name
+    raise UserError("--runtime auto: none of openvino, onnxruntime and mxnet is installed")
 
 
 def require_processor(name: str) -> None:
-    """Raise `UserError` when this processor cannot run the named backend."""
+    """Raise `UserError` when a backend cannot run on this processor or in this environment."""
+    if name.startswith("openvino") and not find_spec("openvino"):
+        raise UserError(
+            f"runtime {name}: needs the package openvino; run: pip install openvino, or use one of "
+            f"{', '.join(available_backends())}"
+        )
+    if name == "openvino-bfloat16" and name not in available_backends():
+        raise UserError(
+            f"runtime {name}: needs a processor with AVX512-BF16 or AMX; use one of "
+            f"{', '.join(available_backends())}"
+        )
     if name not in available_backends():
         flags = ", ".join(sorted(BFLOAT16_FLAGS))
         raise UserError(
@@ -169,6 +263,11 @@ def backend_for(network: Block, name: str, threads: int | None = None) -> Backen
     Raises `UserError` for a backend that this processor cannot run.
     """
     require_processor(name)
+    if name.startswith("openvino"):
+        from bort.inference.onnx_graph import build
+
+        content = build(network).SerializeToString()
+        return OpenVinoBackend(content, _precision(name), threads)
     if name.startswith("onnx"):
         from bort.inference.onnx_graph import build
 
@@ -178,6 +277,10 @@ def backend_for(network: Block, name: str, threads: int | None = None) -> Backen
     positions = network.bort.encoder._max_length
     block = _to_bfloat16(network) if name == "mxnet-bfloat16" else network
     return MXNetBackend(block, vocab_size, positions)
+
+
+def _precision(name: str) -> str:
+    return "bfloat16" if name.endswith("bfloat16") else "float32"
 
 
 def _to_bfloat16(network: Block) -> Block:
@@ -196,6 +299,9 @@ def _to_bfloat16(network: Block) -> Block:
         )
     block.collect_params().setattr("grad_req", "null")
     return block
+
+
+GraphBackend = Union[OnnxBackend, OpenVinoBackend]
 
 
 # ---- from files ----------------------------------------------------------------------------------
@@ -273,7 +379,10 @@ def load_runtime(path: str, name: str, threads: int | None = None) -> Backend:
     if name.endswith("int8"):
         return _load_int8(found, model_config, name, threads)
     if name == "onnx":
-        return _load_float32_onnx(found, model_config, threads)
+        return _load_float32_onnx(found, model_config, partial(OnnxBackend, threads=threads))
+    if name.startswith("openvino"):
+        load = partial(OpenVinoBackend, precision=_precision(name), threads=threads)
+        return _load_float32_onnx(found, model_config, load)
     return backend_for(load_finite_model(found), name, threads)
 
 
@@ -290,12 +399,16 @@ def check_classifier(path: str, model_config: ModelConfig) -> None:
         raise UserError(f"{path}: a {model_config.kind} network; fine-tune it on a task first")
 
 
-def _load_onnx_file(path: str, name: str, threads: int | None) -> OnnxBackend:
-    if not name.startswith("onnx"):
+def _load_onnx_file(path: str, name: str, threads: int | None) -> GraphBackend:
+    if not name.startswith(("onnx", "openvino")):
         raise UserError(f"{path}: an ONNX file needs the runtime onnx, not {name}")
     if not os.path.exists(path):
         raise UserError(f"{path}: not found; scripts/export_onnx.py writes it")
-    backend = OnnxBackend(path, threads)
+    backend: GraphBackend
+    if name.startswith("openvino"):
+        backend = OpenVinoBackend(path, _precision(name), threads)
+    else:
+        backend = OnnxBackend(path, threads)
     precision = "int8" if name == "onnx-int8" else "float32"
     if backend.metadata.precision != precision:
         raise UserError(f"{path}: is {backend.metadata.precision}, not {precision}")
@@ -303,19 +416,19 @@ def _load_onnx_file(path: str, name: str, threads: int | None) -> OnnxBackend:
 
 
 def _load_float32_onnx(
-    parameters: str, model_config: ModelConfig, threads: int | None
-) -> OnnxBackend:
+    parameters: str, model_config: ModelConfig, load: Callable[[Union[bytes, str]], GraphBackend]
+) -> GraphBackend:
     """Load the exported file if it was made from these parameters, else build the graph."""
     verify_parameters(parameters, model_config)
     if os.path.exists(onnx_path(parameters)):
-        exported = OnnxBackend(onnx_path(parameters), threads)
+        exported = load(onnx_path(parameters))
         if exported.metadata.parameters_sha256 == sha256_of(parameters):
             return exported
     from bort.inference.onnx_graph import build, describe_file
 
     check_finite_arrays(parameters, read_arrays(parameters).items())
     graph = build(describe_file(parameters, model_config))
-    return OnnxBackend(graph.SerializeToString(), threads)
+    return load(graph.SerializeToString())
 
 
 def _load_int8(

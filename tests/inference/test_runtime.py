@@ -19,6 +19,8 @@ from onnx import helper
 from bort import mxnet_setup, processor, saved_model
 from bort.errors import UserError
 from bort.inference import onnx_graph, runtime
+from bort.inference.onnx_file import read_metadata
+from bort.inference.pipelines import predict
 from bort.inference.quantization import Quantization, calibration_batch
 from bort.inference.runtime import BACKENDS, available_backends, backend_for, load_runtime
 from bort.tokenization import TokenizerSettings, load_tokenizer
@@ -30,12 +32,20 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = "bort_2_4_64_32"
 # How far the scores may be from MXNet's in float32, of values up to about 1.
 # On processors without VNNI the int8 products of ONNX Runtime saturate, which costs some more.
-CLOSE = {"mxnet": 0, "onnx": 1e-5, "mxnet-bfloat16": 0.03, "mxnet-int8": 0.1, "onnx-int8": 0.15}
+CLOSE = {
+    "mxnet": 0,
+    "onnx": 1e-5,
+    "mxnet-bfloat16": 0.03,
+    "mxnet-int8": 0.1,
+    "onnx-int8": 0.15,
+    "openvino": 1e-5,
+    "openvino-bfloat16": 0.03,
+}
 EVERY_BACKEND = [
     pytest.param(
         name,
         marks=pytest.mark.skipif(
-            name not in available_backends(), reason=f"this processor cannot run {name}"
+            name not in available_backends(), reason=f"{name} cannot run here"
         ),
     )
     for name in BACKENDS
@@ -174,13 +184,62 @@ def test_bfloat16_needs_avx512(quantized, monkeypatch):
     assert "mxnet-bfloat16" not in available_backends()
     said = refusal(quantized, "mxnet-bfloat16")
     assert "runtime mxnet-bfloat16: needs a processor with AVX-512 (avx512bw, " in said
-    assert said.endswith("; use one of mxnet, mxnet-int8, onnx, onnx-int8")
+    assert said.rpartition("; use one of ")[2].startswith("mxnet, mxnet-int8, onnx, onnx-int8")
     network = saved_model.load_model(str(quantized)).network
     with pytest.raises(UserError, match="needs a processor with AVX-512"):
         backend_for(network, "mxnet-bfloat16")
     avx512_core = frozenset(("avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"))
     monkeypatch.setattr(processor, "processor_flags", lambda: avx512_core)
-    assert available_backends() == BACKENDS
+    assert set(BACKENDS) - {*available_backends()} <= {"openvino", "openvino-bfloat16"}
+
+
+def test_openvino_needs_its_package(quantized, monkeypatch):
+    find = runtime.find_spec
+    monkeypatch.setattr(runtime, "find_spec", lambda n: None if n == "openvino" else find(n))
+    assert not [name for name in available_backends() if name.startswith("openvino")]
+    for name in ("openvino", "openvino-bfloat16"):
+        said = refusal(quantized, name)
+        assert f"runtime {name}: needs the package openvino; run: pip install openvino" in said
+
+
+def test_openvino_in_bfloat16_needs_a_processor_that_multiplies_it(quantized, monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: name)
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: False)
+    assert "openvino-bfloat16" not in available_backends()
+    assert "needs a processor with AVX512-BF16 or AMX" in refusal(quantized, "openvino-bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [((), "openvino"), (("openvino",), "onnx"), (("openvino", "onnxruntime"), "mxnet")],
+)
+def test_auto_is_the_fastest_in_float32_that_is_installed(monkeypatch, missing, expected):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None if name in missing else name)
+    assert runtime.fastest_runtime("best.params") == expected
+    if expected == "mxnet":
+        with pytest.raises(UserError, match="--runtime auto: none of openvino, onnxruntime"):
+            runtime.fastest_runtime("best.onnx")
+
+
+def test_auto_predicts_as_mxnet_does(quantized):
+    answers = [
+        list(predict(str(quantized), ["a fine film", "a dull film"], runtime=name))
+        for name in ("mxnet", "auto")
+    ]
+    for exact, fast in zip(*answers):
+        assert exact.label == fast.label
+        assert fast.probabilities == pytest.approx(exact.probabilities, abs=1e-5)
+
+
+def test_the_metadata_of_a_file_are_read_without_its_graph(quantized, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_onnx([str(quantized), "--output", str(path)])
+    content = path.read_bytes()
+    expected = {prop.key: prop.value for prop in onnx.load(str(path)).metadata_props}
+    assert read_metadata("a file", memoryview(content)) == expected
+    for damaged in (content[:-5], b"\xff" * 40, b"no protocol buffer", content[:1000]):
+        with pytest.raises(UserError, match="a file: is not an ONNX file, or damaged"):
+            read_metadata("a file", damaged)
 
 
 def test_the_flags_of_the_processor_are_those_that_linux_lists():
