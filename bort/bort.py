@@ -73,12 +73,14 @@ def options_of(model: nlp.model.BERTModel) -> BodyOptions:
 
 
 def types_of(ids: Any, separator: int) -> Any:
-    """Return the token types, 0 and 1, of ids [batch, length], arrays or symbols of MXNet."""
+    """Return the token types, 0 and 1, of ids [batch, length]: an array or a symbol."""
     is_separator = ids == separator
     return _functions(ids).cumsum(is_separator, axis=1) - is_separator > 0
 
 
 def _functions(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return np
     return nd if isinstance(value, nd.NDArray) else mx.sym
 
 

@@ -78,8 +78,7 @@ class WordPiece(Vocabulary):
         super().__init__(spelling, word_starts, WORDPIECE_TOKENS)
         self.normalizer = normalizer
         self._parts = _parts(spelling, normalizer, max_word)
-        # Without special tokens: it would find them in texts.
-        self._tokenizer = Tokenizer.from_str(json.dumps(_file_content(self._parts)))
+        self._tokenizer = Tokenizer.from_str(json.dumps(self.file_content()))
         self._special = frozenset(self.special_ids.tolist())
         self._ids_of_word: dict[str, list[int]] = {}
         described = json.dumps([self.name, list(spelling), asdict(normalizer), max_word]).encode()
@@ -116,30 +115,13 @@ class WordPiece(Vocabulary):
         return self._tokenizer.decode([int(i) for i in ids if int(i) not in self._special])
 
     def save(self, folder: str) -> None:
-        """Write tokenizer.json, which AutoTokenizer reads too, to a folder."""
+        """Write tokenizer.json to a folder."""
         content = json.dumps(self.file_content(), ensure_ascii=False, indent=1)
         write_files(folder, {TOKENIZER_JSON: content.encode()})
 
     def file_content(self) -> dict[str, Any]:
-        """Return the content of a tokenizer.json, with the special tokens."""
-        ids = {token: index for index, token in enumerate(self._spelling)}
-        added = [
-            {
-                "id": ids[token],
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token in self.special_tokens.values()
-        ]
-        return {
-            **_file_content(self._parts),
-            "added_tokens": sorted(added, key=lambda token: token["id"]),
-            "post_processor": _post_processor(ids),
-        }
+        """Return the content of a tokenizer.json that finds no special tokens in texts."""
+        return _file_content(self._parts)
 
 
 def _file_content(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,24 +146,6 @@ def _parts(spelling: Sequence[str], normalizer: Normalizer, max_word: int) -> di
             "continuing_subword_prefix": CONTINUATION,
             "max_input_chars_per_word": max_word,
             "vocab": {token: index for index, token in enumerate(spelling)},
-        },
-    }
-
-
-def _post_processor(ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return the processor that makes [CLS] A [SEP] and [CLS] A [SEP] B [SEP], the latter typed."""
-    cls, sep = WORDPIECE_TOKENS["bos"], WORDPIECE_TOKENS["eos"]
-
-    def special(token: str, type_id: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": token, "type_id": type_id}}
-
-    first = [special(cls, 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep, 0)]
-    return {
-        "type": "TemplateProcessing",
-        "single": first,
-        "pair": [*first, {"Sequence": {"id": "B", "type_id": 1}}, special(sep, 1)],
-        "special_tokens": {
-            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (cls, sep)
         },
     }
 

@@ -25,8 +25,11 @@ class ToHuggingFaceSettings:
     """Output."""
 
     output: str = required("new folder for the converted model")
-    family: str = option(
-        "roberta", "classes that load the model: Roberta... or Bert...", choices=("roberta", "bert")
+    family: Optional[str] = option(
+        None,
+        "classes that load the model: Roberta... or Bert... (default: Bert... for a WordPiece "
+        "vocabulary)",
+        choices=("roberta", "bert"),
     )
 
 

@@ -107,7 +107,7 @@ def _write_model(folder: str, source: str, saved: SavedModel) -> Comparison:
     """
     assert saved.tokenizer is not None  # write_description refuses a model without one
     os.makedirs(folder)
-    write_description(folder, saved, onnx_architecture(saved.model_config), card="")
+    write_description(folder, saved, onnx_architecture(saved), card="")
     for name in os.listdir(folder):
         if name not in _MODEL_FILES:
             os.remove(os.path.join(folder, name))
@@ -139,7 +139,7 @@ def _describe(saved: SavedModel, megabytes: int) -> dict[str, Any]:
     return {
         "title": title,
         "subtitle": f"{model_config.model}, int8",
-        "model_class": f"AutoModelFor{onnx_architecture(model_config).head}",
+        "model_class": f"AutoModelFor{onnx_architecture(saved).head}",
         "fields": _fields(model_config),
         "example": f"The old man went to the {mask}." if is_masked_lm else "",
         "labels": list(model_config.labels),

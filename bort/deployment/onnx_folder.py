@@ -14,12 +14,18 @@ from typing import Any, Mapping, NamedTuple
 
 import numpy as np
 
+from bort.bort import types_of
 from bort.errors import UserError
 from bort.files import new_folder
-from bort.huggingface.folder import architecture_for, write_description
+from bort.huggingface.families import Architecture
+from bort.huggingface.folder import (
+    architecture_for,
+    require_tokenizer,
+    usual_family,
+    write_description,
+)
 from bort.huggingface.model_card import model_card
 from bort.huggingface.sums import write_sums
-from bort.huggingface.weights import Architecture
 from bort.inference.onnx_export import TOLERANCE, mxnet_outputs, random_inputs
 from bort.inference.onnx_file import onnx_session, write_onnx
 from bort.inference.onnx_graph import describe
@@ -27,13 +33,13 @@ from bort.inference.onnx_huggingface import build_huggingface
 from bort.inference.runtime import metadata_of
 from bort.mxnet_setup import cpu_threads
 from bort.parameters import check_finite, parameter_file
-from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, load_model
+from bort.saved_model import MASKED_LM, SavedModel, load_model
+from bort.shapes import CLS
 from bort.types import TaskKind
 
 ONNX_FOLDER = "onnx"
 # {precision: the name under which transformers.js and optimum look for it}
 FILES: Mapping[str, str] = {"float32": "model.onnx", "int8": "model_quantized.onnx"}
-FAMILY = "roberta"
 
 
 class Comparison(NamedTuple):
@@ -64,7 +70,7 @@ def export_folder(model: str, output: str) -> FolderExport:
     source = parameter_file(model)
     saved = load_model(source)
     check_finite(source, saved.network)
-    architecture = onnx_architecture(saved.model_config)
+    architecture = onnx_architecture(saved)
     with new_folder(output) as folder:
         card = model_card(saved.model_config, architecture, is_onnx=True)
         write_description(folder, saved, architecture, card)
@@ -80,12 +86,14 @@ def export_folder(model: str, output: str) -> FolderExport:
     return FolderExport(comparison, description)
 
 
-def onnx_architecture(model_config: ModelConfig) -> Architecture:
+def onnx_architecture(saved: SavedModel) -> Architecture:
     """Return the architecture whose inputs and outputs the graph has.
 
-    What a graph computes, it says itself: a second dense layer is no hindrance.
+    What a graph computes, it says itself: neither a second dense layer nor mean pooling is a
+    hindrance.
     """
-    return architecture_for(dataclasses.replace(model_config, extra_layer=False), FAMILY)
+    plain = dataclasses.replace(saved.model_config, extra_layer=False, pooling=CLS)
+    return architecture_for(plain, usual_family(require_tokenizer(saved)))
 
 
 def write_graphs(
@@ -103,6 +111,10 @@ def write_graphs(
     described = describe(network)
     feeds = random_inputs(network)
     expected = [mxnet_outputs(network, feed) for feed in feeds]
+    separator = described.options.type_separator
+    if separator is not None:
+        for feed in feeds:
+            feed["token_type_ids"] = types_of(feed["input_ids"], separator).astype(np.int64)
     found = {}
     for precision, name in FILES.items():
         graph = build_huggingface(described, kind, precision, metadata)
@@ -122,13 +134,17 @@ def write_graphs(
 def run(session: Any, kind: str, feed: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the logits of a graph for the inputs of ours: [batch, outputs] or [masks, vocabulary].
 
-    feed: input_ids [batch, length], valid_length [batch], of a masked LM `positions` [masks].
+    feed: input_ids [batch, length], valid_length [batch], of a masked LM `positions` [masks], of a
+        body with token types token_type_ids [batch, length].
     """
     ids, lengths = feed["input_ids"], feed["valid_length"]
     mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
     # The options of a multiple choice are one example.
     wrapped = (np.s_[None],) if kind == TaskKind.MULTIPLE_CHOICE else ()
-    (logits,) = session.run(None, {"input_ids": ids[wrapped], "attention_mask": mask[wrapped]})
+    given = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in feed:
+        given["token_type_ids"] = feed["token_type_ids"]
+    (logits,) = session.run(None, {name: array[wrapped] for name, array in given.items()})
     if kind == MASKED_LM:
         return logits.reshape(-1, logits.shape[-1])[feed["positions"]]
     return logits.reshape(len(ids), -1)

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 from mxnet import nd
 
-from bort.bort import decode, encode, masked_hidden
+from bort.bort import decode, encode, masked_hidden, options_of, types_of
 from bort.errors import UserError, quoted
 from bort.files import read_json_as
-from bort.huggingface.weights import Architecture, HuggingFaceConfig, architecture_of
+from bort.huggingface.config import HuggingFaceConfig, parse_config
+from bort.huggingface.families import CHOICE_HEAD, Architecture
 from bort.saved_model import SavedModel
 from bort.shapes import MAX_LENGTH
 from bort.tokenization import Tokenizer
@@ -25,16 +26,29 @@ _TEXTS = 50
 
 
 class Comparison(NamedTuple):
-    """The largest difference of logits, and the packages that were compared with."""
+    """The largest differences, and the packages that were compared with.
 
-    difference: float
+    difference: of logits, None for a body without a head; states: of hidden states.
+    """
+
+    difference: Optional[float]
+    states: float
     packages: str
+
+
+class Batch(NamedTuple):
+    """Inputs [inputs, length] with padding; `types` is None for a model without token types."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    types: Optional[np.ndarray]
 
 
 def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
     """Compare a network with its Hugging Face folder; None without transformers and torch.
 
-    Raises `UserError` when logits differ by more than `TOLERANCE`, and when the tokenizers differ.
+    Raises `UserError` when logits or hidden states differ by more than `TOLERANCE`, and when the
+    tokenizers differ.
     """
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return None
@@ -44,36 +58,50 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     config = read_json_as(os.path.join(folder, "config.json"), HuggingFaceConfig)
-    (name,) = config.architectures or ("none",)
-    architecture = architecture_of(name)
+    architecture = parse_config(config).architecture
     tokenizer: Any = saved.tokenizer
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of many classes
+        reason = quoted(str(error).strip().splitlines()[:1])
+        raise UserError(f"{folder}: transformers cannot load its tokenizer ({reason})") from None
     for text in _texts(tokenizer):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         if ids != tokenizer.encode(text).tolist():
             raise UserError(f"{folder}: its tokenizer and ours differ on {quoted(text)}")
-    ids, lengths = _inputs(tokenizer)
-    model = getattr(transformers, name).from_pretrained(folder).float()
-    expected = _our_logits(saved.network, architecture, ids, lengths)
-    found = _their_logits(model.eval(), architecture, ids, lengths)
-    difference = float(np.abs(found - expected).max())
+    body = getattr(saved.network, "bort", saved.network)
+    batch = _inputs(tokenizer, options_of(body).type_separator)
+    # A body comes without the head that it was given here.
+    model = getattr(transformers, architecture.name).from_pretrained(folder).float().eval()
+    found, their_states = _their_outputs(model, architecture, batch)
+    states = _difference(folder, "hidden states", _our_states(body, batch), their_states)
+    difference = None
+    if found is not None:
+        expected = _our_logits(saved.network, architecture, batch)
+        difference = _difference(folder, "logits", expected, found)
+    packages = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    return Comparison(difference, states, packages)
+
+
+def _difference(folder: str, what: str, ours: np.ndarray, theirs: np.ndarray) -> float:
+    difference = float(np.abs(theirs - ours).max())
     if not difference <= TOLERANCE:  # false for NaN, too
-        raise UserError(f"{folder}: its logits and ours differ by {difference:.1e}")
-    return Comparison(
-        difference, f"transformers {transformers.__version__}, torch {torch.__version__}"
-    )
+        raise UserError(f"{folder}: its {what} and ours differ by {difference:.1e}")
+    return difference
 
 
 def report(comparison: Optional[Comparison]) -> Optional[float]:
-    """Print the comparison; returns the largest difference of logits."""
+    """Print the comparison; returns the largest difference, of hidden states without a head."""
     if comparison is None:
         print("not compared: needs torch and transformers (pip install -e '.[huggingface]')")
         return None
+    what = "hidden states" if comparison.difference is None else "logits"
+    largest = comparison.states if comparison.difference is None else comparison.difference
     print(
-        f"logits of random inputs with padding differ by at most {comparison.difference:.1e} "
+        f"{what} of random inputs with padding differ by at most {largest:.1e} "
         f"(limit {TOLERANCE}; {comparison.packages})"
     )
-    return comparison.difference
+    return largest
 
 
 def _texts(tokenizer: Tokenizer) -> list[str]:
@@ -84,14 +112,17 @@ def _texts(tokenizer: Tokenizer) -> list[str]:
     return ["".join(c for c in text if c.isascii() and c.isprintable()) for text in texts]
 
 
-def _inputs(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return random ids [inputs, length] with padding, and the lengths [inputs]."""
+def _inputs(tokenizer: Tokenizer, separator: Optional[int]) -> Batch:
+    """Return random ids with padding; each input has two texts."""
     generator = np.random.default_rng(1)
     lengths = np.array(_LENGTHS)
     ids = generator.integers(0, tokenizer.vocab_size - 1, (len(lengths), lengths.max()))
     ids += ids >= tokenizer.pad_id  # RoBERTa takes a pad token anywhere for padding
-    ids[np.arange(ids.shape[1]) >= lengths[:, None]] = tokenizer.pad_id
-    return ids, lengths
+    ids[np.arange(len(lengths)), lengths // 2] = tokenizer.eos_id
+    is_padding = np.arange(ids.shape[1]) >= lengths[:, None]
+    ids[is_padding] = tokenizer.pad_id
+    types = None if separator is None else types_of(ids, separator).astype(np.int64)
+    return Batch(ids, lengths, types)
 
 
 def _positions(lengths: np.ndarray) -> np.ndarray:
@@ -99,32 +130,47 @@ def _positions(lengths: np.ndarray) -> np.ndarray:
     return np.stack([np.linspace(0, length - 1, _POSITIONS).astype(int) for length in lengths])
 
 
-def _our_logits(
-    network: Block, architecture: Architecture, ids: np.ndarray, lengths: np.ndarray
-) -> np.ndarray:
-    inputs = nd.array(ids), nd.array(lengths)
-    if architecture.head != "MaskedLM":
+def _our_states(body: Block, batch: Batch) -> np.ndarray:
+    """Return the hidden states [inputs, positions, hidden] at the compared positions."""
+    states = encode(body, nd.array(batch.ids), nd.array(batch.lengths)).asnumpy()
+    return np.take_along_axis(states, _positions(batch.lengths)[..., None], axis=1)
+
+
+def _our_logits(network: Block, architecture: Architecture, batch: Batch) -> np.ndarray:
+    inputs = nd.array(batch.ids), nd.array(batch.lengths)
+    if architecture.is_classifier:
         logits = network(*inputs).asnumpy()
-        return logits.reshape(1, -1) if architecture.head == "MultipleChoice" else logits
+        return logits.reshape(1, -1) if architecture.head == CHOICE_HEAD else logits
     # [inputs, positions] -> positions in the flattened [inputs * length]
-    flat = _positions(lengths) + ids.shape[1] * np.arange(len(ids))[:, None]
+    starts = batch.ids.shape[1] * np.arange(len(batch.ids))
+    flat = _positions(batch.lengths) + starts[:, None]
     hidden = masked_hidden(network, encode(network, *inputs), nd.array(flat.reshape(-1)))
     return decode(network, hidden).asnumpy().reshape(*flat.shape, -1)
 
 
-def _their_logits(
-    model: Any, architecture: Architecture, ids: np.ndarray, lengths: np.ndarray
-) -> np.ndarray:
+def _their_outputs(
+    model: Any, architecture: Architecture, batch: Batch
+) -> tuple[Optional[np.ndarray], np.ndarray]:
+    """Return logits, None without a head that we have, and hidden states of the positions."""
     import torch
 
-    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    mask = np.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+    given = {"input_ids": batch.ids, "attention_mask": mask.astype(np.int64)}
+    if batch.types is not None:
+        given["token_type_ids"] = batch.types
     # The options of a multiple choice are one example.
-    wrapped = (np.s_[None],) if architecture.head == "MultipleChoice" else ()
+    wrapped = (np.s_[None],) if architecture.head == CHOICE_HEAD else ()
     with torch.no_grad():
-        logits = model(
-            input_ids=torch.tensor(ids[wrapped]),
-            attention_mask=torch.tensor(mask[wrapped].astype(np.int64)),
-        ).logits.numpy()
-    if architecture.head != "MaskedLM":
-        return logits
-    return np.take_along_axis(logits, _positions(lengths)[..., None], axis=1)
+        outputs = model(
+            **{name: torch.tensor(array[wrapped]) for name, array in given.items()},
+            output_hidden_states=True,
+        )
+    positions = _positions(batch.lengths)[..., None]
+    states = np.take_along_axis(outputs.hidden_states[-1].numpy(), positions, axis=1)
+    if architecture.is_classifier:
+        return outputs.logits.numpy(), states
+    if architecture.decoder is None:
+        return None, states
+    logits = getattr(outputs, "logits", None)
+    logits = outputs.prediction_logits if logits is None else logits  # BertForPreTraining's
+    return np.take_along_axis(logits.numpy(), positions, axis=1), states

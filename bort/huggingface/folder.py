@@ -2,7 +2,8 @@
 
     model.safetensors, config.json                           the network
     tokenizer.json, tokenizer_config.json, ...               the tokenizer
-    vocab.json and merges.txt, or tokenizer.model            its files, as in saved models
+    vocab.json and merges.txt, or tokenizer.model            its files, as in saved models;
+                                                             WordPiece has tokenizer.json alone
     README.md                                                the model card
     SHA256SUMS                                               of the files above, for `sha256sum -c`
 
@@ -12,7 +13,7 @@ Needs NumPy and safetensors; torch only for weights in pytorch_model.bin.
 from __future__ import annotations
 
 import os
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, NamedTuple, Optional
 
 import numpy as np
 
@@ -20,19 +21,32 @@ from bort.errors import UserError, quoted
 from bort.files import atomic_write, read_json_as, write_json
 from bort.huggingface import tokenizer as huggingface_tokenizer
 from bort.huggingface import weights as huggingface
+from bort.huggingface.config import (
+    Description,
+    HuggingFaceConfig,
+    configuration,
+    parse_config,
+)
+from bort.huggingface.families import (
+    CHOICE_HEAD,
+    CLASSIFIER_HEAD,
+    MASKED_LM_HEAD,
+    Architecture,
+)
 from bort.huggingface.model_card import model_card
 from bort.huggingface.sums import check_sums, write_sums
 from bort.huggingface.tensors import WEIGHTS, read_tensors
-from bort.huggingface.weights import Architecture, HuggingFaceConfig
 from bort.parameters import check_finite_arrays
 from bort.saved_model import MASKED_LM, MAX_OUTPUTS, ModelConfig, SavedModel, build_network
-from bort.shapes import MAX_LENGTH, Shape, body_shape
+from bort.shapes import BORT_OPTIONS, MAX_LENGTH, MEAN, TOKEN_TYPES, BodyOptions, body_shape
 from bort.tokenization import Tokenizer
 from bort.types import TaskKind
+from bort.wordpiece import WordPiece
 
 CONFIG, README = "config.json", "README.md"
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.model")
 OURS = "bort"  # the key of our own entries in config.json
+KEEP, FOLD = "keep", "fold"  # what is done with a body's two token types
 _OUR_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inputs_version")
 
 
@@ -42,31 +56,45 @@ _OUR_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inpu
 def architecture_for(model_config: ModelConfig, family: str) -> Architecture:
     """Return the architecture that computes what a saved model does.
 
-    Raises `UserError` for the extra dense layer, which no architecture has.
+    Raises `UserError` for the extra dense layer and for mean pooling, which no architecture has.
     """
     if model_config.extra_layer:
         raise UserError(
             "the classifier was trained with --extra_layer: no architecture of transformers has a "
             "second dense layer before its head; fine-tune without it to convert the model"
         )
-    heads: dict[str, str] = {MASKED_LM: "MaskedLM", TaskKind.MULTIPLE_CHOICE: "MultipleChoice"}
-    return Architecture(family, heads.get(model_config.kind, "SequenceClassification"))
+    if model_config.pooling == MEAN:
+        raise UserError(
+            "the classifier was trained with --pooling mean: the classifiers of transformers take "
+            "the first token; fine-tune with --pooling cls to convert the model"
+        )
+    heads: dict[str, str] = {MASKED_LM: MASKED_LM_HEAD, TaskKind.MULTIPLE_CHOICE: CHOICE_HEAD}
+    return Architecture(family, heads.get(model_config.kind, CLASSIFIER_HEAD))
 
 
-def write(folder: str, saved: SavedModel, family: str) -> Architecture:
+def usual_family(tokenizer: Tokenizer) -> str:
+    """Return the family whose tokenizer a model has: bert for a WordPiece, else roberta."""
+    return "bert" if tokenizer.name == WordPiece.name else "roberta"
+
+
+def write(folder: str, saved: SavedModel, family: Optional[str] = None) -> Architecture:
     """Write all files that transformers needs for a saved model; returns its architecture.
+
+    family: one of `bort.huggingface.families.WRITTEN`; None: that of the model's tokenizer.
 
     Raises `UserError` for a model without tokenizer, with parameters that are NaN or infinite, or
     that no architecture computes.
     """
     from safetensors.numpy import save_file
 
-    architecture = architecture_for(saved.model_config, family)
-    tokenizer = _require_tokenizer(saved)
+    tokenizer = require_tokenizer(saved)
+    architecture = architecture_for(saved.model_config, family or usual_family(tokenizer))
     collected = saved.network._collect_params_with_prefix()
     parameters = {name: parameter.data().asnumpy() for name, parameter in collected.items()}
     check_finite_arrays("the model", parameters.items())
-    arrays = huggingface.to_huggingface(parameters, architecture, tokenizer.pad_id)
+    arrays = huggingface.to_huggingface(
+        parameters, architecture, tokenizer.pad_id, saved.model_config.body_options
+    )
     # transformers refuses a file without the format.
     save_file(arrays, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
     write_description(folder, saved, architecture, model_card(saved.model_config, architecture))
@@ -81,12 +109,15 @@ def write_description(
 
     Raises `UserError` for a model without tokenizer.
     """
-    model_config, tokenizer = saved.model_config, _require_tokenizer(saved)
+    model_config, tokenizer = saved.model_config, require_tokenizer(saved)
     config = _config(model_config, tokenizer, architecture)
     write_json(os.path.join(folder, CONFIG), config, with_sum=False)
     tokenizer.save(folder)
     described = huggingface_tokenizer.describe(
-        folder, model_config.max_len, reads_special=model_config.kind == MASKED_LM
+        folder,
+        model_config.max_len,
+        reads_special=model_config.kind == MASKED_LM,
+        has_types=model_config.type_separator is not None,
     )
     for name, content in described.items():
         write_json(os.path.join(folder, name), content, with_sum=False)
@@ -94,7 +125,8 @@ def write_description(
         file.write(card)
 
 
-def _require_tokenizer(saved: SavedModel) -> Tokenizer:
+def require_tokenizer(saved: SavedModel) -> Tokenizer:
+    """Return the tokenizer of a saved model; raises `UserError` when it has none."""
     if saved.tokenizer is None:
         raise UserError(
             "the model has no tokenizer/ beside it: it was trained on shards of a version that did "
@@ -107,10 +139,14 @@ def _config(
     model_config: ModelConfig, tokenizer: Tokenizer, architecture: Architecture
 ) -> dict[str, Any]:
     ids = {"bos": tokenizer.bos_id, "pad": tokenizer.pad_id, "eos": tokenizer.eos_id}
-    config = huggingface.configuration(
-        body_shape(model_config.model), architecture, ids, model_config.vocab_size
+    config = configuration(
+        body_shape(model_config.model),
+        architecture,
+        ids,
+        model_config.vocab_size,
+        model_config.body_options,
     )
-    if architecture.head == "SequenceClassification":
+    if architecture.head == CLASSIFIER_HEAD:
         labels = model_config.labels or (model_config.task or "score",)
         regression = model_config.kind == TaskKind.REGRESSION
         config |= {
@@ -124,8 +160,24 @@ def _config(
 # ---- import --------------------------------------------------------------------------------------
 
 
+class Import(NamedTuple):
+    """A model read from a folder, and what a user should know of the conversion, a line each."""
+
+    saved: SavedModel
+    notices: list[str]
+
+
 def read(folder: str) -> SavedModel:
+    """Build the network of a folder, its token types kept: see `read_folder`."""
+    return read_folder(folder).saved
+
+
+def read_folder(folder: str, token_types: str = KEEP, origin: str = "") -> Import:
     """Build the network of a Hugging Face folder, with its model config and tokenizer.
+
+    token_types: KEEP, or FOLD: of two token types the first is added to the positions and the
+        second is dropped.
+    origin: where the folder is from, for the model config.
 
     Every file is checked before the network is built.
 
@@ -134,24 +186,59 @@ def read(folder: str) -> SavedModel:
     check_sums(folder, (WEIGHTS, *VOCABULARY_FILES))
     config = read_json_as(os.path.join(folder, CONFIG), HuggingFaceConfig)
     try:
-        architecture, shape = huggingface.parse_config(config)
+        description = parse_config(config)
         tokenizer = huggingface_tokenizer.read_tokenizer(folder)
-        model_config = _model_config(config, architecture, shape, tokenizer)
-        arrays = huggingface.from_huggingface(
-            read_tensors(folder), architecture, shape.layers, tokenizer.pad_id
-        )
-        expected = huggingface.parameter_shapes(
-            shape, architecture, model_config.vocab_size, model_config.num_outputs
-        )
-        for name, array in arrays.items():
-            if array.shape != expected[name]:
-                raise UserError(
-                    f"{name} has shape {array.shape}; by {CONFIG} it would be {expected[name]}"
-                )
-        check_finite_arrays(WEIGHTS, arrays.items())
+        tensors = huggingface.canonical(read_tensors(folder), description.architecture.family)
+        if not description.has_class:
+            found = huggingface.with_head(description.architecture, tensors)
+            description = description._replace(architecture=found)
+        keep = _keeps_types(description, token_types)
+        separator = tokenizer.eos_id if keep else None
+        options = BodyOptions(description.layer_norm_eps, separator)
+        model_config = _model_config(config, description, options, tokenizer, origin)
+        converted = _checked_arrays(tensors, description, model_config, tokenizer)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    return SavedModel(_network(model_config, arrays), model_config, tokenizer)
+    network = _network(model_config, converted.parameters)
+    return Import(SavedModel(network, model_config, tokenizer), converted.notices)
+
+
+def _keeps_types(description: Description, token_types: str) -> bool:
+    """Return whether a network gets token types.
+
+    Raises `UserError` when those of a fine-tuned classifier would be dropped: it may take pairs.
+    """
+    has_two = description.token_types == TOKEN_TYPES
+    if has_two and token_types == FOLD and description.architecture.is_classifier:
+        raise UserError(
+            f"--token_types fold: {description.architecture.name} may take pairs of texts, whose "
+            "second one would lose its type; keep the types"
+        )
+    return has_two and token_types == KEEP
+
+
+def _checked_arrays(
+    tensors: huggingface.Arrays,
+    description: Description,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+) -> huggingface.Converted:
+    """Return the parameters under our names; raises `UserError` for a wrong shape or value."""
+    architecture, shape = description.architecture, description.shape
+    keep = model_config.type_separator is not None
+    converted = huggingface.from_huggingface(
+        tensors, architecture, shape.layers, tokenizer.pad_id, description.token_types, keep
+    )
+    expected = huggingface.parameter_shapes(
+        shape, architecture, model_config.vocab_size, model_config.num_outputs, keep
+    )
+    for name, array in converted.parameters.items():
+        if array.shape != expected[name]:
+            raise UserError(
+                f"{name} has shape {array.shape}; by {CONFIG} it would be {expected[name]}"
+            )
+    check_finite_arrays(WEIGHTS, converted.parameters.items())
+    return converted
 
 
 def _network(model_config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -165,25 +252,30 @@ def _network(model_config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Any
 
 
 def _model_config(
-    config: HuggingFaceConfig, architecture: Architecture, shape: Shape, tokenizer: Tokenizer
+    config: HuggingFaceConfig,
+    description: Description,
+    options: BodyOptions,
+    tokenizer: Tokenizer,
+    origin: str,
 ) -> ModelConfig:
     """Return the model config of a folder, from config.json and our own entries in it."""
-    ours = config.bort
+    ours, architecture, shape = config.bort, description.architecture, description.shape
     size, pad_id = tokenizer.vocab_size, tokenizer.pad_id
-    if (config.vocab_size, config.pad_token_id) != (size, pad_id):
+    if (config.vocab_size, description.pad_id) != (size, pad_id):
         raise UserError(
-            f"{CONFIG} has {config.vocab_size} tokens and pads with {config.pad_token_id}, its "
+            f"{CONFIG} has {config.vocab_size} tokens and pads with {description.pad_id}, its "
             f"tokenizer has {size} and pads with {pad_id}"
         )
     labels, kind, outputs = ours.labels, MASKED_LM, 0
-    if architecture.head == "MultipleChoice":
+    if architecture.head == CHOICE_HEAD:
         kind, outputs = TaskKind.MULTIPLE_CHOICE.value, 1
-    elif architecture.head == "SequenceClassification":
+    elif architecture.head == CLASSIFIER_HEAD:
         labels = _labels(config.id2label)
         kind, outputs = _classifier_kind(config, len(labels)), len(labels)
     name = ours.model
     if not name or body_shape(name) != shape:
-        name = huggingface.TEACHERS.get(shape, shape.name)
+        is_roberta = architecture.family == "roberta" and options == BORT_OPTIONS
+        name = huggingface.TEACHERS.get(shape, shape.name) if is_roberta else shape.name
     if not 1 <= ours.max_len <= MAX_LENGTH:
         raise UserError(f"{CONFIG}: max_len is {ours.max_len}, expected 1 to {MAX_LENGTH}")
     return ModelConfig(
@@ -197,6 +289,8 @@ def _model_config(
         max_len=ours.max_len,
         race_cast=ours.race_cast,
         inputs_version=ours.inputs_version,
+        origin=origin,
+        **options._asdict(),
         details={"converted_from": architecture.name},
     )
 

@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any, Iterator, Mapping, Sequence, Union
 
-from bort.huggingface.weights import Architecture
+from bort.huggingface.families import Architecture
 from bort.saved_model import ModelConfig
 
 _PIPELINES = {"MaskedLM": "fill-mask", "MultipleChoice": "multiple-choice"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from bort.errors import UserError
-from bort.files import read_json_as
+from bort.files import read_json, read_json_as
 from bort.huggingface.tensors import refuse_lfs_pointer
 from bort.tokenization import (
     SPECIAL_TOKENS,
@@ -24,6 +24,7 @@ from bort.tokenization import (
     read_vocabulary,
     spelling_of,
 )
+from bort.wordpiece import WORDPIECE_TOKENS
 
 JSON = "tokenizer.json"
 
@@ -33,67 +34,89 @@ _SPACE = "▁"  # how SentencePiece writes a space
 _SPECIAL_START = r"<(?=(?:s|/s|pad|unk|mask|0x[0-9A-F]{2})>)"
 
 
-def describe(folder: str, max_len: int, reads_special: bool) -> dict[str, Any]:
+def describe(
+    folder: str, max_len: int, reads_special: bool, has_types: bool = False
+) -> dict[str, Any]:
     """Return {name of a JSON file: content} for the tokenizer saved in a folder.
 
-    reads_special: `<mask>` in a text is the special token; else it is six characters, as here.
+    reads_special: a mask in a text is the special token; else it is plain text, as here.
+    has_types: the second text of a pair has token type 1.
 
     Raises `UserError` for a SentencePiece model that the format cannot express.
     """
-    model = os.path.join(folder, "tokenizer.model")
-    parts = _sentencepiece_parts(model) if os.path.exists(model) else _byte_level_parts(folder)
+    special, parts = _parts(folder)
     ids = _ids(parts["model"])
-    roles = {f"{role}_token": token for role, token in SPECIAL_TOKENS.items()}
-    roles |= {"cls_token": SPECIAL_TOKENS["bos"], "sep_token": SPECIAL_TOKENS["eos"]}
-    mask = {**_added(SPECIAL_TOKENS["mask"]), "__type": "AddedToken"}
+    added = {role: _added(token, role == "mask") for role, token in special.items()}
+    roles = {f"{role}_token": token for role, token in special.items()}
+    roles |= {"cls_token": special["bos"], "sep_token": special["eos"]}
+    types = ["token_type_ids"] if has_types else []
     return {
         JSON: {
             "version": "1.0",
             "truncation": None,
             "padding": None,
             "added_tokens": sorted(
-                ({"id": ids[token], **_added(token)} for token in SPECIAL_TOKENS.values()),
-                key=lambda added: added["id"],
+                ({"id": ids[each["content"]], **each} for each in added.values()),
+                key=lambda token: token["id"],
             ),
-            "post_processor": _template(ids),
+            "post_processor": _template(ids, special, int(has_types)),
             **parts,
         },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_len,
-            "model_input_names": ["input_ids", "attention_mask"],
+            "model_input_names": ["input_ids", *types, "attention_mask"],
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": not reads_special,
             **roles,
-            "mask_token": mask,
+            "mask_token": {**added["mask"], "__type": "AddedToken"},
         },
-        "special_tokens_map.json": {**roles, "mask_token": _added(SPECIAL_TOKENS["mask"])},
+        "special_tokens_map.json": {**roles, "mask_token": added["mask"]},
     }
 
 
-def _added(token: str) -> dict[str, Any]:
-    """Return how a special token is matched; `<mask>` includes the space before it."""
+def _parts(folder: str) -> tuple[Mapping[str, str], dict[str, Any]]:
+    """Return the special tokens of a saved tokenizer, and the parts of its tokenizer.json."""
+    model = os.path.join(folder, "tokenizer.model")
+    if os.path.exists(model):
+        return SPECIAL_TOKENS, _sentencepiece_parts(model)
+    if os.path.exists(os.path.join(folder, "vocab.json")):
+        return SPECIAL_TOKENS, _byte_level_parts(folder)
+    content = read_json(os.path.join(folder, JSON))
+    names = ("normalizer", "pre_tokenizer", "decoder", "model")
+    return WORDPIECE_TOKENS, {name: content[name] for name in names}
+
+
+def _added(token: str, is_mask: bool) -> dict[str, Any]:
+    """Return how a special token is matched; the mask includes the space before it."""
     return {
         "content": token,
         "single_word": False,
-        "lstrip": token == SPECIAL_TOKENS["mask"],
+        "lstrip": is_mask,
         "rstrip": False,
         "normalized": False,
         "special": True,
     }
 
 
-def _template(ids: Mapping[str, int]) -> dict[str, Any]:
+def _template(
+    ids: Mapping[str, int], special: Mapping[str, str], second_type: int
+) -> dict[str, Any]:
     """Return the processor that makes `<s> A </s>` and `<s> A </s> B </s>`."""
-    bos, eos = SPECIAL_TOKENS["bos"], SPECIAL_TOKENS["eos"]
-    special = {token: {"SpecialToken": {"id": token, "type_id": 0}} for token in (bos, eos)}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    bos, eos = special["bos"], special["eos"]
+
+    def token(content: str, type_id: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": content, "type_id": type_id}}
+
+    first = [token(bos, 0), {"Sequence": {"id": "A", "type_id": 0}}, token(eos, 0)]
+    second = [{"Sequence": {"id": "B", "type_id": second_type}}, token(eos, second_type)]
     return {
         "type": "TemplateProcessing",
-        "single": [special[bos], first, special[eos]],
-        "pair": [special[bos], first, special[eos], second, special[eos]],
+        "single": first,
+        "pair": [*first, *second],
         "special_tokens": {
-            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in special
+            content: {"id": content, "ids": [ids[content]], "tokens": [content]}
+            for content in (bos, eos)
         },
     }
 
@@ -175,14 +198,16 @@ def read_tokenizer(folder: str) -> Tokenizer:
     Raises `UserError` when the folder has neither, or a tokenizer of another kind.
     """
     path = os.path.join(folder, JSON)
-    for name in ("tokenizer.model", "vocab.json", "merges.txt", JSON):
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", JSON, "vocab.txt"):
         if os.path.exists(os.path.join(folder, name)):
             refuse_lfs_pointer(os.path.join(folder, name))
     tokenizer = load_tokenizer_folder(folder)
     if tokenizer is not None:
         return tokenizer
     if not os.path.exists(path):
-        raise UserError(f"no tokenizer: neither tokenizer.model, nor vocab.json, nor {JSON}")
+        raise UserError(
+            f"no tokenizer: neither tokenizer.model, nor vocab.json, nor {JSON}, nor vocab.txt"
+        )
     try:
         return ByteLevelBPE(*_byte_level_content(read_json_as(path, _TokenizerFile)))
     except ValueError as error:
@@ -195,8 +220,8 @@ def _byte_level_content(file: _TokenizerFile) -> tuple[list[str], list[str]]:
     kinds = model.type, splitter.type, splitter.add_prefix_space
     if kinds != ("BPE", "ByteLevel", False) or isinstance(model.vocab, list):
         raise UserError(
-            f"{JSON} is not a byte-level BPE, RoBERTa's kind of tokenizer; a SentencePiece "
-            "vocabulary needs its tokenizer.model beside it"
+            f"{JSON} is neither a byte-level BPE, RoBERTa's kind of tokenizer, nor a WordPiece, "
+            "BERT's; a SentencePiece vocabulary needs its tokenizer.model beside it"
         )
     if file.normalizer is not None:
         raise UserError(f"{JSON} normalizes texts, which RoBERTa's tokenizer does not")

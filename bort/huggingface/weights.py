@@ -1,118 +1,91 @@
-"""Hugging Face's layout of the networks: parameter names both ways, config.json.
+"""Parameters under our names and under Hugging Face's, both ways; pure NumPy.
 
-Pure NumPy. Six architectures compute exactly what a Bort does: Bert and Roberta, each ForMaskedLM,
-ForSequenceClassification and ForMultipleChoice. They differ in more than names:
-
-- RoBERTa numbers positions from pad_token_id + 1: its table begins with that many unused rows.
-- Both add a token type embedding; Bort has none. Exported, it is a row of zeros; imported, its only
-  row is added to the positions.
+- Without token types here, they are a row of zeros there; what is read of a body whose types are
+  not kept has type 0 added to the positions, which is exact for texts of type 0.
 - The matrix that embedding and decoder share is stored once, the decoder's bias under both its
   names: versions of transformers differ in which they read.
+- A body without masked-LM head gets one that starts as the identity: dense = I, LayerNorm = 1,
+  biases 0.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Mapping, NamedTuple, Optional, Tuple
+import re
+from typing import Mapping, NamedTuple
 
 import numpy as np
 
 from bort.errors import UserError, quoted
-from bort.shapes import LAYER_NORM_EPS, MAX_LENGTH, ROBERTA, Shape, array_shapes, shape_of
+from bort.huggingface.families import (
+    CLASSIFIER_HEAD,
+    FAMILIES,
+    MASKED_LM_HEAD,
+    Architecture,
+    Decoder,
+)
+from bort.shapes import BORT_OPTIONS, ROBERTA, BodyOptions, Shape, array_shapes
 
 Arrays = Mapping[str, np.ndarray]
 
-FAMILIES = {"roberta": "Roberta", "bert": "Bert"}
-HEADS = ("MaskedLM", "SequenceClassification", "MultipleChoice")
 TEACHERS = {shape: name for name, shape in ROBERTA.items()}
 
+_TIED = "decoder.3.weight"
+_TYPES, _POSITIONS = "token_type_embed.0.weight", "encoder.position_weight"
 # {our name: Hugging Face's}
 _EMBEDDINGS = {
     "word_embed.0.weight": "embeddings.word_embeddings.weight",
-    "encoder.position_weight": "embeddings.position_embeddings.weight",
+    _POSITIONS: "embeddings.position_embeddings.weight",
     "encoder.layer_norm.gamma": "embeddings.LayerNorm.weight",
     "encoder.layer_norm.beta": "embeddings.LayerNorm.bias",
 }
-_DENSE = {
-    "attention_cell.proj_query": "attention.self.query",
-    "attention_cell.proj_key": "attention.self.key",
-    "attention_cell.proj_value": "attention.self.value",
-    "proj": "attention.output.dense",
-    "ffn.ffn_1": "intermediate.dense",
-    "ffn.ffn_2": "output.dense",
-}
-_NORMS = {"layer_norm": "attention.output.LayerNorm", "ffn.layer_norm": "output.LayerNorm"}
-# Names in a masked-LM head: dense, LayerNorm, bias, and the second name of that bias.
-_DECODERS = {
-    "roberta": ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.bias"),
-    "bert": (
-        "cls.predictions.transform.dense",
-        "cls.predictions.transform.LayerNorm",
-        "cls.predictions.bias",
-        "cls.predictions.decoder.bias",
-    ),
-}
-_TIED = "decoder.3.weight"
-_HUGGINGFACE_TIED = ("lm_head.decoder.weight", "cls.predictions.decoder.weight")
+_THEIR_TYPES = "embeddings.token_type_embeddings.weight"
+# What begins the names in a body that was saved without the prefix of its family.
+_BODY_PARTS = ("embeddings.", "encoder.", "transformer.", "pooler.")
+# The names of LayerNorm's parameters in files of before 2019.
+_OLD_NORM = {"gamma": "weight", "beta": "bias"}
+# Buffers without effect on the results, and heads of pretraining that nothing here uses.
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_UNUSED_HEADS = ("cls.seq_relationship.", "discriminator_predictions.")
 
 
-class Architecture(NamedTuple):
-    """A model class of transformers, such as RobertaForMaskedLM."""
+class Converted(NamedTuple):
+    """Parameters under our names, and what a user should know of the conversion, a line each."""
 
-    family: str  # "roberta" or "bert"
-    head: str  # one of HEADS
-
-    @property
-    def name(self) -> str:
-        """Return the name of the class."""
-        return f"{FAMILIES[self.family]}For{self.head}"
-
-    @property
-    def unused_positions(self) -> int:
-        """Return how many more rows than pad_id the position table has before its first."""
-        return 1 if self.family == "roberta" else 0
+    parameters: dict[str, np.ndarray]
+    notices: list[str]
 
 
-def architecture_of(name: str) -> Architecture:
-    """Return the architecture of a class name; raises `UserError` for an unsupported one."""
-    known = [Architecture(family, head) for family in FAMILIES for head in HEADS]
-    supported = {architecture.name: architecture for architecture in known}
-    if name not in supported:
-        raise UserError(f"architecture {quoted(name)}: expected one of {', '.join(supported)}")
-    return supported[name]
-
-
-def names(architecture: Architecture, layers: int) -> dict[str, str]:
+def names(architecture: Architecture, layers: int, token_types: bool = False) -> dict[str, str]:
     """Return {our name: Hugging Face's} of every distinct parameter of a network."""
-    body = dict(_EMBEDDINGS)
+    family = FAMILIES[architecture.family]
+    body = {**_EMBEDDINGS, **({_TYPES: _THEIR_TYPES} if token_types else {})}
     for layer in range(layers):
-        ours, theirs = f"encoder.transformer_cells.{layer}.", f"encoder.layer.{layer}."
-        for our_name, their_name in _DENSE.items():
+        ours, theirs = f"encoder.transformer_cells.{layer}.", f"{family.layers}.{layer}."
+        for our_name, their_name in family.dense.items():
             body |= _pair(ours + our_name, theirs + their_name, "weight", "bias")
-        for our_name, their_name in _NORMS.items():
+        for our_name, their_name in family.norms.items():
             body |= _pair(ours + our_name, theirs + their_name, "gamma", "beta")
-    family, head = architecture
-    body = {ours: f"{family}.{theirs}" for ours, theirs in body.items()}
-    if head == "MaskedLM":
-        return body | _decoder(family)
-    return {f"bort.{ours}": theirs for ours, theirs in body.items()} | _classifier(architecture)
+    body = {ours: f"{architecture.family}.{theirs}" for ours, theirs in body.items()}
+    if architecture.is_classifier:
+        head = _classifier(architecture)
+        return {f"bort.{ours}": theirs for ours, theirs in body.items()} | head
+    return body | (_decoder(architecture.decoder) if architecture.decoder else {})
 
 
 def _pair(ours: str, theirs: str, weight: str, bias: str) -> dict[str, str]:
     return {f"{ours}.{weight}": f"{theirs}.weight", f"{ours}.{bias}": f"{theirs}.bias"}
 
 
-def _decoder(family: str) -> dict[str, str]:
-    dense, norm, bias, _ = _DECODERS[family]
-    layers = _pair("decoder.0", dense, "weight", "bias") | _pair("decoder.2", norm, "gamma", "beta")
-    return {**layers, "decoder.3.bias": bias}
+def _decoder(decoder: Decoder) -> dict[str, str]:
+    layers = _pair("decoder.0", decoder.dense, "weight", "bias")
+    layers |= _pair("decoder.2", decoder.norm, "gamma", "beta")
+    return {**layers, "decoder.3.bias": decoder.bias}
 
 
 def _classifier(architecture: Architecture) -> dict[str, str]:
     """Return the names of the head: Dense(hidden, tanh) and Dense(classes)."""
     inner, outer = f"{architecture.family}.pooler.dense", "classifier"
-    if architecture.name == "RobertaForSequenceClassification":
+    if architecture == ("roberta", CLASSIFIER_HEAD):
         inner, outer = "classifier.dense", "classifier.out_proj"
     return _pair("classifier.1", inner, "weight", "bias") | _pair(
         "classifier.3", outer, "weight", "bias"
@@ -120,12 +93,16 @@ def _classifier(architecture: Architecture) -> dict[str, str]:
 
 
 def parameter_shapes(
-    shape: Shape, architecture: Architecture, vocab_size: int, num_outputs: int
+    shape: Shape,
+    architecture: Architecture,
+    vocab_size: int,
+    num_outputs: int,
+    token_types: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Return {our name: shape} of every distinct parameter of a network."""
     hidden = shape.hidden
-    body = array_shapes(shape, vocab_size)
-    if architecture.head == "MaskedLM":
+    body = array_shapes(shape, vocab_size, token_types)
+    if not architecture.is_classifier:
         head: dict[str, tuple[int, ...]] = {
             "decoder.0.weight": (hidden, hidden),
             "decoder.3.bias": (vocab_size,),
@@ -141,185 +118,154 @@ def parameter_shapes(
 
 
 def to_huggingface(
-    parameters: Arrays, architecture: Architecture, pad_id: int
+    parameters: Arrays,
+    architecture: Architecture,
+    pad_id: int,
+    options: BodyOptions = BORT_OPTIONS,
 ) -> dict[str, np.ndarray]:
     """Return the arrays of a network under Hugging Face's names, float32.
 
     Raises `UserError` when its parameters are not those of the architecture.
     """
     layers = sum(name.endswith("proj_query.bias") for name in parameters)
-    renamed = names(architecture, layers)
+    has_types = options.type_separator is not None
+    renamed = names(architecture, layers, has_types)
     different = parameters.keys() - {_TIED} ^ renamed.keys()
     if different:
         raise UserError(f"{architecture.name} does not fit the network: {min(different)} differs")
     arrays = {theirs: parameters[ours].astype(np.float32) for ours, theirs in renamed.items()}
-    table = f"{architecture.family}.{_EMBEDDINGS['encoder.position_weight']}"
+    table = f"{architecture.family}.{_EMBEDDINGS[_POSITIONS]}"
     unused = architecture.unused_positions * (pad_id + 1)
     arrays[table] = np.pad(arrays[table], ((unused, 0), (0, 0)))
-    arrays[_token_types(architecture)] = np.zeros((1, arrays[table].shape[1]), np.float32)
-    if architecture.head == "MaskedLM":
-        *_, bias, second = _DECODERS[architecture.family]
-        arrays[second] = arrays[bias]
+    if not has_types:
+        types = f"{architecture.family}.{_THEIR_TYPES}"
+        arrays[types] = np.zeros((1, arrays[table].shape[1]), np.float32)
+    if architecture.decoder and architecture.decoder.second_bias:
+        arrays[architecture.decoder.second_bias] = arrays[architecture.decoder.bias]
     return arrays
 
 
-def _token_types(architecture: Architecture) -> str:
-    return f"{architecture.family}.embeddings.token_type_embeddings.weight"
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def canonical(arrays: Arrays, family: str) -> dict[str, np.ndarray]:
+    """Return arrays under today's names: with the family's prefix, LayerNorms with weight and bias.
+
+    Raises `UserError` when two arrays have the same name then.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        renamed = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda part: _OLD_NORM[part[1]], name)
+        if renamed.startswith(_BODY_PARTS):
+            renamed = f"{family}.{renamed}"
+        if renamed in found:
+            raise UserError(f"the tensor {quoted(name)} stands there under two names")
+        found[renamed] = array
+    return found
+
+
+def with_head(architecture: Architecture, arrays: Arrays) -> Architecture:
+    """Return the architecture of a body whose config.json names no class, by what it holds."""
+    candidate = Architecture(architecture.family, MASKED_LM_HEAD)
+    has_head = candidate.decoder is not None and candidate.decoder.bias in arrays
+    return candidate if has_head else architecture
 
 
 def from_huggingface(
-    arrays: Arrays, architecture: Architecture, layers: int, pad_id: int
-) -> dict[str, np.ndarray]:
+    arrays: Arrays,
+    architecture: Architecture,
+    layers: int,
+    pad_id: int,
+    token_types: int = 1,
+    keep_types: bool = False,
+) -> Converted:
     """Return Hugging Face's arrays under our names, float32, the tied matrix once.
+
+    arrays: under the names of `canonical`.
+    token_types: rows of the token type table; 0 if there is none.
+    keep_types: of two rows; else the first one is added to the positions.
 
     Raises `UserError` for missing and surplus arrays, for a decoder that is not tied to its
     embedding, and for arrays that are not of floats.
     """
-    renamed = names(architecture, layers)
-    expected = {*renamed.values(), _token_types(architecture)}
+    renamed = names(architecture, layers, keep_types)
+    types = f"{architecture.family}.{_THEIR_TYPES}"
+    expected = {*renamed.values(), *([types] if token_types else [])}
     if missing := expected - arrays.keys():
         raise UserError(f"{len(missing)} tensors are missing, the first is {min(missing)}")
-    _check_surplus(arrays, expected, architecture)
+    notices = _check_surplus(arrays, expected, architecture)
     for name in expected:
         if arrays[name].dtype.kind != "f":
             raise UserError(f"{name} has dtype {arrays[name].dtype}, expected floats")
     converted = {ours: arrays[theirs].astype(np.float32) for ours, theirs in renamed.items()}
-    table = next(name for name in converted if name.endswith("encoder.position_weight"))
-    token_types = arrays[_token_types(architecture)].astype(np.float32)  # [1, hidden]
-    if converted[table].ndim != 2 or token_types.shape != (1, converted[table].shape[1]):
-        raise UserError(
-            f"{_token_types(architecture)} has shape {token_types.shape}, the position embeddings "
-            f"have {converted[table].shape}"
-        )
-    converted[table] = converted[table][architecture.unused_positions * (pad_id + 1) :]
-    if token_types.any():  # adding zeros would turn -0.0 into 0.0: round trips are exact
-        converted[table] = converted[table] + token_types[0]
-    return converted
-
-
-def _check_surplus(arrays: Arrays, expected: set[str], architecture: Architecture) -> None:
-    """Raise `UserError` for arrays that are neither expected, nor copies, nor without effect."""
-    copies = dict.fromkeys(
-        _HUGGINGFACE_TIED, f"{architecture.family}.{_EMBEDDINGS['word_embed.0.weight']}"
+    table, words = (
+        next(name for name in converted if name.endswith(end))
+        for end in (_POSITIONS, "word_embed.0.weight")
     )
-    copies |= {second: bias for *_, bias, second in _DECODERS.values()}
+    positions = converted[table]
+    for name in (renamed[table], renamed[words]):
+        if arrays[name].ndim != 2:
+            raise UserError(f"{name} has shape {arrays[name].shape}, expected a matrix")
+    if token_types:
+        _require_shape(types, arrays[types], (token_types, positions.shape[1]))
+    positions = positions[architecture.unused_positions * (pad_id + 1) :]
+    if token_types and not keep_types:
+        first = arrays[types][0].astype(np.float32)
+        if first.any():  # adding zeros would turn -0.0 into 0.0: round trips are exact
+            positions = positions + first
+        if token_types > 1:
+            notices.append("token type 0 is added to the positions, type 1 is dropped")
+    converted[table] = positions
+    if not architecture.is_classifier and not architecture.decoder:
+        converted |= _identity_decoder(converted[words])
+        notices.append(
+            f"{architecture.name} has no masked-LM head: it starts as the identity, and predicts "
+            "words badly until it is trained"
+        )
+    return Converted(converted, notices)
+
+
+def _require_shape(name: str, array: np.ndarray, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise UserError(f"{name} has shape {array.shape}; by config.json it would be {expected}")
+
+
+def _identity_decoder(embeddings: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a decoder for word embeddings [vocabulary, hidden]."""
+    vocab_size, hidden = embeddings.shape
+    return {
+        "decoder.0.weight": np.eye(hidden, dtype=np.float32),
+        "decoder.0.bias": np.zeros(hidden, np.float32),
+        "decoder.2.gamma": np.ones(hidden, np.float32),
+        "decoder.2.beta": np.zeros(hidden, np.float32),
+        "decoder.3.bias": np.zeros(vocab_size, np.float32),
+    }
+
+
+def _check_surplus(arrays: Arrays, expected: set[str], architecture: Architecture) -> list[str]:
+    """Return notices of what is dropped; copies and buffers are dropped without.
+
+    Raises `UserError` for other arrays that are not expected.
+    """
+    family, decoder = architecture.family, FAMILIES[architecture.family].decoder
+    copies = {}
+    if decoder and architecture.decoder:
+        copies[decoder.weight] = f"{family}.{_EMBEDDINGS['word_embed.0.weight']}"
+        copies[str(decoder.second_bias)] = decoder.bias
+    unused = list(_UNUSED_HEADS) if not architecture.is_classifier else []
+    unused += [f"{family}.pooler."] if not architecture.uses_pooler else []
+    dropped = dict.fromkeys(unused, 0)
     for name in sorted(arrays.keys() - expected):
-        if name in copies and copies[name] in arrays:
+        start = next((each for each in unused if name.startswith(each)), None)
+        if name in copies:
             if not np.array_equal(arrays[name], arrays[copies[name]]):
                 raise UserError(f"{name} differs from {copies[name]}; the networks here tie them")
-        elif not _has_no_effect(name, architecture):
+        elif start is not None:
+            dropped[start] += 1
+        elif name not in {f"{family}.{buffer}" for buffer in _BUFFERS}:
             raise UserError(f"{architecture.name}: has no parameter for the tensor {quoted(name)}")
-
-
-def _has_no_effect(name: str, architecture: Architecture) -> bool:
-    """Return whether the architecture computes its logits without this array."""
-    buffers = {
-        f"{architecture.family}.embeddings.{kind}" for kind in ("position_ids", "token_type_ids")
-    }
-    unpooled = architecture.head == "MaskedLM" or architecture == ("roberta", HEADS[1])
-    return name in buffers or (unpooled and name.startswith(f"{architecture.family}.pooler."))
-
-
-def configuration(
-    shape: Shape, architecture: Architecture, special_ids: Mapping[str, int], vocab_size: int
-) -> dict[str, Any]:
-    """Return the config.json of a body; `special_ids` maps bos, pad and eos to their ids."""
-    pad_id = special_ids["pad"]
-    return {
-        "architectures": [architecture.name],
-        "model_type": architecture.family,
-        "vocab_size": vocab_size,
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": shape.intermediate,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "attention_probs_dropout_prob": 0.1,
-        "classifier_dropout": 0.1,
-        "initializer_range": 0.02,
-        "layer_norm_eps": LAYER_NORM_EPS,
-        "max_position_embeddings": MAX_LENGTH + architecture.unused_positions * (pad_id + 1),
-        "type_vocab_size": 1,
-        "tie_word_embeddings": True,
-        "bos_token_id": special_ids["bos"],
-        "pad_token_id": pad_id,
-        "eos_token_id": special_ids["eos"],
-        "torch_dtype": "float32",
-    }
-
-
-@dataclass(frozen=True)
-class OurEntries:
-    """Our own entries in config.json: parts of the model config."""
-
-    model: str = ""
-    kind: str = ""
-    task: str = ""
-    labels: Tuple[str, ...] = ()
-    max_len: int = MAX_LENGTH
-    race_cast: str = ""
-    inputs_version: int = 1
-
-
-@dataclass(frozen=True)
-class HuggingFaceConfig:
-    """What is read of a config.json; None where an entry is missing."""
-
-    architectures: Optional[Tuple[str, ...]] = None
-    model_type: Optional[str] = None
-    vocab_size: Optional[int] = None
-    pad_token_id: Optional[int] = None
-    hidden_act: Optional[str] = None
-    type_vocab_size: Optional[int] = None
-    max_position_embeddings: Optional[int] = None
-    layer_norm_eps: Optional[float] = None
-    num_hidden_layers: Optional[int] = None
-    num_attention_heads: Optional[int] = None
-    intermediate_size: Optional[int] = None
-    hidden_size: Optional[int] = None
-    position_embedding_type: Optional[str] = "absolute"
-    is_decoder: Optional[bool] = False
-    add_cross_attention: Optional[bool] = False
-    tie_word_embeddings: Optional[bool] = True
-    problem_type: Optional[str] = None
-    id2label: Optional[Mapping[str, str]] = None
-    bort: OurEntries = OurEntries()
-
-
-def parse_config(config: HuggingFaceConfig) -> tuple[Architecture, Shape]:
-    """Return architecture and shape of a config.json.
-
-    Raises `UserError` naming the entry that stands for another computation than ours, and for
-    sizes that no network has, before anything is built.
-    """
-    names = config.architectures or ("none",)
-    architecture = architecture_of(names[0] if len(names) == 1 else ", ".join(names))
-    pad_id = config.pad_token_id
-    if pad_id is None or not 0 <= pad_id < (config.vocab_size or 0):
-        raise UserError(f"pad_token_id is {pad_id}, expected the id of a token")
-    expected = {
-        "model_type": architecture.family,
-        "hidden_act": "gelu",
-        "type_vocab_size": 1,
-        "max_position_embeddings": MAX_LENGTH + architecture.unused_positions * (pad_id + 1),
-        "position_embedding_type": "absolute",
-        "is_decoder": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-    }
-    for entry, value in expected.items():
-        if getattr(config, entry) != value:
-            raise UserError(
-                f"{entry} is {quoted(getattr(config, entry))}: Bort and RoBERTa have {value!r}"
-            )
-    if not math.isclose(config.layer_norm_eps or 0.0, LAYER_NORM_EPS):
-        raise UserError(
-            f"layer_norm_eps is {config.layer_norm_eps}: the networks here have {LAYER_NORM_EPS}"
-        )
-    entries = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size")
-    for entry in entries:
-        if not (getattr(config, entry) or 0) >= 1:
-            raise UserError(f"{entry} is {getattr(config, entry)}, expected a positive number")
-    shape = Shape(*(getattr(config, entry) for entry in entries))
-    return architecture, shape_of(shape.name)
+    return [
+        f"dropped, because the logits here do not depend on it: {start.rstrip('.')}"
+        for start, count in dropped.items()
+        if count
+    ]

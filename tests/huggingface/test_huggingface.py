@@ -25,19 +25,15 @@ from bort.files import decode_json
 from bort.huggingface import check as huggingface_check
 from bort.huggingface import folder as huggingface_folder
 from bort.huggingface import weights as huggingface
+from bort.huggingface.config import Description, HuggingFaceConfig, configuration, parse_config
+from bort.huggingface.families import Architecture, architecture_of
 from bort.huggingface.model_card import model_card
 from bort.huggingface.tensors import read_tensors
 from bort.huggingface.tokenizer import describe, read_tokenizer
-from bort.huggingface.weights import (
-    Architecture,
-    HuggingFaceConfig,
-    architecture_of,
-    from_huggingface,
-    to_huggingface,
-)
+from bort.huggingface.weights import from_huggingface, to_huggingface
 from bort.pretraining.teacher import load_teacher
 from bort.saved_model import ModelConfig, build_network, load_model, save_model
-from bort.shapes import Shape
+from bort.shapes import BORT_OPTIONS, LAYER_NORM_EPS, Shape
 from bort.tokenization import ByteLevelBPE, TokenizerSettings, load_tokenizer
 from data.encoding import encode_inputs
 from scripts.convert_from_huggingface import main as bring_back
@@ -220,7 +216,7 @@ def there(sample) -> dict[str, np.ndarray]:
 
 
 def back(arrays: Any, name: str = "RobertaForMaskedLM") -> dict[str, np.ndarray]:
-    return from_huggingface(arrays, architecture_of(name), layers=2, pad_id=1)
+    return from_huggingface(arrays, architecture_of(name), layers=2, pad_id=1).parameters
 
 
 def test_roberta_has_two_positions_that_no_token_takes(there):
@@ -299,38 +295,48 @@ def test_a_network_with_another_parameter_has_no_place(sample):
         to_huggingface(arrays_of(network), Architecture("bert", "SequenceClassification"), 1)
 
 
-def parsed(without: str = "", **others: Any) -> tuple[Architecture, Shape]:
+def parsed(without: str = "", **others: Any) -> Description:
     """Parse the config.json of a RobertaForMaskedLM with other entries."""
     ids = {"bos": 0, "pad": 1, "eos": 2}
     architecture = Architecture("roberta", "MaskedLM")
-    config = {**huggingface.configuration(SHAPE, architecture, ids, 60), **others}
+    config = {**configuration(SHAPE, architecture, ids, 60, BORT_OPTIONS), **others}
     config.pop(without, None)
     content = json.dumps(config).encode()
-    return huggingface.parse_config(decode_json(content, HuggingFaceConfig, "config.json"))
+    return parse_config(decode_json(content, HuggingFaceConfig, "config.json"))
 
 
 def test_a_configuration_tells_its_shape():
-    assert parsed() == (("roberta", "MaskedLM"), SHAPE)
+    assert parsed() == (("roberta", "MaskedLM"), SHAPE, 1, 1e-5, 1, True)
     # transformers leaves out what is its default
-    assert parsed(without="tie_word_embeddings") == (("roberta", "MaskedLM"), SHAPE)
+    assert parsed(without="tie_word_embeddings") == parsed()
+    assert parsed(without="layer_norm_eps").layer_norm_eps == 1e-12
+    assert parsed(without="pad_token_id").pad_id == 1
+    assert parsed(type_vocab_size=2).token_types == 2
+    assert parsed(layer_norm_eps=1e-12).layer_norm_eps == 1e-12
+    bare = parsed(without="architectures")
+    assert (bare.architecture, bare.has_class) == (("roberta", "Model"), False)
 
 
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
         ("architectures", ["XLMRobertaForMaskedLM"], "architecture 'XLMRobertaForMaskedLM'"),
-        ("architectures", ["RobertaModel"], "expected one of RobertaForMaskedLM, "),
-        ("architectures", None, "architecture 'none'"),
-        ("model_type", "bert", "model_type is 'bert': Bort and RoBERTa have 'roberta'"),
+        ("architectures", ["RobertaForCausalLM"], "expected one of RobertaForMaskedLM, "),
+        ("architectures", ["BertModel", "BertForMaskedLM"], "'BertModel, BertForMaskedLM'"),
+        ("architectures", ["ElectraForSequenceClassification"], "its head applies GELU, ours tanh"),
+        ("architectures", ["DistilBertForSequenceClassification"], "its head applies ReLU"),
+        ("model_type", "bert", "model_type is 'bert': RobertaForMaskedLM is another one"),
+        ("model_type", "albert", "is 'albert': all its layers share one set of parameters"),
+        ("model_type", "deberta-v2", "its attention has relative positions"),
+        ("model_type", "gpt2", "model_type is 'gpt2'; expected one of roberta, bert, distilbert"),
+        ("model_type", None, "model_type is None"),
         ("hidden_act", "gelu_new", "hidden_act is 'gelu_new'"),
-        ("layer_norm_eps", 1e-12, "layer_norm_eps is 1e-12"),
-        ("layer_norm_eps", None, "layer_norm_eps is None"),
-        ("type_vocab_size", 2, "type_vocab_size is 2"),
+        ("layer_norm_eps", 0.0, "layer_norm_eps is 0.0"),
+        ("type_vocab_size", 3, "type_vocab_size is 3: the networks here have 1 or 2"),
         ("max_position_embeddings", 512, "max_position_embeddings is 512"),
         ("position_embedding_type", "relative_key", "position_embedding_type is 'relative_key'"),
         ("tie_word_embeddings", False, "tie_word_embeddings is False"),
         ("is_decoder", True, "is_decoder is True"),
-        ("pad_token_id", None, "pad_token_id is None"),
         ("hidden_size", "32", "Expected `int | null`, got `str` - at `$.hidden_size`"),
         ("architectures", {"a": 1}, "at `$.architectures`"),
         ("num_hidden_layers", 0, "num_hidden_layers is 0"),
@@ -352,7 +358,7 @@ def test_the_shapes_of_roberta_are_those_of_gluonnlp():
         given = getattr(bert, f"{name}_hparams")
         entries = ("num_layers", "num_heads", "hidden_size", "units")
         assert shape == tuple(given[entry] for entry in entries)
-        assert given["layer_norm_eps"] == huggingface.LAYER_NORM_EPS
+        assert given["layer_norm_eps"] == LAYER_NORM_EPS
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
@@ -806,7 +812,7 @@ def test_a_difference_is_an_error_and_leaves_nothing(
     monkeypatch.setattr(huggingface, "to_huggingface", shifted)
     output = tmp_path / "there"
     said = complaint(capsys, convert, tmp_path / "model", "--output", output)
-    assert "its logits and ours differ by " in said
+    assert "and ours differ by " in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
