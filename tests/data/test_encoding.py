@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,8 @@ from data.encoding import ClassifierLoader, encode_examples, encode_inputs
 from data.task import Example
 
 PAIR = ("a warm and funny story", "the cast is a delight")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,30 @@ def test_a_set_holds_every_input_and_label(tokenizer, width):
     assert np.flatnonzero(np.isnan(encoded.labels)).tolist() == [2]
     longest = [max(len(row) for row in rows[n * width :][:width]) for n in range(7)]
     assert encoded.lengths.tolist() == longest
+
+
+WRITER = """
+import os, sys
+import numpy as np
+from data import encoding
+
+path = sys.argv[1]
+ids, lengths = np.arange(50_000, dtype=np.int32), np.full(5_000, 10)
+for _ in range(30):
+    encoding._write(path, ids, lengths)
+    found = encoding.read_part(path)
+    assert found is not None, "a half-written file was seen"
+    assert (found[0] == ids).all() and (found[1] == lengths).all()
+"""
+
+
+def test_writers_of_the_same_part_leave_it_whole_at_any_moment(tmp_path):
+    """So the cache has no lock, and any number of runs may share it."""
+    path = tmp_path / "cache" / "part.npz"
+    command = [sys.executable, "-c", WRITER, str(path)]
+    writers = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert [file.name for file in path.parent.iterdir()] == ["part.npz"]
 
 
 def forbidden(*_: Any) -> None:
