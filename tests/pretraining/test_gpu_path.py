@@ -14,7 +14,7 @@ from bort.encoder import gather_indices
 from bort.errors import UserError
 from bort.pretraining.distillation import correct_predictions
 from bort.pretraining.mlm import to_device
-from bort.training.optimization import sum_of_squares
+from bort.training.optimization import MOST_AGGREGATED, sum_of_squares
 from data.batches import Batch
 from tests.pretraining.helpers import (
     assert_same_training,
@@ -80,6 +80,32 @@ def test_the_parallel_kernels_agree_with_those_of_the_cpu(monkeypatch):
     assert found == pytest.approx(expected, rel=1e-6)
     halves = [nd.full((64,), 300.0, dtype="float16")]  # its squares are infinite in float16
     assert sum_of_squares(halves).asscalar() == pytest.approx(64 * 300.0**2)
+
+
+def counted(monkeypatch, where, name):
+    """Let calls of a function be recorded in the list that is returned."""
+    original, calls = getattr(where, name), []
+    monkeypatch.setattr(where, name, lambda *a, **k: calls.append(a) or original(*a, **k))
+    return calls
+
+
+def test_a_step_uses_kernels_that_run_in_parallel_and_few_of_them(
+    data, tmp_path, monkeypatch, gpu_code
+):
+    """`take` has a serial gradient kernel; every call of BERTAdam's waits for the device."""
+    run = make_run(data, ckpt_dir=tmp_path / "run", num_steps=1)
+    run.setup()
+    gathers = counted(monkeypatch, nd, "Embedding")
+    squares = counted(monkeypatch, nd, "multi_sum_sq")
+    from gluonnlp.optimizer import bert_adam
+
+    updates = counted(monkeypatch, bert_adam, "multi_adamw_update")
+    argmax = counted(monkeypatch, nd.NDArray, "argmax")
+    run.train()
+    assert len(gathers) >= 2, "word embeddings and masked positions"
+    assert (len(squares), len(argmax)) == (1, 0)
+    sizes = [np.prod(p.shape) for p in run.job.network.collect_params().values()]
+    assert len(updates) == len(set(sizes)) < len(sizes) < MOST_AGGREGATED
 
 
 def test_every_dropout_layer_is_keyed_by_mxnets_seed(data, tmp_path):

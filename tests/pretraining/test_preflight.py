@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections import namedtuple
 from pathlib import Path
 
@@ -219,3 +221,21 @@ def test_two_ranks_are_checked_together(data, tmp_path):
     assert number(rows["core-hours"]) == pytest.approx(2 * number(rows["to the end"]), rel=1e-3)
     assert sum("core-hours" in line for line in lines) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("built", "said"),
+    [(True, ", NCCL, works"), (False, ", without NCCL: GPU gradients go through")],
+)
+def test_it_is_said_how_gradients_of_gpus_travel(monkeypatch, built, said):
+    package = types.ModuleType("horovod")
+    package.__version__ = "0.28.1"
+    package.mxnet = types.SimpleNamespace(nccl_built=lambda: built)
+    monkeypatch.setitem(sys.modules, "horovod", package)
+    monkeypatch.setitem(sys.modules, "horovod.mxnet", package.mxnet)
+    ranks = SingleProcess()
+    ranks.size = 2
+    monkeypatch.setattr(ranks, "allreduce", lambda values: values + 2.0, raising=False)
+    row = preflight.process_rows(ranks)[0]
+    assert said in row.value
+    assert not row.failed
