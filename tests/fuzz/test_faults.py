@@ -143,7 +143,7 @@ def test_every_program_of_the_project_is_among_them():
     # Set-up, tests of the tests, benchmarks, and what needs the network or many runs.
     others = {
         *("setup_env.py", "fuzz.py", "kill_test.py", "benchmark.py", "agora_toys.py"),
-        *("compare_agora.py", "describe_released.py"),
+        *("compare_agora.py", "describe_released.py", "demo_page.py"),
     }
     assert there - known == others
 
