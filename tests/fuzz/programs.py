@@ -66,6 +66,8 @@ PROGRAMS = (
             b"the <mask> fox\n"),
     Program("export_params.py", "{w}/run --output {w}/out.params", ["run"]),
     Program("export_onnx.py", "{w}/model --output {w}/out.onnx", ["model"]),
+    Program("export_onnx.py --layout", "{w}/model --layout huggingface --output {w}/out",
+            ["model"]),
     Program("quantize.py", "{w}/model --data_dir {w}/data", ["model", "data"]),
     Program("convert_to_huggingface.py", "{w}/model --output {w}/out", ["model"]),
     Program("convert_from_huggingface.py", "{w}/hf --output {w}/out", ["hf"]),
