@@ -200,6 +200,8 @@ def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
 def new_folder(path: str) -> Iterator[str]:
     """Give a folder to fill that becomes `path` when all went well, and is removed otherwise.
 
+    What writers of `path` left that were killed is removed.
+
     Raises `UserError` when `path` is there already or cannot be made.
     """
     path = os.path.normpath(path)
@@ -208,12 +210,23 @@ def new_folder(path: str) -> Iterator[str]:
     temporary = temporary_name(path)
     try:
         os.makedirs(temporary)
+        _remove_left_overs_of(path, temporary)
         yield temporary
         os.rename(temporary, path)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({_reason(error)})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_left_overs_of(path: str, temporary: str) -> None:
+    """Remove the folders that killed writers of `path` were filling; `temporary` is ours."""
+    folder, own = os.path.split(temporary)
+    pattern = re.compile(re.escape(f".{os.path.basename(path)}.") + r"[0-9a-f]{16}\.tmp")
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder or ".")):
+            if entry.name != own and pattern.fullmatch(entry.name) and _is_left_over(entry.name):
+                _remove(entry)
 
 
 def require_writable(folder: str, flag: str) -> None:

@@ -149,6 +149,17 @@ def test_a_second_writer_is_refused_by_name_until_the_first_has_ended(tmp_path):
     assert left(Path(folder)) == ["file"]
 
 
+def test_what_a_killed_writer_of_a_new_folder_left_is_removed(tmp_path):
+    dead, alive = 0x3FFFFFFF, os.getppid()
+    kept = [f".a.{alive:08x}01234567.tmp", f".ab.{dead:08x}01234567.tmp", ".a.tmp", ".a.b.tmp"]
+    for name in [f".a.{dead:08x}01234567.tmp", *kept]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    with files.new_folder(str(tmp_path / "a")) as folder:
+        Path(folder, "file").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a", *kept])
+
+
 def test_an_empty_folder_is_not_left_behind(tmp_path):
     (tmp_path / "there").mkdir()
     for folder in ("run", "new/below/run", "there"):
