@@ -11,7 +11,7 @@ from mxnet import nd
 
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.processor import multiplies_bfloat16
+from bort.processor import multiplies_bfloat16, require_bfloat16
 from bort.types import Context
 
 GPU_WIDTH = 8  # tokens
@@ -57,11 +57,8 @@ def resolve_dtype(dtype: str, devices: Sequence[Context], flag: str = "--dtype")
         return "bfloat16" if multiplies_bfloat16() and not any(on_gpus) else "float32"
     if dtype == "bfloat16" and any(on_gpus):
         raise UserError(f"{flag} bfloat16: is for CPUs; give {flag} float16 or float32 on GPUs")
-    if dtype == "bfloat16" and not multiplies_bfloat16():
-        raise UserError(
-            f"{flag} bfloat16: this processor has neither AVX512-BF16 nor AMX and would be slower "
-            f"than in float32; give {flag} float32, or auto"
-        )
+    if dtype == "bfloat16":
+        require_bfloat16(flag)
     if dtype == "float16":
         if not all(on_gpus):
             raise UserError(f"{flag} float16: needs GPUs; give --gpus, or {flag} float32")

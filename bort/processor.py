@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from contextlib import suppress
 
+from bort.errors import UserError
+
 # With one of these it multiplies bfloat16 itself, faster than float32.
 BFLOAT16_PRODUCTS = frozenset(("avx512_bf16", "amx_bf16"))
 # What oneDNN needs to compute in bfloat16 at all (its "avx512_core"), slowly without the above.
@@ -30,3 +32,12 @@ def computes_bfloat16() -> bool:
 def multiplies_bfloat16() -> bool:
     """Tell whether products in bfloat16 are faster here than in float32."""
     return computes_bfloat16() and bool(processor_flags() & BFLOAT16_PRODUCTS)
+
+
+def require_bfloat16(flag: str) -> None:
+    """Raise `UserError`, naming the flag that asks for it, where bfloat16 would be emulated."""
+    if not multiplies_bfloat16():
+        raise UserError(
+            f"{flag} bfloat16: this processor has neither AVX512-BF16 nor AMX and would be slower "
+            f"than in float32; give {flag} float32, or auto"
+        )

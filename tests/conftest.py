@@ -54,7 +54,8 @@ def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if not processor.computes_bfloat16():
         pytest.skip("oneDNN computes in bfloat16 on processors with AVX-512 only")
-    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: True)
+    for module in (devices, processor):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture

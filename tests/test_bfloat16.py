@@ -28,6 +28,7 @@ from bort.parameters import load_parameters, save_parameters
 from bort.training.optimization import Trainer
 from tests.reference import redraw
 
+MULTIPLIES = processor.multiplies_bfloat16  # before the fixture replaces it
 pytestmark = pytest.mark.usefixtures("bfloat16")
 
 IDS = np.random.default_rng(4).integers(0, 50, (3, 12))
@@ -189,7 +190,8 @@ def flags(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def pretend(names: str) -> None:
         monkeypatch.setattr(processor, "processor_flags", lambda: frozenset(names.split()))
-        monkeypatch.setattr(devices, "multiplies_bfloat16", processor.multiplies_bfloat16)
+        for module in (devices, processor):
+            monkeypatch.setattr(module, "multiplies_bfloat16", MULTIPLIES)
 
     return pretend
 

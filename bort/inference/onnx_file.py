@@ -66,48 +66,65 @@ def parse_metadata(name: str, metadata: Mapping[str, str]) -> OnnxMetadata:
     )
 
 
-def read_metadata(name: str, content: Any) -> dict[str, str]:
-    """Return the metadata of a file's content, without parsing its graph.
+def read_metadata(name: str, model: bytes | str) -> dict[str, str]:
+    """Return the metadata of a file or its content, without parsing its graph.
 
-    content: the bytes of an onnx.ModelProto, or a view of them. Raises `UserError` when it is none.
+    Raises `UserError` when it is no onnx.ModelProto.
     """
-    found, place = {}, 0
     try:
-        while place < len(content):
-            field, value, place = _field(content, place)
-            if field == METADATA_FIELD:
-                key, text = _pair(bytes(value))
-                found[key] = text
+        if not isinstance(model, str):
+            return _metadata(model)
+        with open(model, "rb") as file, _mapped(file) as content:
+            return _metadata(content)
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     except (IndexError, ValueError, KeyError):
         raise UserError(f"{name}: is not an ONNX file, or damaged; write it again") from None
+
+
+def _mapped(file: Any) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _metadata(content: Any) -> dict[str, str]:
+    found, place = {}, 0
+    while place < len(content):
+        field, start, place = _field(content, place)
+        if field == METADATA_FIELD:
+            key, text = _pair(content[start:place])
+            found[key] = text
     return found
 
 
 def _pair(content: bytes) -> tuple[str, str]:
     place, parts = 0, {1: "", 2: ""}  # of StringStringEntryProto
     while place < len(content):
-        field, value, place = _field(content, place)
-        parts[field] = bytes(value).decode()
+        field, start, place = _field(content, place)
+        if field not in parts:
+            raise KeyError(field)
+        parts[field] = content[start:place].decode()
     return parts[1], parts[2]
 
 
-def _field(content: Any, place: int) -> tuple[int, Any, int]:
-    """Return number and value of the field of a protocol buffer at a place, and the next place.
+def _field(content: Any, place: int) -> tuple[int, int, int]:
+    """Return the number of the field of a protocol buffer at a place, its value's start and end.
 
-    The value of a field that is not delimited is left out. Raises `ValueError` or `IndexError`.
+    Raises `ValueError` or `IndexError` where there is none.
     """
     tag, place = _varint(content, place)
     kind = tag & 7
     if kind == 0:
-        return tag >> 3, b"", _varint(content, place)[1]
-    if kind in (1, 5):
-        return tag >> 3, b"", place + (8 if kind == 1 else 4)
-    if kind != 2:
+        end = _varint(content, place)[1]
+    elif kind == 2:
+        length, place = _varint(content, place)
+        end = place + length
+    elif kind in (1, 5):
+        end = place + (8 if kind == 1 else 4)
+    else:
         raise ValueError("an unknown kind of field")
-    length, place = _varint(content, place)
-    if place + length > len(content):
+    if end > len(content):
         raise ValueError("it ends too soon")
-    return tag >> 3, content[place : place + length], place + length
+    return tag >> 3, place, end
 
 
 def _varint(content: Any, place: int) -> tuple[int, int]:
@@ -142,7 +159,7 @@ def verify_onnx_file(path: str) -> bool:
         with open(path, "rb") as file:
             if file.seek(0, 2) <= _TRAILER_BYTES:
                 return False
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            with _mapped(file) as content:
                 trailer = content[-_TRAILER_BYTES:]
                 if not trailer.startswith(_TRAILER_START):
                     return False

@@ -11,6 +11,7 @@ from bort.grids import check_size
 from bort.ose.bert_family import SPACES
 from bort.ose.search import MODES, hyperparameter_sets
 from bort.pretraining.config import OptimizerSettings
+from bort.processor import require_bfloat16
 from bort.shapes import MAX_LENGTH
 
 # The peak rates where none is given: SGD's gradients are clipped to norm 1, so its steps are small.
@@ -90,6 +91,12 @@ class TrainingSettings:
     batch_size: int = option(16, "sequences per update", minimum=1)
     num_buckets: int = option(2, "number of length buckets", minimum=1)
     dropout: float = option(0.1, "dropout rate in training", minimum=0.0, maximum=0.99)
+    dtype: str = option(
+        "float32",
+        "precision of matrix products in training: bfloat16 needs AVX512-BF16 or AMX; auto: "
+        "bfloat16 on such CPUs",
+        choices=("float32", "bfloat16", "auto"),
+    )
     teacher_ckpt_dir: Optional[str] = option(
         None, "T's weights: a parameter file, a checkpoint or a run (default: T is trained)"
     )
@@ -108,6 +115,8 @@ class TrainingSettings:
 
     def check(self) -> None:
         """Raise `UserError` for flags that contradict one another and for a wrong --grid."""
+        if self.dtype == "bfloat16":
+            require_bfloat16("--dtype")
         if bool(self.data) != bool(self.data_eval):
             raise UserError("--data and --data_eval go together: one trains, one measures")
         if self.loss == "mlm" and self.teacher_ckpt_dir:

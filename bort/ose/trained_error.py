@@ -122,6 +122,7 @@ def _data_flags(settings: TrainingSettings) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "batch_size_eval": EVALUATION_BATCH,
         "num_buckets": settings.num_buckets,
+        "dtype": settings.dtype,
     }
 
 
@@ -239,7 +240,9 @@ def search_description(
     """Return what an error depends on besides the key of its candidate: see `SearchJournal`."""
     from bort.pretraining.run import shards_sha256
 
-    names = ("loss", "batch_size", "num_buckets", "dropout", "threads", "max_seconds", "max_memory")
+    names = ["loss", "batch_size", "num_buckets", "dropout", "threads", "max_seconds", "max_memory"]
+    if settings.dtype != "float32":  # absent from journals of earlier versions
+        names.append("dtype")
     return {
         "train": shards_sha256(manifests[0]),
         "held_out": shards_sha256(manifests[1]),

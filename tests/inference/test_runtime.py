@@ -236,7 +236,7 @@ def test_the_metadata_of_a_file_are_read_without_its_graph(quantized, tmp_path):
     export_onnx([str(quantized), "--output", str(path)])
     content = path.read_bytes()
     expected = {prop.key: prop.value for prop in onnx.load(str(path)).metadata_props}
-    assert read_metadata("a file", memoryview(content)) == expected
+    assert read_metadata("a file", content) == read_metadata("a file", str(path)) == expected
     for damaged in (content[:-5], b"\xff" * 40, b"no protocol buffer", content[:1000]):
         with pytest.raises(UserError, match="a file: is not an ONNX file, or damaged"):
             read_metadata("a file", damaged)

@@ -14,6 +14,7 @@ import mxnet as mx
 import numpy as np
 import pytest
 
+from bort import processor
 from bort.bort import get_bort_model
 from bort.communicator import SingleProcess
 from bort.config import build
@@ -101,6 +102,19 @@ def test_the_grid_is_read():
             read_grid(text)
     with pytest.raises(UserError, match=r"--lr -1\.0: must be at least"):
         build(TrainingSettings, {"grid": "lr=-1"})
+
+
+def test_candidates_and_t_multiply_in_the_type_of_the_flag(data, monkeypatch):
+    settings = settings_of(data, dtype="auto")
+    shape = shape_of("bort_1_2_16_16")
+    for run in (
+        ose_training.candidate_run(settings, None, shape, 5, {}, 0, "x"),
+        ose_training.teacher_run(settings, shape, 0, "x"),
+    ):
+        assert run.optimizer.dtype == "auto"
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
+    with pytest.raises(UserError, match="--dtype bfloat16: this processor has neither AVX512-BF16"):
+        settings_of(data, dtype="bfloat16")
 
 
 def test_the_modes_set_optimiser_and_rate():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bort import checkpoint, devices
+from bort import checkpoint, processor
 from bort.errors import Stopped, UserError
 from bort.files import lock_folder
 from bort.parameters import read_arrays
@@ -244,7 +244,7 @@ def test_a_run_that_cannot_be_is_one_line_before_anything_is_loaded(
 ):
     from run_pretraining_distillation import main
 
-    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     # There are no shards: what is wrong is found before they are looked for.
