@@ -20,7 +20,7 @@ from typing import Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for, required
-from bort.errors import entry_point
+from bort.errors import UserError, entry_point
 from bort.types import Block
 
 
@@ -45,13 +45,20 @@ def main(argv: Optional[Sequence[str]] = None) -> list[str]:
 def export(path: str, output: str, dtype: str) -> list[str]:
     """Write the parameters of a saved model to a file; returns their names.
 
-    Raises `UserError` when the model cannot be loaded, when a parameter is NaN or infinite in
+    Raises `UserError` when the model cannot be loaded or is not one of GluonNLP's and the
+    original's, whose LayerNorms and embeddings are Bort's, when a parameter is NaN or infinite in
     `dtype`, and when the file cannot be written.
     """
     from bort.parameters import check_finite
     from bort.saved_model import load_model
+    from bort.shapes import BORT_OPTIONS
 
     model, model_config, _ = load_model(path)
+    if model_config.body_options != BORT_OPTIONS:
+        raise UserError(
+            f"{path}: a bare parameter file cannot say that the model has token types or the "
+            f"layer_norm_eps {model_config.layer_norm_eps}; use scripts/convert_to_huggingface.py"
+        )
     model.cast(dtype)
     check_finite(f"{path} in {dtype}", model)
     size = _write(model, output) / 1e6

@@ -22,6 +22,7 @@ from bort.saved_model import (
     verify_parameters,
 )
 from bort.shapes import ROBERTA, body_shape
+from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.types import Block, Context, NDArray
 from data.batches import PretrainingLoader
 
@@ -73,9 +74,15 @@ def require_tokenizer(path: str, fingerprint: str) -> None:
         found.append(model_config.tokenizer_fingerprint)
     if any(each and each != fingerprint for each in found):
         raise UserError(
-            f"{path}: trained with another tokenizer than the one of the shards; teacher and "
-            "student need the same vocabulary"
+            f"{path}: trained with another tokenizer{_vocabulary_of(path)} than the one of the "
+            "shards; teacher and student need the same vocabulary"
         )
+
+
+def _vocabulary_of(path: str) -> str:
+    """Return kind and size of the vocabulary beside a parameter file, in parentheses."""
+    tokenizer = load_tokenizer_folder(os.path.join(os.path.dirname(path), TOKENIZER_FOLDER))
+    return f" ({tokenizer.name}, {tokenizer.vocab_size:,} tokens)" if tokenizer else ""
 
 
 def require_shape(path: str, flag: str, model_name: str) -> None:

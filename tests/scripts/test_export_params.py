@@ -259,3 +259,15 @@ def test_values_that_float16_cannot_hold_are_named(run, tmp_path, capsys):
     said = complaint(capsys, run, "--output", output, "--dtype", "float16")
     assert "in float16: decoder.0.bias has values that are NaN or infinite" in said
     assert not output.exists()
+
+
+def test_a_model_with_other_options_is_refused(tmp_path, capsys):
+    model_config = dataclasses.replace(CARD, layer_norm_eps=1e-12, type_separator=3)
+    path = str(tmp_path / "model" / "model.params")
+    save_model(path, build_network(model_config), model_config, None)
+    with pytest.raises(SystemExit):
+        main([path, "--output", str(tmp_path / "bort.params")])
+    assert "cannot say that the model has token types or the layer_norm_eps 1e-12" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "bort.params").exists()
