@@ -47,7 +47,7 @@ from data.preparation import (
 from data.shards import UNFINISHED_FILE, Manifest, ShardEntry, shard_name, write_manifest
 from data.text_formats import TextSource, size_of
 
-GROUP_BYTES = 64 << 20  # small files are surveyed together
+GROUP_BYTES = 256 << 20  # small files are surveyed together
 # The manifest is written after a shard unless that would take more than this part of the time.
 _SHARE_OF_WRITING = 0.1
 

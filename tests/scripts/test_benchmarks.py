@@ -70,3 +70,15 @@ def test_parts_of_benchmarks_are_no_benchmarks(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["_peers"])
     assert "invalid choice: '_peers'" in capsys.readouterr().err
+
+
+@pytest.mark.cluster
+def test_memory_of_command_and_scheduler_does_not_grow_with_the_text() -> None:
+    pytest.importorskip("distributed")
+    from benchmarks.cluster import main
+
+    text = SCRIPTS.parent / "test_data" / "sample_text.txt"
+    flags = ["--input_file", str(text), "--megabytes", "1,20", "--shard_megabytes", "10"]
+    small, large = main([*flags, "--workers", "2"])
+    for column in (-2, -1):  # peak MB of the command, of the scheduler
+        assert 0 < float(large[column]) < float(small[column]) + 8
