@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-SECONDS = 40.0  # until a scheduler and its workers are there
+SECONDS = 90.0  # until a scheduler and its workers are there
 
 
 class Nodes:

@@ -26,7 +26,7 @@ from bort.mxnet_setup import usable_cores
 from bort.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60.0  # until a scheduler and its workers are there
+SECONDS = 180.0  # until a scheduler and its workers are there
 
 
 @dataclass(frozen=True)
