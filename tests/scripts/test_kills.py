@@ -89,11 +89,9 @@ def test_nothing_is_left_of_a_killed_program(commands, name):
 @pytest.mark.parametrize("name", ["run_agora.py", "run_ose.py", "sweep.py"])
 def test_a_signal_ends_a_program_in_one_line(commands, name, signum, status):
     with start(commands, name) as process:
-        end = time.monotonic() + 60
-        while len(in_session(process.pid)) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
+        assert waited(lambda: len(in_session(process.pid)) >= 3, 300)
         process.send_signal(signum)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
     assert process.returncode == status
     lines = [line for line in error.splitlines() if not line.startswith("warning: ")]
     assert len(lines) == 1, error
