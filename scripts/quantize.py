@@ -58,11 +58,11 @@ def print_checks(quantization: Any, checks: Sequence[Any]) -> None:
 
     task = quantization.task
     print(f"{task.name}, {task.dev[0]}: {' and '.join(task.headline)} in points")
-    print(f"{'runtime':<16}{'score':>8}{'lost':>8}{'cosine of the logits':>24}")
+    print(f"{'runtime':<20}{'score':>8}{'lost':>8}{'cosine of the logits':>24}")
     for check in checks:
         lost = checks[0].score - check.score
         mark = f"  more than {MAX_LOSS} lost" if lost > MAX_LOSS else ""
-        print(f"{check.runtime:<16}{check.score:8.2f}{lost:8.2f}{check.cosine:24.5f}{mark}")
+        print(f"{check.runtime:<20}{check.score:8.2f}{lost:8.2f}{check.cosine:24.5f}{mark}")
     print(f"{int8_folder(quantization.path)}: onnx-int8, mxnet-int8")
 
 
