@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mxnet import autograd, nd
 
-from bort import devices, processor
+from bort import devices, processor, saved_model
 from bort.bfloat16 import DTYPE, operand, refresh, use_bfloat16
 from bort.bort import (
     BortModel,
@@ -24,7 +24,9 @@ from bort.bort import (
 from bort.communicator import SingleProcess
 from bort.encoder import fuse_qkv, gather_indices
 from bort.errors import UserError
+from bort.finetuning.scoring import classification_loss
 from bort.parameters import load_parameters, save_parameters
+from bort.saved_model import ModelConfig
 from bort.training.optimization import Trainer
 from tests.reference import redraw
 
@@ -179,6 +181,36 @@ def test_a_frozen_network_has_fused_projections_in_bfloat16() -> None:
     assert model.encoder.transformer_cells[0].attention_cell.fused_qkv[mx.cpu()][0].dtype == DTYPE
     for logits in (apart, logits_of(model).asnumpy()):
         assert ROUNDING / 4 < distance(logits, expected) < 4 * ROUNDING
+
+
+# ---- a classifier ------------------------------------------------------------------------------
+
+
+def classifier_gradients(dtype: str) -> dict[str, np.ndarray]:
+    """Return the gradients of a classifier's loss on a batch, as in a step of fine-tuning."""
+    config = ModelConfig("bort_2_4_48_32", 50, "x", "classification", "SST-2", ("0", "1"), 2)
+    network = saved_model.build_network(config)
+    redraw(network, seed=5)
+    set_dtype(network, dtype)
+    numpy_type = "float64" if dtype == "float64" else "float32"
+    lengths, labels = (nd.array(each, dtype=numpy_type) for each in (LENGTHS, [0, 1, 1]))
+    rows = SparseEmbeddingGrad(network.bort, IDS, mx.cpu())
+    network.bort.word_embed[0].weight.zero_grad()
+    with autograd.record():
+        hidden = encode_for_backward(network.bort, rows, lengths, cls_only=True)
+        losses = classification_loss(network.head(hidden, lengths), labels, config.kind)
+        total = losses.sum()
+    rows.backward(total)
+    return gradients_of(network)
+
+
+def test_gradients_of_a_classifier_are_those_of_float64_within_bfloat16s_rounding() -> None:
+    expected, found = map(classifier_gradients, ("float64", "bfloat16"))
+    for name, values in expected.items():
+        if not name.endswith("proj_key.bias"):  # softmax does not see it
+            assert distance(found[name], values) < 12 * ROUNDING, name
+    inner = "bort.encoder.transformer_cells.0.ffn.ffn_1.weight"
+    assert distance(found[inner], expected[inner]) > ROUNDING / 4
 
 
 # ---- the processor -----------------------------------------------------------------------------

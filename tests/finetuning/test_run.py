@@ -49,6 +49,13 @@ def test_it_learns_a_task_that_one_word_decides(reviews, tmp_path):
     assert len(found["history"]) == 8
 
 
+def test_it_learns_in_bfloat16_and_predicts_with_its_best_epoch(reviews, tmp_path, bfloat16):
+    found = finetuned(reviews, tmp_path, epochs=8, dtype="bfloat16")
+    assert found["best"]["accuracy"] == 1.0
+    # Made by the best parameters, read back: so were the copies that are multiplied.
+    assert found["answers"]["dev"]["metrics"] == {"accuracy": 1.0}
+
+
 def test_first_losses(reviews, tmp_path):
     run = make_run(reviews, tmp_path, log_interval=1, training_steps=6, lr=1e-4)
     run.loop.run()
