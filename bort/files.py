@@ -29,6 +29,7 @@ LOCK_FILE = ".lock"
 MAX_YAML_BYTES = 1 << 20
 # A name of `temporary_name`: the process that writes it, 8 random digits.
 _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9a-f]{8})[0-9a-f]{8}\.tmp")
+_DESCRIPTOR = re.compile(r"/dev/(?:stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
 _LEVELS = 2  # of subfolders in which a run writes files: step-0001000/tokenizer/
 _COPY_BYTES = 1 << 20
 OWN_SUM = "content_sha256"  # the key under which a JSON file has the SHA-256 of its other content
@@ -76,6 +77,13 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
     Raises `UserError` when `path` is a folder or the file cannot be written.
     """
     encoding = None if "b" in mode else "utf-8"
+    if number := _DESCRIPTOR.fullmatch(path):
+        # Opened by its name, a file behind it would be cut to nothing, or replaced.
+        descriptor = int(number[1] or number[2] or (1 if path.endswith("stdout") else 2))
+        sys.stdout.flush()
+        with open(os.dup(descriptor), mode, encoding=encoding) as stream:
+            yield stream
+        return
     if is_stream(path):
         with open(path, mode, encoding=encoding) as stream:
             yield stream
@@ -87,7 +95,12 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def is_stream(path: str) -> bool:
-    """Tell whether a path is there and neither a regular file nor a folder: a device, a FIFO."""
+    """Tell whether a path is there and neither a regular file nor a folder: a device, a FIFO.
+
+    What is open already, as /dev/stdout, is one, too.
+    """
+    if _DESCRIPTOR.fullmatch(path):
+        return True
     try:
         kind = os.stat(path).st_mode
     except OSError:

@@ -72,14 +72,14 @@ def export(path: str, output: str, dtype: str) -> list[str]:
 
 def _write(model: Block, output: str) -> int:
     """Write the parameters; returns the bytes. MXNet writes to paths only, not to a FIFO."""
-    from bort.files import atomic_path, is_stream
+    from bort.files import atomic_path, atomic_write, is_stream
     from bort.parameters import save_parameters
 
     if not is_stream(output):
         with atomic_path(output) as temporary:
             save_parameters(model, temporary, deduplicate=False)
         return os.path.getsize(output)
-    with tempfile.TemporaryDirectory() as folder, open(output, "wb") as stream:
+    with tempfile.TemporaryDirectory() as folder, atomic_write(output, "wb") as stream:
         path = os.path.join(folder, "model.params")
         save_parameters(model, path, deduplicate=False)
         with open(path, "rb") as file:

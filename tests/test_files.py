@@ -242,6 +242,25 @@ except files.UserError as error:
     assert left(tmp_path) == ["whole.npz"]
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_a_file_that_is_the_output_already_is_added_to_and_stays(tmp_path, name):
+    program = f"""
+from bort import files
+
+print("before")
+with files.atomic_write({name!r}) as file:
+    file.write("written\\n")
+print("after")
+"""
+    output = tmp_path / "output"
+    with open(output, "w") as opened:
+        opened.write("first\n")
+        opened.flush()
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=opened, check=True)
+    assert output.read_text() == "first\nbefore\nwritten\nafter\n"
+    assert left(tmp_path) == ["output"]
+
+
 @pytest.mark.parametrize("writer", ["atomic_path", "new_folder"])
 def test_the_next_writer_removes_what_a_killed_one_left(tmp_path, writer):
     program = f"""
