@@ -1,4 +1,4 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and for a terminal."""
 
 from __future__ import annotations
 
@@ -13,3 +13,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _escaped(cell: str) -> str:
     return " ".join(cell.splitlines()).replace("|", "\\|")
+
+
+def aligned_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells in columns of the width of their longest cell, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows)
+    return "".join(f"{line}\n" for line in lines)

@@ -9,6 +9,7 @@ from bort.errors import UserError
 from data.task import Task, is_labelled
 
 HEADER = ("task", "suite", "kind", "metrics", "rows by split", "files", "found")
+CHECK_HEADER = ("task", "split", "rows", "official", "labels", "found")
 
 
 def task_row(task: Task, data_dir: Optional[str]) -> list[str]:
@@ -28,32 +29,28 @@ def _folder(task: Task, data_dir: Optional[str], paths: list[Optional[Path]]) ->
     return str(known.parent)
 
 
-def check_task(task: Task, data_dir: Optional[str]) -> tuple[list[str], int]:
-    """Read every split of a task; returns one line per split and the number of faults.
+def check_task(task: Task, data_dir: Optional[str]) -> tuple[list[list[str]], int]:
+    """Read every split of a task; returns one row per split, see `CHECK_HEADER`, and the faults.
 
     A missing or broken file is a fault, another number of rows than the official one is not.
     """
-    lines, faults = [], 0
+    rows, faults = [], 0
     for split in task.splits:
+        official = f"{task.official_rows(split):,}"
         try:
             examples, skipped = task.read(data_dir, split, skip_bad_rows=True)
         except UserError as error:
-            lines.append(f"{task.name} {split}: {error}")
+            message = str(error).removeprefix(f"{task.name}: ")
+            rows.append([task.name, split, "-", official, "-", message])
             faults += 1
             continue
-        path, rows = task.find(data_dir, split), task.count_rows(examples)
-        notes = [_row_count(task, split, rows), f"{len(examples):,} examples"]
-        notes.append("labelled" if is_labelled(examples) else "no labels")
+        count = task.count_rows(examples)
+        found = str(task.find(data_dir, split))
+        withdrawn = task.withdrawn_version(split, count)
+        found += f" ({withdrawn})" if withdrawn else ""
         if skipped:
-            notes.append(f"{len(skipped):,} broken rows, the first: {skipped[0]}")
+            found += f": {len(skipped):,} broken, the first: {skipped[0]}"
             faults += 1
-        lines.append(f"{task.name} {split}: {path}: {', '.join(notes)}")
-    return lines, faults
-
-
-def _row_count(task: Task, split: str, rows: int) -> str:
-    official = task.official_rows(split)
-    if rows == official:
-        return f"{rows:,} rows, as the official file"
-    withdrawn = task.withdrawn_version(split, rows)
-    return f"{rows:,} rows" + (f" ({withdrawn})" if withdrawn else f" (official: {official:,})")
+        labels = "yes" if is_labelled(examples) else "no"
+        rows.append([task.name, split, f"{count:,}", official, labels, found])
+    return rows, faults

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import OneLineParser
 from bort.errors import UserError, entry_point
-from bort.tables import markdown_table
+from bort.tables import aligned_table
 from data.download import expand
-from data.survey import HEADER, check_task, task_row
+from data.survey import CHECK_HEADER, HEADER, check_task, task_row
 from data.tasks import get_task, task_names
 
 
@@ -30,18 +30,18 @@ def main(argv: Optional[Sequence[str]] = None) -> list[list[str]]:
         "--data_dir", help="folder of the data (default: $MXNET_HOME/datasets or ~/.mxnet/datasets)"
     )
     arguments = parser.parse_args(argv)
-    names = expand(arguments.check) if arguments.check else task_names()
-    rows = [task_row(get_task(name), arguments.data_dir) for name in names]
+    folder = arguments.data_dir
+    if folder and not Path(folder).expanduser().is_dir():
+        raise UserError(f"--data_dir {folder}: is not a folder")
     if not arguments.check:
-        print(markdown_table(HEADER, rows), end="")
+        rows = [task_row(get_task(name), folder) for name in task_names()]
+        print(aligned_table([HEADER, *rows]), end="")
         return rows
-    faults = 0
-    for name in names:
-        lines, count = check_task(get_task(name), arguments.data_dir)
-        print("\n".join(lines))
-        faults += count
-    if faults:
-        raise UserError(f"{faults} splits are missing or broken")
+    checked = [check_task(get_task(name), folder) for name in expand(arguments.check)]
+    rows = [row for of_task, _ in checked for row in of_task]
+    print(aligned_table([CHECK_HEADER, *rows]), end="")
+    if faults := sum(count for _, count in checked):
+        raise UserError(f"{faults} of {len(rows)} splits missing or broken")
     return rows
 
 

@@ -65,9 +65,9 @@ def saved(folder: Path, tokenizer: Any, name: str = "SST-2", race_cast: str = ""
     return _saved(folder / "best.params", model_config, tokenizer)
 
 
-def saved_masked_lm(folder: Path, tokenizer: Any) -> SavedModel:
+def saved_masked_lm(folder: Path, tokenizer: Any, max_len: int = 64) -> SavedModel:
     model_config = ModelConfig(
-        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM, max_len=64
+        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, MASKED_LM, max_len=max_len
     )
     return _saved(folder / "bort.params", model_config, tokenizer)
 
@@ -688,6 +688,24 @@ def test_a_reader_may_leave(tmp_path, tokenizer):
     assert process.returncode == 128 + signal.SIGPIPE
 
 
+def peak_kilobytes(arguments: list[str]) -> tuple[bytes, int]:
+    """Run a Python program; returns its output and its peak memory."""
+    # Not ru_maxrss: before the exec the child was as large as this process.
+    code = (
+        "import re, runpy, sys; sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__');"
+        "status = open('/proc/self/status').read();"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', status)[1], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return done.stdout, int(done.stderr)
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer):
     """Peak memory of 100,000 lines is that of 5,000, but for 10 MB."""
@@ -698,20 +716,23 @@ def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer):
         source.write_text(
             "".join(f"{'film ' * (number % 40)}{number}\n" for number in range(count)), "utf-8"
         )
-        # Not ru_maxrss: before the exec the child was as large as this process.
-        code = (
-            "import re, runpy, sys; sys.argv = sys.argv[1:];"
-            "runpy.run_path(sys.argv[0], run_name='__main__');"
-            "status = open('/proc/self/status').read();"
-            "print(re.search(r'VmHWM:\\s+(\\d+)', status)[1], file=sys.stderr)"
-        )
-        python, *arguments = command(tmp_path, source)
-        done = subprocess.run(
-            [python, "-c", code, *arguments],
-            capture_output=True,
-            check=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        assert done.stdout.count(b"\n") == count
-        peaks.append(int(done.stderr))
+        output, peak = peak_kilobytes(command(tmp_path, source)[1:])
+        assert output.count(b"\n") == count
+        peaks.append(peak)
     assert peaks[1] - peaks[0] < 10_000, peaks
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_masks(tmp_path):
+    """All logits of 32 lines of 505 masks take 3 GB; projected in pieces, 51 MB."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = WordPiece([*special, *(f"w{n}" for n in range(50_000))], Normalizer())
+    saved_masked_lm(tmp_path, tokenizer, max_len=512)
+    peaks = []
+    for lines in (1, 32):
+        source = tmp_path / str(lines)
+        source.write_text(f"{'[MASK] ' * 505}\n" * lines, "utf-8")
+        output, peak = peak_kilobytes([*command(tmp_path, source)[1:], "--fill_mask"])
+        assert output.count(b"\n") == 505 * lines
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 500_000, peaks
