@@ -63,7 +63,7 @@ def describe(
             **parts,
         },
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            **_tokenizer_class(parts, has_types),
             "model_max_length": max_len,
             "model_input_names": ["input_ids", *types, "attention_mask"],
             "clean_up_tokenization_spaces": False,
@@ -72,6 +72,22 @@ def describe(
             "mask_token": {**added["mask"], "__type": "AddedToken"},
         },
         "special_tokens_map.json": {**roles, "mask_token": added["mask"]},
+    }
+
+
+def _tokenizer_class(parts: Mapping[str, Any], has_types: bool) -> dict[str, Any]:
+    """Return the class that loads the tokenizer, and what it has to be told of its normalizer.
+
+    transformers.js gives token types to the classes of BERT alone.
+    """
+    if not has_types or parts["model"]["type"] != "WordPiece":
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+    normalizer = parts["normalizer"]
+    return {
+        "tokenizer_class": "BertTokenizerFast",
+        "do_lower_case": normalizer["lowercase"],
+        "strip_accents": normalizer["strip_accents"],
+        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
     }
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import pytest
@@ -14,9 +14,11 @@ import pytest
 from bort.deployment import npm
 from bort.errors import UserError
 from bort.saved_model import ModelConfig, build_network, save_model
-from bort.tokenization import ByteLevelBPE
+from bort.tokenization import ByteLevelBPE, TokenizerSettings, load_tokenizer
+from bort.wordpiece import Normalizer, WordPiece
 from tests.conftest import ROOT
 from tests.reference import redraw
+from tests.wordpieces import VOCABULARY
 
 SHAPE, MAX_LEN = "bort_2_4_24_32", 160
 KINDS: dict[str, dict[str, Any]] = {
@@ -44,9 +46,23 @@ def byte_level_bpe() -> ByteLevelBPE:
     return ByteLevelBPE(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], merges)
 
 
-def save(folder: Path, kind: str, tokenizer: Any, **others: Any) -> str:
-    """Save a network of drawn values as `best` in a folder; returns the folder."""
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "sentencepiece": lambda: load_tokenizer(TokenizerSettings()),
+    "byte_level_bpe": byte_level_bpe,
+    "wordpiece": lambda: WordPiece(VOCABULARY, Normalizer()),
+}
+EVERY_TOKENIZER = pytest.mark.parametrize("tokenizer", TOKENIZERS)
+
+
+def save(folder: Path, kind: str, name: str, **others: Any) -> str:
+    """Save a network of drawn values as `best` in a folder; returns the folder.
+
+    name: of the tokenizer; with a WordPiece it is a network as BERT's, with token types.
+    """
+    tokenizer = TOKENIZERS[name]()
     values = {"model": SHAPE, "kind": kind, "max_len": MAX_LEN, **KINDS[kind], **others}
+    if name == "wordpiece":
+        values |= {"type_separator": tokenizer.eos_id, "layer_norm_eps": 1e-12}
     model_config = ModelConfig(
         vocab_size=tokenizer.vocab_size, tokenizer_fingerprint=tokenizer.fingerprint, **values
     )

@@ -30,15 +30,23 @@ from bort.saved_model import load_model
 from data.encoding import encode_inputs
 from scripts.demo_page import main
 from scripts.verify import main as verify
-from tests.deployment.helpers import MAX_LEN, TEXTS, archives, node_folder, save
+from tests.deployment.helpers import (
+    EVERY_TOKENIZER,
+    MAX_LEN,
+    TEXTS,
+    TOKENIZERS,
+    archives,
+    node_folder,
+    save,
+)
 from tests.deployment.test_npm import packages  # noqa: F401  (a fixture)
-from tests.deployment.test_onnx_folder import EVERY_TOKENIZER, TOKENIZERS
+from tests.deployment.test_onnx_folder import feed_of
 
 PAGE = Path(demo_page.__file__).parent / "page"
 
 
 def write_page(folder: Path, kind: str, tokenizer: str, *flags: str, **others: Any) -> Path:
-    model = save(folder / "model", kind, TOKENIZERS[tokenizer](), **others)
+    model = save(folder / "model", kind, tokenizer, **others)
     main([model, "--output", str(folder / "page"), *flags])
     return folder / "page"
 
@@ -110,7 +118,7 @@ def test_the_page_fetches_from_nowhere_else():
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "candidates"])
 def test_what_no_page_can_show_is_refused(kind, tmp_path, capsys):
-    model = save(tmp_path / "model", kind, TOKENIZERS["sentencepiece"]())
+    model = save(tmp_path / "model", kind, "sentencepiece")
     with pytest.raises(SystemExit):
         main([model, "--output", str(tmp_path / "page"), "--packages", str(tmp_path)])
     (said,) = capsys.readouterr().err.splitlines()
@@ -119,7 +127,7 @@ def test_what_no_page_can_show_is_refused(kind, tmp_path, capsys):
 
 
 def test_mistakes_leave_no_page(tmp_path, capsys, monkeypatch):
-    model = save(tmp_path / "model", "classification", TOKENIZERS["sentencepiece"]())
+    model = save(tmp_path / "model", "classification", "sentencepiece")
     for flags, said in (
         (
             ["--packages", str(tmp_path / "absent")],
@@ -196,7 +204,7 @@ def test_a_browser_shows_the_probabilities_of_each_label(tokenizer, tmp_path, tm
         tmp_path, "classification", tokenizer, "--packages", archives(tmp_path_factory)
     )
     saved = load_model(str(tmp_path / "model"))
-    inputs = [[text] for text in (*TEXTS, "a <mask> </s> <s>", "very long " * MAX_LEN)]
+    inputs = [[text] for text in (*TEXTS, "a <mask> </s> [MASK] [SEP]", "very long " * MAX_LEN)]
     seen = seen_on(page, tmp_path_factory, [*inputs, [" "]])
     backend = backend_for(saved.network, "onnx-int8")
     for texts, answer in zip(inputs, seen["answers"]):
@@ -230,23 +238,25 @@ def test_a_browser_scores_a_pair_of_texts(tokenizer, tmp_path, tmp_path_factory)
 def test_a_browser_fills_masks_with_the_best_words(tokenizer, tmp_path, tmp_path_factory):
     page = write_page(tmp_path, "masked_lm", tokenizer, "--packages", archives(tmp_path_factory))
     saved = load_model(str(tmp_path / "model"))
-    texts = ["the <mask> of it", "<mask>", "<s> on the <mask>, <mask>!"]
+    mask = saved.tokenizer.special_tokens["mask"]
+    eos = saved.tokenizer.special_tokens["eos"]
+    texts = [f"the {mask} of it", mask, f"{eos} on the {mask}, {mask}!"]
     seen = seen_on(page, tmp_path_factory, [[text] for text in [*texts, "none"]])
     session = onnxruntime.InferenceSession(str(page / "model" / "onnx" / "model_quantized.onnx"))
     for text, answer in zip(texts, seen["answers"]):
         ids = mask_ids(saved.tokenizer, text)[None].astype(np.int64)
-        (logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        (logits,) = session.run(None, feed_of(saved, ids, np.array([ids.size])))
         expected = softmax(logits[0][ids[0] == saved.tokenizer.mask_id].astype(np.float64))
         expected[:, saved.tokenizer.special_ids] = -1
         best = np.sort(expected, axis=1)[:, ::-1][:, :5]
         np.testing.assert_allclose(shares(answer), best.ravel(), atol=1e-4)
         names = [row["name"] for row in answer["rows"]]
-        assert len(names) == 5 * text.count("<mask>")
+        assert len(names) == 5 * text.count(mask)
         tokens = saved.tokenizer.tokens(expected.argmax(axis=1))
         decoded = [saved.tokenizer.decode([one]).strip() for one in expected.argmax(axis=1)]
         for name, token, word in zip(names[::5], tokens, decoded):
             assert name == (word if word and "\ufffd" not in word else token)
-    assert seen["answers"][-1]["status"] == "Write <mask> where a word is missing."
+    assert seen["answers"][-1]["status"] == f"Write {mask} where a word is missing."
 
 
 @pytest.mark.slow
@@ -254,6 +264,7 @@ def test_a_browser_fills_masks_with_the_best_words(tokenizer, tmp_path, tmp_path
 @EVERY_TOKENIZER
 def test_transformers_js_gives_our_logits_in_a_browser(kind, tokenizer, tmp_path, tmp_path_factory):
     page = write_page(tmp_path, kind, tokenizer, "--packages", archives(tmp_path_factory))
+    saved = load_model(str(tmp_path / "model"))
     export_folder(str(tmp_path / "model"), str(tmp_path / "exported"))
     full = tmp_path / "exported" / "onnx" / "model.onnx"
     shutil.copyfile(full, page / "model" / "onnx" / "model.onnx")
@@ -263,7 +274,7 @@ def test_transformers_js_gives_our_logits_in_a_browser(kind, tokenizer, tmp_path
         name = {"fp32": "model.onnx", "q8": "model_quantized.onnx"}[found["dtype"]]
         session = onnxruntime.InferenceSession(str(page / "model" / "onnx" / name))
         ids = np.array([found["ids"]])
-        (logits,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        (logits,) = session.run(None, feed_of(saved, ids, np.array([ids.size])))
         np.testing.assert_allclose(found["logits"], logits.ravel(), atol=1e-4)
 
 
