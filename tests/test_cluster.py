@@ -155,7 +155,7 @@ def test_caps_hold(nodes, folder, tmp_path):
     over_time = pytest.raises(OverTimeError)
     with Cluster(nodes.address, folder, caps=Caps(seconds=2.0)) as executor, over_time as over:
         executor.submit(write_pid_and_sleep, tmp_path / "pid").result()
-    assert 2 < over.value.seconds < 10
+    assert 2 < over.value.seconds < 50  # of 60, on a busy machine too
     assert gone((tmp_path / "pid").read_text())
     with Cluster(nodes.address, folder, caps=Caps(megabytes=200)) as executor:
         with pytest.raises(OverMemoryError):
