@@ -49,7 +49,7 @@ def test_bert_tiny_is_a_student_of_minilm(models, tmp_path):
     first, last = run_pretraining_distillation.main([
         f"--data={tmp_path / 'shards'}", f"--data_eval={tmp_path / 'shards'}",
         "--student_model=bort_2_2_512_128", f"--student_parameters={models / 'bert-tiny'}",
-        "--teacher_model=bort_3_12_1536_384", "--num_steps=60", "--eval_interval=60",
+        "--teacher_model=bort_3_12_1536_384", "--num_steps=30", "--eval_interval=30",
         f"--teacher_ckpt_dir={models / 'paraphrase-MiniLM-L3-v2'}",
         f"--ckpt_dir={tmp_path / 'run'}",
     ])  # fmt: skip
