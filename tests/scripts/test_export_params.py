@@ -162,7 +162,8 @@ IDS, LENGTHS = nd.array([[0, 7, 9, 30, 2], [0, 8, 2, 1, 1]]), nd.array([5, 3])
 @pytest.fixture
 def classifier(tmp_path) -> Any:
     """Return a classifier of ours whose values are all drawn, saved in a folder."""
-    model_config = dataclasses.replace(CARD, kind="classification", num_outputs=3)
+    labels = ("a", "b", "c")
+    model_config = dataclasses.replace(CARD, kind="classification", labels=labels, num_outputs=3)
     network = build_network(model_config)
     reference.redraw(network, seed=6)
     save_model(str(tmp_path / "run" / "best.params"), network, model_config, None)
