@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from data import metrics
+from data.task import Example
+from data.tasks import get_task
 
 # Labels 1 1 1 0 0 0 0 1, predictions 1 0 1 0 1 0 0 1: tp 3, fn 1, fp 1, tn 3.
 LABELS = np.array([1, 1, 1, 0, 0, 0, 0, 1])
@@ -44,6 +46,38 @@ def test_classes_equal_scikit_learn(seed, classes):
         assert metrics.f1(labels, predictions) == pytest.approx(
             reference.f1_score(labels, predictions)
         )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_multirc_cb_and_ax_g_equal_scikit_learn_as_the_tasks_report_them(seed):
+    reference = pytest.importorskip("sklearn.metrics")
+    labels, predictions = random_classes(seed, 2)
+    uids = [(row // 12, row // 4, row) for row in range(200)]  # questions of four answers
+    examples = [Example(uid, (), label) for uid, label in zip(uids, labels.tolist())]
+    values = get_task("MultiRC").metrics(examples, np.eye(2)[predictions])
+    right = (labels == predictions).reshape(-1, 4).all(axis=1)
+    f1a = reference.f1_score(labels, predictions)
+    assert values == pytest.approx({"f1a": f1a, "exact_match": right.mean()})
+    examples = [Example(row, (), label) for row, label in enumerate(labels.tolist())]
+    values = get_task("AX-g").metrics(examples, np.eye(2)[predictions])
+    same = predictions[::2] == predictions[1::2]
+    accuracy = reference.accuracy_score(labels, predictions)
+    assert values == pytest.approx({"accuracy": accuracy, "parity": same.mean()})
+    labels, predictions = random_classes(seed, 3)
+    examples = [Example(row, (), label) for row, label in enumerate(labels.tolist())]
+    values = get_task("CB").metrics(examples, np.eye(3)[predictions])
+    macro = reference.f1_score(labels, predictions, average="macro")
+    assert values["macro_f1"] == pytest.approx(macro)
+
+
+def test_record_scores_the_chosen_candidate_of_each_query():
+    def candidates(query: int, answers: tuple[str, ...], *names: str) -> list[Example]:
+        return [Example((query, n), (), 0, name, answers) for n, name in enumerate(names)]
+
+    examples = candidates(0, ("The Vik",), "Per Vik", "Orsa") + candidates(1, ("Lund",), "a Lund")
+    margins = np.array([2.0, 1.0, -3.0])  # chosen: "Per Vik" (F1 2/3), and "a Lund" (exact)
+    values = get_task("ReCoRD").metrics(examples, np.stack([-margins, margins], axis=1))
+    assert values == pytest.approx({"f1": (2 / 3 + 1) / 2, "exact_match": 1 / 2})
 
 
 @pytest.mark.parametrize("digits", [0, 1, 6])
