@@ -202,7 +202,7 @@ def test_the_two_rte_are_not_confused(tmp_path):
 def test_missing_file_says_where_it_was_looked_for_and_the_cure(tmp_path):
     with pytest.raises(
         UserError,
-        match=r"no test set .*download_data\.py CoLA.*--data_dir; .*glue/CoLA, .* for test\.tsv",
+        match=r"no test set; .*download_data\.py CoLA.*--data_dir; .*glue/CoLA, .* for test\.tsv",
     ):
         get_task("CoLA").read(tmp_path, "test")
 
