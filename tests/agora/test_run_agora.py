@@ -237,7 +237,7 @@ def test_two_ranks_make_the_same_run(places, tmp_path):
     ):
         command = [*launcher, *program, *arguments(places, "SST-2", tmp_path / name)]
         subprocess.run(command, check=True, timeout=200, env=environment)
-        content = json.loads((tmp_path / name / "SST-2" / "agora.json").read_text())
+        content = read_json(str(tmp_path / name / "SST-2" / "agora.json"))
         del content["seconds"]
         for record in content["rounds"]:
             del record["seconds"]
