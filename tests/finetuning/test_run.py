@@ -26,6 +26,8 @@ TEST_DATA = ROOT / "test_data"
 # Losses of the first steps, made by this program on one OpenMP thread.
 GOLDEN = [0.69318, 0.69043, 0.69239, 0.69497, 0.69437, 0.69069]
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reviews(tmp_path_factory) -> Path:
@@ -265,7 +267,9 @@ class KilledError(Exception):
 
 
 # At the end of an epoch, between two checkpoints, within a group.
-@pytest.mark.parametrize("batches", [5, 12, 17, 30])
+@pytest.mark.parametrize(
+    "batches", [pytest.param(5, marks=SLOW), 12, 17, pytest.param(30, marks=SLOW)]
+)
 @pytest.mark.parametrize("interval", [None, 2])
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
     reviews, tmp_path, undisturbed, batches, interval

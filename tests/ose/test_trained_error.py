@@ -292,6 +292,7 @@ def shapes_in(calls):
     return [run.student.student_model for run in calls]
 
 
+@pytest.mark.slow
 def test_a_search_continues_and_repeats(data, tmp_path, in_process, capsys):
     more = {"compare_strides": "1,2", "grid": "lr=0.01,0.02", "steps": 4, "teacher_steps": 4}
     result = run_ose.main(flags_of(data, tmp_path / "a", **more))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 20
 # Rank 1 alone is told to stop, in its seventh step.
-STOPPED_DOOR = """
+STOPPED_PROGRAM = """
     import os, signal, sys
     from bort.pretraining import run as pretraining
     from run_pretraining_distillation_hvd import main
@@ -64,11 +64,11 @@ def run_flags(data: Path) -> dict[str, object]:
 
 
 def two_ranks_line(
-    data: Path, folder: Path, door="run_pretraining_distillation_hvd.py", **flags
+    data: Path, folder: Path, program="run_pretraining_distillation_hvd.py", **flags
 ) -> list[str]:
     """Return the command of a rank; rank r keeps what it writes in <folder>/<r>."""
     line = arguments(data, **{**run_flags(data), **flags})
-    words = " ".join(map(shlex.quote, ["python", str(door), *line]))
+    words = " ".join(map(shlex.quote, ["python", str(program), *line]))
     own_folder = f'--ckpt_dir {shlex.quote(str(folder))}/"$HOROVOD_RANK"'
     return ["bash", "-c", f"exec {words} {own_folder}"]
 
@@ -150,10 +150,11 @@ def test_one_rank_goes_on_from_two(data, tmp_path, on_two_ranks):
 def test_told_to_stop_on_one_rank_and_resumed_two_ranks_end_bit_for_bit_alike(
     data, tmp_path, on_two_ranks
 ):
-    door = tmp_path / "stopped.py"
-    door.write_text(textwrap.dedent(STOPPED_DOOR))
+    program = tmp_path / "stopped.py"
+    program.write_text(textwrap.dedent(STOPPED_PROGRAM))
     folder = tmp_path / "run"
-    stopped = launched(["-np", "2", "-H", "localhost:2"], *two_ranks_line(data, folder, door=door))
+    line = two_ranks_line(data, folder, program=program)
+    stopped = launched(["-np", "2", "-H", "localhost:2"], *line)
     assert stopped.returncode != 0  # as `&&` and Slurm's afterok need it
     assert stopped.stderr.count("stopped after step 7; --resume continues") == 2
     assert (folder / "0" / "checkpoint_last").resolve().name == "step-0000007"

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.distributed
 STEPS = 40
 # One rank dies, once, in its step 9. While another is alone its steps take longer, so that there is
 # still something to do for a worker that comes back.
-MORTAL_DOOR = """
+MORTAL_PROGRAM = """
     import os, signal, sys, time
     import horovod.mxnet as hvd
     from bort.pretraining import run as pretraining
@@ -91,9 +91,9 @@ def mortal_run(
     data: Path, tmp_path: Path, horovodrun_flags: list[str], killed_rank: int, **flags: object
 ):
     """Train on two ranks, one of which is killed in step 9; checkpoints go to <tmp_path>/run."""
-    door = tmp_path / "mortal.py"
-    door.write_text(textwrap.dedent(MORTAL_DOOR))
-    own = [str(door), str(killed_rank), str(tmp_path / "killed")]
+    program = tmp_path / "mortal.py"
+    program.write_text(textwrap.dedent(MORTAL_PROGRAM))
+    own = [str(program), str(killed_rank), str(tmp_path / "killed")]
     line = arguments(data, ckpt_dir=tmp_path / "run", **run_flags(data), **flags)
     return launched(horovodrun_flags, "python", *own, *line)
 

@@ -126,7 +126,7 @@ def test_the_parameters_are_as_before_the_step(data, tmp_path, monkeypatch, step
     assert all((before[name] == after[name]).all() for name in before)
 
 
-POISONED_DOOR = """
+POISONED_PROGRAM = """
     import os, sys
     from bort.pretraining import run as pretraining
     {imported}
@@ -144,18 +144,18 @@ POISONED_DOOR = """
 """
 
 
-def poisoned_door(folder: Path, module: str) -> str:
-    door = folder / "poisoned.py"
+def poisoned_program(folder: Path, module: str) -> str:
+    program = folder / "poisoned.py"
     imported = f"from {module} import main"
-    door.write_text(textwrap.dedent(POISONED_DOOR).format(imported=imported))
-    return str(door)
+    program.write_text(textwrap.dedent(POISONED_PROGRAM).format(imported=imported))
+    return str(program)
 
 
 def test_the_program_ends_with_one_line_and_status_1(data, tmp_path):
-    door = poisoned_door(tmp_path, "run_pretraining_distillation")
+    program = poisoned_program(tmp_path, "run_pretraining_distillation")
     line = arguments(data, **flags(tmp_path / "run"))
     done = subprocess.run(
-        [sys.executable, door, *line],
+        [sys.executable, program, *line],
         env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -195,9 +195,9 @@ def test_a_stopped_run_goes_on_by_skipping(data, tmp_path, monkeypatch):
 @pytest.mark.distributed
 def test_two_ranks_stop_together_and_leave_a_whole_file(data, tmp_path):
     """Rank 1 alone sees it; rank 0 saves the batches of both."""
-    door = poisoned_door(tmp_path, "run_pretraining_distillation_hvd")
+    program = poisoned_program(tmp_path, "run_pretraining_distillation_hvd")
     with pytest.raises(AssertionError, match="micro-batches 4 to 5 is not finite"):
-        horovodrun(2, "python", door, *arguments(data, **flags(tmp_path / "run")))
+        horovodrun(2, "python", program, *arguments(data, **flags(tmp_path / "run")))
     with np.load(tmp_path / "run" / "nonfinite-step-0000003.npz", allow_pickle=False) as arrays:
         assert len(arrays.files) == 8
         assert all(len(arrays[name]) for name in arrays.files)

@@ -34,7 +34,9 @@ from tests.reference import parameters_of
 
 HEADS = 2
 TEMPERATURE = 2.0  # the default of --distillation_temperature
-DOOR = Path(__file__).resolve().parents[2] / "run_pretraining_distillation.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "run_pretraining_distillation.py"
+
+SLOW = pytest.mark.slow
 
 
 class Killed(BaseException):
@@ -412,11 +414,11 @@ def run_killed_at(data, folder, batches, **flags) -> None:
 @pytest.mark.parametrize(
     ("configuration", "batches"),
     [
-        ("plain", 2),  # before the first checkpoint
-        ("plain", 8),  # just after a checkpoint
+        pytest.param("plain", 2, marks=SLOW),  # before the first checkpoint
+        pytest.param("plain", 8, marks=SLOW),  # just after a checkpoint
         ("plain", 11),  # between checkpoints, a metric line and half an interval after one
         ("teacher", 14),
-        ("accumulating", 3 * 9),  # between two accumulation groups
+        pytest.param("accumulating", 3 * 9, marks=SLOW),  # between two accumulation groups
         ("accumulating", 3 * 6 + 2),  # inside one
         ("tokens", 11),
         ("bfloat16", 11),
@@ -537,7 +539,7 @@ def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(data, tmp_path, u
 
 
 def start(data: Path, folder: Path, **flags: object) -> subprocess.Popen:
-    command = [sys.executable, str(DOOR), *arguments(data, ckpt_dir=folder, **flags)]
+    command = [sys.executable, str(PROGRAM), *arguments(data, ckpt_dir=folder, **flags)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

@@ -217,11 +217,11 @@ def partials(folder: Path) -> list[Path]:
 
 
 def test_a_build_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(data, tmp_path, cache):
-    door = tmp_path / "dying.py"
-    door.write_text(textwrap.dedent(DYING_BUILD))
+    program = tmp_path / "dying.py"
+    program.write_text(textwrap.dedent(DYING_BUILD))
     folder = tmp_path / "cache"
     killed = subprocess.run(
-        [sys.executable, str(door), "2", *build_line(data, folder)],
+        [sys.executable, str(program), "2", *build_line(data, folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         check=False,
