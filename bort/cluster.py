@@ -11,7 +11,7 @@ to be. So a job writes under a name of its own and renames, and its result is th
 All machines share a disk. A function with its data that is larger than a few kilobytes is written
 there once and read by each job, which compares its SHA-256 with the one in its message.
 
-Whoever reaches the scheduler can run code on the workers: use TLS or a closed network
+Anyone who reaches the scheduler can run code on the workers: use TLS or a closed network
 (scripts/README.md).
 """
 
