@@ -223,3 +223,20 @@ def test_mistakes_in_the_text_leave_nothing(tmp_path, here, capsys):
         create(tmp_path / "out", [SAMPLE], num_outputs=999, cluster="tcp://x:1")
     assert "--num_outputs 999: more than the 25 documents" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_files_are_read_first(tmp_path, small, here, monkeypatch):
+    text = SAMPLE.read_text()
+    files = [tmp_path / f"{copies}.txt" for copies in (1, 3, 2)]
+    for file in files:
+        file.write_text(text * int(file.stem))
+    sizes = []
+
+    def recorded(folder, group):
+        sizes.append(group.bytes)
+        return survey_files(folder, group)
+
+    monkeypatch.setattr(shard_jobs, "survey_files", recorded)
+    create(tmp_path / "shards", files, cluster="tcp://elsewhere:1")
+    assert len(sizes) == len(files)
+    assert sizes == sorted(sizes, reverse=True)
