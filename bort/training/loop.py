@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -33,6 +34,8 @@ from data.batches import SAMPLER_VERSION, prefetch
 MASK_31_BITS = 0x7FFFFFFF
 # Updates in a row that may be skipped because their gradient is not finite.
 MAX_SKIPPED = 100
+# Rises when the bits of an update change on purpose: 1 since dropout is drawn by NumPy.
+ARITHMETIC_VERSION = 1
 
 
 class MicroBatch(NamedTuple):
@@ -119,6 +122,12 @@ class Loop:
             raise UserError(
                 f"{saving.folder}: its batches were drawn in the order of another version; start "
                 "a new run from its parameters, in another folder"
+            )
+        if found.state.get("arithmetic") != ARITHMETIC_VERSION:
+            print(
+                f"warning: {saving.folder}: made by a version with other dropout masks and "
+                "rounding; the result is not bit-identical to an uninterrupted run",
+                file=sys.stderr,
             )
         _require_state(found)
         resumed = saving.check_resume(found.state)
@@ -300,8 +309,9 @@ class Loop:
             interval = self.communicator.allreduce(np.array(self._accumulator.state())).tolist()
             if self._is_first:
                 saving = self.job.saving
-                state = {**self.state(), "interval": interval, "order": SAMPLER_VERSION}
-                write({**state, **saving.identity, "settings": saving.settings})
+                state = {**self.state(), "interval": interval, "settings": saving.settings}
+                versions = {"order": SAMPLER_VERSION, "arithmetic": ARITHMETIC_VERSION}
+                write({**state, **versions, **saving.identity})
             self.communicator.barrier()
 
     def _write_checkpoint(self, state: dict[str, Any]) -> None:

@@ -266,3 +266,17 @@ def test_a_run_is_repeated_from_its_config(data, tmp_path):
     again = ["--config", str(tmp_path / "one" / "config.json"), "--ckpt_dir", str(tmp_path / "two")]
     assert main(again) == evaluations
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+
+def test_a_run_of_a_version_with_other_arithmetic_resumes_with_a_warning(
+    data, tmp_path, monkeypatch, capsys
+):
+    given = {"num_steps": 4, "ckpt_interval": 2, "dropout": 0.1}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("bort.training.loop.ARITHMETIC_VERSION", 0)
+        finished_run(data, ckpt_dir=tmp_path, **given)
+    capsys.readouterr()
+    finished_run(data, ckpt_dir=tmp_path, **{**given, "num_steps": 6}, resume=True)
+    assert f"warning: {tmp_path}: made by a version with other dropout" in capsys.readouterr().err
+    finished_run(data, ckpt_dir=tmp_path, **{**given, "num_steps": 8}, resume=True)
+    assert "other dropout" not in capsys.readouterr().err
