@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Iterable, Sequence
 
 
@@ -20,3 +21,11 @@ def aligned_table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows)
     return "".join(f"{line}\n" for line in lines)
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return "mean ± standard deviation" of several runs, or the value of a single one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    deviation = statistics.stdev(values)
+    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"

@@ -6,13 +6,18 @@ import pytest
 
 from bort.errors import UserError
 from bort.plots import figure_file
-from bort.tables import markdown_table
+from bort.tables import markdown_table, spread
 
 
 def test_a_table_in_markdown():
     text = markdown_table(["task", "score"], [["RTE", "0.5"], ["a|b", "1\n2"]])
     assert text == "| task | score |\n| --- | --- |\n| RTE | 0.5 |\n| a\\|b | 1 2 |\n"
     assert markdown_table(["a"], []) == "| a |\n| --- |\n"
+
+
+def test_the_spread_of_several_runs_is_that_of_a_sample():
+    assert spread([1.0, 2.0, 3.0], digits=2) == "2.00 ± 1.00"
+    assert spread([0.5]) == "0.500"
 
 
 @pytest.mark.parametrize(

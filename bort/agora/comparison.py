@@ -9,7 +9,7 @@ import numpy as np
 
 from bort.errors import UserError
 from bort.files import read_json
-from bort.tables import markdown_table
+from bort.tables import markdown_table, spread
 from data.task import Task
 
 
@@ -78,15 +78,10 @@ def comparison_table(name: str, columns: Sequence[Column]) -> str:
     """Return the columns of one task as a Markdown table."""
     by_name = {column.name: column for column in columns}
     gains = by_name["Agora"].scores - by_name["best of grid"].scores
-    scores = [_spread(column.scores) for column in columns]
+    scores = [spread(column.scores) for column in columns]
     won = f"{int(np.sum(gains > 0))} of {len(gains)}"
     times = ["" if column.seconds is None else f"{column.seconds:.0f}" for column in columns]
     return markdown_table(
         ["task", *by_name, "Agora - best of grid", "draws won"],
-        [[name, *scores, _spread(gains), won], ["seconds of fits", *times, "", ""]],
+        [[name, *scores, spread(gains), won], ["seconds of fits", *times, "", ""]],
     )
-
-
-def _spread(values: np.ndarray) -> str:
-    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-    return f"{values.mean():.3f} ± {deviation:.3f}"
