@@ -23,8 +23,9 @@ def aligned_table(rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def spread(runs: Iterable[float], digits: int = 3) -> str:
     """Return "mean ± standard deviation" of several runs, or the value of a single one."""
+    values = [float(value) for value in runs]
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     deviation = statistics.stdev(values)
