@@ -35,3 +35,17 @@ pretrained() {
     # shellcheck disable=SC2034  # for the experiment
     saved=$EXPERIMENTS/pretrained/$1
 }
+
+# shards <text> <folder>: makes shards of a text once, with the WordPiece of these BERTs.
+shards() {
+    once "$2/manifest.json" "$python" create_pretraining_data.py --input_file "$1" \
+        --output_dir "$2" --vocab_file "$EXPERIMENTS/pretrained/all-MiniLM-L6-v2/tokenizer/tokenizer.json" \
+        --max_seq_length 128 --num_outputs 2 --num_workers 2
+}
+
+# pretrain <run> <steps> <flags...>: trains up to a step, from the last checkpoint if there is one.
+pretrain() {
+    once "$1/$(printf 'step-%07d' "$2")" "$python" run_pretraining_distillation.py \
+        --ckpt_dir "$1" --num_steps "$2" --batch_size 16 --batch_size_eval 16 \
+        --keep_checkpoints 1 --log_interval 25 --resume "${@:3}"
+}
