@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from typing import Any, Sequence
 
 import mxnet as mx
@@ -173,6 +174,34 @@ def test_an_update_in_chunks_is_that_of_mxnets_kernel(monkeypatch, threads: str)
         np.testing.assert_allclose(values_of(parameters)[name], values, atol=1e-5)
     for name, state in other.state().items():
         np.testing.assert_allclose(trainer.state()[name].asnumpy(), state.asnumpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.0])
+def test_the_compiled_update_has_the_bits_of_numpys(decay: float) -> None:
+    pytest.importorskip("numba")
+    one_loop = bert_adam.compiled_update()
+    draws = np.random.default_rng(0).normal(size=(4, 10_007)).astype(np.float32)
+    draws *= np.float32([[2e-2], [1e-3], [1e-4], [1e-3]])
+    draws[3] *= draws[3]  # the second moment
+    optimizer = bert_adam.BERTAdam(epsilon=EPSILON)
+    compiled, plain = draws.copy(), draws.copy()
+    for factor in (0.37, 1.0):
+        optimizer._update_chunks([bert_adam.Chunk(*compiled, 1e-3, decay)], factor, one_loop)
+        buffers = np.empty((2, draws.shape[1]), np.float32)
+        optimizer._update_chunk(bert_adam.Chunk(*plain, 1e-3, decay), factor, *buffers)
+    assert (plain[[0, 2, 3]] != draws[[0, 2, 3]]).mean() > 0.9
+    np.testing.assert_array_equal(compiled, plain)
+
+
+def test_without_numba_updates_are_numpys(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    bert_adam.compiled_update.cache_clear()
+    try:
+        assert bert_adam.compiled_update() is None
+        parameters = fresh_parameters()
+        step(trainer_of(parameters), parameters, 0)
+    finally:
+        bert_adam.compiled_update.cache_clear()
 
 
 def test_an_update_reaches_weights_that_inference_has_laid_out_anew() -> None:
