@@ -322,9 +322,9 @@ class SparseEmbeddingGrad:
         self._model, self._ids = model, ids
         self._parameter = model.word_embed[0].weight
         self._device = device
-        self._rows = nd.array(rows, ctx=device, dtype="int32")
+        self.rows = nd.array(rows, ctx=device, dtype="int32")
         self._inverse = nd.array(inverse.reshape(ids.shape), ctx=device, dtype="int32")
-        self._table = self._parameter.data(device).take(self._rows)  # [distinct, hidden]
+        self._table = self._parameter.data(device).take(self.rows)  # [distinct, hidden]
         self._table.attach_grad()
         self.breaks: list[GraphBreak] = []
 
@@ -344,7 +344,7 @@ class SparseEmbeddingGrad:
         backward(head, self.breaks, gradient)
         bfloat16.add_gradients(self._model_parameters, self._device)
         whole = self._parameter.grad(self._device)
-        whole[self._rows] = whole.take(self._rows) + self._table.grad
+        whole[self.rows] = whole.take(self.rows) + self._table.grad
 
 
 def encode_for_backward(

@@ -17,6 +17,7 @@ import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 import mxnet as mx
@@ -137,6 +138,8 @@ class ClassificationStep:
     def __init__(self, network: Block, kind: str, batches_per_epoch: int) -> None:
         self._network, self._kind = network, kind
         self._batches_per_epoch = batches_per_epoch
+        # Rows of the word embeddings whose gradient is not zero; None: unknown.
+        self._rows: list[NDArray] | None = None
 
     def to_device(self, batch: ClassifierBatch, device: Context) -> DeviceBatch:
         """Copy a micro-batch to a device."""
@@ -153,8 +156,24 @@ class ClassificationStep:
                 loss = classification_loss(logits, batch.labels, self._kind).sum()
                 scaled = loss if scale == 1.0 else loss * scale
             embeddings.backward(scaled)
+            if self._rows is not None:
+                self._rows.append(embeddings.rows)
             correct = (logits.argmax(axis=-1) == batch.labels).sum()
             return nd.concat(loss, correct, dim=0)
+
+    def clear_embeddings(self, alone: bool) -> None:
+        """Zero the gradient of the word embeddings, to which backward passes add rows.
+
+        `alone`: no other worker has added rows to it. Then those of the last update are enough: to
+        fill the whole with zeros costs 14 ms with 50,265 tokens (RESULTS.md).
+        """
+        weight = self._network.bort.word_embed[0].weight
+        if self._rows is None or not alone:
+            weight.zero_grad()
+        else:
+            for rows in self._rows:
+                weight.grad(rows.context)[rows] = 0
+        self._rows = []
 
     def metrics(self, means: Metrics, progress: Progress) -> Metrics:
         """Return what a metric line reports, from the means of an interval by name."""
@@ -257,12 +276,14 @@ def finetuning_loop(
     history = History()
     network, model_config = classifier.network, classifier.model_config
     evaluation = DevEvaluation(classifier, data, dev, communicator, devices[0])
+    step = ClassificationStep(network, data.task.kind, training.batches_per_epoch)
+    alone = communicator.size * len(devices) == 1
     job = Job(
         title=f"{model_config.model} on {model_config.task}, {len(data.train):,} examples",
         network=network,
         # The last update of an epoch may have fewer micro-batches: none mixes two epochs.
         stream=Stream(training, options.seed, whole_epochs=True),
-        step=ClassificationStep(network, data.task.kind, training.batches_per_epoch),
+        step=step,
         learning_rate=lambda step: learning_rate(step, optimizer, schedule_steps),
         max_steps=max_steps,
         evaluation=_evaluation(
@@ -271,7 +292,7 @@ def finetuning_loop(
         saving=_save_policy(classifier, data, training, options, optimizer.accumulate),
         extra=history,
         # Without a decoder no backward pass overwrites it: the rows of the batches are added.
-        added_gradients=[network.bort.word_embed[0].weight],
+        clear_added=partial(step.clear_embeddings, alone),
     )
     loop = Loop(
         job,

@@ -149,6 +149,6 @@ class Job:
     evaluation: Evaluation
     saving: SavePolicy
     extra: ExtraState = field(default_factory=NoExtraState)
-    # Parameters whose gradient the backward passes add to even where others are overwritten.
-    added_gradients: Sequence[Any] = ()
+    # Zeroes the gradients that backward passes add to even where they overwrite the others.
+    clear_added: Callable[[], None] = lambda: None
     notes: Sequence[str] = ()  # further lines for the start of the log

@@ -392,8 +392,7 @@ class Loop:
         """Zero the gradients of the last update where the backward passes do not overwrite them."""
         if self._accumulates or len(numbers) < self._workers:
             self.trainer.zero_gradients()
-        for parameter in self.job.added_gradients:
-            parameter.zero_grad()
+        self.job.clear_added()
 
     def _seed_dropout(self, number: int, device: Context) -> None:
         """Key dropout by the micro-batch: it depends neither on ranks nor on interruptions."""

@@ -11,6 +11,7 @@ from mxnet import autograd, nd
 
 from bort.bort import SparseEmbeddingGrad
 from bort.communicator import SingleProcess
+from bort.finetuning.run import ClassificationStep
 from bort.finetuning.scoring import (
     classification_loss,
     forward,
@@ -19,6 +20,7 @@ from bort.finetuning.scoring import (
 )
 from bort.saved_model import ModelConfig, build_network
 from bort.tokenization import TokenizerSettings, load_tokenizer
+from bort.training.reporting import PhaseTimer
 from data.encoding import ClassifierLoader, encode_examples
 from data.task import Example
 from tests.reference import redraw
@@ -106,6 +108,24 @@ def test_ranks_score_what_one_alone_does(tokenizer, batch_size):
         for rank in range(5)
     ]
     np.testing.assert_array_equal(sum(parts), alone)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_step_leaves_nothing_of_the_last_gradient_of_the_embeddings(tokenizer, alone):
+    network = network_of(tokenizer, "classification", 2)
+    weight = network.bort.word_embed[0].weight
+    source = source_of(tokenizer, 1, 3)
+    first, second = (to_device(source(number), mx.cpu()) for number in (0, 1))
+    gradients = []
+    for batches in ([second], [first, second]):
+        step = ClassificationStep(network, "classification", 1)
+        weight.grad()[:] = 7.0  # of a run before
+        for batch in batches:
+            step.clear_embeddings(alone)
+            step(batch, 1.0, PhaseTimer())
+        gradients.append(weight.grad().asnumpy())
+    assert (gradients[0] != 0).any(axis=1).sum() < len(gradients[0])
+    np.testing.assert_array_equal(*gradients)
 
 
 def test_embedding_rows_give_the_same_scores_and_the_gradient_of_the_matrix(tokenizer):
