@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What int8, OpenVINO and bfloat16 cost on networks that were really pretrained: the best network of
+# finetuning.sh on each task in every runtime of predict.py, and fine-tuning in bfloat16 against
+# float32 with three seeds. Prints both tables.
+#
+#   DATA_DIR=FOLDER ./scripts/experiments/tricks.sh
+#
+# What finetuning.sh has not trained yet is trained first. These variables choose a part:
+#   MODELS  default bert-tiny all-MiniLM-L6-v2; runtimes.sh has paraphrase-MiniLM-L3-v2
+#   TASKS   default SST-2 MRPC STS-B
+#   LOW     task of the comparison of types (default STS-B)
+source "${BASH_SOURCE[0]%/*}/common.sh"
+need DATA_DIR "the folder of the official files of the tasks"
+
+MODELS=${MODELS:-bert-tiny all-MiniLM-L6-v2} TASKS=${TASKS:-SST-2 MRPC STS-B} LOW=${LOW:-STS-B}
+runs=$EXPERIMENTS/finetuning
+
+# trained <model> <task>: prints the saved model of the best run, if there is one.
+trained() { compgen -G "$runs/$1/$2-sweep/*/$2/best.params" || true; }
+
+for model in $MODELS; do
+    for task in $TASKS; do
+        [[ -n $(trained "$model" "$task") ]] ||
+            MODELS=$model TASKS=$task scripts/experiments/finetuning.sh
+        best=$(trained "$model" "$task")
+        once "$(dirname "$best")/int8/best.json" \
+            "$python" scripts/quantize.py "$best" --data_dir "$DATA_DIR"
+    done
+done
+MODELS="bert-tiny bert-tiny-bfloat16" TASKS=$LOW scripts/experiments/finetuning.sh
+"$python" scripts/experiments/tricks_table.py "$runs"
