@@ -13,6 +13,7 @@ import numpy as np
 
 from bort import checkpoint
 from bort.errors import UserError
+from bort.sums import check_sum
 from bort.types import Block
 
 # The numbers that stand for dtypes in the format.
@@ -137,12 +138,14 @@ def load_parameters(model: Block, path: str, ignore_prefixes: Sequence[str] = ()
 
     The file is read by `read_arrays`, not by MXNet, which a damaged file can crash.
 
-    Raises `UserError` for an unreadable file and for missing, surplus or misshapen parameters.
+    Raises `UserError` for an unreadable file, for one that is not the one whose SHA-256 is in a
+    SHA256SUMS beside it, and for missing, surplus or misshapen parameters.
     """
     from mxnet import nd
 
     from bort import bfloat16
 
+    check_sum(path)
     stored = read_arrays(path)
     if PROJECTION in stored:
         stored.setdefault(EMBEDDING, stored[PROJECTION])

@@ -22,6 +22,7 @@ import numpy as np
 from bort.config import option
 from bort.errors import UserError, quoted
 from bort.files import atomic_write, read_json
+from bort.sums import check_sum
 
 RELEASED_DATASET = "openwebtext_ccnews_stories_books_cased"
 SAMPLE_MODEL = os.path.join(
@@ -488,6 +489,7 @@ def read_lines(path: str) -> list[str]:
 
 
 def _load_sentencepiece(path: str) -> SentencePiece:
+    check_sum(path)
     try:
         with open(path, "rb") as handle:
             return SentencePiece(handle.read())

@@ -1,10 +1,9 @@
 """Download the official archives of GLUE and SuperGLUE, verify them, and put them in place whole.
 
-A task's folder appears in one rename, after its content was verified: the checksums in the archive,
-the SHA-256 of every file of which two independent copies agree (`FILE_HASHES`), the SHA-1 of MRPC's
-raw files that GluonNLP publishes (`RAW_HASHES`), and the official number of rows of every split.
-For the other files no hash is known: their rows are all that is checked, and the line printed for
-the task and its source.json say so.
+A task's folder appears in one rename, after its content was verified: the SHA-256 of everything
+that is downloaded (`SHA256`), the checksums in the archive, and the official number of rows of
+every split. source.json says where the files come from, and SHA256SUMS is compared whenever they
+are read.
 
 Only https is used, in redirects too; http is for a server on this machine.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import http.client
 import ipaddress
 import os
@@ -33,8 +31,9 @@ from typing import IO, Any, BinaryIO, Callable, Iterator, Optional, Sequence
 
 from bort.errors import UserError, quoted
 from bort.files import lock_folder, sha256_of, write_json
+from bort.sums import write_sums
 from data.rows import Line, collect, decode, read_lines
-from data.task import File, Task
+from data.task import Task
 from data.tasks import SUITES, get_task, task_names
 
 SERVER = "https://dl.fbaipublicfiles.com"
@@ -64,37 +63,59 @@ SOURCES: dict[str, tuple[tuple[str, str], ...]] = {
     "SuperGLUERTE": ((f"{_SUPER_GLUE}/RTE.zip", "SuperGLUE-RTE.zip"),),
 }
 
-# The copies compared: GluonNLP 0.10's dataset archive, and another mirror of the official files.
-FILE_HASHES: dict[tuple[str, str], str] = {
-    ("SST-2", "dev.tsv"): ("54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0"),
-    ("SST-2", "test.tsv"): ("69a938605609b3e6663b4487918fe1565eb293734e6e520d0366d1d412fd2a13"),
-    ("SST-2", "train.tsv"): ("48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1"),
-    ("STS-B", "dev.tsv"): ("fe7dc0632a5033562f3cadff991f6e8d9b9b6311861660e78c3c82eb7db67f59"),
-    ("BoolQ", "train.jsonl"): ("5a0cc1d6cb971a7a177b74bde27b8355de4b0f0e4d86d0a8435ec92cfeb63ba6"),
-    ("BoolQ", "val.jsonl"): ("0c86a5045886e5795fe9052003873f7d94b88ed3028a33007c51d99e44fd66d9"),
-    ("CB", "test.jsonl"): ("860679c4ef6f56758f5530bfbcbf2fd7905667184144f3594ace9bb4c435618d"),
-    ("CB", "train.jsonl"): ("32017480d3a10508646e3efd64502c639f13d4d15077f278d2fd0992c33a3126"),
-    ("CB", "val.jsonl"): ("c6125587e9601560cb16ea223c33964c5a915568d2af68a81f651b6ef25395ec"),
-    ("COPA", "train.jsonl"): ("e74ed25f36119fff954d90900ebbaae277e2cc4864be4b961e7a46c8f67d11a9"),
-    ("COPA", "val.jsonl"): ("fa61467cc251010178ed72f8ca82a0fceefc4ca9a85f87ec3b6102955e1a1f1a"),
-    ("SuperGLUERTE", "test.jsonl"): (
-        "fb4025a8b072862f0323423dff1de8980a024bfb8775e09c80ff3cf1c77677b1"
+# Of every path on the server, as Hugging Face's datasets library recorded them when it read these
+# URLs (datasets/glue and datasets/super_glue/dataset_infos.json, at commit 040102f of its
+# repository). TensorFlow Datasets recorded the same ones for GLUE (url_checksums/glue.txt; its QQP
+# is an older archive).
+SHA256: dict[str, str] = {
+    "glue/data/CoLA.zip": ("f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+    "glue/data/SST-2.zip": ("d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    "glue/data/QQP-clean.zip": ("40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    "glue/data/STS-B.zip": ("e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
+    "glue/data/MNLI.zip": ("e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+    "glue/data/QNLIv2.zip": ("e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    "glue/data/RTE.zip": ("6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    "glue/data/WNLI.zip": ("ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
+    "glue/data/AX.tsv": ("0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd"),
+    "glue/data/mrpc_dev_ids.tsv": (
+        "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"
     ),
-    ("SuperGLUERTE", "train.jsonl"): (
-        "fdfb03443abe3ec0424b7fc5d1a8863361719bc061338b7a63e56b94d615f201"
+    "senteval/senteval_data/msr_paraphrase_train.txt": (
+        "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"
     ),
-    ("SuperGLUERTE", "val.jsonl"): (
-        "ab990507bf5f35dc176cba7770a72bfa2c50a88ed72b8cc95cfbf9db95ab1af1"
+    "senteval/senteval_data/msr_paraphrase_test.txt": (
+        "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"
     ),
-    ("WSC", "test.jsonl"): ("e278b00238f9f01764f39a934a6515379016c908b2191ff9174bd74296f28310"),
-    ("WSC", "train.jsonl"): ("0ffaa3fd8d21e58a0805962565d1619aa4819bc3d034255777f606f801ae5a42"),
-    ("WSC", "val.jsonl"): ("e5c685ea4bdc347354036a28176459f6feeb0b6870375ecfb3d6ddb1f0e28bef"),
-}
-
-# SHA-1, from GluonNLP 0.10's data/glue.py.
-RAW_HASHES: dict[str, str] = {
-    "msr_paraphrase_train.txt": "716e0f67af962f08220b7e97d229b293077ef41f",
-    "msr_paraphrase_test.txt": "4265196c15cf75620b0b592b8b921f543bda7e6c",
+    "glue/superglue/data/v2/BoolQ.zip": (
+        "853fbe7922f70c59629f06a39e8d9ca440c3d740e760fd3b87a5ddf3dcba2436"
+    ),
+    "glue/superglue/data/v2/CB.zip": (
+        "8d641383298d54554066ba1c93f56ae7410af75df621b90c63028806bbbbb535"
+    ),
+    "glue/superglue/data/v2/COPA.zip": (
+        "405906cddac74bc1e1ce8220f1107d1025b66a25ef10149d91b10bb30651125f"
+    ),
+    "glue/superglue/data/v2/MultiRC.zip": (
+        "b3cd440856e72eb166b2edcd37b798455f1ebd51f2c3de64c0c2a4e1971d2737"
+    ),
+    "glue/superglue/data/v2/ReCoRD.zip": (
+        "30c7b651ab21b8bf8fab986495cd1084333010e040548f861b839eec0044ac18"
+    ),
+    "glue/superglue/data/v2/RTE.zip": (
+        "6310aab3f000424c9d0318a1ff20692e07c7f4aa15e8f17a5972ea0a35c398b9"
+    ),
+    "glue/superglue/data/v2/WiC.zip": (
+        "ee7e67f4ae9eafbf533780faa198e62167f3cda54256cdf261877be3c0e90900"
+    ),
+    "glue/superglue/data/v2/WSC.zip": (
+        "2ed6dfa94556b4a128ff0441efe365b2e883124e7e6aa00fb8d3a6cb1fd520a9"
+    ),
+    "glue/superglue/data/v2/AX-b.zip": (
+        "43b45c55a273575c58a33cd68f10a971f83daa3aa223bfbc4077b92fbdf960b3"
+    ),
+    "glue/superglue/data/v2/AX-g.zip": (
+        "2d4e00d3a7d23d2c3787ee4c1382cc81a72cb05a76fc9d78d142949247ed61b9"
+    ),
 }
 
 # In Python 3.9 the timeout of a socket is an exception of its own.
@@ -205,6 +226,7 @@ def _download_task(task: Task, data_dir: Path, server: str) -> str:
         for path, (remote, _) in zip(fetched, SOURCES[task.name]):
             if not path.exists():
                 fetch(f"{server.rstrip('/')}/{remote}", path)
+            _check_sha256(path, remote)
         with _staging(folder) as staging:
             try:
                 _assemble(task, fetched, staging)
@@ -218,6 +240,17 @@ def _download_task(task: Task, data_dir: Path, server: str) -> str:
     for path in fetched:
         path.unlink()
     return f"{folder} ({verified})"
+
+
+def _check_sha256(path: Path, remote: str) -> None:
+    """Delete a download that is not the official file, and raise `UserError`."""
+    found = sha256_of(str(path))
+    if found != SHA256[remote]:
+        path.unlink()
+        raise UserError(
+            f"{path}: is not the official file: its SHA-256 is {found}, expected {SHA256[remote]}; "
+            "deleted, run this again to download it"
+        )
 
 
 @contextlib.contextmanager
@@ -350,12 +383,6 @@ def _assemble(task: Task, fetched: Sequence[Path], folder: Path) -> None:
     elif task.name == "MRPC":
         for path in fetched:
             shutil.copyfile(path, folder / path.name)
-            known = RAW_HASHES.get(path.name)
-            if (
-                known
-                and hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest() != known
-            ):
-                raise UserError(f"{path}: is not the official file (its SHA-1)")
         split_mrpc(folder)
     else:
         unpack(fetched[0], [file.name for file in task.files], folder)
@@ -449,11 +476,7 @@ def _write_rows(path: Path, rows: list[list[str]]) -> None:
 
 
 def _verify(task: Task, folder: Path) -> str:
-    """Check hashes and numbers of rows; returns the rows and which files have a known hash."""
-    for file in task.files:
-        known = FILE_HASHES.get((task.name, file.name))
-        if known and sha256_of(str(folder / file.name)) != known:
-            raise UserError(f"{task.name}: {file.name} is not the official file (its SHA-256)")
+    """Compare the numbers of rows with the official ones; returns them in words."""
     counts = []
     for split in task.splits:
         examples, skipped = task.read(folder, split, skip_bad_rows=True)
@@ -462,34 +485,15 @@ def _verify(task: Task, folder: Path) -> str:
             broken = f", {len(skipped)} broken: {skipped[0]}" if skipped else ""
             raise UserError(f"{task.name}: {rows} {split} rows instead of {official}{broken}")
         counts.append(f"{split} {rows}" + (f", {len(skipped)} broken" if skipped else ""))
-    by_hash = [file.name for file in _files_in(task, folder) if _has_hash(task, file)]
-    by_rows = [file.name for file in _files_in(task, folder) if not _has_hash(task, file)]
-    checks = [f"SHA-256 of {', '.join(by_hash)}"] if by_hash else []
-    checks += [f"only the number of rows of {', '.join(by_rows)}"] if by_rows else []
-    return f"{'; '.join(counts)}; verified: {', '.join(checks)}"
-
-
-def _files_in(task: Task, folder: Path) -> list[File]:
-    return [file for file in task.files if (folder / file.name).exists()]
-
-
-def _has_hash(task: Task, file: File) -> bool:
-    return (task.name, file.name) in FILE_HASHES
+    return "; ".join(counts)
 
 
 def _record(task: Task, fetched: Sequence[Path], server: str, folder: Path) -> None:
-    """Write source.json: where the files come from, and how each was verified."""
+    """Write source.json, where the files come from, and their SHA-256."""
     sources = [
-        {"url": f"{server}/{remote}", "bytes": path.stat().st_size, "sha256": sha256_of(str(path))}
+        {"url": f"{server}/{remote}", "bytes": path.stat().st_size, "sha256": SHA256[remote]}
         for path, (remote, _) in zip(fetched, SOURCES[task.name])
     ]
-    files = {
-        file.name: {
-            "sha256": sha256_of(str(folder / file.name)),
-            "verified": "sha256" if _has_hash(task, file) else "rows",
-        }
-        for file in _files_in(task, folder)
-    }
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    content = {"fetched": when, "sources": sources, "files": files}
-    write_json(str(folder / "source.json"), content)
+    write_json(str(folder / "source.json"), {"fetched": when, "sources": sources})
+    write_sums(str(folder), [file.name for file in task.files if (folder / file.name).exists()])

@@ -11,6 +11,7 @@ import numpy as np
 
 from bort.errors import UserError
 from bort.files import atomic_write
+from bort.sums import check_sum
 from bort.types import TaskKind
 from data.task import Example, Task, Uid
 from data.tasks import get_task, task_names
@@ -73,6 +74,7 @@ def check_submission(
     """
     if path.name != task.submission_file(split):
         raise UserError(f"{path}: the official name is {task.submission_file(split)}")
+    check_sum(str(path))
     found = task.parse_submission(path, examples)
     wanted = _official_index(task, split, examples)
     if len(found) != len(wanted):

@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional, Sequence
+from typing import Iterable, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from bort.config import option, required
 from bort.errors import UserError
 from bort.files import atomic_write
 from bort.generators import generator_for
+from bort.sums import write_sums
 from bort.types import TaskKind
 from data.rows import decode, parse_object, read_lines
 from data.task import Task, is_labelled
@@ -89,12 +90,18 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
                 handle.write(files[path])
         for each in sets:
             _read_back(each, task, pool.header)
+        for folder in {os.path.dirname(path) for path in missing}:
+            write_sums(folder, _names_in(folder, files))
     except BaseException:
         for path in missing:
             with suppress(FileNotFoundError):
                 os.remove(path)
         raise
     return [*files]
+
+
+def _names_in(folder: str, files: Iterable[str]) -> list[str]:
+    return [os.path.basename(path) for path in files if os.path.dirname(path) == folder]
 
 
 def _is_there(path: str, content: bytes) -> bool:

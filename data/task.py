@@ -9,6 +9,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Seque
 import numpy as np
 
 from bort.errors import UserError, quoted
+from bort.sums import check_sum
 from bort.types import TaskKind
 from data import metrics
 
@@ -194,12 +195,14 @@ class Task:
         """Read one split. A label in a test file that is not one of the task's counts as absent.
 
         seed: decides the draw of ReCoRD's training candidates; no other task draws.
-        Raises `UserError` when the file is missing or has no valid rows, and for the first broken
-        row unless `skip_bad_rows`.
+        Raises `UserError` when the file is missing, has no valid rows or is not the one that was
+        downloaded (`bort.sums`), and for the first broken row unless `skip_bad_rows`.
         """
         path = self.find(data_dir, split)
         if path is None:
             raise UserError(self._not_found(data_dir, split))
+        if path.is_file():
+            check_sum(str(path))
         found = self._read(path, split, skip_bad_rows, seed)
         if not found.examples and found.skipped:
             raise UserError(

@@ -74,10 +74,13 @@ def _write(model: Block, output: str) -> int:
     """Write the parameters; returns the bytes. MXNet writes to paths only, not to a FIFO."""
     from bort.files import atomic_path, atomic_write, is_stream
     from bort.parameters import save_parameters
+    from bort.sums import write_sums
 
     if not is_stream(output):
         with atomic_path(output) as temporary:
             save_parameters(model, temporary, deduplicate=False)
+        folder, name = os.path.split(output)
+        write_sums(folder, [name])
         return os.path.getsize(output)
     with tempfile.TemporaryDirectory() as folder, atomic_write(output, "wb") as stream:
         path = os.path.join(folder, "model.params")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import string
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point
-from bort.files import atomic_write
+from bort.files import atomic_write, is_stream
+from bort.sums import write_sums
 from bort.tokenization import SPECIAL_TOKENS
 from data.corpus import MAX_DOCUMENT_BYTES, open_sources, read_documents, scan
 from data.text_formats import TEXT_FIELD, TextSource
@@ -61,6 +63,9 @@ def main(argv: Optional[Sequence[str]] = None) -> str:
     model = train(settings, sentences)
     with atomic_write(settings.model_file, "wb") as file:
         file.write(model)
+    if not is_stream(settings.model_file):
+        folder, name = os.path.split(settings.model_file)
+        write_sums(folder, [name])
     print(f"{settings.model_file}: {settings.vocab_size} tokens")
     return settings.model_file
 

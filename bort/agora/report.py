@@ -12,6 +12,7 @@ from bort.agora.tau import Inputs
 from bort.agora.text import TextData
 from bort.files import atomic_write, write_json
 from bort.plots import figure_file
+from bort.sums import write_sums
 from bort.types import Hyperparameters
 
 FORMAT_VERSION = 1
@@ -123,6 +124,7 @@ def write_augmented(path: str, rounds: Sequence[Round], data: TextData) -> None:
             lines.append("\t".join(map(str, fields)))
     with atomic_write(path) as handle:
         handle.write("\n".join(lines) + "\n")
+    write_sums(os.path.dirname(path), [os.path.basename(path)])
 
 
 def label_text(data: TextData, label: Any) -> str:

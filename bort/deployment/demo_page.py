@@ -28,11 +28,11 @@ from bort.deployment.onnx_folder import (
 from bort.errors import UserError
 from bort.files import new_folder, read_json, write_json
 from bort.huggingface.folder import write_description
-from bort.huggingface.sums import write_sums
 from bort.huggingface.tokenizer import JSON
 from bort.inference.classification import num_texts
 from bort.parameters import check_finite, parameter_file
 from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, load_model
+from bort.sums import write_sums
 from bort.tokenization import Tokenizer
 from bort.types import TaskKind
 from data.task import Task

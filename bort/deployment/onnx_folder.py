@@ -25,7 +25,6 @@ from bort.huggingface.folder import (
     write_description,
 )
 from bort.huggingface.model_card import model_card
-from bort.huggingface.sums import write_sums
 from bort.inference.onnx_export import TOLERANCE, mxnet_outputs, random_inputs
 from bort.inference.onnx_file import onnx_session, write_onnx
 from bort.inference.onnx_graph import describe
@@ -35,6 +34,7 @@ from bort.mxnet_setup import cpu_threads
 from bort.parameters import check_finite, parameter_file
 from bort.saved_model import MASKED_LM, SavedModel, load_model
 from bort.shapes import CLS
+from bort.sums import write_sums
 from bort.types import TaskKind
 
 ONNX_FOLDER = "onnx"

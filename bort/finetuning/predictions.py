@@ -15,6 +15,7 @@ from bort.files import atomic_write
 from bort.finetuning.classifier import Classifier
 from bort.finetuning.scoring import predict_logits
 from bort.finetuning.task_data import PredictionSet
+from bort.sums import write_sums
 from bort.types import Context, TaskKind
 from data.encoding import ClassifierLoader, encode_examples
 from data.submission import write_submission
@@ -40,11 +41,13 @@ def predict_sets(
 ) -> dict[str, Any]:
     """Predict dev and test sets and write their files into `output_dir`/<task of the set>.
 
-    Returns for each set, by split (of other tasks than `task` by task/split): its number of rows,
-    the messages of skipped rows, the metrics where it is labelled, and the file.
+    SHA256SUMS in each folder has the sums of the files. Returns for each set, by split (of other
+    tasks than `task` by task/split): its number of rows, the messages of skipped rows, the metrics
+    where it is labelled, and the file.
     Raises `UserError` when a logit is NaN or infinite.
     """
     results: dict[str, Any] = {}
+    written: list[str] = []
     for each in sets:
         logits = logits_of(classifier, each.examples, scoring)
         if not np.isfinite(logits).all():
@@ -63,6 +66,9 @@ def predict_sets(
             results[name]["file"] = write_predictions(
                 each.task, each.split, each.examples, logits, folder
             )
+            written.append(results[name]["file"])
+    for folder in {os.path.dirname(path) for path in written}:
+        write_sums(folder, [os.path.basename(p) for p in written if os.path.dirname(p) == folder])
     return results
 
 

@@ -43,6 +43,7 @@ from bort.jobs import Executor, ProcessDiedError, Processes
 from bort.journal import DAMAGED
 from bort.mxnet_setup import asked_threads
 from bort.resume import changed_flags
+from bort.sums import write_sums
 from bort.tables import markdown_table
 from bort.tokenization import TOKENIZER_FOLDER
 from bort.types import Hyperparameters
@@ -361,3 +362,4 @@ def write_table(folder: str, rows: Sequence[SweepRow]) -> None:
     for name, text in (("sweep.tsv", tabs), ("sweep.md", as_markdown(rows))):
         with atomic_write(os.path.join(folder, name)) as handle:
             handle.write(text)
+    write_sums(folder, ["sweep.tsv", "sweep.md"])

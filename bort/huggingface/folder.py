@@ -34,11 +34,11 @@ from bort.huggingface.families import (
     Architecture,
 )
 from bort.huggingface.model_card import model_card
-from bort.huggingface.sums import check_sums, write_sums
 from bort.huggingface.tensors import WEIGHTS, read_tensors
 from bort.parameters import check_finite_arrays
 from bort.saved_model import MASKED_LM, MAX_OUTPUTS, ModelConfig, SavedModel, build_network
 from bort.shapes import BORT_OPTIONS, MAX_LENGTH, MEAN, TOKEN_TYPES, BodyOptions, body_shape
+from bort.sums import check_sums, write_sums
 from bort.tokenization import Tokenizer
 from bort.types import TaskKind
 from bort.wordpiece import WordPiece

@@ -12,6 +12,7 @@ from bort.errors import UserError, quoted
 from bort.ose.bert_family import synthetic_error
 from bort.ose.candidates import SurrogateError
 from bort.shapes import Shape, shape_of
+from bort.sums import check_sum
 from bort.types import Hyperparameters
 
 
@@ -37,6 +38,7 @@ def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], S
     if source == "synthetic":
         return space, synthetic_error
     measured: dict[Shape, list[float]] = {}
+    check_sum(source)
     try:
         with open(source, encoding="utf-8-sig", newline="") as handle:
             reader = csv.DictReader(handle)

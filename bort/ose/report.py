@@ -24,6 +24,7 @@ from bort.ose.search import (
 )
 from bort.plots import figure_file
 from bort.shapes import Shape
+from bort.sums import write_sums
 from data.metrics import spearman
 
 FORMAT_VERSION = 1
@@ -203,6 +204,7 @@ def write_report(
         writer = csv.DictWriter(handle, list(table[0]))
         writer.writeheader()
         writer.writerows({**row, "theta": json.dumps(row["theta"])} for row in table)
+    write_sums(folder, ["ose.csv"])
     plot_table(result, os.path.join(folder, "ose.png"))
     print_best(result, latencies)
     _print_correlation(space.family, latencies)

@@ -17,6 +17,7 @@ import numpy as np
 from bort import checkpoint
 from bort.errors import UserError, quoted
 from bort.files import read_json
+from bort.sums import listed
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE
 
 ENCODED_PART = re.compile(r"[0-9a-f]{64}\.npz")
@@ -89,8 +90,13 @@ def check_teacher_cache(folder: Path) -> Found:
 def check_model(path: Path) -> str:
     """Load a saved model with its tokenizer, and the exports beside it; returns what it is."""
     from bort.inference import runtime
-    from bort.saved_model import load_model
+    from bort.parameters import check_finite_arrays, read_arrays
+    from bort.saved_model import load_model, model_config_path
 
+    if not os.path.exists(model_config_path(str(path))):  # of export_params.py
+        arrays = read_arrays(str(path))
+        check_finite_arrays(str(path), arrays.items())
+        return f"{len(arrays)} arrays"
     network, model_config, _ = load_model(str(path))
     runtime.check_finite(str(path), network)
     words = [model_config.task or model_config.kind, model_config.model]
@@ -110,35 +116,28 @@ def check_models(folder: Path) -> Found:
 
 
 def check_huggingface(folder: Path) -> Found:
-    """Compare the SHA-256 of a folder of Hugging Face's and read it into a network."""
+    """Read a folder of Hugging Face's into a network."""
     from bort.huggingface.folder import read
-    from bort.huggingface.sums import check_sums
     from bort.inference.runtime import check_finite
 
-    check_sums(str(folder))
     network, model_config, _ = read(str(folder))
     check_finite(str(folder), network)
     return Found(True, f"{model_config.task or model_config.kind} {model_config.model}")
 
 
 def check_onnx_folder(folder: Path) -> Found:
-    """Compare the SHA-256 of a folder in Hugging Face's ONNX layout and load its graphs."""
-    from bort.huggingface.sums import check_sums
+    """Load the graphs of a folder in Hugging Face's ONNX layout."""
     from bort.inference.onnx_file import onnx_session
 
-    check_sums(str(folder))
     paths = sorted(folder.glob("onnx/*.onnx"))
     for path in paths:
         onnx_session(str(path), threads=1)
     return Found(True, ", ".join(path.name for path in paths))
 
 
-def check_demo_page(folder: Path) -> Found:
-    """Compare the SHA-256 of a demo page's files."""
-    from bort.huggingface.sums import check_sums
-
-    check_sums(str(folder))
-    return Found(True, "")
+def check_listed(folder: Path) -> Found:
+    """Return how many files SHA256SUMS lists; their sums are compared in every folder."""
+    return Found(True, f"{len(listed(str(folder)))} files")
 
 
 def check_tokenizer(folder: Path) -> Found:
@@ -295,8 +294,11 @@ def check_submissions(folder: Path) -> list[str]:
 
 
 def check_submission_folder(folder: Path) -> Found:
-    """Check a folder of official files."""
-    return Found(True, ", ".join(check_submissions(folder)))
+    """Check a folder of official files and answers."""
+    answers = sorted(folder.glob("*_predictions.jsonl"))
+    for path in answers:
+        check_answers(path)
+    return Found(True, ", ".join([*check_submissions(folder), *(path.name for path in answers)]))
 
 
 def check_archive(path: Path) -> Found:

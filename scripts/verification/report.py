@@ -9,6 +9,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 from bort.errors import UserError
 from bort.files import read_json
+from bort.sums import SUMS, check_sums
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE
 from scripts.verification import checks
 from scripts.verification.checks import ENCODED_PART, Kind
@@ -62,13 +63,15 @@ def _is_onnx_folder(folder: Path) -> bool:
 
 
 def _is_submission(folder: Path) -> bool:
-    return any(name in checks.submission_names() for name in os.listdir(folder))
+    names = os.listdir(folder)
+    answers = any(name.endswith("_predictions.jsonl") for name in names)
+    return answers or any(name in checks.submission_names() for name in names)
 
 
 # The first that matches names a folder; what it may match as well stands below it.
 KINDS: Sequence[Kind] = (
     Kind("checkpoint", _is_checkpoint, checks.check_checkpoint),
-    Kind("demo page", _has("page.json"), checks.check_demo_page),
+    Kind("demo page", _has("page.json"), checks.check_listed),
     Kind("ONNX export for Hugging Face", _is_onnx_folder, checks.check_onnx_folder),
     Kind("Hugging Face export", _is_huggingface, checks.check_huggingface),
     Kind("sweep", _has("sweep.json", "sweep.tsv"), checks.check_sweep),
@@ -88,6 +91,8 @@ KINDS: Sequence[Kind] = (
     Kind("saved model", _holds(r".*\.params"), checks.check_models),
     Kind("submission", _is_submission, checks.check_submission_folder),
     Kind("tokenizer", _has("tokenizer.model", "vocab.json"), checks.check_tokenizer),
+    Kind("task data", _has("source.json"), checks.check_listed),
+    Kind("files with sums", _has(SUMS), checks.check_listed),
 )  # fmt: skip
 # Folders that are checked with the one that holds them.
 PARTS = ("tokenizer", "int8", "tensorboard")
@@ -128,6 +133,8 @@ def _file_row(path: Path) -> Row:
 
 def _row(name: str, kind: Kind, path: Path) -> Row:
     try:
+        if path.is_dir():
+            check_sums(str(path))
         found = kind.check(path)
         if path.is_dir():
             checks.check_json(path)

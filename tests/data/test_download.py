@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import io
 import json
 import os
+import re
 import stat
 import threading
 import urllib.request
@@ -16,12 +18,14 @@ import pytest
 
 from bort.errors import UserError
 from bort.files import lock_folder
+from bort.sums import SUMS, check_sums
 from data import download as module
 from data.download import SOURCES, download, expand, fetch, split_mrpc, unpack
 from data.task import Task
 from data.tasks import get_task, task_names
 from scripts import download_data
 
+HASHES = dict(module.SHA256)
 TEST_DATA = Path(__file__).resolve().parents[2] / "test_data"
 
 
@@ -70,11 +74,23 @@ def server():
         thread.join()
 
 
+class HashesOfServer(dict):
+    """The hashes of what a server offers, in place of the official ones."""
+
+    def __init__(self, server) -> None:
+        self.server = server
+
+    def __missing__(self, remote: str) -> str:
+        path = f"/{remote}"
+        for _ in range(len(self.server.redirects)):
+            path = self.server.redirects.get(path, path).replace(self.server.address, "")
+        return hashlib.sha256(self.server.files[path]).hexdigest()
+
+
 @pytest.fixture(autouse=True)
-def tiny_archives(monkeypatch):
+def tiny_archives(monkeypatch, server):
     """The tiny sets are no official files: neither their hashes nor their rows are."""
-    monkeypatch.setattr(module, "FILE_HASHES", {})
-    monkeypatch.setattr(module, "RAW_HASHES", {})
+    monkeypatch.setattr(module, "SHA256", HashesOfServer(server))
     monkeypatch.setattr(Task, "official_rows", lambda task, split: 2)
 
 
@@ -122,8 +138,7 @@ def test_archive_is_fetched_checked_and_placed(server, tmp_path, name):
     assert record["sources"][0]["url"].startswith(server.address)
     assert len(record["sources"][0]["sha256"]) == 64
     assert not (tmp_path / ".downloads").exists()
-    assert "verified: only the number of rows of " in line
-    assert {file["verified"] for file in record["files"].values()} == {"rows"}
+    check_sums(str(tmp_path / task.suite / task.folders[0]))
     assert get(server, tmp_path, name) == [f"{name}: in place"]
     assert len(server.requests) == 1
 
@@ -133,6 +148,7 @@ def test_leftovers_of_a_killed_run_do_not_matter(server, tmp_path):
     (tmp_path / "glue" / ".CoLA.partial" / "train.tsv").write_text("half a row")
     (tmp_path / ".downloads").mkdir()
     (tmp_path / ".downloads" / "CoLA.zip").write_bytes(task_archive("CoLA"))
+    offer(server, "CoLA")
     get(server, tmp_path, "CoLA")
     assert server.requests == []
     assert [path.name for path in (tmp_path / "glue").iterdir()] == ["CoLA"]
@@ -360,21 +376,35 @@ def test_a_name_that_is_not_utf_8_is_named(server, tmp_path):
         get(server, tmp_path, "CoLA")
 
 
-def test_raw_files_of_mrpc_are_checked(server, tmp_path, monkeypatch):
-    for (path, _), content in zip(SOURCES["MRPC"], [raw_mrpc(6, 100), raw_mrpc(3, 200), "1\t2\n"]):
-        server.files[f"/{path}"] = content.encode()
-    monkeypatch.setattr(module, "RAW_HASHES", {"msr_paraphrase_test.txt": "0" * 40})
-    with pytest.raises(UserError, match=r"msr_paraphrase_test\.txt: is not the official file"):
-        get(server, tmp_path, "MRPC")
-    assert left_over(tmp_path) == []
+@pytest.mark.parametrize("name", ["MRPC", "CoLA", "AX", "WSC"])
+def test_what_is_not_the_official_file_is_refused(server, tmp_path, name):
+    for path, _ in SOURCES[name]:
+        server.files[f"/{path}"] = zipped({"x": b"y"})
+    module.SHA256[SOURCES[name][-1][0]] = "0" * 64
+    with pytest.raises(UserError, match=r"is not the official file: its SHA-256 is [0-9a-f]{64}, "):
+        get(server, tmp_path, name)
+    assert not [path for path in left_over(tmp_path) if path.endswith(SOURCES[name][-1][1])]
 
 
-def test_file_with_another_hash_is_refused(server, tmp_path, monkeypatch):
+def test_every_download_has_a_hash():
+    remotes = {remote for sources in SOURCES.values() for remote, _ in sources}
+    assert set(HASHES) == remotes
+    assert all(re.fullmatch("[0-9a-f]{64}", known) for known in HASHES.values())
+
+
+def test_a_downloaded_file_that_changes_is_noticed_when_it_is_read(server, tmp_path):
     offer(server, "CoLA")
-    monkeypatch.setattr(module, "FILE_HASHES", {("CoLA", "dev.tsv"): "0" * 64})
-    with pytest.raises(UserError, match=r"dev\.tsv is not the official file \(its SHA-256\)"):
-        get(server, tmp_path, "CoLA")
-    assert left_over(tmp_path) == []
+    get(server, tmp_path, "CoLA")
+    task, folder = get_task("CoLA"), tmp_path / "glue" / "CoLA"
+    path = folder / "train.tsv"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.tsv: its SHA-256 is not that in SHA256SUMS"):
+        task.read(tmp_path, "train")
+    assert task.read(tmp_path, "dev").examples
+    (folder / SUMS).unlink()
+    assert task.read(tmp_path, "train").examples
 
 
 def test_links_in_an_archive_are_refused(tmp_path):

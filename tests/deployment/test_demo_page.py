@@ -22,11 +22,11 @@ import pytest
 
 from bort.deployment import demo_page, npm
 from bort.deployment.onnx_folder import export_folder
-from bort.huggingface.sums import check_sums
 from bort.inference.base import softmax
 from bort.inference.masked_lm import mask_ids
 from bort.inference.runtime import backend_for
 from bort.saved_model import load_model
+from bort.sums import check_sums
 from data.encoding import encode_inputs
 from scripts.demo_page import main
 from scripts.verify import main as verify

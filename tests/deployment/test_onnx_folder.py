@@ -15,9 +15,9 @@ from mxnet import nd
 
 from bort.bort import decode, encode, masked_hidden
 from bort.deployment import onnx_folder
-from bort.huggingface.sums import check_sums
 from bort.inference.runtime import backend_for
 from bort.saved_model import SavedModel, load_model
+from bort.sums import check_sums
 from data.batches import pad
 from data.encoding import encode_inputs
 from scripts.export_onnx import main

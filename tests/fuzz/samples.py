@@ -15,6 +15,7 @@ from typing import Any, Callable
 import numpy as np
 
 from bort.journal import line_of
+from bort.sums import write_sums
 from tests.conftest import ROOT
 
 TEST_DATA = ROOT / "test_data"
@@ -198,6 +199,7 @@ def write_sweep(folder: Path, run: Path) -> None:
     (place / "run.log").write_text("finished\n", encoding="utf-8")
     write_json(str(folder / "sweep.json"), {"task_name": "SST-2"})
     (folder / "sweep.tsv").write_text("lr\truns\tmean\n0.001\t1\t0.5\n", encoding="utf-8")
+    write_sums(str(folder), ["sweep.tsv"])
 
 
 def write_agora(folder: Path) -> None:
@@ -237,6 +239,35 @@ def write_submission(folder: Path) -> None:
     write_submission(task, "test", examples, np.eye(2)[[0] * len(examples)], folder / "runs")
     called(main, "glue", "--runs", folder / "runs", "--output", folder / "glue.zip",
            "--fill_missing", "--data_dir", TEST_DATA)  # fmt: skip
+
+
+def write_answers(folder: Path, model: Path) -> None:
+    """Write the answers of a model that is not trained further."""
+    from finetune_classifier import main
+
+    called(main, "--only_inference", "--task_name", "SST-2", "--data_dir", TEST_DATA,
+           "--model_parameters", model, "--cache_dir", folder / "encoded", "--output_dir",
+           folder)  # fmt: skip
+    shutil.rmtree(folder / "encoded")
+    (folder / "SST-2" / "SST-2.tsv").unlink()
+    write_sums(str(folder / "SST-2"))
+
+
+def write_plain_parameters(folder: Path, run: Path) -> None:
+    """Write a parameter file that nothing beside it describes."""
+    from scripts.export_params import main
+
+    folder.mkdir()
+    called(main, run, "--output", folder / "bort.params")
+
+
+def write_task_data(folder: Path) -> None:
+    """Write a folder of task data as a download leaves it."""
+    from bort.files import write_json
+
+    shutil.copytree(TEST_DATA / "glue" / "CoLA", folder)
+    write_sums(str(folder))
+    write_json(str(folder / "source.json"), {"fetched": "", "sources": []})
 
 
 def write_zip(path: Path, task: str = "SST-2") -> None:

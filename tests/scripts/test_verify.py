@@ -33,10 +33,14 @@ KINDS = {
         ["best.params", "best.onnx", "int8/best.onnx", "int8/best-0000.params",
          "int8/best-symbol.json", "int8/best.json"],
     ),
-    "sweep": ("sweep", ["sweep.json"]),
+    "sweep": ("sweep", ["sweep.json", "sweep.tsv"]),
     "sweep/lr=0.001/SST-2": ("fine-tuning run", ["best.params"]),
-    "agora/SST-2": ("Agora run", ["journal.jsonl", "agora.json", "best.params", "config.json"]),
-    "ose": ("OSE search", ["journal-0.jsonl", "ose.json"]),
+    "agora/SST-2": (
+        "Agora run",
+        ["journal.jsonl", "agora.json", "best.params", "config.json", "images.tsv",
+         "dev_predictions.jsonl"],
+    ),
+    "ose": ("OSE search", ["journal-0.jsonl", "ose.json", "ose.csv"]),
     "huggingface": (
         "Hugging Face export",
         ["model.safetensors", "config.json", "tokenizer.model", "tokenizer.json"],
@@ -47,6 +51,9 @@ KINDS = {
     ),
     "submission/glue.zip": ("leaderboard archive", [""]),
     "submission/runs": ("submission", ["SST-2.tsv"]),
+    "answers/SST-2": ("submission", ["dev_predictions.jsonl"]),
+    "plain": ("saved model", ["bort.params"]),
+    "data/CoLA": ("task data", ["train.tsv"]),
 }  # fmt: skip
 EVERY_FILE = [(name, file) for name, (_, files) in KINDS.items() for file in files]
 
@@ -67,6 +74,9 @@ def good(tmp_path_factory) -> Path:
     samples.write_huggingface(folder / "huggingface")
     samples.write_onnx_folder(folder / "onnx")
     samples.write_submission(folder / "submission")
+    samples.write_answers(folder / "answers", folder / "tuned" / "SST-2" / "best.params")
+    samples.write_plain_parameters(folder / "plain", folder / "run")
+    samples.write_task_data(folder / "data" / "CoLA")
     return folder
 
 
@@ -95,8 +105,7 @@ def test_one_changed_byte_is_seen(good, tmp_path, capsys, name, file):
     else:
         path = copy = shutil.copyfile(source, copy)
     content = bytearray(path.read_bytes())
-    text = path.suffix in (".json", ".jsonl", ".tsv") and "symbol" not in path.name
-    content[0 if text else len(content) // 2] ^= 4
+    content[len(content) // 2] ^= 4
     path.write_bytes(content)
     status, rows = table(capsys, copy)
     damaged = [rest for rest in rows.values() if rest[1] == "damaged"]

@@ -8,7 +8,7 @@ import pytest
 
 from bort.errors import UserError
 from bort.files import sha256_of
-from bort.huggingface.sums import SUMS, check_sums, write_sums
+from bort.sums import SUMS, check_sums, write_sums
 
 
 def test_files_in_subfolders_are_listed_as_sha256sum_reads_them(tmp_path):

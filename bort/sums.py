@@ -1,0 +1,88 @@
+"""SHA256SUMS: the SHA-256 of files of a folder, in the form that `sha256sum -c` reads."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Collection, Optional
+
+from bort.errors import UserError
+from bort.files import atomic_write, is_lfs_pointer, sha256_of
+
+SUMS = "SHA256SUMS"
+
+
+def write_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
+    """Write the sums of the named files; without names, of all files in a folder and below it.
+
+    Sums of other files that are there stay.
+    """
+    if names is None:
+        paths = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
+        names = [os.path.relpath(path, folder) for path in paths]
+    sums = {name: digest for name, digest in _read_sums(folder) if _is_file(folder, name)}
+    sums.update({name: sha256_of(os.path.join(folder, name)) for name in names if name != SUMS})
+    with atomic_write(os.path.join(folder, SUMS), "wb") as file:
+        file.writelines(os.fsencode(_line(name, digest)) for name, digest in sorted(sums.items()))
+
+
+def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
+    """Raise `UserError` when one of the named files that are there is another than was written.
+
+    Without names, all files of the list must be there. A folder without a list, and files that are
+    not in it, have no sums.
+    """
+    for name, digest in _read_sums(folder):
+        found = os.path.join(folder, _inside(name))
+        if names is not None and (name not in names or not os.path.exists(found)):
+            continue
+        if is_lfs_pointer(found):  # its reader says so
+            continue
+        if not os.path.isfile(found) or sha256_of(found) != digest:
+            raise UserError(
+                f"{found}: its SHA-256 is not that in {SUMS}; restore the file, or delete {SUMS} "
+                "if you have changed it"
+            )
+
+
+def listed(folder: str) -> list[str]:
+    """Return the names in a folder's list; none where there is no list."""
+    return [name for name, _ in _read_sums(folder)]
+
+
+def check_sum(path: str) -> None:
+    """Raise `UserError` when a file is not the one whose sum is in the list beside it."""
+    folder, name = os.path.split(path)
+    check_sums(folder, [name])
+
+
+def _read_sums(folder: str) -> list[tuple[str, str]]:
+    """Return (name, SHA-256) of each line of the list; none where there is no list."""
+    path = os.path.join(folder, SUMS)
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as file:
+        lines = os.fsdecode(file.read()).split("\n")
+    return [_parsed(line) for line in lines if line]
+
+
+def _line(name: str, digest: str) -> str:
+    """Return a line of the list; sha256sum marks one with an escaped name by a backslash."""
+    escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
+    return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
+
+
+def _parsed(line: str) -> tuple[str, str]:
+    digest, _, name = line.partition("  ")
+    if digest.startswith("\\"):
+        name = re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], name)
+    return name, digest.lstrip("\\")
+
+
+def _is_file(folder: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, _inside(name)))
+
+
+def _inside(name: str) -> str:
+    """Return a path without what leads outside: a list may come from elsewhere."""
+    return os.path.join("", *(part for part in name.split("/") if part not in ("", ".", "..")))
