@@ -90,7 +90,7 @@ def test_the_file_has_the_released_layout(trained, run, tmp_path, capsys, given)
         np.testing.assert_array_equal(stored[name].asnumpy(), values, err_msg=name)
     said = capsys.readouterr().out
     assert said.startswith(f"{output}: 74 arrays of {SHAPE}, masked_lm, float32, ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bort.params", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SHA256SUMS", "bort.params", "run"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-2)])
