@@ -79,7 +79,7 @@ def sentencepiece(folder: Path) -> None:
 
 
 def parameters(folder: Path) -> None:
-    network = get_bort_model("bort_1_2_32_32", vocab_size=300)
+    network, _ = get_bort_model("bort_1_2_32_32", vocab=range(300))
     load_parameters(network, str(folder / "bort.params"))
 
 
@@ -108,8 +108,7 @@ def test_what_reads_a_listed_file_notices_a_flipped_bit(tmp_path, name, read):
     if name == "text.model":
         shutil.copy(TEST_DATA / "sample_text.model", path)
     elif name == "bort.params":
-        network = get_bort_model("bort_1_2_32_32", vocab_size=300)
-        network.initialize()
+        network, _ = get_bort_model("bort_1_2_32_32", vocab=range(300))
         save_parameters(network, str(path))
     elif name == "ose.csv":
         path.write_text("architecture,error\nbort_1_2_32_16,3.5\nbort_2_2_32_16,3.25\n")
@@ -122,7 +121,7 @@ def test_what_reads_a_listed_file_notices_a_flipped_bit(tmp_path, name, read):
     read(tmp_path)
     content = bytearray(path.read_bytes())
     # A digit, a value, a letter of a text.
-    places = {"bort.params": len(content) // 2, "dev.tsv": content.index(b" ") + 1}
+    places = {"bort.params": len(content) // 2, "dev.tsv": content.find(b" ") + 1}
     content[places.get(name, -2)] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: its SHA-256 is not that in SHA256SUMS"):
