@@ -71,8 +71,9 @@ class TrainingSettings:
     )
     loss: str = option(
         "teacher",
-        "the error: cross-entropy with T as teacher, or masked-LM loss",
-        choices=("teacher", "mlm"),
+        "the error: cross-entropy with T as teacher, divergence from T (the same less T's "
+        "entropy), or masked-LM loss",
+        choices=("teacher", "divergence", "mlm"),
     )
     steps: int = option(200, "training steps of each candidate", minimum=1)
     repeats: int = option(
@@ -100,6 +101,9 @@ class TrainingSettings:
     teacher_ckpt_dir: Optional[str] = option(
         None, "T's weights: a parameter file, a checkpoint or a run (default: T is trained)"
     )
+    teacher_cache: Optional[str] = option(
+        None, "instead of T's weights: its stored outputs, made by scripts/build_teacher_cache.py"
+    )
     teacher_steps: int = option(2000, "training steps of T", minimum=1)
     teacher_lr: float = option(5e-4, "peak learning rate of T", minimum=0.0)
     workers: Optional[int] = option(
@@ -119,10 +123,12 @@ class TrainingSettings:
             require_bfloat16("--dtype")
         if bool(self.data) != bool(self.data_eval):
             raise UserError("--data and --data_eval go together: one trains, one measures")
-        if self.loss == "mlm" and self.teacher_ckpt_dir:
-            raise UserError(
-                "--teacher_ckpt_dir: --loss mlm needs no teacher; leave one of them out"
-            )
+        given = {"teacher_ckpt_dir": self.teacher_ckpt_dir, "teacher_cache": self.teacher_cache}
+        flags = [f"--{name}" for name, value in given.items() if value]
+        if self.loss == "mlm" and flags:
+            raise UserError(f"{flags[0]}: --loss mlm needs no teacher; leave one of them out")
+        if len(flags) > 1:
+            raise UserError(f"{flags[1]} replaces T's weights: leave {flags[0]} out")
         self.hyperparameters()
 
     def hyperparameters(self) -> list[dict[str, Any]]:

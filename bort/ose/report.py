@@ -184,8 +184,12 @@ def write_report(
     latencies: Mapping[Shape, float],
     settings: Mapping[str, Any],
     folder: str,
+    plateau: float | None = None,
 ) -> None:
-    """Write ose.json, ose.csv and ose.png into the folder, and print the best rows."""
+    """Write ose.json, ose.csv and ose.png into the folder, and print the best rows.
+
+    `plateau` is the error of a network that knows word frequencies alone, where it is known.
+    """
     table = records(result, latencies)
     summary = {
         "format_version": FORMAT_VERSION,
@@ -197,6 +201,7 @@ def write_report(
         ],
         "spearman_operations_latency": _correlation(space.family, latencies),
         "model_name": result.best.architecture.name,
+        "plateau": plateau,
         "table": table,
     }
     write_json(os.path.join(folder, "ose.json"), summary)
@@ -207,6 +212,8 @@ def write_report(
     write_sums(folder, ["ose.csv"])
     plot_table(result, os.path.join(folder, "ose.png"))
     print_best(result, latencies)
+    if plateau is not None:
+        print(plateau_line(result, plateau))
     _print_correlation(space.family, latencies)
     print("\n".join(abnc_lines(space)))
     print(f"written: ose.json, ose.csv, ose.png in {folder}")
@@ -234,6 +241,16 @@ def print_best(result: OseResult, latencies: Mapping[Shape, float]) -> None:
             f"{row.w:>9.4f} {error:>10} {row.gain:>7.4f} {row.size:>12,} {row.cost:>16,} "
             f"{latency:>8}  {row.architecture.name}{' *' if best else ''}{theta}"
         )
+
+
+def plateau_line(result: OseResult, plateau: float) -> str:
+    """Return how many of the trained rows have left the plateau of word frequencies."""
+    errors = [row.error for row in result.table if row.error is not None]
+    left = sum(error < plateau for error in errors)
+    return (
+        f"{left} of {len(errors)} errors are below {plateau:.4f}, the plateau of a network that "
+        "knows word frequencies alone; the others tell little about their shapes"
+    )
 
 
 def plot_table(result: OseResult, path: str) -> None:

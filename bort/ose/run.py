@@ -34,6 +34,7 @@ from bort.ose.config import (
     check_request,
     read_strides,
 )
+from bort.ose.error_bounds import frequency_loss
 from bort.ose.known_errors import read_errors
 from bort.ose.report import (
     OrderedSpace,
@@ -64,6 +65,7 @@ class Errors(NamedTuple):
     space: Sequence[Shape]
     surrogate: SurrogateError
     options: Mapping[str, Any] = {}  # more arguments of `extract`
+    plateau: Optional[float] = None  # the error of a network that knows word frequencies alone
 
 
 def run_ose(
@@ -97,7 +99,7 @@ def run_ose(
             errors = trained_errors(space, settings, training, manifests, executor)
             results = run_searches(space, errors, settings.seed, strides)
         remove_candidates(settings.output_dir)  # those of machines that were lost
-        show(space, errors.space, settings, results, everything)
+        show(space, errors, settings, results, everything)
     return results[settings.stride]
 
 
@@ -106,13 +108,13 @@ def known_search(
 ) -> Optional[OseResult]:
     """Search with errors that are known, if there are any, and print what is asked for."""
     if not settings.errors:
-        show(space, space.shapes, settings, {}, everything)
+        show(space, None, settings, {}, everything)
         return None
     errors = Errors(*read_errors(settings.errors, space.shapes))
     strides = read_strides(settings, len(errors.space))
     results = run_searches(space, errors, settings.seed, strides)
     with lock_folder(settings.output_dir, "--output_dir"):
-        show(space, errors.space, settings, results, everything)
+        show(space, errors, settings, results, everything)
     return results[settings.stride]
 
 
@@ -181,25 +183,35 @@ def trained_errors(
     manifests: Sequence[Manifest],
     executor: Executor,
 ) -> Errors:
-    """Return the errors that training gives; T is trained before, unless it has been."""
-    folder, teacher = settings.output_dir, None
+    """Return the errors that training gives; T is trained before, unless it has been.
+
+    In nats per masked position of the held-out shards.
+    """
+    folder, teacher, entropy = settings.output_dir, None, 0.0
     remove_candidates(folder)
-    if training.loss == "teacher":
+    if training.loss == "mlm":
+        sets = [open_shards(str(path)) for path in (training.data, training.data_eval)]
+        plateau = frequency_loss(*sets)
+    else:
         top = space.maximum_point.architecture
         teacher = prepare_teacher(training, top, settings.seed, folder)
-        print(f"T = {top.name}: entropy {teacher.entropy:.4f} nats, the lower bound of all errors")
+        entropy, plateau = teacher.bounds
+        print(f"T = {top.name}: entropy {entropy:.4f} nats, the lower bound of the cross-entropy")
+    lower_bound = entropy if training.loss == "divergence" else 0.0
     options = {
         "max_steps": training.steps,
         "hparams": training.hyperparameters(),
         "repeats": training.repeats,
-        "map": with_progress(executor_map(executor)),
+        "lower_bound": lower_bound,
+        "map": with_progress(executor_map(executor), lower_bound),
         "journal": SearchJournal(folder, search_description(training, manifests, teacher)),
     }
-    return Errors(space.shapes, TrainedError(training, folder, teacher), options)
+    errors = TrainedError(training, folder, teacher)
+    return Errors(space.shapes, errors, options, plateau - lower_bound)
 
 
-def with_progress(spread: Map) -> Map:
-    """Return a map that also prints each measurement."""
+def with_progress(spread: Map, lower_bound: float) -> Map:
+    """Return a map that also prints each measurement, less the lower bound."""
 
     def printing(
         function: Callable[[Candidate], Measurement], candidates: Sequence[Candidate]
@@ -207,7 +219,7 @@ def with_progress(spread: Map) -> Map:
         by_number = {candidate.number: candidate for candidate in candidates}
         for count, measurement in enumerate(spread(function, candidates), start=1):
             shape = by_number[measurement.number].architecture
-            error = measurement.failure or f"error {measurement.error:.4f}"
+            error = measurement.failure or f"error {measurement.error - lower_bound:.4f}"
             print(
                 f"{count:>4} of {len(candidates)}  {shape.name}  {error}  "
                 f"{measurement.seconds:.0f} s",
@@ -243,19 +255,24 @@ def run_searches(
 
 def show(
     space: OrderedSpace,
-    shapes: Sequence[Shape],
+    errors: Optional[Errors],
     settings: SearchSettings,
     results: Mapping[int, OseResult],
     everything: Mapping[str, Any],
 ) -> None:
-    """Print and write what the settings ask for; `everything` is recorded in ose.json."""
+    """Print and write what the settings ask for; `everything` is recorded in ose.json.
+
+    `errors` are those that were searched with, if any.
+    """
     latencies: dict[Shape, float] = {}
     if settings.measure_latency:
+        shapes = errors.space if errors else space.shapes
         latencies = measure_latencies(shapes, space.family.sequence_length)
     if settings.list or (settings.measure_latency and not results):
         print_space(space, latencies)
-    if results:
-        write_report(results[settings.stride], space, latencies, everything, settings.output_dir)
+    if errors:
+        best, folder = results[settings.stride], settings.output_dir
+        write_report(best, space, latencies, everything, folder, errors.plateau)
         if settings.compare_strides:
             compare_strides(sorted(results.items()), settings.output_dir)
     if settings.explain:

@@ -151,6 +151,7 @@ def extract(
     hparams: Sequence[Hyperparameters] = ({},),
     repeats: int = 1,
     seed: int = 0,
+    lower_bound: float = 0.0,
     tie_break: Callable[[Any], Any] = tuple,
     map: Map = builtins.map,
     journal: SearchJournal | None = None,
@@ -170,6 +171,7 @@ def extract(
         hparams: sets of hyperparameters, each of plain JSON values.
         repeats: training runs to average, each with its own generator.
         seed: of the candidates' random generators.
+        lower_bound: of the errors of `surrogate_error`; it is subtracted from them.
         tie_break: orders members of equal size and cost.
         map: calls a function on every candidate and yields the measurements, in any order.
         journal: records measurements as they are made; those that it holds are not repeated.
@@ -198,7 +200,7 @@ def extract(
     table = []
     for (index, member), chosen in itertools.product(enumerate(visited), hparams):
         measured = [next(found) for _ in range(repeats)] if member.architecture in trained else []
-        table.append(_evaluation(index * stride, member, chosen, top, measured))
+        table.append(_evaluation(index * stride, member, chosen, top, measured, lower_bound))
     best = max(table, key=lambda row: row.w)
     if best.w == 0:
         raise UserError("no visited architecture has a W above 0: no error is finite, or all are T")
@@ -243,8 +245,9 @@ def _evaluation(
     hparams: Hyperparameters,
     top: Member,
     measured: Sequence[Measurement],
+    lower_bound: float,
 ) -> Evaluation:
-    errors = tuple(m.error for m in measured)
+    errors = tuple(m.error - lower_bound for m in measured)
     error = float(np.mean(errors)) if errors else None
     failures = [m.failure for m in measured if m.failure]
     return Evaluation(

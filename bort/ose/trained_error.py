@@ -8,7 +8,9 @@ our choice:
 - T is a network of the maximum point's shape. Unless its weights are given, it is trained before
   the search by masked language modelling, with BERTAdam in both modes. The temperature is 1, and a
   candidate is trained by the divergence alone, the loss that is measured. T's outputs are stored
-  once for all candidates.
+  once for all candidates, or given.
+- With `--loss divergence` T's entropy is subtracted from the same errors before W is computed: both
+  share one journal, and a search with the one repeats no training of the other.
 - With `--loss mlm` the error is the masked-LM loss, by which the candidates are then trained.
 - The learning rate warms up over the first tenth of the steps and decays to zero.
 - T and each candidate are trained in processes of their own with `--threads` OpenMP threads, on
@@ -33,9 +35,10 @@ from bort.errors import UserError
 from bort.files import read_json_as
 from bort.jobs import run as run_in_process
 from bort.ose.config import TrainingSettings
+from bort.ose.error_bounds import TeacherBounds, teacher_bounds
 from bort.pretraining.config import PretrainingSettings, settings_of
 from bort.resume import changed_flags
-from bort.shapes import Shape
+from bort.shapes import Shape, body_shape
 from bort.types import Hyperparameters
 from data.shards import Manifest, ShardSet, open_shards
 
@@ -51,7 +54,7 @@ class TrainedTeacher(NamedTuple):
 
     cache: str  # folder of its outputs
     sha256: str  # of its parameters
-    entropy: float  # on the held-out shards, nats per masked position
+    bounds: TeacherBounds  # of the errors
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ class TrainedError:
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=CANDIDATE) as folder:
             run = candidate_run(self.settings, self.teacher, shape, steps, hparams, seed, folder)
             losses = train(run)
-        return losses["mlm_loss"] if self.teacher is None else self.teacher.entropy + losses["kl"]
+        if self.teacher is None:
+            return losses["mlm_loss"]
+        return self.teacher.bounds.entropy + losses["kl"]
 
 
 def remove_candidates(folder: str) -> None:
@@ -169,33 +174,54 @@ def teacher_run(
 def prepare_teacher(
     settings: TrainingSettings, shape: Shape, seed: int, folder: str
 ) -> TrainedTeacher:
-    """Train T, unless its weights are given, and store its outputs, in a process of its own.
+    """Train T and store its outputs, unless either is given, in a process of its own.
 
     `folder` gets the run and the cache; an interrupted call is resumed. Raises `UserError` when the
-    folder holds a T with other settings.
+    folder holds a T with other settings, and when the given outputs are not T's.
     """
     return run_in_process(partial(_prepare, settings, shape, seed, folder), settings.threads)
 
 
 def _prepare(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -> TrainedTeacher:
+    sets = [open_shards(str(path)) for path in (settings.data, settings.data_eval)]
+    if settings.teacher_cache:
+        cache, sha256 = settings.teacher_cache, _checked_cache(settings.teacher_cache, shape)
+    else:
+        weights = settings.teacher_ckpt_dir or os.path.join(folder, "teacher")
+        if not settings.teacher_ckpt_dir:
+            _train_teacher(teacher_run(settings, shape, seed, weights))
+        cache, sha256 = _cached(weights, shape, sets, folder)
+    return TrainedTeacher(cache, sha256, teacher_bounds(cache, *sets))
+
+
+def _checked_cache(cache: str, shape: Shape) -> str:
+    """Return the SHA-256 of the weights of a cache's T; raises `UserError` when it is another T."""
+    from bort.pretraining.teacher_cache import read_cache_manifest
+
+    manifest = read_cache_manifest(cache)
+    if body_shape(manifest.teacher_model) != shape:
+        raise UserError(
+            f"--teacher_cache {cache}: made with {manifest.teacher_model}, but T is {shape.name}; "
+            "name T with --maximum_point"
+        )
+    return manifest.teacher_sha256
+
+
+def _cached(weights: str, shape: Shape, sets: Sequence[ShardSet], folder: str) -> tuple[str, str]:
+    """Store T's outputs; returns the folder of the cache and the SHA-256 of T's weights."""
     import mxnet as mx
 
     from bort.pretraining.teacher import load_teacher
     from bort.pretraining.teacher_cache import build_cache, parameters_sha256
 
-    weights = settings.teacher_ckpt_dir or os.path.join(folder, "teacher")
-    if not settings.teacher_ckpt_dir:
-        _train_teacher(teacher_run(settings, shape, seed, weights))
-    training, held_out = (open_shards(str(path)) for path in (settings.data, settings.data_eval))
-    manifest = training.manifest
+    manifest = sets[0].manifest
     network = load_teacher(
         shape.name, weights, manifest.vocab_size, manifest.tokenizer_fingerprint, [mx.cpu()]
     )
     sha256 = parameters_sha256(network)
     cache = os.path.join(folder, f"teacher_cache-{sha256[:16]}")
-    sets = [training, held_out]
     build_cache(cache, sets, network, shape.name, dtype="float32", batch_size=CACHE_BATCH)
-    return TrainedTeacher(cache, sha256, held_out_entropy(held_out, cache, settings.num_buckets))
+    return cache, sha256
 
 
 def _train_teacher(run: PretrainingSettings) -> None:
@@ -213,39 +239,19 @@ def _train_teacher(run: PretrainingSettings) -> None:
     _finished(run, quiet=False)
 
 
-def held_out_entropy(shards: ShardSet, cache: str, num_buckets: int) -> float:
-    """Return the mean entropy of T's distributions at the masked positions of shards, in nats."""
-    import mxnet as mx
-    from mxnet import nd
-
-    from bort.pretraining.mlm import to_device
-    from bort.pretraining.run import held_out_source
-    from bort.pretraining.teacher_cache import CachedTeacher, open_rows
-
-    teacher = CachedTeacher(cache, [mx.cpu()])
-    rows = open_rows(cache, shards)
-    source = held_out_source(shards, EVALUATION_BATCH, num_buckets, teacher_rows=rows)
-    total, positions = 0.0, 0
-    for number in range(source.batches_per_epoch):
-        batch = to_device(source(number), mx.cpu())
-        log = nd.log_softmax(teacher.logits(batch), axis=-1)
-        total -= float((nd.exp(log) * log).sum().asscalar())
-        positions += len(batch.labels)
-    return total / positions
-
-
 def search_description(
     settings: TrainingSettings, manifests: Sequence[Manifest], teacher: Optional[TrainedTeacher]
 ) -> dict[str, Any]:
     """Return what an error depends on besides the key of its candidate: see `SearchJournal`."""
     from bort.pretraining.run import shards_sha256
 
-    names = ["loss", "batch_size", "num_buckets", "dropout", "threads", "max_seconds", "max_memory"]
+    names = ["batch_size", "num_buckets", "dropout", "threads", "max_seconds", "max_memory"]
     if settings.dtype != "float32":  # absent from journals of earlier versions
         names.append("dtype")
     return {
         "train": shards_sha256(manifests[0]),
         "held_out": shards_sha256(manifests[1]),
         "teacher": teacher.sha256 if teacher else None,
+        "loss": "teacher" if teacher else "mlm",  # whatever is subtracted
         **{name: getattr(settings, name) for name in names},
     }

@@ -177,7 +177,11 @@ class CachedTeacher:
 
     def logits(self, batch: DeviceBatch) -> NDArray:
         """Project the hidden states [n, hidden] of a batch: logits [n, vocabulary]."""
-        return decode(self._model, batch.teacher_hidden)
+        return self.project(batch.teacher_hidden)
+
+    def project(self, hidden_states: NDArray) -> NDArray:
+        """Return the logits [n, vocabulary] of rows [n, hidden] of the cache, as float32."""
+        return decode(self._model, hidden_states)
 
     def use_bfloat16(self) -> None:
         """Make the projection in bfloat16 from now on."""

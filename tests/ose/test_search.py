@@ -220,6 +220,16 @@ def test_seeds_are_averaged_before_w_is_taken():
     assert first.w == pytest.approx((8 / 9) ** 2 / 2)
 
 
+def test_a_lower_bound_is_subtracted_before_w_is_taken():
+    bound = 0.9
+    given = extract(SPACE, size, cost, smooth_error, lower_bound=bound)
+    less = extract(SPACE, size, cost, lambda *run: smooth_error(*run) - bound)
+    assert given == less
+    assert given.best.architecture != extract(SPACE, size, cost, smooth_error).best.architecture
+    with pytest.raises(ValueError, match="must not be negative"):
+        extract(SPACE, size, cost, smooth_error, lower_bound=2.0)
+
+
 def test_the_best_of_all_hyperparameter_sets_wins():
     chosen = [{"scale": 3}, {"scale": 1}, {"scale": 2}]
     result = search(noisy_error, hparams=chosen, stride=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from bort.jobs import OverTimeError, Serial
 from bort.ose import run as ose_run
 from bort.ose import trained_error as ose_training
 from bort.ose.config import TrainingSettings, read_grid
+from bort.ose.error_bounds import TeacherBounds, frequency_loss
 from bort.ose.trained_error import (
     TrainedError,
     candidate_run,
@@ -35,8 +37,16 @@ from bort.parameters import load_parameters
 from bort.pretraining.mlm import masked_logits, to_device
 from bort.pretraining.run import open_data
 from bort.shapes import Shape, shape_of
-from scripts import run_ose
-from tests.pretraining.helpers import ROOT, VOCAB_SIZE, horovodrun, write_data, write_shards
+from data.shards import open_shards
+from scripts import build_teacher_cache, run_ose
+from tests.pretraining.helpers import (
+    ROOT,
+    SHAPE,
+    VOCAB_SIZE,
+    horovodrun,
+    write_data,
+    write_shards,
+)
 
 SMALL, MIDDLE, TOP = (Shape(1, 2, 8, 8), Shape(1, 2, 16, 16), Shape(2, 2, 16, 16))
 
@@ -132,7 +142,16 @@ def test_senseless_requests_are_refused(data, tmp_path, capsys):
     wrong = [
         ({"data_eval": ""}, "--data and --data_eval go together"),
         ({"data_eval": tmp_path / "other"}, "made with another tokenizer"),
-        ({"loss": "mlm", "teacher_ckpt_dir": "x"}, "--loss mlm needs no teacher"),
+        (
+            {"loss": "mlm", "teacher_ckpt_dir": "x"},
+            "--teacher_ckpt_dir: --loss mlm needs no teacher",
+        ),
+        ({"loss": "mlm", "teacher_cache": "x"}, "--teacher_cache: --loss mlm needs no teacher"),
+        (
+            {"teacher_ckpt_dir": "x", "teacher_cache": "y"},
+            "--teacher_cache replaces T's weights: leave --teacher_ckpt_dir out",
+        ),
+        ({"teacher_cache": tmp_path / "none"}, "is no teacher cache"),
         ({"errors": "synthetic"}, "--errors replaces training"),
         ({"vocab_size": 60}, "--vocab_size 60: the shards have 61 tokens"),
         ({"max_length": 64}, "--max_length 64"),
@@ -151,7 +170,7 @@ def test_a_candidate_is_trained_by_the_loss_that_is_measured(data):
     hparams = {"optimizer": "sgd", "weight_bound": 0.5, "lr": 0.3}
     plain = candidate_run(settings, None, SMALL, 7, hparams, 5, "folder")
     assert (plain.loss.mlm_weight, plain.loss.teacher_ce_weight) == (1, 0)
-    teacher = ose_training.TrainedTeacher("cache", "sha", 1.0)
+    teacher = ose_training.TrainedTeacher("cache", "sha", TeacherBounds(1.0, 2.0))
     taught = candidate_run(settings, teacher, SMALL, 7, hparams, 5, "folder")
     assert (taught.loss.mlm_weight, taught.loss.teacher_ce_weight) == (0, 1)
     assert taught.loss.distillation_temperature == 1
@@ -189,13 +208,13 @@ def test_the_error_is_the_cross_entropy_with_t(data, tmp_path, in_process):
     teacher = prepare_teacher(settings, TOP, 1, str(tmp_path))
     t, _ = held_out_logits(settings, TOP, model_path(tmp_path / "teacher"))
     t = log_softmax(t)
-    assert teacher.entropy == pytest.approx(-(np.exp(t) * t).sum(axis=1).mean(), rel=1e-5)
+    assert teacher.bounds.entropy == pytest.approx(-(np.exp(t) * t).sum(axis=1).mean(), rel=1e-5)
 
     run = candidate_run(settings, teacher, SMALL, 10, {"lr": 0.01}, 3, str(tmp_path / "student"))
     figures = train(run)
     student, _ = held_out_logits(settings, SMALL, model_path(tmp_path / "student"))
     expected = -(np.exp(t) * log_softmax(student)).sum(axis=1).mean()
-    assert teacher.entropy + figures["kl"] == pytest.approx(expected, rel=1e-5)
+    assert teacher.bounds.entropy + figures["kl"] == pytest.approx(expected, rel=1e-5)
 
     error = TrainedError(settings, str(tmp_path), teacher)
     seeds = [np.random.default_rng(0).integers(2**31), np.random.default_rng(1).integers(2**31)]
@@ -205,9 +224,35 @@ def test_the_error_is_the_cross_entropy_with_t(data, tmp_path, in_process):
     ]
     for seed, figures in enumerate(by_hand):
         given = error(SMALL, 10, {"lr": 0.01}, np.random.default_rng(seed))
-        assert given == teacher.entropy + figures["kl"]
+        assert given == teacher.bounds.entropy + figures["kl"]
     assert by_hand[0] != by_hand[1]
     assert not list(tmp_path.glob(".candidate-*"))
+
+
+def test_the_bounds_are_those_of_t_and_of_the_mean_of_its_distributions(data, tmp_path, in_process):
+    settings = settings_of(data, teacher_ckpt_dir=f"{data}/teacher.params")
+    teacher = prepare_teacher(settings, shape_of(SHAPE), 1, str(tmp_path))
+    means = {}
+    for part in ("train", "test"):
+        held_out = settings_of(data, data_eval=f"{data}/{part}")
+        t, _ = held_out_logits(held_out, shape_of(SHAPE), f"{data}/teacher.params")
+        means[part] = np.exp(log_softmax(t)).mean(axis=0)
+    expected = -(means["test"] * np.log(means["train"])).sum()
+    assert teacher.bounds.plateau == pytest.approx(expected, rel=1e-5)
+    assert teacher.bounds.plateau > teacher.bounds.entropy
+
+
+def test_the_plateau_of_the_masked_lm_loss_is_that_of_the_frequencies(data):
+    training, held_out = (open_shards(f"{data}/{part}") for part in ("train", "test"))
+    counts = dict.fromkeys(range(VOCAB_SIZE), 1)
+    for shard in training.shards:
+        for token in shard.masked_ids:
+            counts[int(token)] += 1
+    total = sum(counts.values())
+    losses = [
+        -math.log(counts[int(t)] / total) for each in held_out.shards for t in each.masked_ids
+    ]
+    assert frequency_loss(training, held_out) == pytest.approx(np.mean(losses))
 
 
 def test_the_error_may_be_the_masked_lm_loss(data, tmp_path, in_process):
@@ -270,7 +315,7 @@ def test_t_goes_on_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
             ose_training._train_teacher(begun)
     continued = prepare_teacher(settings, TOP, 1, str(tmp_path / "b"))
     assert continued.sha256 == undisturbed.sha256
-    assert continued.entropy == undisturbed.entropy
+    assert continued.bounds.entropy == undisturbed.bounds.entropy
     with pytest.raises(UserError, match=r"T was started with other settings \(--num_steps\)"):
         prepare_teacher(replace(settings, teacher_steps=12), TOP, 1, str(tmp_path / "b"))
 
@@ -281,11 +326,49 @@ def test_t_may_be_given(data, tmp_path, in_process):
     teacher = prepare_teacher(settings, shape, 1, str(tmp_path))
     t, _ = held_out_logits(settings, shape, f"{data}/teacher.params")
     t = log_softmax(t)
-    assert teacher.entropy == pytest.approx(-(np.exp(t) * t).sum(axis=1).mean(), rel=1e-5)
+    assert teacher.bounds.entropy == pytest.approx(-(np.exp(t) * t).sum(axis=1).mean(), rel=1e-5)
     assert not (tmp_path / "teacher").exists()
 
 
+def test_ts_outputs_may_be_given(data, tmp_path, in_process, capsys):
+    given = {"teacher_model": SHAPE, "teacher_ckpt_dir": data / "teacher.params"}
+    sets = {"data": f"{data}/train,{data}/test", "output_dir": tmp_path / "cache"}
+    build_teacher_cache.main([f"--{name}={value}" for name, value in {**given, **sets}.items()])
+    cached = settings_of(data, teacher_cache=f"{tmp_path}/cache")
+    teacher = prepare_teacher(cached, shape_of(SHAPE), 1, str(tmp_path / "out"))
+    network = settings_of(data, teacher_ckpt_dir=f"{data}/teacher.params")
+    live = prepare_teacher(network, shape_of(SHAPE), 1, str(tmp_path))
+    assert (teacher.cache, teacher.sha256) == (f"{tmp_path}/cache", live.sha256)
+    assert teacher.bounds == pytest.approx(live.bounds, rel=1e-3)  # the cache is of float16
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=f"made with {SHAPE}, but T is {TOP.name}; name T with"):
+        prepare_teacher(cached, TOP, 1, str(tmp_path))
+
+
 # ---- searches ----------------------------------------------------------------------------------
+
+
+def test_a_search_by_divergence_repeats_no_training(data, tmp_path, in_process, capsys):
+    steps = {"steps": 4, "teacher_steps": 4}
+    by_entropy = run_ose.main(flags_of(data, tmp_path, **steps))
+    report = json.loads((tmp_path / "ose.json").read_text())
+    assert "errors are below" in capsys.readouterr().out
+    in_process.clear()
+    by_divergence = run_ose.main(flags_of(data, tmp_path, **steps, loss="divergence"))
+    out = capsys.readouterr().out
+    assert in_process == []
+    entropy = float(out.split("entropy ")[1].split()[0])
+    for row, other in zip(by_entropy.table, by_divergence.table):
+        if row.error is None:
+            assert other.error is None
+        else:
+            assert other.error == pytest.approx(row.error - entropy, abs=1e-4)
+            assert other.w == pytest.approx(row.gain / other.error)
+    plateau = json.loads((tmp_path / "ose.json").read_text())["plateau"]
+    assert plateau == pytest.approx(report["plateau"] - entropy, abs=1e-4)
+    errors = [row.error for row in by_divergence.table if row.error is not None]
+    left = sum(error < plateau for error in errors)
+    assert f"{left} of {len(errors)} errors are below {plateau:.4f}, the plateau" in out
 
 
 def shapes_in(calls):
