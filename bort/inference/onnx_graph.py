@@ -363,9 +363,12 @@ class Writer:
         # [batch, heads, length, head size] -> [batch, length, hidden]
         return graph("Reshape", graph("Transpose", context, perm=[0, 2, 1, 3]), _ints(0, 0, -1))
 
+    def _last_name(self) -> str:
+        return f"encoder.transformer_cells.{self.network.layers - 1}"
+
     def last_layer_cls_only(self, hidden: str, mask: str) -> str:
         """Apply the last layer for the first token only: [batch, hidden] (see the module)."""
-        name = f"encoder.transformer_cells.{self.network.layers - 1}"
+        name = self._last_name()
         first = self.graph("Gather", hidden, np.int64(0), axis=1)
         context = self._cls_attention(name, first, hidden, mask)
         return self._feed_forward(name, first, context)
@@ -386,9 +389,7 @@ class Writer:
 
     def classifier(self) -> str:
         """Return the logits [batch, outputs]; the layers of the head stay in float32."""
-        hidden, mask = self.embedding(), self.attention_mask()
-        for number in range(self.network.layers - 1):
-            hidden = self.layer(number, hidden, mask)
+        hidden, mask = self.before_last_layer()
         if self.network.pooling == MEAN:
             values = self.mean(self.layer(self.network.layers - 1, hidden, mask))
         else:
@@ -400,16 +401,27 @@ class Writer:
 
     def masked_lm(self) -> str:
         """Return the logits [masks, vocabulary] at `positions` of the flattened batch."""
-        size = self.network.heads * self.head_size
-        flat = self.graph("Reshape", self.encoder(), _ints(-1, size))  # [batch * length, hidden]
-        return self.decoder(self.graph("Gather", flat, "positions"))
+        hidden, mask = self.before_last_layer()
+        context = self._attention(self._last_name(), hidden, mask)
+        # What follows attention treats each token alone: those of `positions` are enough.
+        hidden, context = (self._gathered(values) for values in (hidden, context))
+        return self.decoder(self._feed_forward(self._last_name(), hidden, context))
+
+    def _gathered(self, values: str) -> str:
+        """Return rows [masks, hidden] of values [batch, length, hidden] at `positions`."""
+        flat = self.graph("Reshape", values, _ints(-1, self.network.heads * self.head_size))
+        return self.graph("Gather", flat, "positions")
+
+    def before_last_layer(self) -> tuple[str, str]:
+        """Return the input of the last layer [batch, length, hidden] and the attention mask."""
+        hidden, mask = self.embedding(), self.attention_mask()
+        for number in range(self.network.layers - 1):
+            hidden = self.layer(number, hidden, mask)
+        return hidden, mask
 
     def encoder(self) -> str:
         """Return the hidden states of all tokens: [batch, length, hidden]."""
-        hidden, mask = self.embedding(), self.attention_mask()
-        for number in range(self.network.layers):
-            hidden = self.layer(number, hidden, mask)
-        return hidden
+        return self.layer(self.network.layers - 1, *self.before_last_layer())
 
     def decoder(self, hidden: str) -> str:
         """Return the logits [..., vocabulary] of hidden states [..., hidden]."""
