@@ -19,7 +19,7 @@ SUBPACKAGES = (
 )
 MAY_IMPORT = {
     "training": set(),
-    "pretraining": {"training"},
+    "pretraining": {"training", "inference"},  # which can run a teacher
     "finetuning": {"training"},
     "inference": set(),
     "huggingface": set(),

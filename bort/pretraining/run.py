@@ -31,8 +31,10 @@ from bort.pretraining.evaluation import evaluate
 from bort.pretraining.mlm import DeviceBatch, masked_logits, to_device
 from bort.pretraining.teacher import (
     LiveTeacher,
+    OpenVinoTeacher,
     Teacher,
     load_teacher,
+    require_openvino,
     require_shape,
     require_tokenizer,
     round_teacher,
@@ -91,6 +93,8 @@ def checked_devices(settings: PretrainingSettings, communicator: Communicator) -
     devices = devices_of(run.gpus, run.cpu_contexts, communicator)
     resolve_dtype(settings.optimizer.dtype, devices)
     resolve_dtype(settings.teacher.teacher_dtype, devices, "--teacher_dtype")
+    if settings.teacher.teacher_runtime == "openvino":
+        require_openvino(devices)
     checkpoint.require_usable(run.ckpt_dir, "--ckpt_dir")
     return devices
 
@@ -394,5 +398,7 @@ def build_teacher(
         manifest.tokenizer_fingerprint,
         devices,
     )
+    if teacher.teacher_runtime == "openvino":
+        return OpenVinoTeacher(network)
     network.cast(stored_dtype(dtype))
     return LiveTeacher(network)

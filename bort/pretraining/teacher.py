@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Protocol, Sequence
 
 import gluonnlp as nlp
+import numpy as np
+from mxnet import nd
 
 from bort import checkpoint
 from bort.bort import build_network, set_dtype
+from bort.devices import uses_gpu_code
 from bort.encoder import fuse_qkv
 from bort.errors import UserError
 from bort.files import read_json
@@ -123,6 +127,53 @@ class LiveTeacher:
         """Make matrix products in bfloat16 from now on."""
         set_dtype(self.network, "bfloat16")
         fuse_qkv(self.network.encoder)
+
+
+class OpenVinoTeacher:
+    """A frozen network that OpenVINO runs on every batch."""
+
+    def __init__(self, network: Block) -> None:
+        """Take over the weights of a network on CPUs, which is not used later."""
+        import openvino
+
+        from bort.inference.onnx_graph import build
+
+        self._core = openvino.Core()
+        graph = build(network).SerializeToString()
+        self._model = self._core.read_model(graph, b"")  # without a file for the weights
+        self._compile("float32")
+
+    def _compile(self, precision: str) -> None:
+        from bort.inference.runtime import openvino_options
+
+        compiled = self._core.compile_model(self._model, "CPU", openvino_options(precision))
+        self._request = compiled.create_infer_request()
+
+    def logits(self, batch: DeviceBatch) -> NDArray:
+        """Return the logits [n, vocabulary] of the network."""
+        masked = batch.masked
+        feed = {
+            "input_ids": batch.host_ids,
+            "valid_length": batch.valid_length.asnumpy(),
+            "positions": masked.padded.asnumpy()[masked.flat.asnumpy()],
+        }
+        self._request.infer({name: values.astype(np.int64) for name, values in feed.items()})
+        found = self._request.get_output_tensor(0).data
+        return nd.array(found, ctx=batch.labels.context, dtype="float32")
+
+    def use_bfloat16(self) -> None:
+        """Make matrix products in bfloat16 from now on."""
+        self._compile("bfloat16")
+
+
+def require_openvino(devices: Sequence[Context]) -> None:
+    """Raise `UserError` when OpenVINO cannot run a teacher for these devices."""
+    if any(uses_gpu_code(device) for device in devices):
+        raise UserError("--teacher_runtime openvino: is for CPUs; leave it out on GPUs")
+    if not find_spec("openvino"):
+        raise UserError(
+            "--teacher_runtime openvino: needs the package openvino; run: pip install openvino"
+        )
 
 
 def round_teacher(teacher: Teacher, source: PretrainingLoader, device: Context) -> str:

@@ -6,7 +6,8 @@ Every contender trains the 4-layer Bort on the same batches. They run in turn, s
 the machine's speed affects all alike; the table has medians. The original's recipe runs in
 processes of its own, in turn too: with as many threads as ours, and with MXNet's default; both
 without our setting for freed memory. --dtypes float32,bfloat16 measures ours in both precisions,
-and --pytorch PYTHON measures PyTorch's steps, with the interpreter of another environment.
+where OpenVINO is installed with the teacher in it too, and --pytorch PYTHON measures PyTorch's
+steps, with the interpreter of another environment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 import numpy as np
@@ -124,6 +126,8 @@ def _ways(
     steps = {}
     for dtype in settings.dtypes.split(","):
         kinds = {"no teacher": [], f"{teacher} live": flags}
+        if find_spec("openvino"):
+            kinds[f"{teacher} live, OpenVINO"] = [*flags, "--teacher_runtime", "openvino"]
         if dtype == "float32":
             kinds[f"{teacher} cached"] = ["--teacher_cache", cache]
         for kind, given in kinds.items():
@@ -174,7 +178,8 @@ def _work(teacher: str, settings: DistillationBenchmarkSettings) -> dict[str, tu
         ours = f"ours{_label(dtype)}"
         found[f"{ours}, no teacher"] = (dtype, Work(student, parameters))
         both = Work(student + forward(teacher), parameters)
-        found[f"{ours}, {teacher} live"] = (dtype, both)
+        for runtime in ("", ", OpenVINO") if find_spec("openvino") else ("",):
+            found[f"{ours}, {teacher} live{runtime}"] = (dtype, both)
     return found
 
 

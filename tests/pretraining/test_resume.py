@@ -15,6 +15,7 @@ from bort.errors import Stopped, UserError
 from bort.files import lock_folder
 from bort.parameters import read_arrays
 from bort.pretraining import run as pretraining
+from bort.pretraining import teacher
 from tests.pretraining.helpers import (
     arguments,
     arrays_of,
@@ -232,6 +233,11 @@ def test_a_second_writer_of_a_run_is_refused(data, tmp_path, capsys):
         ({"dtype": "float16"}, "--dtype float16: needs GPUs"),
         ({"dtype": "bfloat16"}, "--dtype bfloat16: this processor has neither AVX512-BF16 nor"),
         ({"teacher_dtype": "bfloat16"}, "--teacher_dtype bfloat16: this processor has neither"),
+        ({"teacher_runtime": "openvino"}, "--teacher_runtime openvino: needs the package"),
+        (
+            {"teacher_runtime": "openvino", "teacher_cache": "cache"},
+            "--teacher_cache replaces the teacher: leave --teacher_runtime out",
+        ),
         ({"lr": "inf"}, "--lr inf: must be a finite number"),
         ({"mlm_weight": 0}, "--mlm_weight 0: the loss is zero without a teacher"),
         ({"ckpt_dir": "file"}, "file is not a folder"),
@@ -245,6 +251,7 @@ def test_a_run_that_cannot_be_is_one_line_before_anything_is_loaded(
     from run_pretraining_distillation import main
 
     monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(teacher, "find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     # There are no shards: what is wrong is found before they are looked for.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -355,12 +356,14 @@ def test_a_resumed_run_remembers_its_best(data, tmp_path):
 # ---- exact resume ------------------------------------------------------------------------------
 
 STEPS = 18
+NEEDS_OPENVINO = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO is not installed")
 CONFIGURATIONS = {
     "plain": {},
     "teacher": {"with_teacher": True},
     "accumulating": {"accumulate": 3},
     "tokens": {"use_avg_len": True, "batch_size": 60},
     "bfloat16": {"dtype": "bfloat16", "teacher_dtype": "bfloat16", "with_teacher": True},
+    "openvino": {"teacher_runtime": "openvino", "with_teacher": True},
 }
 
 
@@ -422,6 +425,7 @@ def run_killed_at(data, folder, batches, **flags) -> None:
         ("accumulating", 3 * 6 + 2),  # inside one
         ("tokens", 11),
         ("bfloat16", 11),
+        pytest.param("openvino", 11, marks=NEEDS_OPENVINO),
     ],
 )
 def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(

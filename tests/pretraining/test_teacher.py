@@ -11,7 +11,10 @@ from mxnet import autograd, nd
 from bort.bort import BortModel, build_network, decode, encode, masked_hidden
 from bort.errors import UserError
 from bort.parameters import save_parameters
-from bort.pretraining.teacher import load_teacher
+from bort.pretraining.mlm import to_device
+from bort.pretraining.teacher import LiveTeacher, OpenVinoTeacher, load_teacher, require_openvino
+from bort.processor import multiplies_bfloat16
+from data.batches import Batch
 from tests.reference import parameters_of, redraw
 from tests.test_parameters import save_checkpoint
 
@@ -85,6 +88,37 @@ def test_an_unknown_teacher_is_told_what_there_is() -> None:
     message = str(caught.value)
     assert message.startswith("model name 'bert_12_768_12'")
     assert message.endswith("or one of roberta_12_768_12, roberta_24_1024_16")
+
+
+# ---- OpenVINO ----------------------------------------------------------------------------------
+
+
+def test_openvino_gives_the_logits_of_mxnet(tiny_model: BortModel, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    save_checkpoint(tmp_path, tiny_model)
+    expected, found = LiveTeacher(load(tmp_path)), OpenVinoTeacher(load(tmp_path))
+    batches = []
+    for size, length in ((3, 12), (1, 5), (4, 12), (3, 12)):
+        generator = np.random.default_rng(size)
+        lengths = 3 + np.arange(size) % (length - 2)
+        places = np.flatnonzero(np.arange(length) < lengths[:, None])[::2]
+        ids = generator.integers(0, 50, (size, length))
+        batches.append(to_device(Batch(ids, lengths, places, ids.flat[places]), mx.cpu()))
+    for batch in batches:
+        logits = found.logits(batch).asnumpy()
+        assert logits.std() > 0.01
+        np.testing.assert_allclose(logits, expected.logits(batch).asnumpy(), atol=1e-5)
+    if not multiplies_bfloat16():
+        return
+    exact = found.logits(batches[0]).asnumpy()
+    found.use_bfloat16()
+    rounded = found.logits(batches[0]).asnumpy()
+    assert 0 < np.abs(rounded - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_openvino_is_not_for_gpus() -> None:
+    with pytest.raises(UserError, match="--teacher_runtime openvino: is for CPUs"):
+        require_openvino([mx.gpu(0)])
 
 
 # ---- GluonNLP's RoBERTa ------------------------------------------------------------------------
