@@ -25,6 +25,7 @@ from bort.pretraining.teacher_cache import (
     partial_path,
     prepare_cache,
     rows_path,
+    sums_path,
 )
 from bort.progress import ProgressBar
 from bort.types import Block
@@ -77,8 +78,10 @@ def build_cache_on(
         with Cluster(cluster, folder, gpus=gpus) as executor:
             _cache_missing(executor, job, pairs)
         for _, entry in pairs:  # of machines that were lost
-            with suppress(FileNotFoundError):
-                os.remove(partial_path(rows_path(folder, entry)))
+            rows = rows_path(folder, entry)
+            for left in (partial_path(rows), sums_path(rows)):
+                with suppress(FileNotFoundError):
+                    os.remove(left)
     return [entry for _, entry in pairs]
 
 

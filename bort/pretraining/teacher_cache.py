@@ -10,6 +10,8 @@ before the projection, is the same in every epoch. A cache is a folder:
                         by the first 16 digits of the shard's SHA-256
     <shard>.json        the SHA-256 of these rows
 
+While a shard is being made: <shard>.npy.partial, and <shard>.npy.partial.sums (`RowSums`).
+
 One folder serves any number of shards, of training and of held-out data.
 """
 
@@ -19,7 +21,7 @@ import hashlib
 import io
 import os
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from tokenize import TokenError
@@ -45,6 +47,7 @@ from bort.files import (
     write_npz,
 )
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
+from bort.pretraining.row_sums import RowSums, open_no_link
 from bort.progress import ProgressBar
 from bort.types import Block, Context, NDArray
 from bort.verified import Verifiable, verify_changed
@@ -283,6 +286,11 @@ def partial_path(rows: str) -> str:
     return f"{rows}.partial"
 
 
+def sums_path(rows: str) -> str:
+    """Return the path of the sums of the unfinished rows of a shard."""
+    return f"{partial_path(rows)}.sums"
+
+
 def build_cache(
     folder: str,
     sets: Sequence[ShardSet],
@@ -354,13 +362,16 @@ def cache_shard(
         return
     unfinished = partial_path(final)
     try:
-        with _opened_rows(final) as (handle, unfinished):
-            start = _resume(handle, shard, manifest, batch_size)
-            advance(start)
-            for rows, count in _teacher_rows(shard, start, teacher, pad_id, batch_size):
-                handle.write(rows.astype(manifest.dtype).tobytes())
+        with _opened_rows(final) as (handle, unfinished, sums):
+            done = _resume(handle, sums, shard, manifest, batch_size)
+            advance(done)
+            for rows, count in _teacher_rows(shard, done, teacher, pad_id, batch_size):
+                content = rows.astype(manifest.dtype).tobytes()
+                handle.write(content)
+                handle.flush()
+                done += count
+                sums.append(done, content)
                 advance(count)
-            handle.flush()
             os.fsync(handle.fileno())
         # First: rows that are there have their SHA-256.
         write_json(_record_path(final), asdict(RowsRecord(sha256_of(unfinished))))
@@ -370,45 +381,47 @@ def cache_shard(
             "command to resume"
         ) from None
     os.replace(unfinished, final)
+    with suppress(FileNotFoundError):
+        os.remove(sums.path)
 
 
 @contextmanager
-def _opened_rows(final: str) -> Iterator[tuple[IO[bytes], str]]:
-    """Give the open file of unfinished rows and its path; a new one when another job writes it.
+def _opened_rows(final: str) -> Iterator[tuple[IO[bytes], str, RowSums]]:
+    """Give the open file of unfinished rows, its path and its sums; new when another job writes.
 
-    A symbolic link in its place is an `OSError`: it would be written through.
+    A symbolic link in place of one of them is an `OSError`.
     """
-
-    def no_link(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
-
-    path = partial_path(final)
+    path, sums = partial_path(final), sums_path(final)
     with ExitStack() as stack:
-        handle = stack.enter_context(open(path, "ab", opener=no_link))
+        handle = stack.enter_context(open_no_link(path, "ab"))
         if not has_lock(handle, path):
-            path = temporary_name(final)
+            path, sums = temporary_name(final), temporary_name(sums)
             handle = stack.enter_context(open(path, "xb"))
-        yield handle, path
+        yield handle, path, stack.enter_context(closing(RowSums(sums)))
 
 
-def _resume(handle: Any, shard: Shard, manifest: CacheManifest, batch_size: int) -> int:
-    """Leave the header and the rows of whole batches in the file; return their sequences.
+def _resume(
+    handle: Any, sums: RowSums, shard: Shard, manifest: CacheManifest, batch_size: int
+) -> int:
+    """Leave the header and the undamaged rows of whole batches in the file; return their sequences.
 
     Whole batches, because the last bits of a row depend on which batch it was computed in.
     """
     header = _header((len(shard.masked_ids), manifest.hidden), manifest.dtype)
+    row_bytes = manifest.hidden * np.dtype(manifest.dtype).itemsize
+
+    def bytes_until(sequences: int) -> int:
+        return int(shard.masked_offsets[sequences]) * row_bytes
+
     with open(handle.name, "rb") as reader:
-        kept = reader.read(len(header)) == header
-    if not kept:
+        has_header = reader.read(len(header)) == header
+        total = shard.num_sequences if has_header else 0
+        done = sums.undamaged(reader, bytes_until, total, batch_size)
+    if not has_header:
         handle.truncate(0)
         handle.write(header)
-        return 0
-    row_bytes = manifest.hidden * np.dtype(manifest.dtype).itemsize
-    whole_rows = (handle.tell() - len(header)) // row_bytes
-    sequences = int(np.searchsorted(shard.masked_offsets, whole_rows, side="right")) - 1
-    sequences -= sequences % batch_size
-    handle.truncate(len(header) + int(shard.masked_offsets[sequences]) * row_bytes)
-    return sequences
+    handle.truncate(len(header) + bytes_until(done))
+    return done
 
 
 def _header(shape: tuple[int, int], dtype: str) -> bytes:

@@ -81,7 +81,9 @@ def check_teacher_cache(folder: Path) -> Found:
     from bort.pretraining.teacher_cache import verify_cache
 
     shards, rows = verify_cache(str(folder))
-    return Found(True, f"{shards} shards, {rows:,} rows")
+    left = len(list(folder.glob("*.partial")))
+    unfinished = f", {left} unfinished" if left else ""
+    return Found(not left, f"{shards} shards, {rows:,} rows{unfinished}")
 
 
 # ---- models --------------------------------------------------------------------------------------

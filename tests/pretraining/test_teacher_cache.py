@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from bort.communicator import SingleProcess
 from bort.errors import UserError
 from bort.files import lock_folder, read_json, write_json
+from bort.pretraining.row_sums import RowSums
 from scripts.build_teacher_cache import main as build
 from tests import reference
 from tests.pretraining.helpers import (
@@ -239,15 +241,81 @@ def test_a_build_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(data,
 )
 def test_goes_on_from_a_file_cut_anywhere(data, tmp_path, cache, monkeypatch, batches, more, start):
     """The file ends `more` bytes after that number of whole batches of 4."""
-    from bort.pretraining import teacher_cache
     from data.shards import open_shards
 
     folder = copy_of(cache, tmp_path / "cache")
     victim = rows_file(folder, data)
-    rows = int(open_shards(str(data / "train")).shards[0].masked_offsets[4 * batches])
+    shard = open_shards(str(data / "train")).shards[0]
+    rows = int(shard.masked_offsets[4 * batches])
     kept = max(0, 128 + rows * 32 * 4 + more)
-    Path(f"{victim}.partial").write_bytes(victim.read_bytes()[:kept])
-    victim.unlink()
+    unfinished(victim, shard, kept)
+    starts = starts_of_builds(monkeypatch)
+    build(build_line(data, folder))
+    assert starts == [start], "whole batches are kept, and only those"
+    assert contents(folder) == contents(cache)
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "start"),
+    [
+        ("partial", 128 + 5, 0),  # in the rows of the first batch of 4
+        ("partial", -5, 4),  # of the second, the last one
+        ("partial", 60, 0),  # in the header
+        ("sums", 20, 0),
+        ("sums", -8, 4),  # in the checksum of the last line
+        ("sums", None, 0),  # of an earlier version: there is no file
+    ],
+)
+def test_unfinished_rows_are_compared_with_their_sums(
+    data, tmp_path, cache, monkeypatch, file, place, start
+):
+    from data.shards import open_shards
+
+    folder = copy_of(cache, tmp_path / "cache")
+    victim = rows_file(folder, data)
+    shard = open_shards(str(data / "train")).shards[0]
+    unfinished(victim, shard, 128 + int(shard.masked_offsets[8]) * 32 * 4)
+    damaged = Path(f"{victim}.partial{'.sums' * (file == 'sums')}")
+    if place is None:
+        damaged.unlink()
+    else:
+        content = bytearray(damaged.read_bytes())
+        content[place] ^= 1
+        damaged.write_bytes(content)
+    starts = starts_of_builds(monkeypatch)
+    build(build_line(data, folder))
+    assert starts == [start]
+    assert contents(folder) == contents(cache)
+
+
+def test_a_build_with_another_batch_size_continues_where_both_have_whole_batches(tmp_path):
+    sums = RowSums(str(tmp_path / "sums"))
+    rows = bytes(range(48))
+    for end in (16, 32, 48):
+        sums.append(end, rows[end - 16 : end])
+    for size, expected in ((12, 48), (32, 32), (16, 32), (5, 0)):
+        assert sums.undamaged(io.BytesIO(rows), lambda n: n, 100, size) == expected
+    sums.close()
+
+
+def unfinished(rows: Path, shard, size: int) -> None:
+    """Cut a shard's rows to a size, as a build in batches of 4 that was killed leaves them."""
+    content = rows.read_bytes()
+    rows.unlink()
+    Path(f"{rows}.partial").write_bytes(content[:size])
+    sums = RowSums(f"{rows}.partial.sums")
+    for first in range(0, shard.num_sequences, 4):
+        last = min(first + 4, shard.num_sequences)
+        begin, end = (128 + int(shard.masked_offsets[n]) * 32 * 4 for n in (first, last))
+        if end <= size:
+            sums.append(last, content[begin:end])
+    sums.close()
+
+
+def starts_of_builds(monkeypatch) -> list[int]:
+    """Return a list that gets the first sequence of each build of a shard."""
+    from bort.pretraining import teacher_cache
+
     starts = []
     rows_of = teacher_cache._teacher_rows
 
@@ -256,9 +324,7 @@ def test_goes_on_from_a_file_cut_anywhere(data, tmp_path, cache, monkeypatch, ba
         return rows_of(shard, first, *rest)
 
     monkeypatch.setattr(teacher_cache, "_teacher_rows", recording)
-    build(build_line(data, folder))
-    assert starts == [start], "whole batches are kept, and only those"
-    assert contents(folder) == contents(cache)
+    return starts
 
 
 def test_a_link_in_place_of_unfinished_rows_is_not_written_through(data, tmp_path, cache, capsys):
