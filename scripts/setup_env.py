@@ -1,19 +1,23 @@
 """Makes .venv in the project root; scripts/setup_env.sh finds a Python and starts this with it.
 
-Standard library only. The settings PYTHON and BORT_MXNET are described in setup_env.sh. The choice
-of MXNet is remembered in .venv, and the next call repairs an interrupted one. Only a .venv that
-this script made is changed; another one, or one behind a symbolic link, is used if it is complete.
+Standard library only. The settings PYTHON and BORT_MXNET are described in setup_env.sh. Only a
+.venv that this script made is changed; another one, or one behind a symbolic link, is used if
+everything loads in it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,32 +32,15 @@ PACKAGES = VENV / f"lib/python{VERSION}/site-packages"
 LOG = VENV / "setup.log"
 BUILD_TOOLS = ROOT / "requirements-build.txt"
 TRIED_VERSIONS = ROOT / f"constraints/python{VERSION}.txt"
+START_UP_HOOK = ROOT / "bort/mxnet_setup.py"
 HOROVOD = "0.28.1"
 CONTAINER = "nvcr.io/nvidia/mxnet:24.06-py3"
 CHOICES = ("cpu", "cu117", "cu101", "system", "auto")
-COMPILERS = "Debian, Ubuntu: apt-get install build-essential. Fedora: dnf install gcc-c++ make"
 # Horovod for an MXNet with CUDA cannot be compiled without nvcc, not even for Gloo alone, which
 # calls nothing of CUDA itself. So the version does not matter; 13 is the first that pip has whole.
-NVCC = "nvidia-cuda-nvcc==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.0.88"
-NVCC += " nvidia-nvvm==13.0.88 nvidia-cuda-cccl==13.0.85"
+NVCC = ("nvidia-cuda-nvcc==13.0.88", "nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88")
+NVCC += ("nvidia-nvvm==13.0.88", "nvidia-cuda-cccl==13.0.85")
 IMPORTS = "import mxnet, gluonnlp, horovod.mxnet as hvd; assert hvd.gloo_built()"
-# "bort" is loaded already only where the start-up file of an older set-up imports it.
-FOREIGN = """import sys; from importlib.metadata import distribution
-if "bort" in sys.modules:
-    sys.exit("its start-up file imports another checkout's bort: set that checkout up again")
-for name in sys.argv[1:]:
-    distribution(name)
-"""
-LIBCUDA = """import ctypes, os, re, sys
-try:
-    ctypes.CDLL("libcuda.so")
-except OSError:
-    ctypes.CDLL("libcuda.so.1")
-    library = re.search(r"/\\S*libcuda\\.so\\S*", open("/proc/self/maps").read()).group()
-    if os.path.lexists(sys.argv[1]):
-        os.remove(sys.argv[1])
-    os.symlink(library, sys.argv[1])
-"""
 
 
 def say(text: str) -> None:
@@ -66,22 +53,21 @@ def die(text: str) -> NoReturn:
     sys.exit(f"error: {text}")
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Return how a command ended and what it printed; one that cannot be started ends with 127."""
+def run(*command: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command with `text` as its input; one that cannot be started ends with status 127."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+        return subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, cwd="/"
+        )
     except OSError as error:
         return subprocess.CompletedProcess(command, 127, "", str(error))
 
 
-def succeeds(*command: str) -> bool:
-    """Return whether a command ends with status 0."""
-    return run(*command).returncode == 0
-
-
-def last_line(text: str) -> str:
-    """Return the last line of an output."""
-    return (text.strip().splitlines() or [""])[-1]
+def problem_of(code: str, *arguments: str) -> str:
+    """Return why Python code fails in .venv, empty when it does not."""
+    ended = run(PY, "-c", code, *arguments)
+    said = ended.stderr.strip() or f"status {ended.returncode}"
+    return said.splitlines()[-1] if ended.returncode else ""
 
 
 def marker(name: str) -> str:
@@ -92,26 +78,16 @@ def marker(name: str) -> str:
 
 
 def step(what: str, *commands: Sequence[str], **environment: str) -> None:
-    """Run commands, their output in the log, until one succeeds; when none does, show its end.
-
-    They inherit the lock, which is then held as long as they run, even if this process is killed.
-    """
+    """Run commands, their output in the log, until one succeeds; when none does, show its end."""
     say(what)
     start = time.monotonic()
     with LOG.open("a", encoding="utf-8") as log:
         for command in commands:
             print(f"\n== {what}: {' '.join(command)}", file=log, flush=True)
+            # It inherits the lock, and so holds it even if this process is killed.
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             settings = {**os.environ, **environment}
-            status = subprocess.call(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=settings,
-                cwd=ROOT,
-                close_fds=False,
-            )
-            if status == 0:
+            if not subprocess.call(command, **streams, env=settings, cwd=ROOT, close_fds=False):
                 say(f"    {time.monotonic() - start:.0f} s")
                 return
     print(*LOG.read_text(errors="replace").splitlines()[-25:], sep="\n", file=sys.stderr)
@@ -130,209 +106,157 @@ def install(what: str, *arguments: str) -> None:
     step(what, *commands)
 
 
-# ---- what is there -----------------------------------------------------------------------------
-
-
-def mxnet_choice(asked: str) -> str:
-    """Return the build asked for by BORT_MXNET, else the remembered one, else "auto"."""
-    choice = asked or marker("mxnet-choice") or "auto"
-    if choice not in CHOICES:
-        die(f"BORT_MXNET={choice} is not one of {', '.join(CHOICES)}")
-    return choice
-
-
 def fingerprint(choice: str) -> str:
     """Return a checksum of everything that asks for work when it changes.
 
     nvidia-smi is only looked up, not run: with many GPUs it takes seconds.
     """
-    digest = hashlib.sha256(f"{ROOT} {choice} {shutil.which('nvidia-smi')}".encode())
-    for file in (Path(__file__), ROOT / "pyproject.toml", BUILD_TOOLS, TRIED_VERSIONS):
+    digest = hashlib.sha256(f"{ROOT} {VERSION} {choice} {shutil.which('nvidia-smi')}".encode())
+    project = ROOT / "pyproject.toml"
+    for file in (Path(__file__), project, BUILD_TOOLS, TRIED_VERSIONS, START_UP_HOOK):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
 def complete(choice: str) -> bool:
-    """Return whether an earlier call has left everything in place, for this Python."""
-    find = "import sys; from importlib.util import find_spec as find; "
-    find += "sys.exit(not all(map(find, sys.argv[1:])))"
-    same = PACKAGES.is_dir() and marker("complete") == fingerprint(choice)
-    return same and succeeds(PY, "-c", find, "mxnet", "gluonnlp", "horovod")
+    """Return whether an earlier call has left everything in place."""
+    find = "from importlib.util import find_spec as find; assert all(map(find, {}))"
+    same = marker("complete") == fingerprint(choice)
+    return same and not problem_of(find.format(["mxnet", "gluonnlp", "horovod"]))
 
 
-def is_foreign() -> bool:
-    """Return whether .venv is not this script's to change."""
-    if VENV.is_symlink() or not VENV.is_dir():
-        return os.path.lexists(VENV)
-    ours = ("made-for", "setup.lock", "setup.log")  # setup.log: an older set-up, interrupted
-    return any(VENV.iterdir()) and not any((VENV / name).is_file() for name in ours)
-
-
-def check_foreign(asked_mxnet: str, asked_python: str) -> None:
-    """Refuse an environment that is not ours, unless everything loads in it. Changes nothing."""
-    what = ".venv is not an environment that this script made"
+def foreign() -> str:
+    """Return what .venv is if it is not this script's to change, empty if it is."""
     if VENV.is_symlink():
-        what = f".venv is a symbolic link to {os.readlink(VENV)}"
+        return f".venv is a symbolic link to {os.readlink(VENV)}"
+    ours = VENV.is_dir() and ((VENV / "setup.lock").exists() or not any(VENV.iterdir()))
+    return "" if ours or not VENV.exists() else ".venv is not an environment that this script made"
+
+
+def check_foreign(what: str) -> None:
+    """Refuse an environment that is not ours, unless everything loads in it. Changes nothing."""
     # Python 3.9 has no tomllib.
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     dependencies = project.partition("\ndependencies = [")[2].partition("\n]")[0]
-    names = set(re.findall(r'^ *"([\w.-]+)', dependencies, re.MULTILINE))
-    found = run(PY, "-c", f"{FOREIGN}{IMPORTS}", *sorted(names))
-    problem = (last_line(found.stderr) or f"status {found.returncode}") * bool(found.returncode)
-    if not problem and asked_python and not PACKAGES.is_dir():
-        problem = f"it has another Python than PYTHON={asked_python}"
+    names = sorted(set(re.findall(r'^ *"([\w.-]+)', dependencies, re.MULTILINE)))
+    installed = "import sys; from importlib.metadata import version; [*map(version, sys.argv[1:])];"
+    problem = problem_of(installed + IMPORTS, *names)
     if problem:
         die(
             f"{what} and cannot be used for this project: {problem}. It is left as it is: install"
             " what is missing there, or remove the link or folder .venv and call this again"
         )
-    if asked_mxnet:
-        say(f"{what}: BORT_MXNET={asked_mxnet} is ignored")
-
-
-# ---- the machine -------------------------------------------------------------------------------
-
-
-def check_python(python: str) -> None:
-    """Refuse a Python without venv or without its C headers."""
-    if not succeeds(python, "-c", "import venv, ensurepip"):
-        die(f"{python} has no venv module. Debian, Ubuntu: apt-get install python{VERSION}-venv")
-    header = "import os, sysconfig; os.stat(sysconfig.get_path('include') + '/Python.h')"
-    if not succeeds(python, "-c", header):
-        die(
-            f"{python} has no C headers, and GluonNLP is compiled here. Debian, Ubuntu: apt-get"
-            f" install python{VERSION}-dev. Fedora: dnf install python{VERSION}-devel"
-        )
-
-
-def check_compiler() -> None:
-    """Refuse a machine that cannot compile C++17."""
-    compiler = os.environ.get("CXX", "g++")
-    for tool in (os.environ.get("CC", "gcc"), compiler, "make"):
-        if not shutil.which(tool.split()[0]):
-            die(f"found no {tool}, and GluonNLP and Horovod are compiled here. {COMPILERS}")
-    command = [*compiler.split(), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-    program = b"#include <vector>\n"
-    if subprocess.run(command, input=program, capture_output=True, check=False).returncode:
-        die(f"the C++ compiler {compiler} cannot compile one line of C++17. {COMPILERS}")
+    for name in ("PYTHON", "BORT_MXNET"):
+        if os.environ.get(name):
+            say(f"{what}: {name}={os.environ[name]} is ignored")
+    say("ready: .venv, used as it is")
 
 
 def gpus() -> list[tuple[str, str]]:
-    """Return (name, compute capability) of each GPU; none where no driver runs.
-
-    A driver too old to tell the capability belongs to a GPU that is not too new: "".
-    """
+    """Return (name, compute capability) of each GPU; none where the driver does not tell."""
     query = run("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
-    lines = query.stdout.splitlines() if query.returncode == 0 else []
-    found = [re.fullmatch(r"(.*), (\d+\.\d+)", line) for line in lines]
-    return [(match[1], match[2]) if match else ("", "") for match in found]
-
-
-def unserved(found: list[tuple[str, str]]) -> list[str]:
-    """Name the GPUs for which mxnet-cu117 has no code.
-
-    It holds machine code for 5.0 to 8.9 and no PTX that a driver could translate for newer ones.
-    """
-    return [
-        f"{name} (compute capability {capability})"
-        for name, capability in found
-        if capability and not 5 <= float(capability) < 9
-    ]
+    return re.findall(r"^(.+), (\d+\.\d+)$", query.stdout, re.MULTILINE)
 
 
 def mxnet_variant(choice: str) -> str:
     """Return the build of MXNet to install; the driver and the GPUs decide "auto"."""
-    if choice != "auto":
-        return choice
-    if not shutil.which("nvidia-smi"):
-        return "cpu"
-    if not succeeds("nvidia-smi", "-L"):
-        say("nvidia-smi is here but finds no working driver: taking MXNet for the CPU")
-        return "cpu"
+    variant = choice
+    if choice == "auto":
+        variant = "cu117" if run("nvidia-smi", "-L").returncode == 0 else "cpu"
+        if variant == "cpu" and shutil.which("nvidia-smi"):
+            say("nvidia-smi is here but finds no working driver: taking MXNet for the CPU")
+    if variant != "cu117":
+        return variant
     found = gpus()
-    without_code = unserved(found)
-    if found and len(without_code) == len(found):
+    # mxnet-cu117 has machine code for 5.0 to 8.9, and no PTX that a driver could translate.
+    unserved = [f"{name} (compute capability {c})" for name, c in found if not 5 <= float(c) < 9]
+    if choice == "auto" and unserved and len(unserved) == len(found):
         die(
-            f"no MXNet 1.9.1 from pip runs on {'; '.join(sorted(set(without_code)))}: mxnet-cu117"
-            " serves 5.0 to 8.9. Either use NVIDIA's container, docker run --gpus all --ipc=host"
-            f' -it -v "$PWD":/bort -w /bort {CONTAINER}, and in it BORT_MXNET=system'
-            " ./scripts/setup_env.sh; or the CPU: BORT_MXNET=cpu ./scripts/setup_env.sh."
-            " (Below 5.0: CUDA 10.1 and BORT_MXNET=cu101.)"
+            f"no MXNet 1.9.1 from pip runs on {'; '.join(sorted(set(unserved)))}. Take the CPU"
+            f" (BORT_MXNET=cpu), or work in NVIDIA's container {CONTAINER} (BORT_MXNET=system);"
+            " below 5.0, install CUDA 10.1 (BORT_MXNET=cu101)"
         )
-    return "cu117"
+    for gpu in unserved:
+        say(f"warning: mxnet-cu117 has no code for {gpu} and fails there at its first kernel")
+    return variant
 
 
-# ---- the environment ---------------------------------------------------------------------------
+def driver_library() -> str:
+    """Return the path of the NVIDIA driver's library, empty on a machine without it."""
+    with suppress(OSError):
+        ctypes.CDLL("libcuda.so.1")
+        return re.findall(r"/\S*libcuda\.so\S*", Path("/proc/self/maps").read_text())[0]
+    return ""
 
 
-def prepare(variant: str) -> bool:
-    """Make .venv; one that was made for this MXNet and Python is kept, even unfinished: True."""
-    made_for = f"{ROOT} {variant}"
-    if marker("made-for") == made_for and PACKAGES.is_dir() and succeeds(PY, "-m", "pip", "-V"):
-        for info in PACKAGES.glob("*.dist-info"):
-            # pip takes a package for installed once this is there; it writes RECORD last.
-            if not (info / "RECORD").exists():
-                shutil.rmtree(info)
-        return True
-    python = os.path.realpath(sys.executable)  # the one behind an environment, which may go
-    check_python(python)
-    libcuda = "import ctypes; ctypes.CDLL('libcuda.so.1')"
-    if variant.startswith("cu") and not succeeds(python, "-c", libcuda):
+def nvcc_folder() -> str:
+    """Return the folder of an nvcc that has its toolkit beside it, empty when there is none.
+
+    One on the PATH may be a script that calls another, which then tells where its toolkit is.
+    """
+    trace = run("nvcc", "--dryrun", "-x", "cu", "/dev/null").stderr
+    toolkits = [
+        os.path.dirname(os.path.dirname(shutil.which("nvcc") or "")),
+        *re.findall(r"^#\$ TOP=(.*)$", trace, re.MULTILINE),
+        os.environ.get("CUDA_HOME", "/usr/local/cuda"),
+    ]
+    for folder in toolkits:
+        header = f"{folder}/include/cuda_runtime.h"
+        if os.path.isfile(header) and os.access(f"{folder}/bin/nvcc", os.X_OK):
+            return f"{folder}/bin"
+    return ""
+
+
+def check_machine(variant: str) -> None:
+    """Refuse a machine that lacks what the environment is made with."""
+    compiler = os.environ.get("CXX", "g++")
+    command = [*compiler.split(), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    needed = {
+        "make": shutil.which("make"),
+        "a C compiler": shutil.which(os.environ.get("CC", "gcc").split()[0]),
+        f"a C++17 compiler ({compiler})": run(*command, text="#include <vector>").returncode == 0,
+        "Python.h": Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        "ensurepip": importlib.util.find_spec("ensurepip"),
+    }
+    if variant.startswith("cu"):
+        needed["libcuda.so.1 of the NVIDIA driver (without one: BORT_MXNET=cpu)"] = driver_library()
+    missing = [name for name, found in needed.items() if not found]
+    if missing:
         die(
-            f"mxnet-{variant} needs libcuda.so.1, which comes with the NVIDIA driver. Install the"
-            " driver, or take MXNet for the CPU: BORT_MXNET=cpu ./scripts/setup_env.sh"
+            f"this machine lacks {', '.join(missing)}. Debian, Ubuntu: apt-get install"
+            f" build-essential python{VERSION}-dev python{VERSION}-venv. Fedora: dnf install"
+            f" gcc-c++ make python{VERSION}-devel"
         )
-    clear()
-    (VENV / "made-for").write_text(f"{made_for}\n", encoding="utf-8")
-    options = ["--system-site-packages"] if variant == "system" else []
-    making = [python, "-m", "venv", *options, str(VENV)]
-    step(f"making .venv with Python {VERSION} ({python})", making)
-    return False
 
 
-def clear() -> None:
-    """Remove all but the compiled wheels, which took the longest, the choice and the lock."""
+def make_environment(variant: str) -> None:
+    """Make .venv, and keep in it the compiled wheels, which took the longest, and the choice."""
     for child in VENV.iterdir():
-        if child.is_symlink() or child.is_file():
-            if child.name not in ("mxnet-choice", "setup.lock"):
-                child.unlink()
-        elif child.name != "wheels":
-            shutil.rmtree(child)
+        if child.is_dir() and not child.is_symlink():
+            if child.name != "wheels":
+                shutil.rmtree(child)
+        elif child.name not in ("mxnet-choice", "setup.lock"):
+            child.unlink()
+    python = os.path.realpath(sys.executable)  # the one behind an environment, which may go
+    options = ["--system-site-packages"] if variant == "system" else []
+    what = f"making .venv with Python {VERSION} ({python})"
+    step(what, [python, "-m", "venv", *options, str(VENV)])
 
 
-def remember(asked: str) -> None:
-    """Keep what BORT_MXNET asks for; "auto" forgets it."""
-    if asked == "auto":
-        (VENV / "mxnet-choice").unlink(missing_ok=True)
-    elif asked:
-        (VENV / "mxnet-choice").write_text(f"{asked}\n", encoding="utf-8")
-
-
-def fill(variant: str) -> None:
-    """Make .venv or keep it, install the packages, and check that MXNet loads."""
-    kept = prepare(variant)
-    remember(os.environ.get("BORT_MXNET", ""))
+def install_packages(variant: str) -> None:
+    """Bring all packages but Horovod up to date."""
     # NVIDIA's container brings an MXNet and versions of its own.
     tried = [] if variant == "system" else ["-c", str(TRIED_VERSIONS)]
     extras = "dev" if variant == "system" else f"{variant},dev"
     install("installing the build tools", "-r", str(BUILD_TOOLS), *tried)
     # Without isolation GluonNLP is compiled by the Cython just installed.
-    packages = ["--no-build-isolation", "-e", f"{ROOT}[{extras}]", *tried]
     size = " (2 GB to download)" * (variant == "cu117")
-    install(f"installing the packages, MXNet for {variant}{size}", *packages)
+    what = f"installing the packages, MXNet for {variant}{size}"
+    install(what, "--no-build-isolation", "-e", f"{ROOT}[{extras}]", *tried)
     write_hook()
-    loaded = run(PY, "-c", "import mxnet, gluonnlp")
-    if loaded.returncode and kept:
-        say("what an earlier set-up left does not load; making a new .venv")
-        (VENV / "made-for").write_text("", encoding="utf-8")
-        fill(variant)
-    elif loaded.returncode:
-        hints = {
-            "cu101": ". It needs CUDA 10.1, cuDNN 7 and NCCL 2 on LD_LIBRARY_PATH; with a newer"
-            " driver use BORT_MXNET=cu117",
-            "system": f". BORT_MXNET=system is for {CONTAINER}",
-        }
-        die(f"MXNet does not load: {last_line(loaded.stderr)}{hints.get(variant, '')}")
+    problem = problem_of("import mxnet, gluonnlp")
+    if problem:
+        die(f"MXNet for {variant} does not load: {problem}. README.md lists what it needs")
 
 
 def write_hook() -> None:
@@ -341,138 +265,77 @@ def write_hook() -> None:
     A copy of bort/mxnet_setup.py is loaded, under a name of its own. Importing `bort` instead would
     run this checkout's code in the programs of another checkout.
     """
-    (PACKAGES / "bort.pth").unlink(missing_ok=True)  # of an older set-up, imported bort
-    source = (ROOT / "bort/mxnet_setup.py").read_text(encoding="utf-8")
+    shutil.copyfile(START_UP_HOOK, PACKAGES / "bort_mxnet_hook.py")
     start = "import bort_mxnet_hook; bort_mxnet_hook.install()\n"
-    for name, text in (("bort_mxnet_hook.py", source), ("bort_mxnet_hook.pth", start)):
-        file = PACKAGES / name
-        if not file.exists() or file.read_text(encoding="utf-8") != text:
-            unfinished = file.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(file)
-
-
-# ---- Horovod -----------------------------------------------------------------------------------
-
-
-def nvcc_folder() -> str:
-    """Return the folder of an nvcc that has its toolkit beside it, empty when there is none.
-
-    One on the PATH may be a script that calls another; CMake would then look for the headers in the
-    wrong place.
-    """
-    nvcc = shutil.which("nvcc") or ""
-    trace = run(nvcc, "--dryrun", "-x", "cu", "/dev/null") if nvcc else None
-    top = re.search(r"^#\$ TOP=(.*)$", trace.stderr + trace.stdout, re.MULTILINE) if trace else None
-    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    for folder in (os.path.dirname(nvcc), f"{top[1]}/bin" if top else "", f"{toolkit}/bin"):
-        header = os.path.join(folder, "../include/cuda_runtime.h")
-        if folder and os.access(f"{folder}/nvcc", os.X_OK) and os.path.isfile(header):
-            return folder
-    return ""
-
-
-def horovod_settings(operations: str) -> dict[str, str]:
-    """Return the environment variables of Horovod's build."""
-    names = "WITH_MXNET WITH_GLOO WITHOUT_MPI WITHOUT_TENSORFLOW WITHOUT_PYTORCH"
-    settings = {f"HOROVOD_{name}": "1" for name in names.split()}
-    settings["MAKEFLAGS"] = f"-j{os.cpu_count()}"
-    nvidia = PACKAGES / "nvidia"
-    if nvidia.is_dir():
-        # MXNet's headers include cuBLAS's and others, which a toolkit may come without.
-        settings["CPLUS_INCLUDE_PATH"] = ":".join(map(str, sorted(nvidia.glob("*/include"))))
-    if operations == "nccl":
-        settings |= {"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_NCCL_LINK": "SHARED"}
-        capabilities = sorted({found.replace(".", "") for _, found in gpus() if found})
-        if capabilities:
-            settings["HOROVOD_BUILD_CUDA_CC_LIST"] = ",".join(capabilities)
-        if (nvidia / "nccl").is_dir():
-            settings["HOROVOD_NCCL_HOME"] = str(VENV / "nccl")
-    return settings
+    (PACKAGES / "bort_mxnet_hook.pth").write_text(start, encoding="utf-8")
 
 
 def install_horovod(variant: str) -> None:
-    """Install Horovod from a wheel that is compiled once and kept."""
-    operations = "nccl" if variant.startswith("cu") and nvcc_folder() else "gloo"
-    if variant.startswith("cu") and operations == "gloo":
+    """Install Horovod, which pip compiles once for this MXNet and keeps in a cache of its own."""
+    cuda = variant.startswith("cu")
+    toolkit = nvcc_folder() if cuda else ""
+    if cuda and not toolkit:
         say(
             "warning: found no CUDA toolkit (nvcc), so Horovod is compiled without NCCL: gradients"
             " of several GPUs go through the host, which is slow. Install the toolkit, then rm"
             " .venv/complete and call this again"
         )
-    works = f"{IMPORTS}{' and hvd.nccl_built()' if operations == 'nccl' else ''}"
-    if succeeds(PY, "-c", works):
+    works = f"{IMPORTS} and hvd.nccl_built()" if toolkit else IMPORTS
+    if not problem_of(works):
         return
     if variant == "system":
         die(f"this Python brings no Horovod for MXNet; use {CONTAINER}")
-    # The wheel knows the path of the MXNet it was linked to.
+    kind = "NCCL" if toolkit else "Gloo"
+    # The wheel knows the path of the MXNet that it was linked to.
     place = hashlib.sha256(str(ROOT).encode()).hexdigest()[:10]
-    folder = VENV / "wheels" / f"{variant}-{operations}-{place}"
-    pattern = f"horovod-{HOROVOD}-cp{VERSION.replace('.', '')}-*.whl"
-    if not any(folder.glob(pattern)):
-        compile_horovod(variant, operations, folder)
-    wheel = str(next(folder.glob(pattern)))
-    install("installing Horovod", "--no-deps", "--force-reinstall", wheel)
-    loaded = run(PY, "-c", works)
-    if loaded.returncode:
-        hint = "try: rm -rf .venv/wheels, and call this again"
-        die(f"Horovod was compiled but does not load; {hint}. {last_line(loaded.stderr)}")
+    cache = VENV / "wheels" / f"{variant}-{kind}-{place}"
+    with tempfile.TemporaryDirectory(dir=VENV) as folder:
+        nvcc = toolkit
+        if cuda and not toolkit and not any(cache.rglob("horovod-*.whl")):
+            nvcc = fetch_nvcc(variant, Path(folder))
+        settings = build_settings(nvcc, nccl=bool(toolkit))
+        what = f"installing Horovod {HOROVOD} with {kind} (1 to 3 minutes the first time)"
+        options = ["--no-deps", "--no-build-isolation", "--force-reinstall"]
+        command = [PY, "-m", "pip", "install", "-v", *options, "--cache-dir", str(cache)]
+        step(what, [*command, f"horovod=={HOROVOD}"], **settings)
+    problem = problem_of(works)
+    if problem:
+        die(f"Horovod does not load: {problem}. Try: rm -rf .venv/wheels, and call this again")
 
 
-def compile_horovod(variant: str, operations: str, folder: Path) -> None:
-    """Compile Horovod's wheel into `folder`."""
-    work = VENV / "wheels/unfinished"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    version = re.search(r"version 3\.(\d+)", run("cmake", "--version").stdout)
-    if not version or int(version[1]) < 13:
-        install("installing CMake", "cmake>=3.13,<4")  # 4 refuses Gloo's lists
-    path = [str(VENV / "bin"), os.environ.get("PATH", "")]
-    if variant.startswith("cu"):
-        path.insert(1, nvcc_folder() or fetch_nvcc(variant, work / "nvcc"))
-    if operations == "nccl":
-        link_nccl()
-    # No cache: pip's does not know which MXNet a wheel was compiled for.
-    options = ["--no-deps", "--no-build-isolation", "--no-cache-dir", "--no-binary", "horovod"]
-    command = [PY, "-m", "pip", "wheel", "-v", *options, "--wheel-dir", str(work)]
-    what = f"compiling Horovod {HOROVOD} for {variant} with {operations} (1 to 3 minutes)"
-    settings = {**horovod_settings(operations), "PATH": ":".join(path)}
-    step(what, [*command, f"horovod=={HOROVOD}"], **settings)
-    folder.mkdir(exist_ok=True)
-    for wheel in work.glob("horovod-*.whl"):
-        wheel.replace(folder / wheel.name)
-    shutil.rmtree(work)
-
-
-def link_nccl() -> None:
-    """Give NCCL's wheel the name libnccl.so, which a linker looks for."""
-    nccl = PACKAGES / "nvidia/nccl"
-    if nccl.is_dir():
-        shutil.rmtree(VENV / "nccl", ignore_errors=True)
-        (VENV / "nccl/lib").mkdir(parents=True)
-        (VENV / "nccl/include").symlink_to(nccl / "include")
-        (VENV / "nccl/lib/libnccl.so.2").symlink_to(nccl / "lib/libnccl.so.2")
-        (VENV / "nccl/lib/libnccl.so").symlink_to("libnccl.so.2")
+def build_settings(nvcc: str, nccl: bool) -> dict[str, str]:
+    """Return the environment variables of Horovod's build; `nvcc` is the folder of that program."""
+    names = "WITH_MXNET WITH_GLOO WITHOUT_MPI WITHOUT_TENSORFLOW WITHOUT_PYTORCH"
+    settings = {f"HOROVOD_{name}": "1" for name in names.split()}
+    settings["MAKEFLAGS"] = f"-j{os.cpu_count()}"
+    settings["PATH"] = ":".join(filter(None, [f"{VENV}/bin", nvcc, os.environ["PATH"]]))
+    nvidia = PACKAGES / "nvidia"
+    if nvidia.is_dir():
+        # MXNet's headers include cuBLAS's and others, which a toolkit may come without.
+        settings["CPLUS_INCLUDE_PATH"] = ":".join(map(str, sorted(nvidia.glob("*/include"))))
+    if nccl:
+        settings |= {"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_NCCL_LINK": "SHARED"}
+        capabilities = {capability.replace(".", "") for _, capability in gpus()}
+        if capabilities:
+            settings["HOROVOD_BUILD_CUDA_CC_LIST"] = ",".join(sorted(capabilities))
+        library = nvidia / "nccl/lib/libnccl.so.2"
+        if library.exists():
+            settings["HOROVOD_NCCL_HOME"] = str(nvidia / "nccl")
+            with suppress(FileExistsError):
+                library.with_suffix("").symlink_to(library.name)  # the name that a linker looks for
+    return settings
 
 
 def fetch_nvcc(variant: str, folder: Path) -> str:
     """Install nvcc for the compilation only; return the folder of the program."""
     if variant != "cu117":
         die(f"found no nvcc; Horovod for mxnet-{variant} needs the CUDA toolkit of that version")
-    install(
-        "fetching nvcc, for the compilation only",
-        "--no-deps",
-        "--target",
-        str(folder),
-        *NVCC.split(),
-    )
+    what = "fetching nvcc, for the compilation only"
+    install(what, "--no-deps", "--target", str(folder), *NVCC)
     toolkit = folder / "nvidia/cu13"
     (toolkit / "lib64").symlink_to("lib")
     (toolkit / "lib/libcudart.so").symlink_to("libcudart.so.13")
     return str(toolkit / "bin")
-
-
-# ---- all of it ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -490,17 +353,23 @@ def lock() -> Iterator[None]:
 
 
 def set_up(choice: str) -> None:
-    """Do all the work."""
+    """Do all the work. A finished .venv is brought up to date; any other is made from scratch."""
     variant = mxnet_variant(choice)
-    for gpu in unserved(gpus()) if variant == "cu117" else []:
-        say(f"warning: mxnet-cu117 has no code for {gpu} and fails there at its first kernel")
-    check_compiler()
-    fill(variant)
-    # Horovod opens libcuda.so, a name that some drivers' packages leave out; MXNet's folder is
-    # where its run path leads.
-    link = str(PACKAGES / "mxnet/libcuda.so")
-    if variant.startswith("cu") and not succeeds(PY, "-c", LIBCUDA, link):
-        die("libcuda.so.1, which comes with the NVIDIA driver, cannot be loaded")
+    check_machine(variant)
+    made_for = f"{ROOT} {VERSION} {variant}"
+    finished = marker("complete") not in ("", fingerprint(choice))  # this one would be damaged
+    if not finished or marker("made-for") != made_for:
+        make_environment(variant)
+    (VENV / "complete").unlink(missing_ok=True)
+    (VENV / "made-for").write_text(f"{made_for}\n", encoding="utf-8")
+    (VENV / "mxnet-choice").write_text(f"{choice}\n", encoding="utf-8")
+    install_packages(variant)
+    if variant.startswith("cu"):
+        # Horovod opens libcuda.so, a name that some drivers' packages leave out; MXNet's folder is
+        # where its run path leads.
+        link = PACKAGES / "mxnet/libcuda.so"
+        link.unlink(missing_ok=True)
+        link.symlink_to(driver_library())
     install_horovod(variant)
     (VENV / "complete").write_text(fingerprint(choice), encoding="utf-8")
 
@@ -510,20 +379,18 @@ def main() -> None:
     for name in ("PIP_TARGET", "PIP_USER", "VIRTUAL_ENV"):  # packages would go elsewhere
         os.environ.pop(name, None)
     os.environ["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
-    asked = os.environ.get("BORT_MXNET", "")
-    choice = mxnet_choice(asked)
-    if is_foreign():
-        check_foreign(asked, os.environ.get("PYTHON", ""))
-        say("ready: .venv, used as it is")
+    choice = os.environ.get("BORT_MXNET") or marker("mxnet-choice") or "auto"
+    if choice not in CHOICES:
+        die(f"BORT_MXNET={choice} is not one of {', '.join(CHOICES)}")
+    what = foreign()
+    if what:
+        check_foreign(what)
         return
-    if complete(choice):
-        write_hook()
-    else:
+    if not complete(choice):
         with lock():
             if not complete(choice):
                 set_up(choice)
-    variant = marker("made-for").rpartition(" ")[2]
-    say(f"ready: .venv, Python {VERSION}, MXNet for {variant}")
+    say(f"ready: .venv, Python {VERSION}, MXNet for {marker('made-for').rpartition(' ')[2]}")
 
 
 if __name__ == "__main__":

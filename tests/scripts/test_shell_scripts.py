@@ -1,0 +1,129 @@
+"""setup_env.sh, download_model.sh and run_tests.sh with stand-ins for the commands they call."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.scripts.helpers import executable, project_in
+
+
+class SearchPath:
+    """A PATH of stand-ins for Python that tell their version and what they are started with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.project = project_in(folder / "project")
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        for tool in ("bash", "env", "dirname"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+
+    def python(self, name: str, minor: int) -> Path:
+        script = f"case $1 in -c) echo 3.{minor};; --version) echo Python 3.{minor}.1;;"
+        return self.command(name, f'{script} *) echo "{name} runs $*";; esac')
+
+    def command(self, name: str, script: str) -> Path:
+        return executable(self.bin / name, script)
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [self.project / "scripts/setup_env.sh"],
+            env={"PATH": str(self.bin), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def chosen(self, **environment: str) -> str:
+        run = self.run(**environment)
+        assert run.returncode == 0, run.stderr
+        name, _, arguments = run.stdout.strip().partition(" runs ")
+        assert arguments == "-I -S scripts/setup_env.py"
+        return name
+
+    def refusal(self, **environment: str) -> str:
+        run = self.run(**environment)
+        assert run.returncode == 1
+        (line,) = run.stderr.strip().splitlines()
+        return line
+
+
+@pytest.fixture
+def pythons(tmp_path: Path) -> SearchPath:
+    return SearchPath(tmp_path)
+
+
+def test_the_newest_python_that_runs(pythons: SearchPath) -> None:
+    pythons.command("python3.12", "echo 'pyenv: python3.12: command not found' >&2; exit 127")
+    pythons.python("python3", 13)
+    pythons.python("python3.9", 9)
+    pythons.python("python", 10)
+    assert pythons.chosen() == "python"
+    assert pythons.chosen(PYTHON=str(pythons.bin / "python3.9")) == "python3.9"
+    (pythons.project / ".venv/bin").mkdir(parents=True)
+    pythons.python("../project/.venv/bin/python", 9)
+    assert pythons.chosen().endswith(".venv/bin/python"), "a Python that was chosen stays"
+
+
+def test_a_python_that_does_not_serve(pythons: SearchPath) -> None:
+    for path in (str(pythons.python("thirteen", 13)), "/nonexistent"):
+        message = (
+            f"error: PYTHON={path} does not run as Python 3.9 to 3.12, which MXNet 1.9.1 needs"
+        )
+        assert pythons.refusal(PYTHON=path) == message
+    pythons.python("python3", 13)
+    message = pythons.refusal()
+    assert "found no Python 3.9 to 3.12, which MXNet 1.9.1 needs (Python 3.13.1)" in message
+    assert "apt-get install python3.12" in message
+    assert "install uv" in message
+
+
+def test_uv_brings_a_python(pythons: SearchPath) -> None:
+    brought = pythons.python("brought", 12)
+    pythons.command("uv", f'[[ "$2" == install ]] || echo "{brought}"')
+    assert pythons.chosen() == "brought"
+
+
+@pytest.mark.parametrize(("content", "status"), [(r"\x12\x01\0\0\0\0\0\0more", 0), ("<html>", 1)])
+def test_download_of_the_model(pythons: SearchPath, content: str, status: int) -> None:
+    shutil.copy(ROOT / "scripts/download_model.sh", pythons.project / "scripts/setup_env.sh")
+    for tool in ("mkdir", "mktemp", "mv", "rm", "head", "od", "tr", "cut", "grep", "chmod"):
+        (pythons.bin / tool).symlink_to(shutil.which(tool))
+    pythons.command("aws", "exit 127")
+    pythons.command("curl", f"printf '{content}' > \"${{@: -2:1}}\"")
+    run = pythons.run()
+    assert run.returncode == status, run.stderr
+    model = pythons.project / "model"
+    assert [path.name for path in model.iterdir()] == (["bort.params"] if status == 0 else [])
+    if status:
+        assert "run_pretraining_distillation.sh" in run.stderr
+        return
+    assert "run this again after ./scripts/setup_env.sh" in run.stdout
+    (pythons.bin / "curl").unlink()
+    pythons.command("../project/.venv/bin/python", "echo python $*")
+    assert "python scripts/describe_released.py" in pythons.run().stdout
+    (model / "bort.json").touch()
+    assert "describe" not in pythons.run().stdout
+
+
+@pytest.mark.parametrize(("lint", "tests", "status"), [(0, 0, 0), (1, 0, 1), (1, 2, 2), (0, 5, 5)])
+def test_run_tests_ends_with_the_worst_status(
+    pythons: SearchPath, lint: int, tests: int, status: int
+) -> None:
+    shutil.copy(ROOT / "scripts/run_tests.sh", pythons.project / "scripts/run_tests.sh")
+    for tool in ("ruff", "mypy", "python"):
+        code = tests if tool == "python" else lint
+        pythons.command(f"../project/.venv/bin/{tool}", f"echo {tool} $*; exit {code}")
+    (pythons.project / "scripts/setup_env.sh").write_text("#!/bin/sh\necho set up\n")
+    run = subprocess.run(
+        [pythons.project / "scripts/run_tests.sh"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == status
+    assert run.stdout.startswith("set up")
+    assert "-m distributed and not slow\n" in run.stdout
+    imports_distributed = tests == 0  # the command that stands for Python ends with `tests`
+    assert ("-m cluster and not slow\n" in run.stdout) == imports_distributed
