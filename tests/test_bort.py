@@ -85,7 +85,7 @@ def test_bort_has_the_names_shapes_and_count_of_the_released_checkpoint() -> Non
     assert parameter_count(model) == 76_208_217 == 127_679_577 - 50265 * 1024
 
 
-def test_the_second_predefined_shape_is_built_as_its_name_says() -> None:
+def test_the_second_predefined_shape_has_the_sizes_of_its_name() -> None:
     model, _ = get_bort_model("bort_2_16_512_1024", vocab=range(10))
     assert shapes_in(model) == released_names(2, intermediate=512, hidden=1024, vocabulary=10)
     assert {cell.attention_cell._num_heads for cell in model.encoder.transformer_cells} == {16}
@@ -169,7 +169,7 @@ def test_the_vocabulary_may_be_anything_that_knows_its_size() -> None:
     assert model.word_embed[0].weight.shape == (37, 32)
 
 
-def test_a_data_set_name_stands_for_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_name_selects_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def load_tokenizer(settings: Any) -> Any:
@@ -277,7 +277,7 @@ def test_padding_changes_no_valid_position_and_is_zero(tiny_model: BortModel) ->
         assert (sequence[9:] == 0).all()
 
 
-def test_what_stands_in_the_padding_does_not_matter_to_the_bit(tiny_model: BortModel) -> None:
+def test_the_content_of_the_padding_does_not_change_a_bit(tiny_model: BortModel) -> None:
     ids = np.random.default_rng(0).integers(0, 50, (2, 12))
     other = ids.copy()
     other[:, 7:] = np.random.default_rng(1).integers(0, 50, (2, 5))
@@ -371,7 +371,7 @@ def refusal(model: BortModel, path: Path, arrays: Any) -> str:
     return message
 
 
-def test_saving_writes_the_tied_matrix_once_and_loads_back_to_the_bit(
+def test_saving_writes_the_tied_matrix_once_and_loads_bit_identically(
     tiny_model: BortModel, other: BortModel, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "model.params")
@@ -498,7 +498,7 @@ def test_pretrained_loads_the_released_file(tiny_model: BortModel, tmp_path: Pat
     assert_same_parameters(loaded, tiny_model)
 
 
-def test_pretrained_without_decoder_passes_over_the_decoder(
+def test_pretrained_without_decoder_ignores_the_decoder(
     tiny_model: BortModel, tmp_path: Path
 ) -> None:
     nd.save(str(tmp_path / "bort.params"), released_layout(tiny_model))

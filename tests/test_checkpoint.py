@@ -39,7 +39,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: no handler of ours may turn it into something else."""
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_what_was_saved_is_loaded(tmp_path):
     path = save(tmp_path, 7)
     assert path.name == "step-0000007"
     assert sorted(os.listdir(path)) == ["model.params", "state.json", "trainer.npz"]
@@ -99,7 +99,7 @@ def killed_renaming(source, target, rename=os.replace):
         (checkpoint, "point", killed, 2),
     ],
 )
-def test_killed_at_any_moment_of_saving_a_whole_checkpoint_stands(
+def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(
     tmp_path, monkeypatch, place, name, instead, stands
 ):
     save(tmp_path, 1)
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(tmp_path, 
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"sha256": 7}', '{"sha256": {}}'])
-def test_a_state_that_vouches_for_nothing_is_refused(tmp_path, content):
+def test_a_state_without_checksums_is_refused(tmp_path, content):
     path = save(tmp_path, 2)
     (path / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state\.json"):
@@ -175,7 +175,7 @@ def test_a_state_with_another_number_in_it_is_refused(tmp_path):
         checkpoint.load(str(path))
 
 
-def test_when_every_checkpoint_is_damaged_the_run_does_not_start_anew(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_from_scratch(tmp_path):
     for step in (1, 2):
         truncate(save(tmp_path, step) / "model.params")
     with (
@@ -200,7 +200,7 @@ def test_at_step_names_the_steps_there_are(tmp_path):
     assert checkpoint.at_step(str(tmp_path), 10).state["step"] == 10
 
 
-def test_a_new_run_is_kept_out_of_a_folder_with_checkpoints(tmp_path):
+def test_a_new_run_is_refused_in_a_folder_with_checkpoints(tmp_path):
     checkpoint.require_none(str(tmp_path))
     checkpoint.require_none(str(tmp_path / "absent"))
     save(tmp_path, 10)
@@ -228,7 +228,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert not list(tmp_path.glob(".*")), "temporary files are left"
 
 
-def test_rewinding_forgets_what_came_later_and_finds_the_best_again(tmp_path):
+def test_rewinding_drops_later_values_and_finds_the_best_again(tmp_path):
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
     checkpoint.point(str(tmp_path), checkpoint.BEST, "step-0000008")
@@ -241,7 +241,7 @@ def test_rewinding_forgets_what_came_later_and_finds_the_best_again(tmp_path):
     assert not os.path.lexists(tmp_path / "checkpoint_best")
 
 
-def test_a_damaged_later_checkpoint_does_not_outlive_the_good_ones(tmp_path):
+def test_a_damaged_checkpoint_is_pruned_before_valid_ones(tmp_path):
     save(tmp_path, 1)
     truncate(save(tmp_path, 9) / "model.params")
     with pytest.warns(UserWarning, match="altered"):
@@ -283,7 +283,7 @@ def test_a_read_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, file, 
     ("where", "reason"),
     [("makedirs", ""), ("fsync", "trainer.npz: cannot be written ")],
 )
-def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_nothing(
+def test_a_full_disk_names_the_last_valid_checkpoint_and_leaves_nothing(
     tmp_path, monkeypatch, where, reason
 ):
     def full(*_args, **_keywords):
@@ -317,7 +317,7 @@ def test_without_symbolic_links_checkpoints_are_saved_found_and_pruned(tmp_path,
     assert parameter_file(str(tmp_path)) == str(tmp_path / "step-0000003" / "model.params")
 
 
-def test_an_unfinished_checkpoint_is_good_before_and_after_it_is_amended(tmp_path):
+def test_an_unfinished_checkpoint_is_valid_before_and_after_it_is_amended(tmp_path):
     def write(path):
         Path(path).write_bytes(b"parameters")
         Path(path).with_name("model.json").write_text("first")

@@ -379,7 +379,7 @@ def tls(authority, own):
 
 @pytest.mark.cluster
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_without_a_certificate_no_one_gets_in(tmp_path, folder, monkeypatch):
+def test_connections_without_a_certificate_are_refused(tmp_path, folder, monkeypatch):
     pytest.importorskip("distributed")
     import dask
 

@@ -83,7 +83,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         (["--dish", "x\udcff"], r"'x\udcff': is not UTF-8; rename the file or folder"),
     ],
 )
-def test_complaints_of_the_parser_are_one_line_and_status_2(
+def test_errors_of_the_parser_are_one_line_with_status_2(
     argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -120,7 +120,7 @@ def test_limits_are_inclusive() -> None:
     assert cooking("--portions", "12", "--salt", "1", "--minutes", "5").salt == 1
 
 
-def test_a_class_checks_itself() -> None:
+def test_a_class_is_validated() -> None:
     with pytest.raises(UserError, match="soup cannot be fried"):
         cooking("--dish", "soup", "--style", "fried")
     with pytest.raises(UserError, match="soup cannot be fried"):
@@ -170,7 +170,7 @@ def test_json_is_utf8_for_people_to_read(tmp_path: Path) -> None:
     assert path.read_bytes() == '{\n  "name": "naïve"\n}\n'.encode()
 
 
-def test_what_is_no_json_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_unserializable_content_leaves_the_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(str(path), {"a": 1})
     with pytest.raises(TypeError):
@@ -210,7 +210,7 @@ def test_unreadable_json_is_a_user_error(content: Any, complaint: str, tmp_path:
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_a_folder_is_no_json(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_json_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read_json(str(tmp_path))
 

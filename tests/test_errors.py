@@ -14,7 +14,9 @@ from bort.errors import Stopped, UserError, entry_point, quoted
 from tests.conftest import ROOT
 
 
-def test_a_user_error_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_is_printed_in_one_line_with_status_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     @entry_point
     def main(argv: Sequence[str] | None = None) -> None:
         print("so far so good")
@@ -101,7 +103,7 @@ def test_a_process_ends_with_status_1_and_a_traceback_only_if_the_mistake_is_our
         (UserError("a\nb\udc80"), 1, "error: a b\\udc80\n"),
     ],
 )
-def test_what_a_user_or_the_system_causes_is_one_line(error, status, line, capsys):
+def test_errors_of_users_and_the_system_are_one_line(error, status, line, capsys):
     @entry_point
     def main(argv: Sequence[str] | None = None) -> None:
         raise error
@@ -137,7 +139,7 @@ def test_a_closed_pipe_is_silent():
 
 
 @pytest.mark.parametrize("raised", ["KeyboardInterrupt", "ValueError('ours')"])
-def test_ctrl_c_before_main_is_one_line_and_a_bug_keeps_its_traceback(raised):
+def test_ctrl_c_before_main_prints_one_line_and_a_bug_keeps_its_traceback(raised):
     script = f"import bort\nraise {raised}"
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
@@ -149,7 +151,7 @@ def test_ctrl_c_before_main_is_one_line_and_a_bug_keeps_its_traceback(raised):
         assert "Traceback" in ended.stderr
 
 
-def test_a_half_made_object_says_nothing_after_ctrl_c():
+def test_a_half_built_object_prints_nothing_after_ctrl_c():
     script = """
 from bort.errors import entry_point
 
@@ -168,7 +170,7 @@ entry_point(lambda argv: Half())()
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
-def test_a_full_disk_behind_standard_output_is_one_line():
+def test_a_full_disk_behind_standard_output_is_a_one_line_error():
     ended = shell("> /dev/full")
     assert ended.returncode == 1
     assert ended.stderr == "error: a file or standard output: No space left on device\n"

@@ -278,7 +278,7 @@ with files.{writer}({str(tmp_path / "run" / "made")!r}) as temporary:
         assert left(tmp_path / "run") == [".lock"]
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_made_is_a_one_line_error(tmp_path):
     (tmp_path / "file").touch()
     folder = str(tmp_path / "file" / "run")
     message = "cannot be written"

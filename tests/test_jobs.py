@@ -342,7 +342,7 @@ PROGRAM = "import sys; from tests.test_jobs import *; write_pid_and_sleep(sys.ar
 
 
 @pytest.mark.parametrize("kind", PARENTS)
-def test_nothing_outlives_a_killed_parent(tmp_path, kind):
+def test_processes_end_with_a_killed_parent(tmp_path, kind):
     path, program = tmp_path / "pid", tmp_path / "program.py"
     program.write_text(PROGRAM)
     code = (

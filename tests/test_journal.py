@@ -88,7 +88,7 @@ DAMAGE = [
 
 @pytest.mark.parametrize("place", range(5))
 @pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
-def test_a_damaged_line_anywhere_costs_itself_only(path, capsys, place, damage):
+def test_a_damaged_line_loses_only_its_own_record(path, capsys, place, damage):
     lines = path.read_bytes().splitlines()
     lines[place] = damage
     write(path, lines)
@@ -124,7 +124,7 @@ def test_all_records_are_set_aside(path, capsys):
     assert Journal(str(path), is_record).records == RECORDS[:1]
 
 
-def test_a_full_disk_is_one_line(path):
+def test_a_full_disk_is_a_one_line_error(path):
     journal = Journal(str(path), is_record)
     path.unlink()
     path.symlink_to("/dev/full")

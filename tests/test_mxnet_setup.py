@@ -186,7 +186,7 @@ def test_cuda_libraries_are_loaded_in_the_order_they_need(
     assert loaded == ["libc.so.1", "libb.so.1", "liba.so.1"]
 
 
-def test_cuda_libraries_that_cannot_be_loaded_are_left(
+def test_cuda_libraries_that_cannot_be_loaded_are_skipped(
     packages: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packages("liba.so.1", "libb.so.1", "libOpenCL.so.1", "libnvblas.so.11")
@@ -196,7 +196,7 @@ def test_cuda_libraries_that_cannot_be_loaded_are_left(
     assert loaded == ["libb.so.1"]
 
 
-def test_loading_says_whether_it_worked(tmp_path: Path) -> None:
+def test_loading_returns_whether_it_succeeded(tmp_path: Path) -> None:
     broken = tmp_path / "libbroken.so.1"
     broken.write_text("not a library")
     assert not mxnet_setup._load(str(broken))

@@ -27,7 +27,7 @@ def save_checkpoint(folder: Path, model: Any, step: int = 1, fingerprint: str = 
 
 
 @pytest.mark.parametrize("limit", [100, 5000, 20_000])
-def test_a_full_disk_is_said_without_mxnets_stack(
+def test_a_full_disk_is_reported_without_mxnets_stack(
     tiny_model: BortModel, tmp_path: Path, limit: int
 ) -> None:
     path = str(tmp_path / "x.params")
@@ -46,13 +46,13 @@ def test_a_full_disk_is_said_without_mxnets_stack(
 # ---- which file --------------------------------------------------------------------------------
 
 
-def test_a_file_is_itself(tmp_path: Path) -> None:
+def test_the_same_file_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "roberta.params"
     path.touch()
     assert parameter_file(str(path)) == str(path)
 
 
-def test_a_folder_stands_for_its_only_parameter_file(tmp_path: Path) -> None:
+def test_a_folder_with_one_parameter_file_is_accepted_for_it(tmp_path: Path) -> None:
     folder = tmp_path / "with [brackets]"
     folder.mkdir()
     (folder / "vocab.json").touch()
@@ -77,12 +77,14 @@ def test_no_parameter_file_is_a_user_error(name: str, said: str, tmp_path: Path)
     assert str(caught.value) == f"{path}: {said}"
 
 
-def test_a_checkpoint_stands_for_its_model(tiny_model: BortModel, tmp_path: Path) -> None:
+def test_a_checkpoint_folder_is_accepted_as_a_model(tiny_model: BortModel, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tiny_model)
     assert parameter_file(str(path)) == str(path / "model.params")
 
 
-def test_a_run_stands_for_its_newest_checkpoint(tiny_model: BortModel, tmp_path: Path) -> None:
+def test_a_run_folder_is_accepted_for_its_newest_checkpoint(
+    tiny_model: BortModel, tmp_path: Path
+) -> None:
     for step in (1, 12):
         newest = save_checkpoint(tmp_path, tiny_model, step)
     assert Path(parameter_file(str(tmp_path))).resolve() == (newest / "model.params").resolve()

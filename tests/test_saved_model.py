@@ -44,7 +44,7 @@ def card_of(tokenizer: Any, **others: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize("extra_layer", [False, True])
-def test_a_classifier_comes_back_whole(tmp_path, tokenizer, extra_layer):
+def test_a_classifier_survives_the_round_trip(tmp_path, tokenizer, extra_layer):
     model_config = card_of(
         tokenizer, extra_layer=extra_layer, details={"metrics": {"accuracy": 0.5}}
     )
@@ -80,7 +80,7 @@ def test_the_extra_layer_is_one_more_dense_layer(tokenizer):
     np.testing.assert_allclose(network(IDS, LENGTHS).asnumpy(), expected, atol=1e-5)
 
 
-def test_a_roberta_classifier_is_saved_alike(tmp_path, tokenizer, monkeypatch):
+def test_a_roberta_classifier_is_saved_the_same_way(tmp_path, tokenizer, monkeypatch):
     """A small stand-in for RoBERTa: the network of another class, without our length check."""
     import gluonnlp as nlp
 

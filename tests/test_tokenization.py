@@ -209,7 +209,7 @@ def test_empty_input(tokenizer):
     assert tokenizer.tokens([]) == []
 
 
-def test_sample_text_comes_back(tokenizer):
+def test_sample_text_survives_the_round_trip(tokenizer):
     lines = lines_of(SAMPLE_TEXT)
     decoded = [tokenizer.decode(ids) for ids in tokenizer.encode_batch(lines)]
     if tokenizer.name == "sentencepiece":  # which composes characters and joins blanks
@@ -223,7 +223,7 @@ def test_decode_leaves_special_tokens_out(tokenizer):
     assert tokenizer.decode(np.array(ids)) == "a flame"
 
 
-def test_only_spaces_begin_words_of_a_text_that_goes_on(tokenizer, sample):
+def test_only_spaces_begin_words_of_running_text(tokenizer, sample):
     """What follows a token has no mark of a beginning, as in running text."""
     for text in ("ing of the boat", ".", "", " and", " "):
         ids = tokenizer.encode_continued(text)
@@ -305,7 +305,7 @@ def test_same_ids_as_gluonnlp_on_random_unicode(bpe, gluon):
         assert bpe.encode(text).tolist() == gluon(text), ascii(text)
 
 
-def test_any_text_comes_back(bpe):
+def test_any_text_survives_the_round_trip(bpe):
     generator = random.Random(2)
     for text in [*AWKWARD, *(random_text(generator) for _ in range(2000))]:
         assert bpe.decode(bpe.encode(text)) == text
@@ -453,7 +453,7 @@ def test_every_sentence_has_the_same_chance_to_be_drawn():
     assert train_sentencepiece.sample(iter("ab"), 5, random.Random(0)) == ["a", "b"]
 
 
-def test_long_lines_are_learnt_from(tmp_path):
+def test_long_lines_are_used_for_training(tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("zyxwv " * 5000 + "\nthe cat\n", "utf-8")
     trained = train(tmp_path / "long.model", input_file=text, vocab_size=280)
@@ -547,7 +547,7 @@ def test_flags_are_checked_when_parsed(capsys):
         ),
     ],
 )
-def test_vocabularies_that_are_none(files, tmp_path, content, says):
+def test_invalid_vocabularies_are_refused(files, tmp_path, content, says):
     path = tmp_path / "v.json"
     path.write_text(content, "utf-8")
     message = refused(vocab_file=str(path), bpe_ranks=str(files["merges.txt"]))
@@ -565,7 +565,7 @@ def test_vocabularies_that_are_none(files, tmp_path, content, says):
         (b"PK\x03\x04\n", "merge 1"),
     ],
 )
-def test_merges_that_are_none(files, tmp_path, content, says):
+def test_invalid_merges_are_refused(files, tmp_path, content, says):
     path = tmp_path / "m.txt"
     path.write_bytes(content)
     message = refused(vocab_file=str(files["vocab.json"]), bpe_ranks=str(path))
@@ -584,7 +584,7 @@ def test_merges_may_lack_the_first_line_and_the_last_newline(files, tmp_path, bp
 
 
 @pytest.mark.parametrize("content", [b"", b"text", Path(SAMPLE_MODEL).read_bytes()[:5000]])
-def test_sentencepiece_files_that_are_none(tmp_path, content):
+def test_invalid_sentencepiece_files_are_refused(tmp_path, content):
     path = tmp_path / "s.model"
     path.write_bytes(content)
     assert refused(sentencepiece=str(path)) == f"{path}: is not a SentencePiece model"

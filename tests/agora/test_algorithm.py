@@ -233,7 +233,7 @@ def test_dev_and_test_never_enter_train():
     assert result.rounds[-1].augmented == ()  # no set is left to be fitted on them
 
 
-def test_a_tau_that_stands_still_makes_no_image():
+def test_a_tau_that_changes_nothing_makes_no_image():
     result = run(tau=lambda example, generator: example)
     assert all(one.augmented == () and one.train_size == 12 for one in result.rounds)
 
@@ -480,7 +480,7 @@ def test_a_finished_run_keeps_one_model_and_recalls_everything(tmp_path):
     assert seen == result.rounds
 
 
-def test_more_rounds_go_on_from_fewer():
+def test_more_rounds_continue_from_fewer():
     store = Store()
     run(AgoraSettings(max_rounds=2), store=store)
     assert comparable(run(store=store)) == comparable(run())
@@ -501,7 +501,7 @@ DAMAGE = [b"{}", b"{", b"7", b"\xff", b"[" * 100_000, b'{"name": "fit-0000-0001"
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
-def test_a_damaged_line_costs_its_own_fit_only(tmp_path, capsys, damage):
+def test_a_damaged_line_loses_only_its_own_fit(tmp_path, capsys, damage):
     expected = comparable(run(AgoraSettings(max_rounds=1), store=Mortal(tmp_path)))
     journal = tmp_path / "journal.jsonl"
     lines = journal.read_bytes().splitlines()
@@ -529,7 +529,7 @@ def test_a_model_that_cannot_be_written_leaves_nothing(tmp_path):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_predictions_of_the_wrong_number_are_made_again(tmp_path):
+def test_predictions_of_the_wrong_number_are_recomputed(tmp_path):
     expected = comparable(run(AgoraSettings(max_rounds=1), store=Mortal(tmp_path)))
     journal = tmp_path / "journal.jsonl"
     lines = [record_of(line) for line in journal.read_bytes().splitlines()]

@@ -97,7 +97,7 @@ def check_layout(folder, task, content):
     assert len(os.listdir(folder / "models")) == 1
 
 
-def test_a_run_what_it_leaves_and_the_same_command_again(places, tmp_path, capsys):
+def test_a_run_its_files_and_the_same_command_again(places, tmp_path, capsys):
     given = arguments(places, "SST-2", tmp_path)
     content = run_agora.main(given)
     folder = tmp_path / "SST-2"

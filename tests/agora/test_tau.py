@@ -159,7 +159,7 @@ def test_inputs_of_unequal_numbers_of_texts():
         assert image != example
 
 
-def test_an_example_without_image_comes_back_as_it_is():
+def test_an_example_without_image_is_returned_unchanged():
     assert text_tau("dropout,crop,swap")((("word",),), generator()) == (("word",),)
     assert text_tau()((("",),), generator()) == (("",),)
     assert text_tau("swap")((("same same  same",),), generator()) == (("same same  same",),)
@@ -224,7 +224,7 @@ def test_infilling_replaces_words_by_words(tokenizer):
     assert infill(WORDS, 2, generator(1)) == infill(WORDS, 2, generator(1))
 
 
-def test_infilling_draws_what_the_model_says(tokenizer):
+def test_infilling_draws_from_the_models_distribution(tokenizer):
     """One sample: a masked word is drawn by the table's row, over whole words, the old one out."""
     table = Table(tokenizer.vocab_size)
     infill = tau.Infill(table, tokenizer, 64, samples=1)
@@ -243,7 +243,7 @@ def test_infilling_draws_what_the_model_says(tokenizer):
         assert counts[infill._word(token)] / 3000 == pytest.approx(odds[token], abs=0.03)
 
 
-def test_infilling_takes_the_likeliest_of_its_samples(tokenizer):
+def test_infilling_returns_the_most_likely_sample(tokenizer):
     table = Table(tokenizer.vocab_size)
     infill = tau.Infill(table, tokenizer, 64, samples=6)
     words = WORDS[:6]

@@ -198,7 +198,7 @@ class DyingTuner(RidgeTuner):
 
 
 @pytest.mark.parametrize("fits", [0, 1, 5, 6, 8])
-def test_a_killed_run_goes_on_to_the_same_result(finished, tmp_path, fits):
+def test_a_killed_run_resumes_to_the_same_result(finished, tmp_path, fits):
     DyingTuner.fits_left = fits
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, tuner=DyingTuner(DEV))

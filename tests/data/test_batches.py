@@ -103,7 +103,7 @@ def test_shuffling_mixes_the_buckets_and_the_rows_inside_them():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_the_ranks_together_take_the_stream_whatever_their_number(ranks):
+def test_any_number_of_ranks_together_consumes_the_stream(ranks):
     stream = BucketSampler(LENGTHS, 8, 4, seed=3)
     each = [BucketSampler(LENGTHS, 8, 4, seed=3) for _ in range(ranks)]
     for step in range(2 * stream.batches_per_epoch):
@@ -118,7 +118,7 @@ def test_a_batch_stays_within_its_bucket():
     assert sorted(sorted(rows) for rows in epoch(sampler, 0)) == [[0, 1, 2, 3], [4]]
 
 
-def test_a_bucket_without_a_sequence_is_none():
+def test_a_bucket_without_sequences_is_left_out():
     sampler = BucketSampler(np.array([10, 50, 50]), batch_size=8, num_buckets=5, seed=0)
     assert sampler.widths.tolist() == [18, 50]
     assert sorted(sorted(rows) for rows in epoch(sampler, 0)) == [[0], [1, 2]]
@@ -323,7 +323,7 @@ def test_prefetching_keeps_the_order_and_runs_ahead():
     assert threads() == before
 
 
-def test_prefetching_hands_on_an_error_at_its_place_and_ends_its_thread():
+def test_prefetching_raises_an_error_at_its_place_and_ends_its_thread():
     before = threads()
 
     def make(item):

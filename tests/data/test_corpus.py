@@ -31,7 +31,7 @@ def sentences(document):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
-def test_documents_are_parted_by_blank_lines(size, mark):
+def test_documents_are_separated_by_blank_lines(size, mark):
     text = mark + TEXT
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     assert [sentences(one) for one in split_documents(pieces)] == DOCUMENTS
@@ -107,7 +107,7 @@ def test_damaged_files_are_named(tmp_path, suffix, damage):
         scan(TextSource(str(path)))
 
 
-def test_scanning_tells_of_its_progress(tmp_path, monkeypatch):
+def test_scanning_reports_its_progress(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_bytes(LONG_TEXT)
     monkeypatch.setattr(text_formats, "READ_BYTES", 1 << 16)
@@ -265,7 +265,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize(("text", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_rows_are_named(tmp_path, text, message):
+def test_invalid_rows_are_named(tmp_path, text, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=message):
@@ -299,7 +299,7 @@ def test_parquet(tmp_path, name):
         scan(TextSource(str(tmp_path / name)))
 
 
-def test_bad_parquet_is_named(tmp_path):
+def test_invalid_parquet_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, [1, 2])
     with pytest.raises(UserError, match=r"column 'text' holds int64, expected strings"):

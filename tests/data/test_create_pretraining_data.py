@@ -287,7 +287,7 @@ def test_json_lines_give_the_shards_of_the_text(tmp_path, end, outputs):
     }
 
 
-def test_a_row_is_one_document_whatever_blank_lines_it_has(tmp_path, tokenizer):
+def test_a_row_with_blank_lines_is_one_document(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     write_json_lines(path, [{"text": "One.\n\nStill one.\n"}, {"text": ""}, {"text": "Two."}])
     manifest = create(tmp_path / "out", path)
@@ -393,7 +393,7 @@ def test_chinese_text_has_masks_in_every_sequence(tmp_path, tokenizer):
     assert share == pytest.approx(0.15, abs=0.015)
 
 
-def test_shards_begun_by_an_earlier_version_are_completed(tmp_path):
+def test_shards_of_an_earlier_version_are_completed(tmp_path):
     """It counted the last line end of a file as it stands: none here."""
     text = tmp_path / "a.txt"
     text.write_text("\n\n".join(["Equal texts."] * 4))
@@ -505,7 +505,7 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize(("text", "values", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
-def test_bad_input_is_named_and_leaves_nothing(tmp_path, capsys, text, values, message):
+def test_invalid_input_is_named_and_leaves_nothing(tmp_path, capsys, text, values, message):
     if text is not None:
         (tmp_path / "a.txt").write_bytes(text)
     line = complaint(capsys, tmp_path / "out", tmp_path / "a.txt", **values)
@@ -531,7 +531,7 @@ def program(output, text, **values):
     return [sys.executable, str(ROOT / "create_pretraining_data.py"), *flags(**values)]
 
 
-def test_no_room_on_the_disk(tmp_path):
+def test_no_space_left_on_the_disk(tmp_path):
     text = tmp_path / "a.txt"
     text.write_bytes(SAMPLE.read_bytes() * 20)
     values = {"num_outputs": 2, "num_workers": 1, "dupe_factor": 3}
@@ -630,7 +630,7 @@ def test_a_complete_folder_is_left_as_it_is(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 100)])
-def test_missing_and_damaged_shards_are_made_again(tmp_path, damage):
+def test_missing_and_damaged_shards_are_rebuilt(tmp_path, damage):
     create(tmp_path / "out", num_outputs=3)
     before = content(tmp_path / "out")
     damage(tmp_path / "out" / "part-00001.npz")
@@ -760,7 +760,7 @@ def test_inspection_shows_words_and_statistics(tmp_path, capsys):
     assert inspect_shards.main([str(tmp_path / "out"), "--num", "0"]) == statistics
 
 
-def test_inspection_wants_the_vocabulary_of_the_shards(tmp_path, capsys):
+def test_inspection_requires_the_vocabulary_of_the_shards(tmp_path, capsys):
     from scripts import inspect_shards
 
     create(tmp_path / "out")

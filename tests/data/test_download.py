@@ -194,7 +194,7 @@ def test_broken_connection_is_continued(server, tmp_path):
     assert len(server.files[path]) < 1200
 
 
-def test_download_goes_on_after_it_was_given_up(server, tmp_path):
+def test_a_download_that_was_given_up_is_resumed(server, tmp_path):
     content = offer(server, "CoLA")
     server.break_after = 100
     with pytest.raises(UserError, match=r"broke off at 300 of \d+ bytes; run this again"):
@@ -214,7 +214,7 @@ def test_server_without_ranges_is_asked_for_the_whole(server, tmp_path):
     assert (tmp_path / "file").read_bytes() == bytes(range(256))
 
 
-def test_part_longer_than_the_file_is_thrown_away(server, tmp_path):
+def test_a_part_longer_than_the_file_is_discarded(server, tmp_path):
     server.files["/file"] = b"short"
     (tmp_path / "file.part").write_bytes(b"much longer than that")
     fetch(f"{server.address}/file", tmp_path / "file")
@@ -340,7 +340,7 @@ def test_a_range_that_was_not_asked_for_is_not_appended(server, tmp_path, conten
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard"])
-def test_a_link_in_the_place_of_a_download_is_not_written_through(server, tmp_path, kind):
+def test_a_link_in_place_of_a_download_is_not_followed(server, tmp_path, kind):
     offer(server, "CoLA")
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -478,7 +478,7 @@ def test_every_task_has_a_source_or_is_on_request():
     assert set(SOURCES) == {*task_names("glue"), *task_names("superglue")}
 
 
-def test_names_stand_for_tasks_and_suites():
+def test_names_select_tasks_and_suites():
     assert expand(["glue", "SST"]) == task_names("glue")
     assert expand(["axb", "RACE-M", "AX-b"]) == ["AX-b", "RACE-M"]
     assert expand(["ALL"]) == task_names()

@@ -179,7 +179,7 @@ DAMAGES = ["cut", "flipped", "lzma", "name", "id", "lengths", "type"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", *DAMAGES])
-def test_a_damaged_file_of_the_cache_is_made_again(tokenizer, tmp_path, damage):
+def test_a_damaged_file_of_the_cache_is_rebuilt(tokenizer, tmp_path, damage):
     first = encode_examples(examples(6), tokenizer, 32, str(tmp_path))
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
@@ -228,7 +228,7 @@ def test_ranks_share_the_encoding(tokenizer, tmp_path, monkeypatch, rank):
     np.testing.assert_array_equal(found.ids, encode_examples(made, tokenizer, 32).ids)
 
 
-def test_what_cannot_be_encoded_is_said(tokenizer, tmp_path):
+def test_what_cannot_be_encoded_is_reported(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"\[1, 2\] inputs"):
         encode_examples([*examples(1), *examples(1, 2)], tokenizer, 32)
     with pytest.raises(UserError, match="--max_len 4: leaves no tokens for 2 texts"):

@@ -135,7 +135,7 @@ def test_skipped_row_without_an_index_column_shifts_nothing_either(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, name, content, message):
+def test_what_is_wrong_is_reported(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, name, "train", content)
 
@@ -204,7 +204,7 @@ def test_label_in_a_test_file_that_is_not_one_counts_as_absent(tmp_path, name, c
         read(tmp_path, name, "train", content)
 
 
-def test_file_of_broken_rows_only_says_so(tmp_path):
+def test_a_file_of_invalid_rows_only_is_reported(tmp_path):
     content = "sentence\tlabel\nfine\t-1\nbad\t-1\n"
     with pytest.raises(UserError, match=r"all 2 rows are broken, the first: .*:2: label '-1'"):
         read(tmp_path, "SST-2", "train", content, skip_bad_rows=True)

@@ -177,7 +177,7 @@ def test_pairs_are_consecutive_sentences_of_one_document():
     assert pairs > 30
 
 
-def test_pairs_are_parted_anywhere():
+def test_pairs_may_be_split_anywhere():
     text = make_text([[10] * 4] * 3000)
     sequences = sequences_of(text, short_seq_prob=0.0, format=SENTENCE_PAIRS)
     middles = [sequence.index(EOS) - 1 for sequence in sequences]

@@ -51,7 +51,7 @@ def test_unknown_cast_is_refused():
         get_task("RACE-H", race_cast="both")
 
 
-def test_noise_of_the_archive_is_passed_over(tmp_path):
+def test_other_files_of_the_archive_are_skipped(tmp_path):
     write(tmp_path, "dev/high/1.txt", article())
     write(tmp_path, "dev/high/.DS_Store", b"\x00\x01")
     write(tmp_path, "dev/high/._1.txt", b"\x00\x05\x16\x07")
@@ -112,7 +112,7 @@ SHORT["options"] = [OPTIONS[:3]]
         (article().encode()[:-1] + b"\xff}", r"is not UTF-8"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, content, message):
+def test_what_is_wrong_is_reported(tmp_path, content, message):
     write(tmp_path, "train/high/1.txt", content)
     with pytest.raises(UserError, match=message):
         get_task("RACE-H").read(tmp_path, "train")

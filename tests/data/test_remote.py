@@ -119,7 +119,7 @@ def test_a_part_is_read_by_ranges(bucket, tmp_path, monkeypatch):
         ("nonsense://x/y", "nonsense://x/y: Protocol not known"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, bucket, capsys, address, message):
+def test_mistakes_are_reported_in_one_line(tmp_path, bucket, capsys, address, message):
     with pytest.raises(SystemExit):
         create(address, tmp_path / "out")
     line = capsys.readouterr().err

@@ -178,7 +178,7 @@ except UserError as error:
 @pytest.mark.parametrize(
     ("tokens", "limit"), [(1 << 20, 1 << 20), (1 << 20, (1 << 21) + 100)], ids=["write", "finish"]
 )
-def test_no_room_on_the_disk(tmp_path, tokens, limit):
+def test_no_space_left_on_the_disk(tmp_path, tokens, limit):
     path = tmp_path / "a.npz"
     command = [sys.executable, "-c", FULL_DISK, str(tokens), str(limit), str(path)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -186,7 +186,7 @@ def test_no_room_on_the_disk(tmp_path, tokens, limit):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_for_the_manifest(tmp_path, monkeypatch):
+def test_no_space_left_for_the_manifest(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
@@ -466,7 +466,7 @@ def test_a_damaged_manifest_is_named(tmp_path, changes, message):
         open_shards(str(tmp_path))
 
 
-def test_manifests_round_trip_and_tell_what_differs(tmp_path):
+def test_manifests_round_trip_and_report_differences(tmp_path):
     write_folder(tmp_path)
     manifest = read_manifest(str(tmp_path))
     one = dataclasses.replace(manifest, arguments={"dupe_factor": 1, "random_seed": 5})

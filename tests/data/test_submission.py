@@ -229,7 +229,7 @@ def test_place_that_cannot_be_written_is_a_user_error(tmp_path):
     assert (tmp_path / "new" / "folder" / "o.zip").exists()
 
 
-def test_missing_files_are_one_line(tmp_path, capsys):
+def test_missing_files_are_a_one_line_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         make_submission.main(["glue", "--runs", str(tmp_path), "--output", str(tmp_path / "o.zip")])
     assert caught.value.code == 1

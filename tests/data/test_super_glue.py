@@ -92,7 +92,7 @@ def test_wsc_marks_its_spans_by_position(tmp_path, text, noun, pronoun, marked):
         ((0, "Nora"), ("5", "she"), r"'span2_index' is '5', expected an integer"),
     ],
 )
-def test_wsc_span_has_to_be_where_its_index_says(tmp_path, noun, pronoun, message):
+def test_wsc_span_must_be_at_its_index(tmp_path, noun, pronoun, message):
     row = wsc("Nora waved to Vera when she left.", noun, pronoun)
     with pytest.raises(UserError, match=message):
         read(tmp_path, "WSC", "train", [row])
@@ -343,7 +343,7 @@ WIC = {"word": "a", "sentence1": "a b", "sentence2": "a", "idx": 0, "label": Tru
         ("ReCoRD", record(0, "Dee", []), "has no entities"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, name, row, message):
+def test_what_is_wrong_is_reported(tmp_path, name, row, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, name, "train", [row])
 

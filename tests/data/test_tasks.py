@@ -199,7 +199,7 @@ def test_the_two_rte_are_not_confused(tmp_path):
     assert get_task("SuperGLUERTE").find(tmp_path, "dev") == tmp_path / "RTE" / "val.jsonl"
 
 
-def test_missing_file_says_where_it_was_looked_for_and_the_cure(tmp_path):
+def test_a_missing_file_is_reported_with_its_path_and_the_cure(tmp_path):
     with pytest.raises(
         UserError,
         match=r"no test set; .*download_data\.py CoLA.*--data_dir; .*glue/CoLA, .* for test\.tsv",

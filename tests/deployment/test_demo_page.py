@@ -71,7 +71,7 @@ def test_a_page_holds_all_that_it_loads(tokenizer, tmp_path, packages, capsys): 
     assert json.loads((page / "model" / "tokenizer.json").read_text("utf-8"))["added_tokens"] == []
 
 
-def test_a_damaged_page_is_seen_by_verify(tmp_path, packages, capsys):  # noqa: F811
+def test_verify_detects_a_damaged_page(tmp_path, packages, capsys):  # noqa: F811
     page = write_page(tmp_path, "classification", "sentencepiece", "--packages", str(packages))
     capsys.readouterr()
     assert verify([str(page)]) == 0
@@ -83,7 +83,7 @@ def test_a_damaged_page_is_seen_by_verify(tmp_path, packages, capsys):  # noqa: 
     assert "transformers.js: its SHA-256 is not that in SHA256SUMS" in capsys.readouterr().out
 
 
-def test_the_page_says_what_the_model_is(tmp_path, packages):  # noqa: F811
+def test_the_page_names_the_kind_of_model(tmp_path, packages):  # noqa: F811
     flags = ("--packages", str(packages))
     found = description(write_page(tmp_path / "a", "classification", "sentencepiece", *flags))
     assert (found["title"], found["labels"], found["fields"]) == ("SST-2", ["0", "1"], ["Sentence"])
@@ -102,7 +102,7 @@ def test_the_page_says_what_the_model_is(tmp_path, packages):  # noqa: F811
     assert found["tokens"][str(blank)] == "Ġ"
 
 
-def test_the_page_fetches_from_nowhere_else():
+def test_the_page_fetches_from_no_other_server():
     text = (PAGE / "index.html").read_text("utf-8")
     (import_map,) = re.findall(r'<script type="importmap">(.*?)</script>', text)
     digest = base64.b64encode(hashlib.sha256(import_map.encode()).digest()).decode()

@@ -101,7 +101,7 @@ def test_without_npm_the_cure_is_named(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_of_npm_is_one_line(tmp_path, monkeypatch):
+def test_a_failure_of_npm_is_a_one_line_error(tmp_path, monkeypatch):
     failing = ['echo "npm error code ENOTFOUND" >&2', 'echo "npm error more" >&2', "exit 1"]
     fake_npm(tmp_path / "bin", monkeypatch, *failing)
     with pytest.raises(UserError, match=r"\(npm error code ENOTFOUND\): run `npm pack ") as error:

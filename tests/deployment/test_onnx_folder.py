@@ -151,7 +151,7 @@ def complaint(capsys: Any, *line: object) -> str:
     return said
 
 
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch):
+def test_mistakes_are_reported_in_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch):
     model = save(tmp_path / "model", "classification", "sentencepiece")
     layout = ("--layout", "huggingface")
     assert "needs --output" in complaint(capsys, model, *layout)

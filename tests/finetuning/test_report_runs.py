@@ -46,7 +46,7 @@ def test_report_of_a_run_and_of_the_set_that_it_predicts(runs, capsys):
     assert capsys.readouterr().out.splitlines()[2] == f"| {' | '.join(own)} |"
 
 
-def test_a_spoilt_submission_is_refused(runs):
+def test_an_invalid_submission_is_refused(runs):
     path = runs / "MNLI" / "MNLI-m.tsv"
     path.write_text(path.read_text().replace("entailment", "perhaps").replace("neutral", "perhaps")
                     .replace("contradiction", "perhaps"))  # fmt: skip

@@ -41,7 +41,7 @@ def training_lines(folder: Path) -> list[dict[str, Any]]:
 # ---- learning ----------------------------------------------------------------------------------
 
 
-def test_it_learns_a_task_that_one_word_decides(reviews, tmp_path):
+def test_a_task_that_one_word_decides_is_learned(reviews, tmp_path):
     found = finetuned(reviews, tmp_path, epochs=8)
     assert found["best"]["accuracy"] == 1.0
     assert found["answers"]["dev"]["metrics"] == {"accuracy": 1.0}
@@ -51,7 +51,7 @@ def test_it_learns_a_task_that_one_word_decides(reviews, tmp_path):
     assert len(found["history"]) == 8
 
 
-def test_it_learns_in_bfloat16_and_predicts_with_its_best_epoch(reviews, tmp_path, bfloat16):
+def test_training_in_bfloat16_learns_and_predicts_with_the_best_epoch(reviews, tmp_path, bfloat16):
     found = finetuned(reviews, tmp_path, epochs=8, dtype="bfloat16")
     assert found["best"]["accuracy"] == 1.0
     # Made by the best parameters, read back: so were the copies that are multiplied.
@@ -80,7 +80,7 @@ def test_the_head_starts_as_asked(reviews, tmp_path, init):
     assert np.abs(run.classifier.network.bort.word_embed[0].weight.data().asnumpy()).max() < 0.2
 
 
-def test_a_pretrained_body_brings_weights_shape_and_vocabulary(reviews, tmp_path):
+def test_a_pretrained_body_supplies_weights_shape_and_vocabulary(reviews, tmp_path):
     from bort.saved_model import ModelConfig, build_network, save_model
     from bort.tokenization import SAMPLE_MODEL, TokenizerSettings, load_tokenizer
 
@@ -271,7 +271,7 @@ class KilledError(Exception):
     "batches", [pytest.param(5, marks=SLOW), 12, 17, pytest.param(30, marks=SLOW)]
 )
 @pytest.mark.parametrize("interval", [None, 2])
-def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
+def test_a_killed_run_is_bit_identical_to_an_uninterrupted_one(
     reviews, tmp_path, undisturbed, batches, interval
 ):
     from bort.finetuning import run as finetuning
@@ -464,7 +464,7 @@ def complaint(capsys: Any, line: list[str]) -> str:
         ({"dropout": "nan"}, "--dropout nan"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(reviews, tmp_path, capsys, flags, says):
+def test_a_mistake_is_named_in_one_line(reviews, tmp_path, capsys, flags, says):
     flags = dict(flags)
     data_dir = flags.pop("data_dir", reviews)
     assert says in complaint(capsys, arguments(data_dir, tmp_path / "out", **flags))

@@ -226,7 +226,7 @@ def start_in_background(tried, *flags):
     raise AssertionError("no run was started")
 
 
-def test_a_killed_sweep_takes_its_runs_along(tried):
+def test_a_killed_sweep_ends_its_runs(tried):
     process = start_in_background(tried)
     process.kill()
     process.wait()
@@ -364,7 +364,7 @@ def test_published_space():
         ("lr: ['\xe4']", "lr: 'ä' is no float"),
     ],
 )
-def test_grids_that_are_none(tmp_path, content, message):
+def test_invalid_grids_are_refused(tmp_path, content, message):
     path = tmp_path / "grid.yaml"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as error:

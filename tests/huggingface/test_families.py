@@ -344,7 +344,7 @@ def saved(kind: str = "masked_lm", **others: Any) -> SavedModel:
 
 @pytest.mark.parametrize("family", [None, "roberta"])
 @pytest.mark.parametrize("kind", ["masked_lm", "classification", "multiple_choice"])
-def test_what_came_in_goes_out_and_comes_back(tmp_path, kind, family):
+def test_import_export_and_import_again_keep_the_model(tmp_path, kind, family):
     labels = {"labels": ("no", "yes"), "num_outputs": 1 if kind == "multiple_choice" else 2}
     model = saved(kind, **({} if kind == "masked_lm" else labels))
     architecture = write(str(tmp_path), model, family)
@@ -379,7 +379,7 @@ def test_tokenizer_json_gives_our_ids(tmp_path):
     assert pair.ids[-2:] == [model.tokenizer.mask_id, 3]
 
 
-def test_mean_pooling_has_no_class_there(tmp_path):
+def test_mean_pooling_has_no_class_in_transformers(tmp_path):
     model = saved("classification", labels=("a", "b"), num_outputs=2, pooling="mean")
     with pytest.raises(UserError, match="was trained with --pooling mean"):
         write(str(tmp_path), model)
@@ -661,7 +661,7 @@ def electra_tensors() -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "paraphrase-MiniLM-L3-v2", "bert-tiny"])
 @pytest.mark.parametrize("token_types", ["keep", "fold"])
-def test_real_models_there_and_back(real, tmp_path, name, token_types):
+def test_real_models_survive_the_round_trip(real, tmp_path, name, token_types):
     pytest.importorskip("transformers")
     pytest.importorskip("torch")
     from bort.huggingface.check import compare

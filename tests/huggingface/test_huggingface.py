@@ -251,7 +251,7 @@ def test_half_precision_is_widened(there):
     assert {values.dtype.name for values in found.values()} == {"float32"}
 
 
-def test_copies_and_what_has_no_effect_are_passed_over(there):
+def test_copies_and_what_has_no_effect_are_skipped(there):
     more = {
         "lm_head.decoder.weight": there["roberta.embeddings.word_embeddings.weight"],
         "roberta.embeddings.position_ids": np.arange(514)[None],
@@ -373,7 +373,7 @@ def saved_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("merges", ["as one word", "as pairs"])
-def test_a_byte_level_tokenizer_comes_back_from_its_json_alone(tmp_path, bpe, merges):
+def test_a_byte_level_tokenizer_is_restored_from_its_json_alone(tmp_path, bpe, merges):
     content = saved_tokenizer(bpe, tmp_path)["tokenizer.json"]
     (tmp_path / "vocab.json").unlink()
     (tmp_path / "merges.txt").unlink()
@@ -383,7 +383,7 @@ def test_a_byte_level_tokenizer_comes_back_from_its_json_alone(tmp_path, bpe, me
     assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
 
 
-def test_a_sentencepiece_vocabulary_comes_back_from_its_own_file(tmp_path, sample):
+def test_a_sentencepiece_vocabulary_is_restored_from_its_own_file(tmp_path, sample):
     saved_tokenizer(sample, tmp_path)
     assert read_tokenizer(str(tmp_path)).fingerprint == sample.fingerprint
     (tmp_path / "tokenizer.model").unlink()
@@ -459,7 +459,7 @@ def alone(monkeypatch) -> None:
 
 @EVERY
 @pytest.mark.usefixtures("alone")
-def test_there_and_back_keeps_every_bit_and_the_card(tmp_path, sample, kind, family, capsys):
+def test_the_round_trip_keeps_every_bit_and_the_card(tmp_path, sample, kind, family, capsys):
     network = saved(tmp_path / "model", kind, sample)
     there, again = tmp_path / "there", tmp_path / "again"
     assert convert([str(tmp_path / "model"), "--output", str(there), "--family", family]) is None
@@ -530,7 +530,7 @@ def test_the_model_card_has_no_local_paths():
     assert "| precision/recall | 0.1 / 0.2 |" in text
 
 
-def test_the_model_card_says_what_is_not_known():
+def test_the_model_card_names_what_is_not_known():
     model_config = ModelConfig(
         model=MODEL, vocab_size=9, tokenizer_fingerprint="f", kind="masked_lm"
     )
@@ -555,7 +555,7 @@ def complaint(capsys, main: Any, *line: object) -> str:
 
 
 @pytest.mark.usefixtures("alone")
-def test_what_cannot_go_there_is_one_line(tmp_path, sample, capsys):
+def test_what_cannot_be_exported_is_a_one_line_error(tmp_path, sample, capsys):
     output = tmp_path / "there"
     saved(tmp_path / "extra", "classification", sample, extra_layer=True)
     said = complaint(capsys, convert, tmp_path / "extra", "--output", output)
@@ -595,7 +595,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
 
 
-def test_what_cannot_come_back_is_one_line(tmp_path, folder, capsys):
+def test_what_cannot_be_imported_is_a_one_line_error(tmp_path, folder, capsys):
     def said(**changes: Any) -> str:
         damaged = tmp_path / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
@@ -728,7 +728,7 @@ class FakeTensor:
         ({3: FakeTensor(1)}, "3 is a FakeTensor, expected a tensor"),
     ],
 )
-def test_torch_files_that_hold_no_weights_are_one_line(tmp_path, monkeypatch, loaded, message):
+def test_torch_files_without_weights_are_a_one_line_error(tmp_path, monkeypatch, loaded, message):
     def load(path: str, map_location: str, weights_only: bool) -> Any:
         assert weights_only
         if isinstance(loaded, Exception):
@@ -757,7 +757,7 @@ def test_a_pointer_in_place_of_the_tokenizer_is_named(tmp_path, folder, capsys):
     assert "tokenizer.model: is a git-lfs pointer" in said
 
 
-def test_a_folder_of_others_is_named_by_its_shape(tmp_path, folder):
+def test_a_folder_of_another_program_is_named_by_its_shape(tmp_path, folder):
     """Without our entry in config.json: labels and lengths are what transformers calls them."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del content["bort"]
@@ -852,7 +852,7 @@ def test_a_masked_lm_reads_its_mask(tmp_path, kind, request, transformers):
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_a_roberta_of_transformers_comes_back(tmp_path, bpe, transformers, weights):
+def test_a_roberta_of_transformers_survives_the_round_trip(tmp_path, bpe, transformers, weights):
     """Made by transformers, with all that it draws: its token type is not zero."""
     import torch
 
@@ -895,7 +895,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path, folder, transformers, capsys
 
 
 @EVERY
-def test_what_transformers_saves_again_comes_back_to_the_bit(
+def test_what_transformers_saves_again_is_imported_bit_identically(
     tmp_path, bpe, kind, family, transformers
 ):
     """Its own save_pretrained leaves out defaults and writes its own tokenizer files."""

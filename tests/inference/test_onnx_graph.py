@@ -255,7 +255,7 @@ def complaint(capsys: Any, *line: object) -> str:
     return said
 
 
-def test_mistakes_are_one_line_and_leave_nothing(saved, tmp_path, capsys):
+def test_mistakes_are_reported_in_one_line_and_leave_nothing(saved, tmp_path, capsys):
     assert "absent: not found" in complaint(capsys, tmp_path / "absent")
     output = tmp_path / "absent" / "best.onnx"
     assert f"{output}: there is no folder" in complaint(capsys, saved, "--output", output)

@@ -267,7 +267,7 @@ def test_standard_input(tmp_path, tokenizer, capfdbinary, monkeypatch):
         ("ReCoRD", "a\tb\tc\n", r"in:1: has no @placeholder in its second text"),
     ],
 )
-def test_bad_lines_are_named_and_nothing_is_left(
+def test_invalid_lines_are_named_and_nothing_is_left(
     tmp_path, tokenizer, capsys, task, content, message
 ):
     saved(tmp_path, tokenizer, task)
@@ -298,7 +298,7 @@ def test_bad_lines_are_named_and_nothing_is_left(
         (["--output", str(DATA)], r"test_data: is a folder; name a file"),
     ],
 )
-def test_bad_flags_are_named(tmp_path, tokenizer, capsys, flags, message):
+def test_invalid_flags_are_named(tmp_path, tokenizer, capsys, flags, message):
     saved(tmp_path, tokenizer)
     given = ["--model_parameters", str(tmp_path), "--input", str(ROOT / "LICENSE")]
     with pytest.raises(SystemExit):
@@ -318,7 +318,7 @@ def test_a_pretrained_model_has_no_answers(tmp_path, tokenizer):
         list(predict(str(tmp_path), ["a"]))
 
 
-def test_another_runtime_says_the_same(tmp_path, tokenizer, capfdbinary):
+def test_another_runtime_gives_the_same_answers(tmp_path, tokenizer, capfdbinary):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     saved(tmp_path, tokenizer)
@@ -471,7 +471,7 @@ def test_every_form_refuses_the_same(tmp_path, tokenizer, capsys, task, content,
     assert len(line) < 500
 
 
-def test_a_smiley_is_text_where_the_flag_says_so(tmp_path, tokenizer, capfdbinary):
+def test_a_smiley_is_text_where_the_flag_asks_for_it(tmp_path, tokenizer, capfdbinary):
     saved(tmp_path, tokenizer)
     path = first_line(tmp_path, '{"} is a smiley\n')
     (line,) = run(capfdbinary, tmp_path, "--input", str(path), "--input_format", "text")
@@ -646,7 +646,7 @@ def test_texts_that_cannot_be_filled(tmp_path, tokenizer, text, message):
 # ---- whole runs ----------------------------------------------------------------------------------
 
 
-def test_a_trained_model_gives_the_answers_it_has_learnt(tmp_path, capfdbinary):
+def test_a_trained_model_gives_the_answers_of_its_training(tmp_path, capfdbinary):
     folder = tmp_path / "data" / "SST-2"
     folder.mkdir(parents=True)
     words = {"1": ("old man", "sea", "light"), "0": ("rain", "snow", "market")}

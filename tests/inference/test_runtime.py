@@ -274,7 +274,7 @@ def refusal(path: object, name: str) -> str:
     return line
 
 
-def test_what_cannot_be_run_is_one_line(quantized, tmp_path):
+def test_what_cannot_be_run_is_a_one_line_error(quantized, tmp_path):
     parameters = save_classifier(tmp_path)
     assert "no int8 model; make it with scripts/quantize.py" in refusal(tmp_path, "onnx-int8")
     assert "runtime 'tensorrt': expected one of mxnet, " in refusal(tmp_path, "tensorrt")
@@ -345,7 +345,7 @@ def test_int8_files_of_before_the_sha256_are_read_with_care(quantized, tmp_path)
         assert f"{record}: " in refusal(folder, "mxnet-int8")
 
 
-def test_an_onnx_file_that_is_not_ours_is_one_line(tmp_path):
+def test_an_onnx_file_of_another_program_is_a_one_line_error(tmp_path):
     path = tmp_path / "other.onnx"
     inputs = [helper.make_tensor_value_info(name, 7, ["n"]) for name in ("input_ids", "mask")]
     output = helper.make_tensor_value_info("scores", 7, ["n"])
@@ -372,7 +372,7 @@ def test_an_onnx_file_that_is_not_ours_is_one_line(tmp_path):
 # ---- scripts/quantize.py -------------------------------------------------------------------------
 
 
-def test_the_record_says_how_the_models_were_made(quantized):
+def test_the_record_holds_how_the_models_were_made(quantized):
     record = runtime.read_json(str(quantized / "int8" / "best.json"))
     assert record["mxnet-int8"]["calibration"] == {"task": "SST-2", "split": "train", "inputs": 8}
     assert [check["runtime"] for check in record["checks"]] == list(available_backends())
@@ -429,7 +429,7 @@ def complaint(capsys: Any, *line: object) -> str:
     return said
 
 
-def test_mistakes_are_one_line_and_keep_what_was_there(quantized, tmp_path, capsys):
+def test_mistakes_are_reported_in_one_line_and_keep_what_was_there(quantized, tmp_path, capsys):
     shutil.copytree(quantized, tmp_path / "copy")
     before = sorted(path.name for path in (tmp_path / "copy" / "int8").iterdir())
     folder = tmp_path / "copy"

@@ -266,7 +266,7 @@ def test_spaces_of_a_file(tmp_path):
         ("layers: [1\n", "is not YAML"),
     ],
 )
-def test_files_that_are_no_space(tmp_path, text, message):
+def test_invalid_space_files_are_refused(tmp_path, text, message):
     path = tmp_path / "space.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):

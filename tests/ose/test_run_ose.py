@@ -168,13 +168,13 @@ def test_latency_is_listed_with_its_correlation(capsys, tmp_path, monkeypatch):
         ([], "errors.csv: contains no errors"),
     ],
 )
-def test_bad_errors_are_named_by_line(capsys, tmp_path, lines, message):
+def test_invalid_errors_are_named_by_line(capsys, tmp_path, lines, message):
     path = write_errors(tmp_path, *lines)
     assert message in complaint(capsys, "--errors", path, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_other_bad_input(capsys, tmp_path):
+def test_other_invalid_input(capsys, tmp_path):
     (tmp_path / "other.csv").write_text("name,loss\n")
     wrong = [
         ([], "nothing to do: give --list, --explain"),

@@ -108,7 +108,7 @@ def test_maximum_point_is_the_largest_and_never_trained():
     assert (last.architecture, last.w, last.error, last.errors) == ((8, 8), 0.0, None, ())
 
 
-def test_maximum_point_may_lie_outside_but_not_below():
+def test_the_maximum_point_may_be_outside_but_not_below():
     result = search(maximum_point=(20, 20))
     assert result.maximum_point == Member((20, 20), size((20, 20)), cost((20, 20)))
     assert all(row.w > 0 for row in result.table)
@@ -270,7 +270,7 @@ def test_one_failed_repeat_fails_the_candidate():
 @pytest.mark.parametrize(
     "options", [{"stride": 0}, {"stride": 65}, {"repeats": 0}, {"hparams": []}], ids=str
 )
-def test_senseless_settings_are_refused(options):
+def test_invalid_settings_are_refused(options):
     with pytest.raises(UserError):
         search(**options)
 
@@ -370,7 +370,7 @@ def _lines(path):
     return path.read_text().splitlines()
 
 
-def test_measurements_of_an_interrupted_search_are_not_made_again(tmp_path):
+def test_measurements_of_an_interrupted_search_are_reused(tmp_path):
     calls = []
 
     def error(architecture, steps, hparams, generator):
@@ -471,7 +471,7 @@ DAMAGE = [b"{", b'{"candidate": "a"}', b"7", b"\xff\xfe", b"[" * 100_000, b""]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
-def test_a_damaged_line_costs_its_own_measurement_only(tmp_path, capsys, damage):
+def test_a_damaged_line_loses_only_its_own_measurement(tmp_path, capsys, damage):
     expected = search(noisy_error, stride=8, journal=SearchJournal(str(tmp_path), {}))
     path = tmp_path / "journal-0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -558,7 +558,7 @@ def test_abnc_names_what_fails():
     ]
 
 
-def test_abnc_wants_one_largest_member():
+def test_abnc_requires_one_largest_member():
     costs = {(1, 20): 3, (2, 20): 9, (3, 20): 4}
     members = ordered(costs, size, costs.get)
     assert largest(members).architecture == (3, 20)

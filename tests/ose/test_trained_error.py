@@ -137,7 +137,7 @@ def test_the_modes_set_optimiser_and_rate():
     assert bound[0]["weight_bound"] == 0.2
 
 
-def test_senseless_requests_are_refused(data, tmp_path, capsys):
+def test_invalid_requests_are_refused(data, tmp_path, capsys):
     write_shards(tmp_path / "other", [4], seed=3, fingerprint="two")
     wrong = [
         ({"data_eval": ""}, "--data and --data_eval go together"),
@@ -266,7 +266,7 @@ def test_the_error_may_be_the_masked_lm_loss(data, tmp_path, in_process):
     assert given == pytest.approx(expected, rel=1e-5)
 
 
-def test_theory_mode_learns_within_the_bound(data, tmp_path, in_process):
+def test_theory_mode_trains_within_the_bound(data, tmp_path, in_process):
     grid = {"mode": "theory", "grid": "lr=0.3 weight_bound=0.9"}
     settings = settings_of(data, loss="mlm", data_eval=f"{data}/train", **grid)
     (hparams,) = settings.hyperparameters()
@@ -283,7 +283,7 @@ def test_theory_mode_learns_within_the_bound(data, tmp_path, in_process):
     assert not np.load(tmp_path / "60" / "checkpoint_last" / "trainer.npz").files
 
 
-def test_a_run_told_to_stop_gives_no_error(data, tmp_path, monkeypatch):
+def test_a_run_that_was_asked_to_stop_raises_no_error(data, tmp_path, monkeypatch):
     from bort.training.loop import Loop
 
     monkeypatch.setattr(Loop, "_stop_agreed", lambda run: True)
@@ -301,7 +301,7 @@ def test_candidates_have_processes_with_the_threads_and_caps_of_the_flags(data):
 # ---- T -----------------------------------------------------------------------------------------
 
 
-def test_t_goes_on_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
+def test_the_training_of_t_resumes_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
     settings = settings_of(data, teacher_steps=9)
     monkeypatch.setattr(ose_training, "TEACHER_INTERVAL", 3)
     undisturbed = prepare_teacher(settings, TOP, 1, str(tmp_path / "a"))

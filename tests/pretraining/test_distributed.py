@@ -134,22 +134,20 @@ def test_only_rank_0_writes(on_two_ranks):
     assert [path.name for path in on_two_ranks.iterdir()] == ["0"]
 
 
-def test_two_ranks_go_on_from_one(data, tmp_path, on_one_rank, on_two_ranks):
+def test_two_ranks_resume_a_run_of_one(data, tmp_path, on_one_rank, on_two_ranks):
     shutil.copytree(on_one_rank, tmp_path / "0", symlinks=True)
     two_ranks(data, tmp_path, start_step=10)
     assert_agree(tmp_path / "0", on_two_ranks / "0")
 
 
-def test_one_rank_goes_on_from_two(data, tmp_path, on_two_ranks):
+def test_one_rank_resumes_a_run_of_two(data, tmp_path, on_two_ranks):
     folder = tmp_path / "run"
     shutil.copytree(on_two_ranks / "0", folder, symlinks=True)
     finished_run(data, ckpt_dir=folder, start_step=10, **run_flags(data))
     assert_agree(folder, on_two_ranks / "0")
 
 
-def test_told_to_stop_on_one_rank_and_resumed_two_ranks_end_bit_for_bit_alike(
-    data, tmp_path, on_two_ranks
-):
+def test_two_ranks_stopped_by_one_and_resumed_are_bit_identical(data, tmp_path, on_two_ranks):
     program = tmp_path / "stopped.py"
     program.write_text(textwrap.dedent(STOPPED_PROGRAM))
     folder = tmp_path / "run"

@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_resumed_run_has_the_masks_of_an_undisturbed_one(data, tmp_path):
+def test_a_resumed_run_has_the_masks_of_an_uninterrupted_one(data, tmp_path):
     per_epoch = make_run(data).job.stream.source.batches_per_epoch
     flags = {"dynamic_masking": True, "num_steps": 3 * per_epoch, "ckpt_interval": 3}
     undisturbed = finished_run(data, ckpt_dir=tmp_path / "undisturbed", **flags)

@@ -109,7 +109,7 @@ def elastic_flags(tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed_rank", [0, 1])
-def test_the_other_rank_goes_on_alone(data, tmp_path, monkeypatch, undisturbed, killed_rank):
+def test_the_other_rank_continues_alone(data, tmp_path, monkeypatch, undisturbed, killed_rank):
     monkeypatch.setenv("SECONDS_ALONE", "0")
     done = mortal_run(data, tmp_path, elastic_flags(tmp_path), killed_rank, elastic=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -122,7 +122,7 @@ def test_the_other_rank_goes_on_alone(data, tmp_path, monkeypatch, undisturbed, 
 
 
 @pytest.mark.slow
-def test_a_killed_rank_comes_back(data, tmp_path, monkeypatch, undisturbed):
+def test_a_killed_rank_rejoins(data, tmp_path, monkeypatch, undisturbed):
     monkeypatch.setenv("SECONDS_ALONE", "0.5")
     flags = [*elastic_flags(tmp_path), "--blacklist-cooldown-range", "1", "3"]
     done = mortal_run(data, tmp_path, flags, killed_rank=1, elastic=True)
@@ -132,7 +132,7 @@ def test_a_killed_rank_comes_back(data, tmp_path, monkeypatch, undisturbed):
     assert_same_training(run, weights(run), undisturbed, weights(undisturbed))
 
 
-def test_without_elastic_the_job_ends_names_the_rank_and_leaves_a_good_checkpoint(
+def test_without_elastic_the_job_ends_names_the_rank_and_leaves_a_valid_checkpoint(
     data, tmp_path, monkeypatch
 ):
     from bort import checkpoint

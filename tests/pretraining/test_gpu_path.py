@@ -249,7 +249,9 @@ def test_a_gpu_trains_like_the_cpu(data, tmp_path, gpu):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_resumed_run_on_a_gpu_draws_the_dropout_of_an_undisturbed_one(data, tmp_path, gpu, dtype):
+def test_a_resumed_run_on_a_gpu_draws_the_dropout_of_an_uninterrupted_one(
+    data, tmp_path, gpu, dtype
+):
     flags = {"gpus": "0", "dtype": dtype, "dropout": 0.3, "ckpt_interval": 5, "num_steps": 10}
     whole = finished_run(data, ckpt_dir=tmp_path / "whole", **flags)
     resumed = make_run(data, ckpt_dir=tmp_path / "whole", **flags, start_step=5)

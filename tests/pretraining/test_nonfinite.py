@@ -172,7 +172,7 @@ def test_the_program_ends_with_one_line_and_status_1(data, tmp_path):
 # ---- skip --------------------------------------------------------------------------------------
 
 
-def test_skipping_goes_on_and_says_so(data, tmp_path, monkeypatch, capsys):
+def test_skipping_continues_and_is_reported(data, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, [1, 6, STEPS - 1])
     run = finished_run(data, **flags(tmp_path, on_nonfinite="skip"))
     assert run.progress.step == STEPS
@@ -182,7 +182,7 @@ def test_skipping_goes_on_and_says_so(data, tmp_path, monkeypatch, capsys):
     assert len(list(tmp_path.glob("nonfinite-*.npz"))) == 3
 
 
-def test_a_stopped_run_goes_on_by_skipping(data, tmp_path, monkeypatch):
+def test_a_stopped_run_is_resumed_by_skipping(data, tmp_path, monkeypatch):
     poison(monkeypatch, [6])
     undisturbed = finished_run(data, **flags(tmp_path / "skipped", on_nonfinite="skip"))
     folder = tmp_path / "stopped"

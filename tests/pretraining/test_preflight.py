@@ -78,7 +78,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()}
 
 
-def test_a_good_run_is_described(data, tmp_path, capsys):
+def test_a_complete_run_is_described(data, tmp_path, capsys):
     import gluonnlp
     import mxnet
 
@@ -227,7 +227,7 @@ def test_two_ranks_are_checked_together(data, tmp_path):
     ("built", "said"),
     [(True, ", NCCL, works"), (False, ", without NCCL: GPU gradients go through")],
 )
-def test_it_is_said_how_gradients_of_gpus_travel(monkeypatch, built, said):
+def test_the_way_of_gradients_between_gpus_is_reported(monkeypatch, built, said):
     package = types.ModuleType("horovod")
     package.__version__ = "0.28.1"
     package.mxnet = types.SimpleNamespace(nccl_built=lambda: built)

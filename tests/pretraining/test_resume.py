@@ -118,7 +118,7 @@ def test_sigterm_ends_an_evaluation_between_two_batches(
     assert (digest(resumed), metrics(tmp_path), state_of(tmp_path)) == undisturbed
 
 
-def test_model_json_tells_the_best_loss_of_its_own_evaluation(data, tmp_path):
+def test_model_json_has_the_best_loss_of_its_own_evaluation(data, tmp_path):
     finished_run(data, **flags(data, tmp_path))
     path = tmp_path / "checkpoint_last"
     told = json.loads((path / "model.json").read_text())["details"]["metrics"]
@@ -146,7 +146,7 @@ def test_what_a_resumed_run_cannot_change_is_refused_by_name(
 
 
 @pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("auto", "float32")])
-def test_checkpoints_are_float32_whatever_the_products_are(data, tmp_path, bfloat16, before, after):
+def test_checkpoints_are_float32_for_every_type_of_product(data, tmp_path, bfloat16, before, after):
     run = finished_run(data, ckpt_dir=tmp_path, num_steps=2, dtype=before)
     path = checkpoint.latest(str(tmp_path)).model_path
     assert {array.dtype for array in read_arrays(path).values()} == {np.dtype("float32")}
@@ -187,7 +187,7 @@ def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path):
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b'{"step": "x"}\n', b"{}\n", b"\n"])
-def test_a_foreign_line_in_the_metrics_never_blocks_a_resume(data, tmp_path, capsys, line):
+def test_an_unknown_line_in_the_metrics_does_not_prevent_resuming(data, tmp_path, capsys, line):
     given = {"ckpt_dir": tmp_path, "num_steps": 10, "ckpt_interval": 5, "log_interval": 5}
     finished_run(data, **given)
     path = tmp_path / "metrics.jsonl"
@@ -245,7 +245,7 @@ def test_a_second_writer_of_a_run_is_refused(data, tmp_path, capsys):
     ],
 )
 @pytest.mark.parametrize("check", [False, True])
-def test_a_run_that_cannot_be_is_one_line_before_anything_is_loaded(
+def test_an_impossible_run_is_a_one_line_error_before_anything_is_loaded(
     tmp_path, monkeypatch, capsys, given, named, check
 ):
     from run_pretraining_distillation import main

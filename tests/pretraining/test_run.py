@@ -110,7 +110,7 @@ class OneOfTwo:
         return values
 
 
-def test_evaluation_is_that_of_float64_numpy_whatever_the_batches_and_ranks(data, tmp_path):
+def test_evaluation_equals_float64_numpy_for_any_batches_and_ranks(data, tmp_path):
     from bort.communicator import SingleProcess
     from bort.pretraining.evaluation import evaluate
     from data.shards import open_shards
@@ -181,7 +181,7 @@ def test_bodies_of_other_options_are_student_and_teacher(data, tmp_path):
             make_run(data, ckpt_dir=tmp_path / "other", **{**given, flag: shape})
 
 
-def test_distillation_brings_the_student_nearer_to_its_teacher(data, tmp_path):
+def test_distillation_lowers_the_divergence_from_the_teacher(data, tmp_path):
     run = make_run(
         data,
         ckpt_dir=tmp_path,
@@ -300,7 +300,7 @@ def test_the_run_leaves_its_settings_metrics_and_checkpoints(data, tmp_path):
     assert [step for phase, step in lines if phase == "eval"] == [0, 6, 12, 18, 20]
 
 
-def test_every_metric_line_says_where_the_time_went(data, tmp_path):
+def test_every_metric_line_has_the_time_per_phase(data, tmp_path):
     finished_run(data, ckpt_dir=tmp_path, num_steps=12, log_interval=5, **teacher_flags(data))
     written = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [line for line in map(json.loads, written) if line["phase"] == "train"]
@@ -335,7 +335,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(data, tmp_path)
     }
 
 
-def test_a_resumed_run_remembers_its_best(data, tmp_path):
+def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path):
     flags = {
         "data_eval": data / "test",
         "eval_interval": 2,
@@ -428,7 +428,7 @@ def run_killed_at(data, folder, batches, **flags) -> None:
         pytest.param("openvino", 11, marks=NEEDS_OPENVINO),
     ],
 )
-def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(
+def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     data, tmp_path, undisturbed, bfloat16, configuration, batches
 ):
     flags = resumable_flags(data, configuration)
@@ -449,14 +449,14 @@ def test_resumed_again_and_again_across_the_ends_of_epochs(data, tmp_path, undis
     assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
 
 
-def test_dropout_and_seed_matter_to_the_bits(data, tmp_path, undisturbed):
+def test_dropout_and_seed_change_the_result(data, tmp_path, undisturbed):
     flags = resumable_flags(data, "plain")
     for name, other in (("dropout", 0.0), ("seed", 10)):
         run = finished_run(data, ckpt_dir=tmp_path / name, **{**flags, name: other})
         assert digest(run) != undisturbed("plain")[0]
 
 
-def test_start_step_goes_on_from_that_step_and_forgets_the_later_ones(data, tmp_path, undisturbed):
+def test_start_step_resumes_from_that_step_and_drops_the_later_ones(data, tmp_path, undisturbed):
     flags = {**resumable_flags(data, "plain"), "keep_checkpoints": 10}
     run_killed_at(data, tmp_path, 13, **flags)
     run_killed_at(data, tmp_path, 1, start_step=8, **flags)
@@ -486,21 +486,21 @@ def test_a_finished_run_resumed_does_nothing_more(data, tmp_path, undisturbed):
         ({"data": "test"}, "--data test: not the checkpoint's shards"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_batches(data, tmp_path, monkeypatch, changed, named):
+def test_a_run_is_not_resumed_with_other_batches(data, tmp_path, monkeypatch, changed, named):
     finished_run(data, ckpt_dir=tmp_path, num_steps=1)
     monkeypatch.chdir(data)
     with pytest.raises(UserError, match=named):
         finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True, **changed)
 
 
-def test_a_run_does_not_go_on_in_the_order_of_another_version(data, tmp_path, monkeypatch):
+def test_a_run_with_the_order_of_another_version_is_not_resumed(data, tmp_path, monkeypatch):
     finished_run(data, ckpt_dir=tmp_path, num_steps=4)
     monkeypatch.setattr("bort.training.loop.SAMPLER_VERSION", 99)
     with pytest.raises(UserError, match="drawn in the order of another version; start a new run"):
         make_run(data, ckpt_dir=tmp_path, num_steps=8, resume=True).run()
 
 
-def test_a_moved_run_goes_on_from_moved_shards(data, tmp_path):
+def test_a_moved_run_resumes_from_moved_shards(data, tmp_path):
     finished_run(data, ckpt_dir=tmp_path / "here", num_steps=1)
     shutil.copytree(data / "train", tmp_path / "shards")
     (tmp_path / "here").rename(tmp_path / "there")
@@ -508,7 +508,7 @@ def test_a_moved_run_goes_on_from_moved_shards(data, tmp_path):
     assert finished_run(data, resume=True, **flags).progress.step == 2
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(data, tmp_path, undisturbed):
+def test_a_damaged_newest_checkpoint_is_skipped(data, tmp_path, undisturbed):
     flags = resumable_flags(data, "plain")
     run_killed_at(data, tmp_path, 11, **flags)
     damaged = tmp_path / "step-0000008" / "trainer.npz"
@@ -558,7 +558,7 @@ def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
 
 
 @pytest.mark.slow  # 9 s: three processes; the test above stops runs in this process
-def test_processes_told_to_stop_and_killed_leave_the_bits_of_an_undisturbed_run(data, tmp_path):
+def test_stopped_and_killed_processes_leave_the_bytes_of_an_uninterrupted_run(data, tmp_path):
     flags = {"num_steps": 240, "ckpt_interval": 20, "log_interval": 2, "seed": 4}
     expected = finished_run(data, ckpt_dir=tmp_path / "expected", **flags)
     folder = tmp_path / "disturbed"
@@ -617,7 +617,7 @@ def complaint(capsys, status: int, line: list[str]) -> str:
         ({"dropout": 1.0}, "--dropout 1.0"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(data, tmp_path, monkeypatch, capsys, flags, named):
+def test_a_mistake_is_named_in_one_line(data, tmp_path, monkeypatch, capsys, flags, named):
     monkeypatch.chdir(tmp_path)
     write_shards("other", sizes=(3,), seed=1, fingerprint="another")
     foreign = {"data": "other", "ckpt_dir": "foreign", "num_steps": 1}
@@ -632,7 +632,7 @@ def test_a_mistake_is_one_line_that_names_it(data, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("line", "named"), [(["--lr", "1"], "--data"), (["--data", "x", "--lr", "fast"], "--lr")]
 )
-def test_a_command_line_that_cannot_be_read_is_one_line(capsys, line, named):
+def test_an_unreadable_command_line_is_a_one_line_error(capsys, line, named):
     assert named in complaint(capsys, 2, line)
 
 

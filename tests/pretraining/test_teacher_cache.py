@@ -130,7 +130,7 @@ def distance(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return (squares / sum(float((a**2).sum()) for a in one)) ** 0.5
 
 
-def test_float32_is_the_live_teacher_bit_for_bit_in_batches_of_one_sequence(data, tmp_path):
+def test_a_float32_cache_is_bit_identical_to_the_live_teacher_in_batches_of_one(data, tmp_path):
     """With more, the last bits of a row depend on its place in the batch: a product of matrices
     computes the rows that are left over after its blocks by another kernel, on AVX2 for one.
     """
@@ -177,7 +177,7 @@ def test_the_evaluation_is_the_live_teachers(data, tmp_path, cache):
     assert found[0]["teacher_accuracy"] == found[1]["teacher_accuracy"]
 
 
-def test_a_float16_cache_takes_half_the_space_and_says_how_much(data, tmp_path, cache, capsys):
+def test_a_float16_cache_takes_half_the_space_and_prints_its_size(data, tmp_path, cache, capsys):
     size = build(build_line(data, tmp_path / "cache", dtype="float16"))
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'cache'}: 0.0 MB for 32 sequences")
     rows = sum(len(np.load(path)) for path in cache.glob("*.npy"))
@@ -218,7 +218,7 @@ def partials(folder: Path) -> list[Path]:
     return list(folder.glob("*.partial"))
 
 
-def test_a_build_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(data, tmp_path, cache):
+def test_a_killed_build_resumes_and_writes_the_same_bytes(data, tmp_path, cache):
     program = tmp_path / "dying.py"
     program.write_text(textwrap.dedent(DYING_BUILD))
     folder = tmp_path / "cache"
@@ -239,7 +239,7 @@ def test_a_build_killed_in_the_middle_goes_on_and_ends_with_the_same_bytes(data,
     ("batches", "more", "start"),
     [(0, -200, 0), (0, -60, 0), (0, 0, 0), (0, 1, 0), (1, 7, 4), (2, -1, 4), (2, 0, 8)],
 )
-def test_goes_on_from_a_file_cut_anywhere(data, tmp_path, cache, monkeypatch, batches, more, start):
+def test_a_file_cut_anywhere_is_continued(data, tmp_path, cache, monkeypatch, batches, more, start):
     """The file ends `more` bytes after that number of whole batches of 4."""
     from data.shards import open_shards
 
@@ -327,7 +327,7 @@ def starts_of_builds(monkeypatch) -> list[int]:
     return starts
 
 
-def test_a_link_in_place_of_unfinished_rows_is_not_written_through(data, tmp_path, cache, capsys):
+def test_a_link_in_place_of_unfinished_rows_is_not_followed(data, tmp_path, cache, capsys):
     folder = copy_of(cache, tmp_path / "cache")
     rows = rows_file(folder, data)
     rows.unlink()
@@ -340,7 +340,7 @@ def test_a_link_in_place_of_unfinished_rows_is_not_written_through(data, tmp_pat
     assert victim.read_bytes() == b"mine"
 
 
-def test_a_finished_shard_is_not_made_again(data, tmp_path, cache, monkeypatch):
+def test_a_finished_shard_is_not_rebuilt(data, tmp_path, cache, monkeypatch):
     from bort.pretraining import teacher_cache
 
     folder = tmp_path / "cache"
@@ -460,7 +460,7 @@ def test_what_is_no_cache_is_refused(data, tmp_path, cache, capsys):
     assert "manifest.json: Expected `object`" in refused(capsys, data, folder)
 
 
-def test_a_flipped_bit_of_the_rows_is_refused_once_and_again(data, cache, tmp_path, capsys):
+def test_a_flipped_bit_of_the_rows_is_refused_on_every_call(data, cache, tmp_path, capsys):
     folder = copy_of(cache, tmp_path / "flipped")
     path = max(folder.glob("*.npy"), key=lambda one: one.stat().st_size)
     content = bytearray(path.read_bytes())
@@ -499,7 +499,7 @@ def test_a_build_never_mixes_two_teachers_or_types(data, cache, capsys, flags, w
     assert contents(cache) == before
 
 
-def test_a_teacher_in_bfloat16_says_what_it_costs_and_has_a_cache_of_its_own(
+def test_a_teacher_in_bfloat16_prints_its_cost_and_has_a_cache_of_its_own(
     data, tmp_path, cache, capsys, bfloat16
 ):
     low = {"teacher_dtype": "bfloat16"}
@@ -519,7 +519,7 @@ def test_a_teacher_in_bfloat16_says_what_it_costs_and_has_a_cache_of_its_own(
         assert capsys.readouterr().out.count("teacher in bfloat16: ") == 1
 
 
-def test_a_full_disk_is_one_line_and_the_build_goes_on(data, tmp_path, cache, monkeypatch):
+def test_a_full_disk_is_a_one_line_error_and_the_build_resumes(data, tmp_path, cache, monkeypatch):
     from bort.pretraining import teacher_cache
 
     folder = tmp_path / "cache"
@@ -604,7 +604,7 @@ def test_weights_of_another_tokenizer_are_refused_wherever_they_are_given(
     assert "trained with another tokenizer than the one of the shards" in said
 
 
-def test_two_jobs_at_once_leave_one_good_result(data, cache, tmp_path, monkeypatch):
+def test_two_jobs_at_once_leave_one_valid_result(data, cache, tmp_path, monkeypatch):
     """The second writes another file and finishes first; then the first replaces its rows."""
     from bort.pretraining import teacher_cache
 

@@ -102,7 +102,7 @@ def test_every_task_reads_its_subset(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["ReCoRD", "MultiRC"])
-def test_questions_of_the_train_and_dev_files_keep_apart(tmp_path, name):
+def test_questions_of_the_train_and_dev_files_are_kept_apart(tmp_path, name):
     """Both files count from 0, and the answers to a question are found by its index."""
     folder = tmp_path / name
     folder.mkdir()

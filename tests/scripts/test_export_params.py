@@ -94,7 +94,9 @@ def test_the_file_has_the_released_layout(trained, run, tmp_path, capsys, given)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-2)])
-def test_gluonnlps_own_classes_load_it_and_say_the_same(trained, run, tmp_path, dtype, tolerance):
+def test_gluonnlps_own_classes_load_it_and_give_the_same_answers(
+    trained, run, tmp_path, dtype, tolerance
+):
     output = str(tmp_path / "bort.params")
     main([str(run), "--output", output, "--dtype", dtype])
     assert {array.dtype.__name__ for array in nd.load(output).values()} == {dtype}
@@ -215,7 +217,7 @@ def complaint(capsys, *line: object) -> str:
     return said
 
 
-def test_what_is_no_good_checkpoint_is_one_line(run, tmp_path, capsys):
+def test_an_invalid_checkpoint_is_a_one_line_error(run, tmp_path, capsys):
     output = tmp_path / "bort.params"
     absent = complaint(capsys, tmp_path / "absent", "--output", output)
     assert "absent: not found" in absent
@@ -228,7 +230,7 @@ def test_what_is_no_good_checkpoint_is_one_line(run, tmp_path, capsys):
     assert not output.exists()
 
 
-def test_an_output_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_a_one_line_error(run, tmp_path, capsys):
     output = tmp_path / "absent" / "bort.params"
     assert f"{output}: there is no folder" in complaint(capsys, run, "--output", output)
     folder = tmp_path / "folder"

@@ -114,7 +114,7 @@ def test_equal_numbers_of_threads_are_measured_once_in_one_process(monkeypatch):
     assert sorted(asked) == [(1, BASE)] * 3 + [(2, BASE)] * 3
 
 
-def test_a_process_that_ends_before_it_answers_is_one_line(monkeypatch, tmp_path):
+def test_a_process_that_ends_before_it_answers_is_a_one_line_error(monkeypatch, tmp_path):
     silent = tmp_path / "python"
     silent.write_text("#!/bin/sh\nexit 0\n")
     silent.chmod(0o755)

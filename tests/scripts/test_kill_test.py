@@ -14,7 +14,7 @@ from tests.pretraining.helpers import write_shards
 TIMING = kill_test.Timing(start=2.0, step=0.1)
 
 
-def test_moments_lie_in_the_start_and_in_the_steps_and_repeat_with_the_seed():
+def test_moments_fall_into_the_start_and_the_steps_and_repeat_with_the_seed():
     def drawn(seed):
         generator = random.Random(seed)
         return [kill_test.draw_moment(generator, 30.0, TIMING) for _ in range(400)]
@@ -43,7 +43,7 @@ def end_of_run(folder, value: float) -> str:
     return str(folder)
 
 
-def test_one_other_bit_is_seen(tmp_path, capsys):
+def test_one_changed_bit_is_detected(tmp_path, capsys):
     first = end_of_run(tmp_path / "first", 1.0)
     kill_test._compare(first, end_of_run(tmp_path / "same", 1.0))
     other = end_of_run(tmp_path / "other", np.nextafter(1.0, 2.0))
@@ -69,7 +69,7 @@ def test_a_run_that_ends_by_itself_is_not_taken_for_killed(monkeypatch, moment):
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_like_an_undisturbed_one(tmp_path, capsys):
+def test_a_run_killed_three_times_ends_like_an_uninterrupted_one(tmp_path, capsys):
     write_shards(tmp_path / "shards", sizes=(11, 5, 9), seed=1)
     line = {"data": tmp_path / "shards", "work_dir": tmp_path, "kills": 3, "num_steps": 60}
     words = [word for name, value in line.items() for word in (f"--{name}", str(value))]

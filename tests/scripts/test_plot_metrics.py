@@ -88,7 +88,7 @@ def test_values_that_are_not_finite_and_an_unfinished_line_are_left_out(tmp_path
     assert list(panels["accuracy at masked positions"].lines[0].get_xdata()) == [10, 20, 30]
 
 
-def test_no_metrics_are_one_line(tmp_path, capsys):
+def test_missing_metrics_are_a_one_line_error(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path}/empty/metrics.jsonl: cannot be read" in complaint(
         capsys, tmp_path / "empty"
@@ -116,7 +116,7 @@ def test_a_line_that_is_no_metrics_is_named(tmp_path, capsys, line):
     assert said == (f"error: {folder}/metrics.jsonl:3: is damaged or no metric line; delete it")
 
 
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_a_one_line_error(tmp_path, capsys):
     folder = write_metrics(tmp_path / "run", steps=1)
     wrong = {tmp_path / "absent" / "x.png": "there is no folder", tmp_path / "x.words": "use .png"}
     for output, message in wrong.items():

@@ -250,7 +250,7 @@ def test_pretraining_with_a_teacher_flags_and_variables(project):
     assert (project.folder / "out/train.log").exists()
 
 
-def test_the_log_lies_in_the_folder_that_the_flag_names(project):
+def test_the_log_is_in_the_folder_of_the_flag(project):
     settings = pretraining_settings(
         project, "1", "train", "test", "--ckpt_dir", "my run", "--teacher_ckpt_dir", "t",
         CKPT_DIR="other",

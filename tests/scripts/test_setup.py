@@ -267,7 +267,7 @@ def test_another_environment_is_used_or_refused_but_never_changed(
     assert setup.VENV.is_symlink() == link
 
 
-def test_a_link_that_leads_nowhere_and_a_file(setup: ModuleType, tmp_path: Path) -> None:
+def test_a_dangling_link_and_a_file_are_refused(setup: ModuleType, tmp_path: Path) -> None:
     setup.VENV.symlink_to(tmp_path / "missing")
     assert "a symbolic link to" in refused(setup.main)
     assert not (tmp_path / "missing").exists()

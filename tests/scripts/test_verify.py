@@ -89,7 +89,7 @@ def table(capsys, path: Path) -> tuple[int, dict[str, list[str]]]:
     return found, {name: rest for name, *rest in cells}
 
 
-def test_every_good_folder_is_named_and_complete(good, capsys):
+def test_every_valid_folder_is_named_and_complete(good, capsys):
     status, rows = table(capsys, good)
     assert status == 0
     for name, (kind, _) in KINDS.items():
@@ -97,7 +97,7 @@ def test_every_good_folder_is_named_and_complete(good, capsys):
 
 
 @pytest.mark.parametrize(("name", "file"), EVERY_FILE)
-def test_one_changed_byte_is_seen(good, tmp_path, capsys, name, file):
+def test_one_changed_byte_is_detected(good, tmp_path, capsys, name, file):
     source, copy = good / name, tmp_path / Path(name).name
     if source.is_dir():
         shutil.copytree(source, copy, symlinks=True)
@@ -120,14 +120,14 @@ def test_one_changed_byte_is_seen(good, tmp_path, capsys, name, file):
         *(("tuned/SST-2", "SST-2.tsv"), ("tuned/SST-2", "best.params")),
     ],
 )
-def test_a_missing_file_is_seen(good, tmp_path, capsys, name, file):
+def test_a_missing_file_is_detected(good, tmp_path, capsys, name, file):
     copy = tmp_path / Path(name).name
     shutil.copytree(good / name, copy, symlinks=True)
     next(copy.glob(file)).unlink()
     assert table(capsys, copy)[0] == 1
 
 
-def test_what_is_not_finished_is_said(good, tmp_path, capsys):
+def test_what_is_not_finished_is_reported(good, tmp_path, capsys):
     shutil.copytree(good / "tuned" / "SST-2", tmp_path / "SST-2")
     (tmp_path / "SST-2" / "metrics.json").unlink()
     shutil.copytree(good / "run", tmp_path / "run", symlinks=True)
@@ -151,7 +151,7 @@ def test_nothing_is_written(good, capsys):
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "file.txt"])
-def test_what_is_none_of_ours_is_one_line(tmp_path, capsys, name):
+def test_files_of_other_programs_are_a_one_line_error(tmp_path, capsys, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").touch()
     with pytest.raises(SystemExit) as stopped:

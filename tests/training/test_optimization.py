@@ -204,7 +204,7 @@ def test_without_numba_updates_are_numpys(monkeypatch) -> None:
         bert_adam.compiled_update.cache_clear()
 
 
-def test_an_update_reaches_weights_that_inference_has_laid_out_anew() -> None:
+def test_an_update_reaches_weights_that_inference_has_reordered() -> None:
     """oneDNN keeps the weight of a convolution in a layout of its own between two calls."""
     layer = gluon.nn.Conv2D(64, 3, in_channels=64, prefix="model0_")
     layer.initialize()
@@ -496,7 +496,7 @@ def test_zeroed_gradients_are_zero_on_every_device() -> None:
         assert all((gradient.asnumpy() == 0).all() for gradient in parameter.list_grad())
 
 
-def test_a_restored_trainer_goes_on_to_the_bit() -> None:
+def test_a_restored_trainer_continues_bit_identically() -> None:
     parameters = fresh_parameters()
     trainer = trainer_of(parameters)
     for seed in range(3):

@@ -80,13 +80,13 @@ def test_a_line_on_the_screen_names_step_phase_and_values(report, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_run_that_has_diverged_can_still_say_so(tmp_path, report, capsys, value):
+def test_a_diverged_run_is_still_reported(tmp_path, report, capsys, value):
     report().log(3, "train", {**TRAIN, "loss": value})
     assert f"loss {value}" in capsys.readouterr().out
     assert steps(tmp_path) == [3]
 
 
-def test_resuming_cuts_what_came_after_the_checkpoint(tmp_path, report):
+def test_resuming_removes_lines_written_after_the_checkpoint(tmp_path, report):
     first = report()
     for step in (0, 5, 10, 15, 20):
         first.log(step, "train", TRAIN)
@@ -180,7 +180,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_quiet_reporter_writes_its_files_and_says_nothing(tmp_path, capsys):
+def test_a_quiet_reporter_writes_its_files_and_prints_nothing(tmp_path, capsys):
     with reporter_in(tmp_path, quiet=True) as reporter:
         reporter.log(5, "train", TRAIN)
         reporter.say("a line")
