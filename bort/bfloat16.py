@@ -77,7 +77,7 @@ def _product_parameters(network: Block) -> Iterator[Parameter]:
 
 
 def has_copies(parameter: Parameter) -> bool:
-    """Tell whether products take a rounded copy of a parameter."""
+    """Return whether products take a rounded copy of a parameter."""
     return hasattr(parameter, "bfloat16")
 
 

@@ -37,8 +37,8 @@ class BortModel(nlp.model.RoBERTaModel):
     [batch, masks]. Returns the encoded sequence [batch, length, hidden] and, with a decoder, the
     logits [batch, masks, vocabulary]. Positions at and beyond valid_length are zero.
     Neither token types nor pooler (Optimal Subarchitecture Extraction for BERT, released model).
-    Bodies from elsewhere may have two token types: `type_separator` ends the texts of an input, and
-    the tokens after the first one are of type 1 (Devlin et al. 2019, section 3).
+    Other models may have two token types: `type_separator` ends the texts of an input, and the
+    tokens after the first one are of type 1 (Devlin et al. 2019, section 3).
     """
 
     def __init__(self, *arguments: Any, type_separator: int | None = None, **keywords: Any) -> None:

@@ -151,8 +151,10 @@ def _move(source: str, target: str) -> None:
 def _not_saved(folder: str, step: int, error: Exception, place: str) -> UserError:
     """Return the error that says why a step cannot be saved; `place` is where it was written."""
     reason = getattr(error, "strerror", None) or str(error).replace(os.path.join(place, ""), "")
-    good = [other for other in steps(folder) if other < step]
-    last = f"the last good checkpoint is {_name(good[-1])}" if good else "there is none before it"
+    valid = [other for other in steps(folder) if other < step]
+    last = (
+        f"the last valid checkpoint is {_name(valid[-1])}" if valid else "there is none before it"
+    )
     return UserError(
         f"{folder}: the checkpoint of step {step} cannot be written ({reason}); {last}; "
         "free some space and resume"
@@ -225,7 +227,7 @@ def _inside(name: str) -> bool:
 
 
 def latest(folder: str) -> Checkpoint | None:
-    """Open the newest good checkpoint of a run; None when the run has not saved any.
+    """Open the newest valid checkpoint of a run; None when the run has not saved any.
 
     Warns of each damaged one that it skips; raises `UserError` when all are damaged.
     """

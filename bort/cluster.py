@@ -451,7 +451,7 @@ def run_job(job: Job) -> bytes:
 
 
 def _is_wanted(worker: Any, key: Any) -> bool:
-    """Tell whether a worker is to finish a task that it runs."""
+    """Return whether a worker is to finish a task that it runs."""
     task = worker.state.tasks.get(key)
     return (
         task is not None
@@ -501,7 +501,7 @@ def _check_machine(job: Job) -> None:
 
 
 def _appears(path: str) -> bool:
-    """Tell whether a path is there, or appears within seconds: network file systems are late."""
+    """Return whether a path is there, or appears within seconds: network file systems are late."""
     end = time.monotonic() + DISK_SECONDS
     while not os.path.exists(path):
         if time.monotonic() > end:

@@ -82,12 +82,12 @@ def unused_gpus(devices: Sequence[Context]) -> str:
 
 
 def uses_gpu_code(device: Context) -> bool:
-    """Tell whether a device takes the code path for GPUs."""
+    """Return whether a device takes the code path for GPUs."""
     return bool(device.device_type == "gpu")
 
 
 def runs_on_cpu(array: Any) -> bool:
-    """Tell whether an array takes the code path for CPUs; a symbol does not."""
+    """Return whether an array takes the code path for CPUs; a symbol does not."""
     return isinstance(array, nd.NDArray) and not uses_gpu_code(array.context)
 
 

@@ -95,7 +95,7 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def is_stream(path: str) -> bool:
-    """Tell whether a path is there and neither a regular file nor a folder: a device, a FIFO.
+    """Return whether a path is there and neither a regular file nor a folder: a device, a FIFO.
 
     What is open already, as /dev/stdout, is one, too.
     """
@@ -143,7 +143,7 @@ def _is_unlocked_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_left_over(name: str) -> bool:
-    """Tell whether a name is that of a temporary file whose writer does not run here any more."""
+    """Return whether a name is that of a temporary file whose writer does not run here any more."""
     found = _TEMPORARY.fullmatch(name)
     if not found:
         return False
@@ -307,7 +307,7 @@ def _remove_empty(folders: list[str]) -> None:
 
 
 def has_lock(file: IO[Any], path: str) -> bool:
-    """Lock a file that is open for writing; tell whether that succeeded and it still is `path`.
+    """Lock a file that is open for writing; return whether that succeeded and it still is `path`.
 
     On a file system without locks it does not succeed.
     """
@@ -386,7 +386,7 @@ def sha256_of(path: str) -> str:
 
 
 def is_lfs_pointer(path: str) -> bool:
-    """Tell whether a file is a Git LFS pointer: a clone has those until `git lfs pull`."""
+    """Return whether a file is a Git LFS pointer: a clone has those until `git lfs pull`."""
     try:
         with open(path, "rb") as file:
             return file.read(len(_LFS_POINTER)) == _LFS_POINTER

@@ -340,7 +340,10 @@ class JobProcess(Generic[Result]):
             os.close(sender)
         self._receiver = Connection(receiver, writable=False)
         assert self._popen.stdin is not None
-        with suppress(BrokenPipeError), self._popen.stdin as stdin:  # it has died: `result` says so
+        with (
+            suppress(BrokenPipeError),
+            self._popen.stdin as stdin,
+        ):  # it has died: `result` reports that
             pickle.dump(_main_module(job), stdin)
             stdin.write(job)
 

@@ -53,7 +53,7 @@ class Journal:
     def __init__(self, path: str, is_record: Callable[[Any], bool]) -> None:
         self.path = path
         self.records: list[Any] = []
-        good, damaged = [], []
+        valid, damaged = [], []
         for number, line in enumerate(_whole_lines(path), start=1):
             try:
                 record = _decoded(line, is_record)
@@ -64,14 +64,14 @@ class Journal:
                     file=sys.stderr,
                 )
             else:
-                good.append(line)
+                valid.append(line)
                 self.records.append(record)
         if damaged:
             _append(f"{path}{DAMAGED}", damaged)
             with atomic_write(path, "wb") as handle:
-                handle.writelines(good)
-        elif os.path.exists(path) and os.path.getsize(path) > sum(map(len, good)):
-            os.truncate(path, sum(map(len, good)))
+                handle.writelines(valid)
+        elif os.path.exists(path) and os.path.getsize(path) > sum(map(len, valid)):
+            os.truncate(path, sum(map(len, valid)))
 
     def set_aside(self, reason: str) -> None:
         """Move all records to `<path>.damaged` and say why; the file is empty afterwards."""
@@ -117,10 +117,10 @@ def _decoded(line: bytes, is_record: Callable[[Any], bool]) -> Any:
     """Return the record on a line; raises `ValueError` when there is none."""
     try:
         record = record_of(line)
-        good = is_record(record)
+        valid = is_record(record)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(quoted(f"{type(error).__name__}: {error}")[1:-1]) from None
-    if not good:
+    if not valid:
         raise ValueError(f"unexpected content {quoted(record)}")
     return record
 

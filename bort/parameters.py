@@ -107,7 +107,7 @@ class _Reader:
 def save_parameters(model: Block, path: str, deduplicate: bool = True) -> None:
     """Write the parameters in MXNet's format, the tied matrix once or under both its names.
 
-    Raises `OSError` when the disk is full: MXNet may not say so.
+    Raises `OSError` when the disk is full: MXNet may not report it.
     """
     with mxnet_writes(path):
         model.save_parameters(path, deduplicate=deduplicate)

@@ -25,12 +25,12 @@ def processor_flags() -> frozenset[str]:
 
 
 def computes_bfloat16() -> bool:
-    """Tell whether oneDNN can compute in bfloat16 here, be it slowly."""
+    """Return whether oneDNN can compute in bfloat16 here, be it slowly."""
     return processor_flags() >= BFLOAT16_FLAGS
 
 
 def multiplies_bfloat16() -> bool:
-    """Tell whether products in bfloat16 are faster here than in float32."""
+    """Return whether products in bfloat16 are faster here than in float32."""
     return computes_bfloat16() and bool(processor_flags() & BFLOAT16_PRODUCTS)
 
 

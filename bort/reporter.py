@@ -164,7 +164,7 @@ class FolderReporter:
 class _Board:
     """TensorBoard's file of scalars, written by this thread.
 
-    tensorboardX's SummaryWriter has a thread for it, and waits for that one for ever once a write
+    tensorboardX's SummaryWriter has a thread for it, and waits for that one forever once a write
     of it has failed, as on a full disk; and it needs shared memory, which some containers lack.
     """
 
@@ -201,7 +201,7 @@ class _Board:
 def cut_after(path: str, step: int, evaluate: bool) -> None:
     """Keep the lines up to a step; with `evaluate` its evaluation is to come again.
 
-    Lines that are none of ours are moved to a file beside it: they must not block a resume.
+    Lines of other programs are moved to a file beside it: they must not block a resume.
     """
     if not os.path.exists(path):
         return
@@ -228,7 +228,7 @@ def cut_after(path: str, step: int, evaluate: bool) -> None:
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
-    """Return a metric line as a record; None for another or torn line."""
+    """Return a metric line as a record; None for any other line and for a torn one."""
     try:
         record = record_of(line)
     except (ValueError, RecursionError):
@@ -243,7 +243,7 @@ def _record_of(line: bytes) -> dict[str, Any] | None:
 
 
 def read_records(path: str) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl; torn and foreign lines are skipped."""
+    """Return the records of a metrics.jsonl; torn lines and those of other programs are skipped."""
     with open(path, "rb") as file:
         return [record for record in map(_record_of, file) if record is not None]
 

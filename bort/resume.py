@@ -40,7 +40,7 @@ def changed_flags(
 
 
 def same_value(name: str, recorded: Any, given: Any) -> bool:
-    """Tell whether two values of a flag are equal; the spellings of a path or model may differ."""
+    """Return whether two values of a flag are equal; spellings of a path or model may differ."""
     if isinstance(recorded, str) and isinstance(given, str):
         if name in MODELS:
             return _same_path(recorded, given) or _same_model(recorded, given)
@@ -50,7 +50,7 @@ def same_value(name: str, recorded: Any, given: Any) -> bool:
 
 
 def _same_path(recorded: str, given: str) -> bool:
-    """Tell whether two spellings are of one path, or the recorded one was moved away.
+    """Return whether two spellings are of one path, or the recorded one was moved away.
 
     Something that was moved keeps its own name: `runs/model` is not found in `other/RTE`.
     """
@@ -61,7 +61,7 @@ def _same_path(recorded: str, given: str) -> bool:
 
 
 def _same_model(recorded: str, given: str) -> bool:
-    """Tell whether two paths are of one parameter file."""
+    """Return whether two paths are of one parameter file."""
     try:
         files = [os.path.realpath(parameter_file(path)) for path in (recorded, given)]
     except UserError:

@@ -36,7 +36,7 @@ def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
         found = os.path.join(folder, _inside(name))
         if names is not None and (name not in names or not os.path.exists(found)):
             continue
-        if is_lfs_pointer(found):  # its reader says so
+        if is_lfs_pointer(found):  # its reader reports that
             continue
         if not os.path.isfile(found) or sha256_of(found) != digest:
             raise UserError(
@@ -84,5 +84,5 @@ def _is_file(folder: str, name: str) -> bool:
 
 
 def _inside(name: str) -> str:
-    """Return a path without what leads outside: a list may come from elsewhere."""
+    """Return a path without what leads outside: the list may come from another person."""
     return os.path.join("", *(part for part in name.split("/") if part not in ("", ".", "..")))

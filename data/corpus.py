@@ -237,7 +237,7 @@ def _observed(pieces: Iterable[bytes], observe: Callable[[bytes], None]) -> Iter
 
 
 def _has_text(document: bytes) -> bool:
-    """Tell whether a document has more than white space, that of Unicode included."""
+    """Return whether a document has more than white space, that of Unicode included."""
     return bool(_VISIBLE_ASCII.search(document)) or bool(document.decode().strip())
 
 

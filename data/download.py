@@ -183,7 +183,7 @@ def check_server(server: str) -> None:
 
 
 def _is_allowed(url: str, from_this_machine: bool) -> bool:
-    """Tell whether a URL is https, or http on this machine where that is allowed."""
+    """Return whether a URL is https, or http on this machine where that is allowed."""
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname or ""

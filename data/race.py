@@ -24,7 +24,7 @@ _BLANK = re.compile(r"\s*_+\s*")
 
 
 class ArticleFile(NamedTuple):
-    """A .txt file of a level; `extra` if it lies beside the numbered files and is not numbered."""
+    """A .txt file of a level; `extra` if it is beside the numbered files and is not numbered."""
 
     level: str
     path: Path
@@ -175,7 +175,7 @@ def _is_numbered(path: Path) -> bool:
 def _articles(file: ArticleFile) -> list[Article]:
     """Return the articles of a file: officially one object, several are one per line."""
     if file.extra:
-        raise BadRowError("lies beside the numbered files, whose articles it may repeat")
+        raise BadRowError("is beside the numbered files, whose articles it may repeat")
     content = _content(file.path)
     try:
         json.loads(content)
@@ -211,7 +211,7 @@ def _require_new(
 
 
 def _has_answers(row: Mapping[str, Any]) -> bool:
-    """Tell whether a row has either no key "answers", or as many answers as questions."""
+    """Return whether a row has either no key "answers", or as many answers as questions."""
     answers, questions = row.get("answers", []), row.get("questions")
     if "answers" not in row or not isinstance(questions, list):
         return True

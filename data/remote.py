@@ -19,7 +19,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "https", 
 
 
 def is_remote(path: str) -> bool:
-    """Tell whether a path is an address such as s3://bucket/text.txt."""
+    """Return whether a path is an address such as s3://bucket/text.txt."""
     return bool(_ADDRESS.match(path))
 
 
@@ -57,7 +57,7 @@ def open_remote(path: str) -> IO[bytes]:
 
 
 def remote_size(path: str) -> int:
-    """Return the bytes of an address, 0 where the server does not tell."""
+    """Return the bytes of an address, 0 where the server does not report it."""
     with remote_errors(path):
         file_system, name = _file_system(path)
         return file_system.size(name) or 0

@@ -105,7 +105,7 @@ def _names_in(folder: str, files: Iterable[str]) -> list[str]:
 
 
 def _is_there(path: str, content: bytes) -> bool:
-    """Tell whether a file has been written before; raises `UserError` when it has other content."""
+    """Return whether a file is there; raises `UserError` when it has other content."""
     if not os.path.exists(path):
         return False
     with open(path, "rb") as handle:

@@ -35,7 +35,7 @@ from data.task import REWRITE, Example, File, Split, Task, Uid, split_files
 
 
 class Fields(NamedTuple):
-    """How the label and the index of a JSON object are read; the object may lie in another one.
+    """How the label and the index of a JSON object are read; the object may be inside another one.
 
     label: returns the label of an object, None where there is none.
     number: returns the index of an object, given its position among its neighbours.

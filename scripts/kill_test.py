@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Kill a training run at random moments, resume it, and compare its end with an undisturbed run.
+"""Kill a training run at random moments, resume it, and compare its end with an uninterrupted run.
 
     python scripts/kill_test.py --data SHARDS --work_dir FOLDER --kills 20 --seed 1
 
@@ -65,7 +65,7 @@ class KillTestSettings:
 
 
 class Timing(NamedTuple):
-    """How long an undisturbed run takes, in seconds."""
+    """How long an uninterrupted run takes, in seconds."""
 
     start: float  # until its first step
     step: float
@@ -86,14 +86,16 @@ class Moment(NamedTuple):
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the test; returns the number of kills survived."""
     (settings,) = parse(str(__doc__), argv, KillTestSettings)
-    undisturbed, killed = (os.path.join(settings.work_dir, n) for n in ("undisturbed", "killed"))
-    for folder in (undisturbed, killed):
+    uninterrupted, killed = (
+        os.path.join(settings.work_dir, n) for n in ("uninterrupted", "killed")
+    )
+    for folder in (uninterrupted, killed):
         shutil.rmtree(folder, ignore_errors=True)
     begun = time.monotonic()
-    timing = _to_the_end(_command(settings, undisturbed), settings.num_steps)
+    timing = _to_the_end(_command(settings, uninterrupted), settings.num_steps)
     print(
-        f"undisturbed run: {timing.start:.1f} s until its first step, {timing.step * 1e3:.0f} ms a "
-        f"step, {settings.num_steps} steps; moments by seed {settings.seed}",
+        f"uninterrupted run: {timing.start:.1f} s until its first step, {timing.step * 1e3:.0f} ms "
+        f"a step, {settings.num_steps} steps; moments by seed {settings.seed}",
         flush=True,
     )
     generator = random.Random(settings.seed)
@@ -104,10 +106,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _kill_at(moment, [*_command(settings, killed), "--resume"])
         print(f"kill {number:>3}: {moment!s:<29} leaves {_left_behind(killed)}", flush=True)
     _to_the_end([*_command(settings, killed), "--resume"], settings.num_steps)
-    _compare(undisturbed, killed)
+    _compare(uninterrupted, killed)
     print(
         f"{settings.kills} of {settings.kills}: weights and optimiser state are those of the "
-        f"undisturbed run, bit for bit ({time.monotonic() - begun:.0f} s)"
+        f"uninterrupted run, bit for bit ({time.monotonic() - begun:.0f} s)"
     )
     return settings.kills
 
@@ -181,18 +183,18 @@ def _left_behind(folder: str) -> str:
     return f"step {_steps_saved(folder)}" + f" and {half_written} half-written" * bool(half_written)
 
 
-def _compare(undisturbed: str, killed: str) -> None:
+def _compare(uninterrupted: str, killed: str) -> None:
     """Raise `UserError` unless both runs ended with the same bits."""
     sums = [
         checkpoint.load(os.path.join(folder, checkpoint.LAST)).state["sha256"]
-        for folder in (undisturbed, killed)
+        for folder in (uninterrupted, killed)
     ]
     # The model config may differ: it says by which command it was made.
     names = (checkpoint.MODEL, checkpoint.TRAINER)
     different = [name for name in names if sums[0][name] != sums[1][name]]
     if different:
         raise UserError(
-            f"{killed}: {' and '.join(different)} differ from those of {undisturbed}; "
+            f"{killed}: {' and '.join(different)} differ from those of {uninterrupted}; "
             "the same --seed repeats the moments"
         )
     print("\n".join(f"SHA-256 of {name:<14}{sums[0][name]}" for name in names))

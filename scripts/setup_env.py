@@ -153,7 +153,7 @@ def check_foreign(what: str) -> None:
 
 
 def gpus() -> list[tuple[str, str]]:
-    """Return (name, compute capability) of each GPU; none where the driver does not tell."""
+    """Return (name, compute capability) of each GPU; none where the driver does not report it."""
     query = run("nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader")
     return re.findall(r"^(.+), (\d+\.\d+)$", query.stdout, re.MULTILINE)
 
@@ -192,7 +192,7 @@ def driver_library() -> str:
 def nvcc_folder() -> str:
     """Return the folder of an nvcc that has its toolkit beside it, empty when there is none.
 
-    One on the PATH may be a script that calls another, which then tells where its toolkit is.
+    One on the PATH may be a script that calls another, which prints where its toolkit is.
     """
     trace = run("nvcc", "--dryrun", "-x", "cu", "/dev/null").stderr
     toolkits = [

@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # They would let packages from outside the environment hide that something is missing in it.
 unset PYTHONPATH PYTHONHOME
 
-# is_python <path> <regular expression of minor versions>: a shim of pyenv may point nowhere.
+# is_python <path> <regular expression of minor versions>: a shim of pyenv may not lead to a Python.
 is_python() {
     [[ $("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) =~ ^3\.($2)$ ]]
 }

@@ -1,4 +1,4 @@
-"""What the tests compare with: model, losses and optimiser once more, in NumPy and float64.
+"""What the tests compare with: model, losses and optimiser again, in NumPy and float64.
 
 Written from the formulas, for one sequence at a time and without padding, so that it shares no
 mistake with the batched and interleaved operators of the model.

@@ -215,7 +215,7 @@ def test_several_devices_start_from_the_same_weights() -> None:
 def test_golden_values() -> None:
     """A fixed seed and input give the values they gave when this was written.
 
-    The tolerance leaves room for sums in another order (threads, instruction sets), which move
+    The tolerance allows for sums in another order (threads, instruction sets), which move
     these values by some 1e-6; another formula anywhere moves them by 1e-3 and more.
     """
     mx.random.seed(1)

@@ -36,7 +36,7 @@ def steps(folder: Path) -> list[int]:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no handler of ours may turn it into something else."""
+    """Simulates SIGKILL: no handler of ours may turn it into something else."""
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -236,7 +236,7 @@ def test_rewinding_drops_later_values_and_finds_the_best_again(tmp_path):
     assert steps(tmp_path) == [2, 4, 6]
     assert checkpoint.load(str(tmp_path / "checkpoint_last")).state["step"] == 6
     assert checkpoint.load(str(tmp_path / "checkpoint_best")).state["step"] == 4
-    # The best of that moment has been pruned since: no link is better than one to nowhere.
+    # The best of that moment has been pruned since: no link is better than a dangling one.
     checkpoint.rewind(str(tmp_path), 6, best_step=3)
     assert not os.path.lexists(tmp_path / "checkpoint_best")
 
@@ -297,7 +297,7 @@ def test_a_full_disk_names_the_last_valid_checkpoint_and_leaves_nothing(
     assert str(caught.value) == (
         f"{tmp_path}: the checkpoint of step 9 cannot be written "
         f"{f'({explained})' if reason else explained}; the "
-        "last good checkpoint is step-0000007; free some space and resume"
+        "last valid checkpoint is step-0000007; free some space and resume"
     )
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_last", "step-0000007"]
 

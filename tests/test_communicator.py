@@ -136,7 +136,7 @@ def test_ranks_of_horovodrun_are_not_taken_for_one_process(monkeypatch):
 
 @pytest.fixture
 def horovod_of_gloo(monkeypatch):
-    """Put in a Horovod that knows the processes of horovodrun, not those of mpirun or srun."""
+    """Install a stand-in for a Horovod that knows the processes of horovodrun only."""
     functions = dict.fromkeys(("rank", "local_rank"), lambda: 0)
     size = lambda: int(os.environ.get("HOROVOD_SIZE", "1"))  # noqa: E731
     functions.update(init=lambda: None, size=size, local_size=size)

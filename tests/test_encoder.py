@@ -178,7 +178,7 @@ def test_fused_projections_give_the_same(model: BortModel) -> None:
     ids, lengths = nd.array(IDS), nd.array(LENGTHS)
     expected = encode(model, ids, lengths).asnumpy()
     fuse_qkv(model.encoder)
-    for name in ("query_weight", "value_bias"):  # no longer asked for
+    for name in ("query_weight", "value_bias"):  # not requested again
         getattr(model.encoder.transformer_cells[0].attention_cell, name).data()[:] = 0
     np.testing.assert_allclose(encode(model, ids, lengths).asnumpy(), expected, atol=2e-5)
 

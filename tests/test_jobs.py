@@ -208,9 +208,9 @@ def test_errors_reach_the_caller(capfd):
     with pytest.raises(UserError, match="file: wrong; fix it"):
         run(user_mistake)
     assert capfd.readouterr().err == ""
-    with pytest.raises(FileNotFoundError, match="nowhere") as missing:
-        run(partial(os.listdir, "/nowhere"))
-    assert (missing.value.filename, capfd.readouterr().err) == ("/nowhere", "")
+    with pytest.raises(FileNotFoundError, match="missing") as missing:
+        run(partial(os.listdir, "/missing"))
+    assert (missing.value.filename, capfd.readouterr().err) == ("/missing", "")
     with pytest.raises(KeyError, match="not the user's"):
         run(bug)
     assert "in bug" in capfd.readouterr().err  # its traceback

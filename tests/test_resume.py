@@ -46,8 +46,8 @@ def test_a_path_may_be_spelled_in_any_way(tmp_path, monkeypatch, given):
 def test_a_path_may_have_moved_but_keeps_its_name(tmp_path):
     (tmp_path / "data").mkdir()
     moved = [Flags(data_dir=str(tmp_path / "data"))]
-    assert changed_flags({"data_dir": "/nowhere/data"}, moved) == []
-    assert changed_flags({"data_dir": "/nowhere/other"}, moved) == ["--data_dir"]
+    assert changed_flags({"data_dir": "/missing/data"}, moved) == []
+    assert changed_flags({"data_dir": "/missing/other"}, moved) == ["--data_dir"]
 
 
 def test_a_model_may_be_named_by_its_file_or_its_folder(tmp_path):

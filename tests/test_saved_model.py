@@ -1,4 +1,4 @@
-"""Saved models: what goes in comes out, and nothing else is taken for one."""
+"""Saved models: the round trip, and what is refused."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_files_in_subfolders_are_listed_as_sha256sum_reads_them(tmp_path):
         check_sums(str(tmp_path))
 
 
-def test_a_list_from_elsewhere_names_no_file_outside(tmp_path):
+def test_a_list_may_not_name_files_outside_its_folder(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     secret = tmp_path / "secret"

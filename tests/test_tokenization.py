@@ -1,4 +1,4 @@
-"""Encoders against GluonNLP's own, against values known from elsewhere, and on awkward text."""
+"""Encoders against GluonNLP's own, against published values, and on awkward text."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ def lines_of(path: Path) -> list[str]:
 
 
 def train_bpe(lines: list[str], merges: int) -> list[str]:
-    """Return merges ("a b") learnt the slow plain way (Sennrich et al. 2016, algorithm 1)."""
+    """Return merges ("a b") learned in the slow, direct way (Sennrich et al. 2016, algorithm 1)."""
     spelling = tokenization._BYTE_TO_CHARACTER
     counts = Counter(re.findall(r" ?\S+", "\n".join(lines)))
     words = {tuple(spelling[b] for b in word.encode()): n for word, n in counts.items()}
-    learnt = []
+    learned = []
     for _ in range(merges):
         pairs: Counter[tuple[str, str]] = Counter()
         for word, n in words.items():
             for pair in zip(word, word[1:]):
                 pairs[pair] += n
         left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
-        learnt.append(f"{left} {right}")
+        learned.append(f"{left} {right}")
         words = {merged(word, left, right): n for word, n in words.items()}
-    return learnt
+    return learned
 
 
 def merged(word: tuple[str, ...], left: str, right: str) -> tuple[str, ...]:
@@ -465,8 +465,8 @@ def test_long_lines_are_used_for_training(tmp_path):
     [
         ({"vocab_size": 50_000}, "--vocab_size 50000: Vocabulary size too high"),
         ({"vocab_size": 10}, "--vocab_size 10: Vocabulary size is smaller"),
-        ({"input_file": "/nowhere/*.txt"}, "--input_file /nowhere/*.txt: no such file"),
-        ({"model_file": "/nowhere/a.model"}, "/nowhere/a.model: there is no folder /nowhere"),
+        ({"input_file": "/missing/*.txt"}, "--input_file /missing/*.txt: no such file"),
+        ({"model_file": "/missing/a.model"}, "/missing/a.model: there is no folder /missing"),
     ],
 )
 def test_training_names_what_is_wrong(tmp_path, capsys, flags, says):
@@ -514,8 +514,8 @@ def refused(**settings) -> str:
             {"dataset_name": "wiki"},
             f"--dataset_name wiki: the only known name is {RELEASED_DATASET}",
         ),
-        ({"sentencepiece": "/nowhere/s"}, "/nowhere/s: cannot be read (No such file"),
-        ({"vocab_file": "/nowhere/v", "bpe_ranks": "b"}, "/nowhere/v: cannot be read (No such"),
+        ({"sentencepiece": "/missing/s"}, "/missing/s: cannot be read (No such file"),
+        ({"vocab_file": "/missing/v", "bpe_ranks": "b"}, "/missing/v: cannot be read (No such"),
     ],
 )
 def test_flags_that_do_not_fit(settings, says):

@@ -18,7 +18,7 @@ From the sources - [P] the paper's abstract and first page, [A] its author's pos
 - the sets are ordered by score and those in the longest common sequence rooted at the first
   element are removed; the loop ends when the space is empty [A];
 - |Theta| rounds, so |Theta|^2 (log|Theta| + |theta|^2 + T_fit) + labels of |Theta| |dev| rows [P];
-- tau(x) lies near x, with a lower and an upper bound on the distance [A];
+- tau(x) is near x, with a lower and an upper bound on the distance [A];
 - the labeller has to be better than 2/3; labels should be balanced, by artificial means if need
   be; the evaluation set has to be representative; regression can be cast to classes [A];
 - some rounds were done again ("replay") [R]; its recommended space is the 480 sets [R].

@@ -48,7 +48,7 @@ class DiskStore(Store):
 
     `write_model(path, model)` and `read_model(path)` know the format of models, each a file or a
     folder. Damaged lines of the journal are reported and moved aside (see `bort.journal`): their
-    fits are made again.
+    fits are repeated.
     """
 
     def __init__(

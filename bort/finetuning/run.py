@@ -224,7 +224,7 @@ class DevEvaluation:
         return metric if len(self._sources) == 1 else f"{split}/{metric}"
 
     def patience_is_over(self, entries: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
-        """Tell whether the last `patience` evaluations were no better than one before."""
+        """Return whether the last `patience` evaluations were no better than one before."""
         if not patience or not entries:
             return False
         names = [self._key(split, self._data.task.early_stop) for split in self._sources]

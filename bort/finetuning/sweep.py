@@ -200,7 +200,7 @@ def _run_names(space: Sequence[Hyperparameters], folder: str) -> list[str]:
 
 
 def _is_run_of(config: str, hparams: Hyperparameters) -> bool:
-    """Tell whether a run's config.json, flags by concern, has the values of a combination."""
+    """Return whether a run's config.json, flags by concern, has the values of a combination."""
     flags: dict[str, Any] = {}
     for group in read_json_as(config, dict[str, dict[str, Any]]).values():
         flags.update(group)

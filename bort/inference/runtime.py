@@ -224,7 +224,7 @@ def available_backends() -> tuple[str, ...]:
 def fastest_runtime(path: str) -> str:
     """Return the fastest backend for a saved classifier that computes in float32.
 
-    A backend whose package is not installed is passed over; an ONNX file needs no MXNet.
+    A backend whose package is not installed is skipped; an ONNX file needs no MXNet.
     """
     installed = {"openvino": "openvino", "onnx": "onnxruntime", "mxnet": "mxnet"}
     for name in FASTEST:

@@ -176,8 +176,8 @@ def load_space(name: str) -> list[Shape]:
 
 def _listed(path: str, content: dict[str, Any], key: str, expected: type) -> list[Any]:
     values = content[key]
-    good = isinstance(values, list) and values and all(type(each) is expected for each in values)
-    if not good or (expected is int and not 1 <= min(values) <= max(values) <= MAX_DIMENSION):
+    fits = isinstance(values, list) and values and all(type(each) is expected for each in values)
+    if not fits or (expected is int and not 1 <= min(values) <= max(values) <= MAX_DIMENSION):
         names = f"integers from 1 to {MAX_DIMENSION:,}" if expected is int else "model names"
         raise UserError(f"{path}: {key} must be a list of {names}, not {quoted(values)}")
     check_size(path, {key: values}, MAX_SHAPES)

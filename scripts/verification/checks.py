@@ -71,7 +71,7 @@ def check_encoded_cache(folder: Path) -> Found:
     for path in parts:
         found = read_part(str(path))
         if found is None:
-            raise UserError(f"{path}: is damaged; delete it, the next run makes it again")
+            raise UserError(f"{path}: is damaged; delete it, the next run writes it again")
         inputs += len(found[1])
     return Found(True, f"{len(parts)} parts, {inputs:,} inputs")
 

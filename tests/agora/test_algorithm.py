@@ -400,7 +400,7 @@ def test_regression_counts_other_bins_as_mistakes_and_takes_timaeus_value():
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill: nothing catches it."""
 
 
 class Mortal(DiskStore):

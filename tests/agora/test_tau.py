@@ -28,7 +28,7 @@ def generator(seed=0):
 
 
 def slow_distance(before, after):
-    """Optimal string alignment, straight from its recursion."""
+    """Optimal string alignment, directly from its recursion."""
 
     @functools.lru_cache(None)
     def d(i, j):

@@ -198,7 +198,7 @@ def test_masked_positions_point_to_the_masks_of_the_flattened_grid(tmp_path):
         restored = grid.copy()
         restored[batch.masked_positions] = batch.labels
         for place, row in enumerate(restored.reshape(batch.input_ids.shape)):
-            # The helper's text counts upwards: only the right labels make it whole again.
+            # The helper's text counts upwards: only the right labels restore it.
             text = row[1 : batch.valid_length[place] - 1]
             assert (np.diff(text) == 1).all()
             assert (row[batch.valid_length[place] :] == PAD).all()

@@ -1,4 +1,4 @@
-"""Text files to documents: blank lines, compressed files, huge documents, bad input."""
+"""Text files to documents: blank lines, compressed files, huge documents, invalid input."""
 
 from __future__ import annotations
 

@@ -597,14 +597,14 @@ def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path, num_workers):
         open_shards(str(tmp_path / "out"))
 
     create(tmp_path / "out", text, **values)
-    create(tmp_path / "undisturbed", text, **values)
-    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    create(tmp_path / "uninterrupted", text, **values)
+    assert content(tmp_path / "out") == content(tmp_path / "uninterrupted")
     for name, changed in before.items():
         assert (tmp_path / "out" / name).stat().st_mtime_ns == changed
 
 
 def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
-    create(tmp_path / "undisturbed")
+    create(tmp_path / "uninterrupted")
     left = [
         ".part-00000.npz.0123456789abcdef.tmp",
         "tokenizer/.tokenizer.model.00ff00ff00ff00ff.tmp",
@@ -615,7 +615,7 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
         (tmp_path / "out" / name).write_bytes(b"half")
     create(tmp_path / "out")
     assert content(tmp_path / "out") == {
-        **content(tmp_path / "undisturbed"), **dict.fromkeys(kept, b"half")
+        **content(tmp_path / "uninterrupted"), **dict.fromkeys(kept, b"half")
     }  # fmt: skip
 
 

@@ -281,7 +281,7 @@ def test_damaged_or_hostile_archive_leaves_nothing(server, tmp_path, content, me
     assert "deleted, run this again" in str(caught.value)
     assert left_over(tmp_path) == []
     assert list((tmp_path / "glue").iterdir()) == []
-    offer(server, "CoLA")  # the next try starts afresh
+    offer(server, "CoLA")  # the next try starts from the beginning
     get(server, tmp_path, "CoLA")
 
 

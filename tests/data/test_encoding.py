@@ -49,9 +49,9 @@ def test_the_longest_text_is_cut_first(tokenizer):
     long, short = "word " * 40, "a cast"
     (cut,) = encode_inputs(tokenizer, [(long, short)], 20)
     ids, kept = tokenizer.encode(long).tolist(), tokenizer.encode(short).tolist()
-    room = 20 - 3 - len(kept)
+    budget = 20 - 3 - len(kept)
     assert cut.tolist() == [
-        tokenizer.bos_id, *ids[:room], tokenizer.eos_id, *kept, tokenizer.eos_id
+        tokenizer.bos_id, *ids[:budget], tokenizer.eos_id, *kept, tokenizer.eos_id
     ]  # fmt: skip
 
 

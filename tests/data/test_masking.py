@@ -169,7 +169,7 @@ def test_pairs_are_consecutive_sentences_of_one_document():
         *middle, last = np.flatnonzero(np.array(sequence) == EOS).tolist()
         assert last == len(sequence) - 1
         inside = [end for end in ends if position < end < position + len(text_of(sequence))]
-        # A pair wherever two sentences are together, parted at the end of one of them.
+        # A pair wherever two sentences are together, separated at the end of one of them.
         assert len(middle) == bool(inside)
         assert all(position + place - 1 in inside for place in middle)
         pairs += len(middle)

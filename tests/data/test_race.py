@@ -174,7 +174,7 @@ def test_a_level_without_files_is_named(tmp_path):
 def test_extra_file_beside_the_numbered_ones_is_named(tmp_path):
     write(tmp_path, "dev/high/1.txt", article())
     write(tmp_path, "dev/high/all.txt", f"{article()}\n{article()}\n")
-    with pytest.raises(UserError, match=r"high/all\.txt: lies beside the numbered.*move it away"):
+    with pytest.raises(UserError, match=r"high/all\.txt: is beside the numbered.*move it away"):
         get_task("RACE-H").read(tmp_path, "dev")
     examples, skipped = get_task("RACE-H").read(tmp_path, "dev", skip_bad_rows=True)
     assert (len(examples), len(skipped)) == (1, 1)
@@ -184,7 +184,7 @@ def test_extra_file_beside_the_numbered_ones_is_named(tmp_path):
 
 def test_links_to_nothing_and_folders_are_named(tmp_path):
     write(tmp_path, "dev/high/1.txt", article())
-    (tmp_path / "RACE/dev/high/2.txt").symlink_to("nowhere.txt")
+    (tmp_path / "RACE/dev/high/2.txt").symlink_to("missing.txt")
     with pytest.raises(UserError, match=r"2\.txt: is a link to a file that does not exist"):
         get_task("RACE-H").read(tmp_path, "dev")
     (tmp_path / "RACE/dev/high/2.txt").unlink()

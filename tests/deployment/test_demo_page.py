@@ -183,7 +183,7 @@ def browse(node: Path, url: str, inputs: list[list[str]], *flags: str) -> dict[s
 
 
 def seen_on(page: Path, tmp_path_factory: Any, inputs: list[list[str]], *flags: str) -> Any:
-    """Type inputs into a page; nothing may come from elsewhere, and no error may be logged."""
+    """Type inputs into a page; it may use no other server and log no error."""
     node = node_folder(tmp_path_factory)
     with served(page) as url:
         seen = browse(node, url, inputs, *flags)

@@ -1,4 +1,4 @@
-"""What the tests of fine-tuning share: a tiny task that can be learnt, and tiny runs on it."""
+"""What the tests of fine-tuning share: a tiny task that can be learned, and tiny runs on it."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_two_ranks_train_like_one_that_accumulates(reviews, tmp_path, one_rank):
     assert [one["step"] for one in found["history"]] == [7, 14, 21]
     assert found["answers"]["dev"]["metrics"] == expected["answers"]["dev"]["metrics"]
     assert (two / "SST-2.tsv").read_text() == (folder / "SST-2.tsv").read_text()
-    # Rank 0 alone speaks.
+    # Only rank 0 prints.
     assert "[1]<stdout>" not in said
 
 

@@ -217,7 +217,7 @@ def test_training_steps_end_the_run_within_an_epoch(reviews, tmp_path):
 
 
 class Scripted:
-    """Stands in for the metrics of a task: the evaluations of a run are given beforehand."""
+    """Stands in for the metrics of a task: the evaluations of a run are given in advance."""
 
     def __init__(self, monkeypatch: Any, values: list[dict[str, float]]) -> None:
         from data.task import Task
@@ -251,8 +251,8 @@ RESUMED = {"epochs": 3, "dropout": 0.1, "accumulate": 2, "batch_size": 4, "log_i
 
 
 @pytest.fixture(scope="module")
-def undisturbed(reviews, tmp_path_factory) -> tuple[str, Any, Any]:
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(reviews, tmp_path_factory) -> tuple[str, Any, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     run = make_run(reviews, folder, **RESUMED)
     run.loop.run()
     return digest_of(run), run.history.entries, metrics(folder / "SST-2")
@@ -272,7 +272,7 @@ class KilledError(Exception):
 )
 @pytest.mark.parametrize("interval", [None, 2])
 def test_a_killed_run_is_bit_identical_to_an_uninterrupted_one(
-    reviews, tmp_path, undisturbed, batches, interval
+    reviews, tmp_path, uninterrupted, batches, interval
 ):
     from bort.finetuning import run as finetuning
 
@@ -291,10 +291,10 @@ def test_a_killed_run_is_bit_identical_to_an_uninterrupted_one(
             make_run(reviews, tmp_path, **flags).loop.run()
     run = make_run(reviews, tmp_path, resume=True, **flags)
     run.loop.run()
-    assert (digest_of(run), run.history.entries, metrics(tmp_path / "SST-2")) == undisturbed
+    assert (digest_of(run), run.history.entries, metrics(tmp_path / "SST-2")) == uninterrupted
 
 
-def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, undisturbed, monkeypatch):
+def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, uninterrupted, monkeypatch):
     from bort.finetuning import run as finetuning
 
     rate = finetuning.learning_rate
@@ -311,7 +311,7 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, undisturb
     assert (tmp_path / "SST-2" / "checkpoint_last").resolve().name == "step-0000011"
     assert not (tmp_path / "SST-2" / "metrics.json").exists()
     found = finetuned(reviews, tmp_path, resume=True, **RESUMED)
-    assert (found["history"], metrics(tmp_path / "SST-2")) == undisturbed[1:]
+    assert (found["history"], metrics(tmp_path / "SST-2")) == uninterrupted[1:]
     assert not list((tmp_path / "SST-2").glob("*step-*"))
     assert finetuned(reviews, tmp_path, resume=True, **RESUMED) == found  # nothing to do
 
@@ -474,12 +474,12 @@ def test_a_mistake_is_named_in_one_line(reviews, tmp_path, capsys, flags, says):
 def test_broken_data_are_named(tmp_path, capsys):
     folder = write_reviews(tmp_path / "data") / "SST-2"
     line = arguments(tmp_path / "data", tmp_path / "out")
-    good = (folder / "dev.tsv").read_text()
-    (folder / "dev.tsv").write_text(good + "odd label\t2\n")
+    valid = (folder / "dev.tsv").read_text()
+    (folder / "dev.tsv").write_text(valid + "odd label\t2\n")
     assert "dev.tsv:22" in complaint(capsys, line)
     (folder / "dev.tsv").write_text("sentence\tlabel\n")
     assert "dev.tsv: has no rows" in complaint(capsys, line)
-    (folder / "dev.tsv").write_text(good + "odd label\t2\n")
+    (folder / "dev.tsv").write_text(valid + "odd label\t2\n")
     with open(folder / "test.tsv", "ab") as handle:
         handle.write(b"11\tan \xff odd byte\n")
     capsys.readouterr()

@@ -380,7 +380,7 @@ def test_a_value_counts_once_and_the_last_name_changes_fastest(tmp_path):
     found = [(one["seed"], one["lr"]) for one in read_space(str(path), *DEFAULTS)]
     assert found == [(1, 1e-3), (1, 2e-3), (0, 1e-3), (0, 2e-3)]
     with pytest.raises(UserError, match="cannot be read"):
-        read_space(str(tmp_path / "nowhere.yaml"), *DEFAULTS)
+        read_space(str(tmp_path / "missing.yaml"), *DEFAULTS)
 
 
 def test_the_program_itself(tmp_path):

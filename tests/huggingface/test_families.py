@@ -496,7 +496,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(SimpleHTTPRequestHandler):
-    """Answers as the hub does for one model, whose files lie in the served folder."""
+    """Answers as the hub does for one model, whose files are in the served folder."""
 
     def do_HEAD(self) -> None:
         self._answer(with_content=False)

@@ -103,7 +103,7 @@ def assert_same_bits(first: Any, second: Any) -> None:
         assert values.tobytes() == second[name].tobytes(), name
 
 
-# ---- transformers' arithmetic, once more ---------------------------------------------------------
+# ---- transformers' arithmetic in NumPy ---------------------------------------------------------
 
 
 def linear(values: np.ndarray, tensors: dict, name: str) -> np.ndarray:
@@ -600,7 +600,7 @@ def test_what_cannot_be_imported_is_a_one_line_error(tmp_path, folder, capsys):
         damaged = tmp_path / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(folder, damaged)
-        (damaged / "SHA256SUMS").unlink()  # as in a folder of others
+        (damaged / "SHA256SUMS").unlink()  # as in a folder of another program
         edit(damaged / "config.json", **changes)
         return complaint(capsys, bring_back, damaged, "--output", tmp_path / "back")
 

@@ -231,7 +231,7 @@ def test_a_slow_pipe_is_answered_line_by_line(tmp_path, tokenizer):
     pipeline = load_classifier(str(tmp_path))
     inputs = InputReader(LineReader(end, "pipe"), "text", pipeline.schema)
     found = predictions(pipeline, inputs, inputs.ready)
-    # Each would wait for ever if it wanted more than is there.
+    # Each would wait forever if it wanted more than is there.
     assert [number for number, _ in next(found)] == [1]
     os.write(start, b"two\nthr")
     assert [number for number, _ in next(found)] == [2]
@@ -291,7 +291,7 @@ def test_invalid_lines_are_named_and_nothing_is_left(
         (["--fill_mask", "--task", "SST-2"], r"leave --task out"),
         (["--fill_mask", "--runtime", "onnx"], r"--runtime onnx: --fill_mask supports mxnet"),
         (["--runtime", "onnx-int8"], r"has no int8 model; make it with scripts/quantize.py"),
-        (["--input", "nowhere"], r"--input nowhere: cannot be read"),
+        (["--input", "missing"], r"--input missing: cannot be read"),
         (["--input", str(DATA)], r"test_data: cannot be read \(Is a directory\)"),
         (["--input", str(DATA / "glue/CoLA/dev.tsv")], r"dev.tsv:1: the header has no column"),
         (["--output", "no/where"], r"no/where: there is no folder"),

@@ -1,4 +1,4 @@
-"""The front end: what-if searches, explanations, lists, and what it says of bad input."""
+"""The front end: what-if searches, explanations, lists, and its messages about invalid input."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_the_script_itself(tmp_path):
     root = str(Path(__file__).resolve().parents[2])
     script = os.path.join(root, "scripts", "run_ose.py")
     environment = {**os.environ, "PYTHONPATH": root}
-    command = [sys.executable, script, "--space", "nowhere", "--list"]
+    command = [sys.executable, script, "--space", "missing", "--list"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: --space nowhere")
+    assert done.stderr.splitlines()[-1].startswith("error: --space missing")

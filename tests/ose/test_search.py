@@ -390,12 +390,12 @@ def test_measurements_of_an_interrupted_search_are_reused(tmp_path):
     result = search(error_again, journal=SearchJournal(str(tmp_path), {"data": "x"}))
     assert (len(calls), len(again)) == (20, 43)
     assert not set(again) & set(calls)
-    undisturbed = {row.architecture: row for row in search(noisy_error).table}
+    uninterrupted = {row.architecture: row for row in search(noisy_error).table}
     for row in result.table:
         if row.architecture == calls[4]:
             assert row.errors == (math.inf,)
         else:
-            assert row == undisturbed[row.architecture]
+            assert row == uninterrupted[row.architecture]
 
 
 def test_a_killed_search_continues(tmp_path):
@@ -426,10 +426,10 @@ def test_a_killed_search_continues(tmp_path):
         handle.write('{"candidate": "torn')
     outputs = [
         subprocess.run([*command, folder], check=True, capture_output=True, text=True).stdout
-        for folder in (str(journal.parent), str(tmp_path / "undisturbed"))
+        for folder in (str(journal.parent), str(tmp_path / "uninterrupted"))
     ]
-    continued, undisturbed = (_without_seconds(text) for text in outputs)
-    assert continued == undisturbed
+    continued, uninterrupted = (_without_seconds(text) for text in outputs)
+    assert continued == uninterrupted
     assert journal.read_text().startswith(before)
     assert len(_lines(journal)) == 40
     assert all(json.loads(line) for line in _lines(journal))

@@ -304,7 +304,7 @@ def test_candidates_have_processes_with_the_threads_and_caps_of_the_flags(data):
 def test_the_training_of_t_resumes_where_it_was_killed(data, tmp_path, in_process, monkeypatch):
     settings = settings_of(data, teacher_steps=9)
     monkeypatch.setattr(ose_training, "TEACHER_INTERVAL", 3)
-    undisturbed = prepare_teacher(settings, TOP, 1, str(tmp_path / "a"))
+    uninterrupted = prepare_teacher(settings, TOP, 1, str(tmp_path / "a"))
     begun = teacher_run(settings, TOP, 1, str(tmp_path / "b" / "teacher"))
     from bort.training.loop import Loop
 
@@ -314,8 +314,8 @@ def test_the_training_of_t_resumes_where_it_was_killed(data, tmp_path, in_proces
         with pytest.raises(Stopped):
             ose_training._train_teacher(begun)
     continued = prepare_teacher(settings, TOP, 1, str(tmp_path / "b"))
-    assert continued.sha256 == undisturbed.sha256
-    assert continued.bounds.entropy == undisturbed.bounds.entropy
+    assert continued.sha256 == uninterrupted.sha256
+    assert continued.bounds.entropy == uninterrupted.bounds.entropy
     with pytest.raises(UserError, match=r"T was started with other settings \(--num_steps\)"):
         prepare_teacher(replace(settings, teacher_steps=12), TOP, 1, str(tmp_path / "b"))
 
@@ -487,7 +487,7 @@ def test_a_killed_search_continues(data, tmp_path, capsys):
     assert "   2 of 2  " in capsys.readouterr().out  # of four
     assert journal.read_text().startswith(before)
     assert not list(folder.glob(".candidate-*"))
-    assert continued == run_ose.main(flags_of(data, tmp_path / "undisturbed", repeats=2))
+    assert continued == run_ose.main(flags_of(data, tmp_path / "uninterrupted", repeats=2))
 
 
 @pytest.mark.distributed

@@ -69,7 +69,7 @@ def test_cross_entropy_is_that_of_numpy(case: Case) -> None:
 def test_divergence_is_that_of_numpy(case: Case, temperature: float) -> None:
     values = distillation_kl(array(case.student), array(case.teacher), temperature).asnumpy()
     expected = reference.distillation_kl(case.student, case.teacher, temperature)
-    # oneDNN's log-softmax is good to 4e-6 nats, which T^2 multiplies.
+    # oneDNN's log-softmax is exact to 4e-6 nats, which T^2 multiplies.
     np.testing.assert_allclose(values, expected, rtol=2e-5, atol=8e-6 * temperature**2)
     assert values.shape == (6,)
     assert (values > 0).all()
@@ -196,7 +196,7 @@ def test_squared_distance_is_the_mean_over_the_vocabulary(case: Case) -> None:
 
 def test_float32_holds_over_the_whole_vocabulary() -> None:
     student, teacher = np.random.default_rng(0).normal(0, 2, (2, 3, 50265))
-    # The last token and its neighbour: ids this large still have to be told apart.
+    # The last token and its neighbour: ids this large still have to be distinguished.
     labels = np.array([50264, 50263, 0])
     mlm = masked_lm_loss(array(student), array(labels)).asnumpy()
     np.testing.assert_allclose(mlm, reference.cross_entropy(student, labels), rtol=1e-5)

@@ -102,7 +102,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(data, tmp_path_factory) -> Path:
-    """Return the folder of an undisturbed run on two ranks; rank r's files are in <r>/."""
+    """Return the folder of an uninterrupted run on two ranks; rank r's files are in <r>/."""
     folder = tmp_path_factory.mktemp("two_ranks")
     two_ranks(data, folder)
     return folder
@@ -157,7 +157,7 @@ def test_two_ranks_stopped_by_one_and_resumed_are_bit_identical(data, tmp_path, 
     assert stopped.stderr.count("stopped after step 7; --resume continues") == 2
     assert (folder / "0" / "checkpoint_last").resolve().name == "step-0000007"
     two_ranks(data, folder, resume=True)
-    ours, undisturbed = stored(folder / "0", STEPS), stored(on_two_ranks / "0", STEPS)
-    assert ours.keys() == undisturbed.keys()
-    assert all((ours[name] == undisturbed[name]).all() for name in ours)
+    ours, uninterrupted = stored(folder / "0", STEPS), stored(on_two_ranks / "0", STEPS)
+    assert ours.keys() == uninterrupted.keys()
+    assert all((ours[name] == uninterrupted[name]).all() for name in ours)
     assert [path.name for path in folder.iterdir()] == ["0"]

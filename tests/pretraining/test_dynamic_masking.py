@@ -32,13 +32,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_resumed_run_has_the_masks_of_an_uninterrupted_one(data, tmp_path):
     per_epoch = make_run(data).job.stream.source.batches_per_epoch
     flags = {"dynamic_masking": True, "num_steps": 3 * per_epoch, "ckpt_interval": 3}
-    undisturbed = finished_run(data, ckpt_dir=tmp_path / "undisturbed", **flags)
+    uninterrupted = finished_run(data, ckpt_dir=tmp_path / "uninterrupted", **flags)
     run_killed_at(data, tmp_path / "resumed", per_epoch + 2, **flags)
     resumed = finished_run(data, ckpt_dir=tmp_path / "resumed", resume=True, **flags)
-    assert digest(resumed) == digest(undisturbed)
-    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "undisturbed")
+    assert digest(resumed) == digest(uninterrupted)
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "uninterrupted")
     fixed = finished_run(data, ckpt_dir=tmp_path / "fixed", **{**flags, "dynamic_masking": False})
-    assert digest(fixed) != digest(undisturbed)
+    assert digest(fixed) != digest(uninterrupted)
 
 
 def test_the_flag_cannot_change_when_a_run_is_resumed(data, tmp_path):

@@ -1,4 +1,4 @@
-"""A rank is killed: with --elastic training continues, without it the job ends in good order."""
+"""A rank is killed: with --elastic training continues, without it the job ends with an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 40
 # One rank dies, once, in its step 9. While another is alone its steps take longer, so that there is
-# still something to do for a worker that comes back.
+# still something to do for a worker that rejoins.
 MORTAL_PROGRAM = """
     import os, signal, sys, time
     import horovod.mxnet as hvd
@@ -70,9 +70,9 @@ def run_flags(data: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> Path:
+def uninterrupted(data, tmp_path_factory) -> Path:
     """Return the folder of a run in one process, of the global batches of two."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     finished_run(data, ckpt_dir=folder, accumulate=2, **run_flags(data))
     return folder
 
@@ -99,7 +99,7 @@ def mortal_run(
 
 
 def elastic_flags(tmp_path: Path) -> list[str]:
-    """Return flags for two hosts, since a host on which a worker has died is given up whole."""
+    """Return flags for two hosts, since Horovod gives up the whole host of a worker that died."""
     script = tmp_path / "discover.sh"
     script.write_text(f"#!/bin/sh\necho localhost:1\necho {shlex.quote(socket.gethostname())}:1\n")
     script.chmod(0o755)
@@ -109,7 +109,7 @@ def elastic_flags(tmp_path: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed_rank", [0, 1])
-def test_the_other_rank_continues_alone(data, tmp_path, monkeypatch, undisturbed, killed_rank):
+def test_the_other_rank_continues_alone(data, tmp_path, monkeypatch, uninterrupted, killed_rank):
     monkeypatch.setenv("SECONDS_ALONE", "0")
     done = mortal_run(data, tmp_path, elastic_flags(tmp_path), killed_rank, elastic=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -118,18 +118,18 @@ def test_the_other_rank_continues_alone(data, tmp_path, monkeypatch, undisturbed
     assert "1 rank(s) x 1 device(s) (cpu(0)), 2 micro-batch(es) an update" in done.stdout
     assert "from step 6\n" in done.stdout
     run = tmp_path / "run"
-    assert_same_training(run, weights(run), undisturbed, weights(undisturbed))
+    assert_same_training(run, weights(run), uninterrupted, weights(uninterrupted))
 
 
 @pytest.mark.slow
-def test_a_killed_rank_rejoins(data, tmp_path, monkeypatch, undisturbed):
+def test_a_killed_rank_rejoins(data, tmp_path, monkeypatch, uninterrupted):
     monkeypatch.setenv("SECONDS_ALONE", "0.5")
     flags = [*elastic_flags(tmp_path), "--blacklist-cooldown-range", "1", "3"]
     done = mortal_run(data, tmp_path, flags, killed_rank=1, elastic=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"(\d) rank\(s\)", done.stdout) == ["2", "1", "2"]
     run = tmp_path / "run"
-    assert_same_training(run, weights(run), undisturbed, weights(undisturbed))
+    assert_same_training(run, weights(run), uninterrupted, weights(uninterrupted))
 
 
 def test_without_elastic_the_job_ends_names_the_rank_and_leaves_a_valid_checkpoint(

@@ -66,7 +66,7 @@ def poison(monkeypatch, numbers: Iterable[int], value: float = float("nan")) -> 
 
 
 def weights_after(data: Path, folder: Path, step: int, **others: Any) -> dict[str, np.ndarray]:
-    """Return parameters and optimiser state of an undisturbed run after `step` steps."""
+    """Return parameters and optimiser state of an uninterrupted run after `step` steps."""
     run = make_run(data, **flags(folder, **others))
     run.setup()
     batches = run.batches()
@@ -184,12 +184,12 @@ def test_skipping_continues_and_is_reported(data, tmp_path, monkeypatch, capsys)
 
 def test_a_stopped_run_is_resumed_by_skipping(data, tmp_path, monkeypatch):
     poison(monkeypatch, [6])
-    undisturbed = finished_run(data, **flags(tmp_path / "skipped", on_nonfinite="skip"))
+    uninterrupted = finished_run(data, **flags(tmp_path / "skipped", on_nonfinite="skip"))
     folder = tmp_path / "stopped"
     with pytest.raises(UserError):
         finished_run(data, **flags(folder))
     resumed = finished_run(data, **flags(folder, on_nonfinite="skip", resume=True))
-    assert digest(resumed) == digest(undisturbed)
+    assert digest(resumed) == digest(uninterrupted)
 
 
 @pytest.mark.distributed
@@ -225,7 +225,7 @@ def test_a_power_of_two_as_loss_scale_changes_no_bit(data, tmp_path):
 
 
 def test_an_overflow_skips_its_step_and_halves_the_scale(data, tmp_path, monkeypatch):
-    """Micro-batches 1, 5 and 6 overflow: 1 good, bad, 3 good, 2 bad, 4 good: doubled, 1 good."""
+    """Micro-batches 1, 5 and 6 overflow, so the scale doubles once, after the four that follow."""
     poison(monkeypatch, [1, 5, 6], float("inf"))
     skipping = finished_run(data, **flags(tmp_path / "skipping", on_nonfinite="skip"))
     run = scaled_run(data, tmp_path / "scaled", value=64.0, log_interval=1)

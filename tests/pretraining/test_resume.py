@@ -46,8 +46,8 @@ def flags(data: Path, folder: Path, **others: object) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     run = finished_run(data, **flags(data, folder))
     return digest(run), metrics(folder), state_of(folder)
 
@@ -63,20 +63,20 @@ def state_of(folder: Path) -> dict[str, object]:
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL inside this process."""
+    """Simulates SIGKILL inside this process."""
 
 
 def disturb(monkeypatch, at: int, what) -> None:
     """Call `what` in the middle of the evaluation number `at`, the first being that at step 0."""
     evaluate, calls = pretraining.evaluate, []
 
-    def disturbed(*given):
+    def interrupted(*given):
         calls.append(given)
         if len(calls) - 1 == at:
             what()
         return evaluate(*given)
 
-    monkeypatch.setattr(pretraining, "evaluate", disturbed)
+    monkeypatch.setattr(pretraining, "evaluate", interrupted)
 
 
 def kill() -> None:
@@ -86,7 +86,7 @@ def kill() -> None:
 @pytest.mark.parametrize("interval", [3, 4])
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_run_killed_in_an_evaluation_has_lost_nothing(
-    data, tmp_path, monkeypatch, undisturbed, at, interval
+    data, tmp_path, monkeypatch, uninterrupted, at, interval
 ):
     """The checkpoint of a step comes before its evaluation, which the resumed run makes up for."""
     given = flags(data, tmp_path, ckpt_interval=interval)
@@ -98,13 +98,13 @@ def test_a_run_killed_in_an_evaluation_has_lost_nothing(
     assert saved["step"] == (6 * at if interval == 3 else 4 * at + 4 * (at == 2))
     assert saved.get("evaluation_pending", False) == (saved["step"] % 6 == 0)
     resumed = finished_run(data, **given, resume=True)
-    assert (digest(resumed), metrics(tmp_path), state_of(tmp_path)) == undisturbed
+    assert (digest(resumed), metrics(tmp_path), state_of(tmp_path)) == uninterrupted
     assert "evaluation_pending" not in checkpoint.load(str(tmp_path / "checkpoint_last")).state
 
 
 @pytest.mark.parametrize("interval", [3, 4])
 def test_sigterm_ends_an_evaluation_between_two_batches(
-    data, tmp_path, monkeypatch, undisturbed, interval
+    data, tmp_path, monkeypatch, uninterrupted, interval
 ):
     given = flags(data, tmp_path, ckpt_interval=interval)
     with monkeypatch.context() as patch:
@@ -115,7 +115,7 @@ def test_sigterm_ends_an_evaluation_between_two_batches(
     saved = checkpoint.load(str(tmp_path / "checkpoint_last")).state
     assert (saved["step"], saved["evaluation_pending"]) == (6, True)
     resumed = finished_run(data, **given, resume=True)
-    assert (digest(resumed), metrics(tmp_path), state_of(tmp_path)) == undisturbed
+    assert (digest(resumed), metrics(tmp_path), state_of(tmp_path)) == uninterrupted
 
 
 def test_model_json_has_the_best_loss_of_its_own_evaluation(data, tmp_path):

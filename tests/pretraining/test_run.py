@@ -41,7 +41,7 @@ SLOW = pytest.mark.slow
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL inside this process."""
+    """Simulates SIGKILL inside this process."""
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +244,13 @@ def test_two_devices_in_one_process_train_like_one_that_accumulates(data, tmp_pa
 
 def test_a_run_keeps_its_global_batches_on_another_number_of_devices(data, tmp_path):
     flags = {"num_steps": 12, "ckpt_interval": 6, "keep_checkpoints": 5, "lr": 0.001}
-    undisturbed = finished_run(data, ckpt_dir=tmp_path / "one", accumulate=2, **flags)
+    uninterrupted = finished_run(data, ckpt_dir=tmp_path / "one", accumulate=2, **flags)
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "one", moved, symlinks=True)
     resumed = finished_run(data, ckpt_dir=moved, cpu_contexts=2, start_step=6, **flags)
     assert_same_training(
         tmp_path / "one",
-        parameters_of(undisturbed.job.network),
+        parameters_of(uninterrupted.job.network),
         moved,
         parameters_of(resumed.job.network),
     )
@@ -343,10 +343,10 @@ def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path):
         "lr": 0.5,
         "seed": 1,
     }
-    finished_run(data, ckpt_dir=tmp_path / "undisturbed", **flags)
+    finished_run(data, ckpt_dir=tmp_path / "uninterrupted", **flags)
     run_killed_at(data, tmp_path / "resumed", 11, **flags)
     finished_run(data, ckpt_dir=tmp_path / "resumed", resume=True, **flags)
-    one, other = ((tmp_path / name) for name in ("undisturbed", "resumed"))
+    one, other = ((tmp_path / name) for name in ("uninterrupted", "resumed"))
     best = os.readlink(one / "checkpoint_best")
     assert best < "step-0000010", "nothing to remember"
     assert os.readlink(other / "checkpoint_best") == best
@@ -377,7 +377,7 @@ def resumable_flags(data: Path, configuration: str) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
+def uninterrupted(data, tmp_path_factory):
     """Return a function: configuration -> (digest, metrics) of a run without interruption."""
     done = {}
 
@@ -429,51 +429,51 @@ def run_killed_at(data, folder, batches, **flags) -> None:
     ],
 )
 def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(
-    data, tmp_path, undisturbed, bfloat16, configuration, batches
+    data, tmp_path, uninterrupted, bfloat16, configuration, batches
 ):
     flags = resumable_flags(data, configuration)
     run_killed_at(data, tmp_path, batches, **flags)
     resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
-    assert (digest(resumed), metrics(tmp_path)) == undisturbed(configuration)
+    assert (digest(resumed), metrics(tmp_path)) == uninterrupted(configuration)
 
 
-def test_resumed_again_and_again_across_the_ends_of_epochs(data, tmp_path, undisturbed):
+def test_resumed_again_and_again_across_the_ends_of_epochs(data, tmp_path, uninterrupted):
     flags = resumable_flags(data, "plain")
     run_killed_at(data, tmp_path, 5, **flags)
     for _ in range(2):
         run_killed_at(data, tmp_path, 7, resume=True, **flags)
     resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
     per_epoch = resumed.job.stream.source.batches_per_epoch
-    # Killed in steps 6, 12 and 16; checkpoints, and ends of epochs, lie in between.
+    # Killed in steps 6, 12 and 16; checkpoints, and ends of epochs, are in between.
     assert [step // per_epoch for step in (4, 8, 12, 15, STEPS)] == [0, 1, 1, 2, 2]
-    assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
+    assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
 
 
-def test_dropout_and_seed_change_the_result(data, tmp_path, undisturbed):
+def test_dropout_and_seed_change_the_result(data, tmp_path, uninterrupted):
     flags = resumable_flags(data, "plain")
     for name, other in (("dropout", 0.0), ("seed", 10)):
         run = finished_run(data, ckpt_dir=tmp_path / name, **{**flags, name: other})
-        assert digest(run) != undisturbed("plain")[0]
+        assert digest(run) != uninterrupted("plain")[0]
 
 
-def test_start_step_resumes_from_that_step_and_drops_the_later_ones(data, tmp_path, undisturbed):
+def test_start_step_resumes_from_that_step_and_drops_the_later_ones(data, tmp_path, uninterrupted):
     flags = {**resumable_flags(data, "plain"), "keep_checkpoints": 10}
     run_killed_at(data, tmp_path, 13, **flags)
     run_killed_at(data, tmp_path, 1, start_step=8, **flags)
     names = sorted(path.name for path in tmp_path.glob("step-*"))
     assert names == ["step-0000004", "step-0000006", "step-0000008"]
     resumed = finished_run(data, ckpt_dir=tmp_path, start_step=6, **flags)
-    assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
+    assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
 
 
-def test_a_finished_run_resumed_does_nothing_more(data, tmp_path, undisturbed):
+def test_a_finished_run_resumed_does_nothing_more(data, tmp_path, uninterrupted):
     flags = resumable_flags(data, "plain")
     finished_run(data, ckpt_dir=tmp_path, **flags)
     assert (
         digest(finished_run(data, ckpt_dir=tmp_path, resume=True, **flags))
-        == (undisturbed("plain")[0])
+        == (uninterrupted("plain")[0])
     )
-    assert metrics(tmp_path) == undisturbed("plain")[1]
+    assert metrics(tmp_path) == uninterrupted("plain")[1]
 
 
 @pytest.mark.parametrize(
@@ -508,17 +508,17 @@ def test_a_moved_run_resumes_from_moved_shards(data, tmp_path):
     assert finished_run(data, resume=True, **flags).progress.step == 2
 
 
-def test_a_damaged_newest_checkpoint_is_skipped(data, tmp_path, undisturbed):
+def test_a_damaged_newest_checkpoint_is_skipped(data, tmp_path, uninterrupted):
     flags = resumable_flags(data, "plain")
     run_killed_at(data, tmp_path, 11, **flags)
     damaged = tmp_path / "step-0000008" / "trainer.npz"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.warns(UserWarning, match=r"step-0000008/trainer\.npz"):
         resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
-    assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
+    assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
 
 
-def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(data, tmp_path, undisturbed):
+def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(data, tmp_path, uninterrupted):
     from bort import checkpoint
     from bort.pretraining import run as pretraining
 
@@ -539,7 +539,7 @@ def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(data, tmp_path, u
     assert signal.getsignal(signal.SIGTERM) is before
     assert checkpoint.latest(str(tmp_path)).state["step"] == 7
     resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
-    assert (digest(resumed), metrics(tmp_path)) == undisturbed("plain")
+    assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
 
 
 def start(data: Path, folder: Path, **flags: object) -> subprocess.Popen:
@@ -561,7 +561,7 @@ def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
 def test_stopped_and_killed_processes_leave_the_bytes_of_an_uninterrupted_run(data, tmp_path):
     flags = {"num_steps": 240, "ckpt_interval": 20, "log_interval": 2, "seed": 4}
     expected = finished_run(data, ckpt_dir=tmp_path / "expected", **flags)
-    folder = tmp_path / "disturbed"
+    folder = tmp_path / "interrupted"
 
     told = start(data, folder, **flags)
     wait_for_step(folder, told, 30)

@@ -154,7 +154,7 @@ def test_in_any_batch_loss_and_gradient_are_the_live_teachers_within_the_bound(
     build(build_line(data, tmp_path / "cache", dtype=dtype, batch_size=3))
     sums, gradients = one_step(data, tmp_path / "live", **live(data))
     cached_sums, cached = one_step(data, tmp_path / "cached", teacher_cache=tmp_path / "cache")
-    assert sums[2] > 0, "the teacher tells something"
+    assert sums[2] > 0, "the teacher contributes something"
     np.testing.assert_allclose(cached_sums, sums, rtol=bound)
     assert distance(gradients, cached) < bound
     if dtype == "float16":

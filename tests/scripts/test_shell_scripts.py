@@ -13,7 +13,7 @@ from tests.scripts.helpers import executable, project_in
 
 
 class SearchPath:
-    """A PATH of stand-ins for Python that tell their version and what they are started with."""
+    """A PATH of stand-ins for Python that print their version and their arguments."""
 
     def __init__(self, folder: Path) -> None:
         self.project = project_in(folder / "project")
@@ -125,5 +125,5 @@ def test_run_tests_ends_with_the_worst_status(
     assert run.returncode == status
     assert run.stdout.startswith("set up")
     assert "-m distributed and not slow\n" in run.stdout
-    imports_distributed = tests == 0  # the command that stands for Python ends with `tests`
+    imports_distributed = tests == 0  # the stand-in for Python ends with `tests`
     assert ("-m cluster and not slow\n" in run.stdout) == imports_distributed

@@ -16,7 +16,7 @@ from tests.scripts.helpers import load, project_in
 
 @pytest.fixture(scope="module")
 def others_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the Python of another checkout, set up there, whose code says so."""
+    """Return the Python of another checkout, set up there, whose code identifies itself."""
     folder = tmp_path_factory.mktemp("other")
     other = load(project_in(folder))
     (folder / "bort/__init__.py").write_text("MARK = 'another checkout'\n")
@@ -57,7 +57,7 @@ def test_a_checkout_runs_its_own_code_with_the_python_of_another(others_python: 
     "program", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("scripts/*.py"))
 )
 def test_programs_in_scripts_find_their_own_checkout(program: str) -> None:
-    """Their folder is first on the path, not the project's: they say so before importing bort."""
+    """Only their own folder is on the path: they add the project's before importing bort."""
     text = (ROOT / program).read_text(encoding="utf-8")
     own = re.search(r"^(from|import) (bort|data|scripts)\b", text, re.MULTILINE)
     if own:

@@ -1,4 +1,4 @@
-"""verify.py: a good one of everything that is written here, and each damaged in one byte."""
+"""verify.py on an intact sample of every format, and on each with one byte changed."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ EVERY_FILE = [(name, file) for name, (_, files) in KINDS.items() for file in fil
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    """Return a folder with a good one of everything; not to be changed."""
-    folder = tmp_path_factory.mktemp("good")
+def intact(tmp_path_factory) -> Path:
+    """Return a folder with an intact sample of every format; not to be changed."""
+    folder = tmp_path_factory.mktemp("intact")
     samples.write_shards(folder / "shards")
     samples.write_pretraining(folder / "run", folder / "shards")
     samples.write_teacher_cache(folder / "cache", folder / "shards", folder / "run")
@@ -89,16 +89,16 @@ def table(capsys, path: Path) -> tuple[int, dict[str, list[str]]]:
     return found, {name: rest for name, *rest in cells}
 
 
-def test_every_valid_folder_is_named_and_complete(good, capsys):
-    status, rows = table(capsys, good)
+def test_every_valid_folder_is_named_and_complete(intact, capsys):
+    status, rows = table(capsys, intact)
     assert status == 0
     for name, (kind, _) in KINDS.items():
-        assert rows[str(good / name)][:2] == [kind, "complete"], name
+        assert rows[str(intact / name)][:2] == [kind, "complete"], name
 
 
 @pytest.mark.parametrize(("name", "file"), EVERY_FILE)
-def test_one_changed_byte_is_detected(good, tmp_path, capsys, name, file):
-    source, copy = good / name, tmp_path / Path(name).name
+def test_one_changed_byte_is_detected(intact, tmp_path, capsys, name, file):
+    source, copy = intact / name, tmp_path / Path(name).name
     if source.is_dir():
         shutil.copytree(source, copy, symlinks=True)
         path = next(copy.glob(file))
@@ -120,17 +120,17 @@ def test_one_changed_byte_is_detected(good, tmp_path, capsys, name, file):
         *(("tuned/SST-2", "SST-2.tsv"), ("tuned/SST-2", "best.params")),
     ],
 )
-def test_a_missing_file_is_detected(good, tmp_path, capsys, name, file):
+def test_a_missing_file_is_detected(intact, tmp_path, capsys, name, file):
     copy = tmp_path / Path(name).name
-    shutil.copytree(good / name, copy, symlinks=True)
+    shutil.copytree(intact / name, copy, symlinks=True)
     next(copy.glob(file)).unlink()
     assert table(capsys, copy)[0] == 1
 
 
-def test_what_is_not_finished_is_reported(good, tmp_path, capsys):
-    shutil.copytree(good / "tuned" / "SST-2", tmp_path / "SST-2")
+def test_what_is_not_finished_is_reported(intact, tmp_path, capsys):
+    shutil.copytree(intact / "tuned" / "SST-2", tmp_path / "SST-2")
     (tmp_path / "SST-2" / "metrics.json").unlink()
-    shutil.copytree(good / "run", tmp_path / "run", symlinks=True)
+    shutil.copytree(intact / "run", tmp_path / "run", symlinks=True)
     shutil.rmtree(tmp_path / "run" / "step-0000006")
     for link in ("checkpoint_last", "checkpoint_best"):
         (tmp_path / "run" / link).unlink()
@@ -140,13 +140,13 @@ def test_what_is_not_finished_is_reported(good, tmp_path, capsys):
     assert rows[str(tmp_path / "run")] == ["pretraining run", "unfinished", "step 4 of 6"]
 
 
-def test_nothing_is_written(good, capsys):
+def test_nothing_is_written(intact, capsys):
     def state():
-        files = [path for path in good.rglob("*") if path.is_file() and path.name[0] != "."]
+        files = [path for path in intact.rglob("*") if path.is_file() and path.name[0] != "."]
         return sorted((str(path), path.stat().st_mtime_ns) for path in files)
 
     before = state()
-    table(capsys, good)
+    table(capsys, intact)
     assert state() == before
 
 

@@ -141,7 +141,7 @@ def files_of_at_most(size):
 
 @pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
 def test_a_full_disk_ends_the_run_in_one_line(tmp_path, full):
-    """SummaryWriter's thread would die of it, and the run wait for it for ever."""
+    """SummaryWriter's thread would end with it, and the run would wait for it forever."""
     with reporter_in(tmp_path, quiet=True) as warm_up:  # imports
         warm_up.log(1, "train", TRAIN)
     message = f"{tmp_path}: the metrics cannot be written (File too large); free some space and"
