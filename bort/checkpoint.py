@@ -22,11 +22,11 @@ import os
 import re
 import shutil
 import warnings
-import zipfile
 from typing import Any, Callable, Mapping, NamedTuple
 
 import numpy as np
 
+from bort.arrays import read_npz, write_npz
 from bort.errors import UserError
 from bort.files import (
     json_sha256,
@@ -34,7 +34,6 @@ from bort.files import (
     sha256_of,
     temporary_name,
     write_json,
-    write_npz,
 )
 
 MODEL = "model.params"
@@ -64,12 +63,7 @@ class Checkpoint(NamedTuple):
 
     def trainer_arrays(self) -> dict[str, np.ndarray]:
         """Read the optimizer state as {name: array}; raises `UserError` unless it is arrays."""
-        path = os.path.join(self.path, TRAINER)
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: cannot be read as arrays ({error})") from None
+        return read_npz(os.path.join(self.path, TRAINER))
 
 
 # ---- writing -------------------------------------------------------------------------------------

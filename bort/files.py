@@ -7,19 +7,15 @@ import errno
 import fcntl
 import hashlib
 import json
-import lzma
 import os
 import re
 import secrets
 import shutil
 import socket
 import stat
-import struct
 import sys
 import time
-import zipfile
-import zlib
-from typing import IO, Any, Iterator, Mapping, TypeVar
+from typing import IO, Any, Iterator, TypeVar
 
 from bort.errors import UserError, quoted
 
@@ -175,14 +171,6 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error).strip().splitlines()[0]
 
 
-# What reading a damaged .npz file raises, by NumPy's and zipfile's releases: found by flipping bits
-# and cutting files. NotImplementedError, for an unknown compression, is a RuntimeError.
-NPZ_ERRORS = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
-    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
-)
-
-
 def write_json(path: str, content: Any, with_sum: bool = True) -> None:
     """Write `content` as JSON under `path`, atomically.
 
@@ -194,19 +182,6 @@ def write_json(path: str, content: Any, with_sum: bool = True) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     with atomic_write(path) as handle:
         handle.write(f"{text}\n")
-
-
-def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
-    """Write arrays by name as an .npz file under `path`, atomically and without pickle.
-
-    As NumPy's savez, which leaves its archive open when a write fails: that complains later.
-    """
-    import numpy as np
-
-    with atomic_write(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 @contextlib.contextmanager

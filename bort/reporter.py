@@ -11,9 +11,10 @@ from typing import Any, Iterator, Mapping, Protocol
 
 import numpy as np
 
+from bort.arrays import write_npz
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.files import atomic_write, write_json, write_npz
+from bort.files import atomic_write, write_json
 from bort.journal import line_of, record_of
 from bort.progress import ProgressBar
 

@@ -13,9 +13,9 @@ from typing import Iterable, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from bort.arrays import read_npz, write_npz
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.files import NPZ_ERRORS, write_npz
 from bort.tokenization import Tokenizer
 from data.batches import BucketSampler, pad
 from data.task import Example
@@ -200,9 +200,9 @@ def _read(
 def read_part(path: str) -> Optional[tuple[np.ndarray, np.ndarray]]:
     """Return ids and lengths of any file of a cache; None where it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            ids, lengths, sha256 = (np.asarray(arrays[name]) for name in _ARRAYS)
-    except NPZ_ERRORS:  # the part is encoded again
+        arrays = read_npz(path)
+        ids, lengths, sha256 = (arrays[name] for name in _ARRAYS)
+    except (OSError, KeyError, UserError):  # the part is encoded again
         return None
     is_whole = (
         (ids.dtype, ids.ndim) == (np.int32, 1)

@@ -22,6 +22,7 @@ from typing import Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from bort.arrays import map_npy
 from bort.cluster import Cluster
 from bort.errors import UserError
 from bort.files import lock_folder, temporary_name
@@ -249,7 +250,7 @@ class DocumentIndex:
     def _open(self, file: int) -> np.ndarray:
         """Return int64 [2, documents] of a file, mapped into memory."""
         path, column = self._places[file]
-        arrays = np.load(path, mmap_mode="r")
+        arrays = map_npy(path)
         return arrays[:, column : column + self._files[file].documents]
 
     def _first_from(self, position: int) -> int:

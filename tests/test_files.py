@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 
 from bort import files
@@ -212,34 +211,6 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     found = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
     assert {str(path.relative_to(folder)) for path in found} == {*kept, "link"}
     assert beyond_a_link.exists()
-
-
-@pytest.mark.parametrize("size", [0, 100, 4200, 8300, 8700])
-def test_arrays_that_a_full_disk_cuts_anywhere_leave_nothing(tmp_path, size):
-    arrays = {"a": np.arange(1000), "b": np.zeros((3, 5), np.float16)}
-    files.write_npz(str(tmp_path / "whole.npz"), arrays)
-    with np.load(tmp_path / "whole.npz", allow_pickle=False) as found:
-        assert {name: found[name].tolist() for name in found} == {
-            name: array.tolist() for name, array in arrays.items()
-        }
-    # Also what is printed as the program ends.
-    program = f"""
-import resource
-import numpy as np
-from bort import files
-
-resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
-try:
-    files.write_npz({str(tmp_path / "cut.npz")!r}, {{"a": np.arange(1000), "b": np.zeros(30)}})
-except files.UserError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == f"{tmp_path / 'cut.npz'}: cannot be written (File too large)\n"
-    assert (done.returncode, done.stderr) == (0, "")
-    assert left(tmp_path) == ["whole.npz"]
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])

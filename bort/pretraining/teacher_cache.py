@@ -24,7 +24,6 @@ import re
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from tokenize import TokenError
 from types import SimpleNamespace
 from typing import IO, Any, Callable, Iterator, Sequence
 
@@ -32,19 +31,18 @@ import numpy as np
 from mxnet import nd
 from mxnet.gluon import nn
 
+from bort.arrays import map_npy, read_npz, write_npz
 from bort.bfloat16 import add_copies, has_copies
 from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess, lock_of_rank_0
 from bort.encoder import fuse_qkv
 from bort.errors import UserError
 from bort.files import (
-    NPZ_ERRORS,
     has_lock,
     read_json_as,
     sha256_of,
     temporary_name,
     write_json,
-    write_npz,
 )
 from bort.pretraining.mlm import DeviceBatch, masked_states, to_device
 from bort.pretraining.row_sums import RowSums, open_no_link
@@ -158,9 +156,8 @@ def _map_rows(folder: str, manifest: CacheManifest, entry: ShardEntry) -> np.nda
 
 def _map_array(path: str) -> np.ndarray:
     try:
-        # A plain array: slices of the subclass take ten times as long.
-        return np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
-    except (ValueError, OSError, SyntaxError, TokenError) as error:
+        return map_npy(path)
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it, run {BUILD}") from None
 
 
@@ -195,12 +192,14 @@ def _read_projection(folder: str, manifest: CacheManifest) -> tuple[np.ndarray, 
     path = os.path.join(folder, PROJECTION_FILE)
     cure = f"delete {folder}, run {BUILD} again"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            weight, bias = arrays["weight"], arrays["bias"]
+        arrays = read_npz(path)
+        weight, bias = arrays["weight"], arrays["bias"]
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {cure}") from None
-    except NPZ_ERRORS as error:
-        raise UserError(f"{path}: cannot be read ({error}); {cure}") from None
+    except KeyError as error:
+        raise UserError(f"{path}: has no array {error}; {cure}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {cure}") from None
     expected = (manifest.vocab_size, manifest.hidden)
     if weight.shape != expected or bias.shape != expected[:1]:
         raise UserError(f"{path}: holds {weight.shape}, its manifest says {expected}; {cure}")
