@@ -197,7 +197,7 @@ def _read_projection(folder: str, manifest: CacheManifest) -> tuple[np.ndarray, 
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {cure}") from None
     except KeyError as error:
-        raise UserError(f"{path}: has no array {error}; {cure}") from None
+        raise UserError(f"{path}: cannot be read (it has no array {error}); {cure}") from None
     except UserError as error:
         raise UserError(f"{error}; {cure}") from None
     expected = (manifest.vocab_size, manifest.hidden)
