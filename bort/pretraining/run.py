@@ -225,7 +225,14 @@ def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) 
 
     def model_config(progress: Progress) -> ModelConfig:
         command = command_of("run_pretraining_distillation.py", *settings)
-        details = {"step": progress.step, "data": settings.data.data, "command": command}
+        passes = progress.batches / inputs.training.batches_per_epoch
+        details = {
+            "step": progress.step,
+            "tokens seen": f"{round(passes * manifest.totals['tokens']):,}",
+            "passes over the data": f"{passes:.3g}",
+            "data": settings.data.data,
+            "command": command,
+        }
         if progress.best_step is not None:
             details["metrics"] = {"lowest held-out mlm_loss": -progress.best_score}
         return ModelConfig(

@@ -36,10 +36,11 @@ pretrained() {
     saved=$EXPERIMENTS/pretrained/$1
 }
 
-# shards <text> <folder>: makes shards of a text once, with the WordPiece of these BERTs.
+# shards <text> <folder>: makes shards of a text once, with the WordPiece of the model `saved`,
+# which is the same for all of these.
 shards() {
     once "$2/manifest.json" "$python" create_pretraining_data.py --input_file "$1" \
-        --output_dir "$2" --vocab_file "$EXPERIMENTS/pretrained/all-MiniLM-L6-v2/tokenizer/tokenizer.json" \
+        --output_dir "$2" --vocab_file "$saved/tokenizer/tokenizer.json" \
         --max_seq_length 128 --num_outputs 2 --num_workers 2
 }
 

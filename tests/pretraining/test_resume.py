@@ -16,6 +16,7 @@ from bort.files import lock_folder
 from bort.parameters import read_arrays
 from bort.pretraining import run as pretraining
 from bort.pretraining import teacher
+from data.shards import open_shards
 from tests.pretraining.helpers import (
     arguments,
     arrays_of,
@@ -123,6 +124,16 @@ def test_model_json_has_the_best_loss_of_its_own_evaluation(data, tmp_path):
     path = tmp_path / "checkpoint_last"
     told = json.loads((path / "model.json").read_text())["details"]["metrics"]
     assert told == {"lowest held-out mlm_loss": -checkpoint.load(str(path)).state["best_score"]}
+
+
+def test_model_json_tells_how_much_text_the_model_has_seen(data, tmp_path):
+    shards = open_shards(str(data / "train"))
+    # All sequences are one batch, and a pass is one step.
+    given = {"batch_size": shards.num_sequences, "num_buckets": 1, "ckpt_dir": tmp_path}
+    finished_run(data, **given, num_steps=3)
+    told = json.loads((tmp_path / "checkpoint_last/model.json").read_text())["details"]
+    assert told["tokens seen"] == f"{3 * shards.manifest.totals['tokens']:,}"
+    assert (told["step"], told["passes over the data"]) == (3, "3")
 
 
 # ---- flags ---------------------------------------------------------------------------------------

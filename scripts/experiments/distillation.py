@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Print the tables of the experiment on distillation, and draw its curves.
+
+    python scripts/experiments/distillation.py FOLDER
+    python scripts/experiments/distillation.py --best RUN ...
+
+FOLDER is that of scripts/experiments/distillation.sh: runs/ARM/SEED are pretraining runs,
+times/ARM what --check of the same flags printed, tasks/ARM/SEED fine-tuning runs. --best prints
+the run with the lowest held-out masked-LM loss.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's code
+
+import numpy as np
+
+from bort.config import OneLineParser
+from bort.errors import UserError, entry_point
+from bort.finetuning.scoreboard import read_scores
+from bort.plots import figure_file
+from bort.tables import markdown_table, spread
+from scripts.plot_metrics import Run, read_run
+
+Arms = dict[str, list[Run]]
+SECONDS = re.compile(r"further updates +([\d.]+) s each")
+
+
+@entry_point
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Print the tables of a folder, or the best of some runs."""
+    parser = OneLineParser(description=str(__doc__))
+    parser.add_argument("--best", action="store_true", help="print the best of the runs")
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="FOLDER, or RUN ...")
+    parsed = parser.parse_args(argv)
+    if parsed.best:
+        print(min(parsed.paths, key=final_loss))
+        return
+    for folder in map(Path, parsed.paths):
+        arms = read_arms(folder / "runs")
+        print(steps_table(arms))
+        print(seconds_table(arms, step_seconds(folder / "times")))
+        if (folder / "tasks").exists():
+            print(tasks_table(folder / "tasks"))
+        draw(arms, str(folder / "curves.png"))
+
+
+def final_loss(path: str) -> float:
+    """Return the last held-out masked-LM loss of a run."""
+    return read_run(path).curve("eval", "mlm_loss").values[-1]
+
+
+def read_arms(folder: Path) -> Arms:
+    """Return the runs of each arm, folder/ARM/SEED; raises `UserError` when there is none."""
+    arms = {
+        arm.name: [read_run(str(run)) for run in sorted(arm.iterdir())]
+        for arm in sorted(folder.glob("*"))
+    }
+    if not arms:
+        raise UserError(f"{folder}: holds no runs; run scripts/experiments/distillation.sh")
+    return arms
+
+
+def step_seconds(folder: Path) -> dict[str, float]:
+    """Return the seconds of a step of each arm from what --check printed.
+
+    Raises `UserError` for a file without them.
+    """
+    seconds = {}
+    for path in sorted(folder.glob("*")):
+        found = SECONDS.search(path.read_text(encoding="utf-8"))
+        if not found:
+            raise UserError(f"{path}: says no seconds of an update; delete it and repeat")
+        seconds[path.name] = float(found[1])
+    return seconds
+
+
+def steps_table(arms: Arms) -> str:
+    """Return held-out loss by step, and loss and accuracy at the end, over the seeds."""
+    steps = next(iter(arms.values()))[0].curve("eval", "mlm_loss").steps
+    rows = []
+    for arm, runs in arms.items():
+        losses = [np.interp(steps, *run.curve("eval", "mlm_loss")) for run in runs]
+        accuracies = [100 * run.curve("eval", "accuracy").values[-1] for run in runs]
+        shown = [spread(at_step) for at_step in zip(*losses)]
+        rows.append([arm, str(len(runs)), *shown, spread(accuracies, 2)])
+    header = ["arm", "seeds", *(f"step {step:,}" for step in steps), "accuracy at the end, %"]
+    return markdown_table(header, rows)
+
+
+def seconds_table(arms: Arms, seconds: dict[str, float], reference: str = "mlm") -> str:
+    """Return the held-out loss of each arm when the reference arm has made its last step.
+
+    Losses between two evaluations are interpolated; an arm that would be past its end shows the
+    loss of its last step.
+    """
+    budget = arms[reference][0].curve("eval", "mlm_loss").steps[-1] * seconds[reference]
+    rows = []
+    for arm in sorted(arms.keys() & seconds.keys()):
+        reached = budget / seconds[arm]
+        losses = [float(np.interp(reached, *run.curve("eval", "mlm_loss"))) for run in arms[arm]]
+        rows.append([arm, f"{1000 * seconds[arm]:.0f}", f"{reached:,.0f}", spread(losses)])
+    return markdown_table(["arm", "ms a step", f"steps in {budget:.0f} s", "held-out loss"], rows)
+
+
+def tasks_table(folder: Path) -> str:
+    """Return the dev scores of folder/ARM/SEED, 0 to 100, by arm and task, over the seeds."""
+    scores = {arm.name: read_scores([arm]) for arm in sorted(folder.glob("*"))}
+    tasks = sorted({task for of_arm in scores.values() for task in of_arm})
+    rows = [
+        [arm, *(spread(of_arm[task], 1) if task in of_arm else "-" for task in tasks)]
+        for arm, of_arm in scores.items()
+    ]
+    return markdown_table(["arm", *tasks], rows)
+
+
+def draw(arms: Arms, path: str) -> None:
+    """Plot the held-out loss of the arms by step: means, and a band of a standard deviation."""
+    with figure_file(path, 7, 4.5) as figure:
+        axes = figure.add_subplot()
+        for number, (arm, runs) in enumerate(arms.items()):
+            steps = runs[0].curve("eval", "mlm_loss").steps
+            losses = np.array([np.interp(steps, *run.curve("eval", "mlm_loss")) for run in runs])
+            mean, deviation = losses.mean(axis=0), losses.std(axis=0, ddof=len(runs) > 1)
+            axes.plot(steps, mean, color=f"C{number}", label=f"{arm}, {len(runs)} seed(s)")
+            axes.fill_between(
+                steps, mean - deviation, mean + deviation, color=f"C{number}", alpha=0.2
+            )
+        axes.set_xlabel("step")
+        axes.set_ylabel("held-out masked-LM loss, nats")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+if __name__ == "__main__":
+    main()

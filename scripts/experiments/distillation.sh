@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Does distillation teach a small network more than masked language modelling alone?
+#
+#   TEXT=textbooks.txt,wikipedia.txt,books.txt DATA_DIR=glue ./scripts/experiments/distillation.sh
+#
+# The teacher is that of teacher.sh; the text is every 8th of its documents. The student is a
+# BERT-tiny that is past the plateau of word frequencies: BERT-tiny's own weights, spoilt as a
+# masked LM by a fine-tuning for search. START=random takes a random bort_2_4_512_128, which needs
+# thousands of steps to leave that plateau. Each arm is run with the seeds 1, 2 and 3:
+#   mlm            masked-LM loss alone
+#   mlm-bfloat16   the same with products in bfloat16 (needs AVX512-BF16 or AMX)
+#   mlm-kd         0.1 x masked-LM loss + 0.5 x T² KL, T = 2, from the cached teacher
+#   kd             T² KL alone, from the cached teacher
+#   mlm-kd-live    mlm-kd with the teacher run in each step; seed 1 alone
+# The rates of mlm and of mlm-kd are those with the lower held-out masked-LM loss of RATES on seed
+# 9; mlm-bfloat16 takes that of mlm, the others that of mlm-kd. The students, and their starts, are
+# then fine-tuned on TASKS.
+# Results, in $EXPERIMENTS/distillation/$START: runs, curves.png, and the tables on standard output.
+# Besides the variables of common.sh and teacher.sh:
+#   START           bert-tiny (default) or random
+#   TEACHER_DTYPE   type of the teacher's products: float32 (default) or bfloat16
+#   STEPS           updates of 8 sequences (default 600)
+#   RATES           peak learning rates to choose from (default "5e-4 1e-3")
+#   TASKS           tasks to fine-tune on (default "SST-2 MRPC STS-B CoLA RTE"; "": none)
+#   ROWS            rows of each task to train on, for two epochs (default 2500)
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+need TEXT "files of English prose, separated by commas"
+TASKS=${TASKS-SST-2 MRPC STS-B CoLA RTE}
+[[ -z $TASKS ]] || need DATA_DIR "the folder of the official files of the tasks"
+scripts/experiments/teacher.sh
+start=${START:-bert-tiny} steps=${STEPS:-600} teacher_dtype=${TEACHER_DTYPE:-float32}
+data=$EXPERIMENTS/distillation folder=$data/$start teacher=$EXPERIMENTS/teacher
+teacher_flags=(--teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model"
+    --teacher_dtype "$teacher_dtype")
+if [[ $start == random ]]; then
+    pretrained all-MiniLM-L6-v2 # for its vocabulary
+    student=(--student_model bort_2_4_512_128 --dropout 0)
+    weights=(--model_name bort_2_4_512_128 --vocab_file "$saved/tokenizer/tokenizer.json")
+else
+    pretrained bert-tiny
+    student=(--student_model bort_2_2_512_128 --student_parameters "$saved")
+    weights=(--pretrained_parameters "$saved")
+fi
+
+mkdir -p "$folder/times"
+once "$data/train.txt" awk -v train="$data/train.txt" \
+    'BEGIN { RS = ""; ORS = "\n\n" } NR % 8 == 0 { print > train }' "$teacher/train.txt"
+shards "$data/train.txt" "$data/train"
+build_cache() {
+    "$python" scripts/build_teacher_cache.py --data "$data/train,$teacher/test" \
+        --output_dir "$data/cache" "${teacher_flags[@]}"
+    touch "$data/cache-is-complete"
+}
+once "$data/cache-is-complete" build_cache
+
+# student <arm> <rate> <seed> <run> [flags...]
+student() {
+    local flags=()
+    case $1 in
+        mlm) flags=(--mlm_weight 1) ;;
+        mlm-bfloat16) flags=(--mlm_weight 1 --dtype bfloat16) ;;
+        mlm-kd) flags=(--teacher_cache "$data/cache" --mlm_weight 0.1 --teacher_ce_weight 0.5) ;;
+        kd) flags=(--teacher_cache "$data/cache" --mlm_weight 0 --teacher_ce_weight 1) ;;
+        mlm-kd-live) flags=("${teacher_flags[@]}" --mlm_weight 0.1 --teacher_ce_weight 0.5) ;;
+    esac
+    pretrain "$4" "$steps" --data "$data/train" --data_eval "$teacher/test" "${student[@]}" \
+        --batch_size 8 --lr "$2" --warmup_ratio 0.1 --seed "$3" --eval_interval $((steps / 4)) \
+        --ckpt_interval "$steps" "${flags[@]}" "${@:5}"
+}
+
+# best_rate <arm>: sets `rate` to the best one for the arm on seed 9.
+best_rate() {
+    local tried=() best
+    for rate in ${RATES:-5e-4 1e-3}; do
+        student "$1" "$rate" 9 "$folder/rates/$1/$rate"
+        tried+=("$folder/rates/$1/$rate")
+    done
+    best=$("$python" scripts/experiments/distillation.py --best "${tried[@]}")
+    rate=${best##*/}
+}
+
+# finetune <arm> <seed> <task> <flags of the weights...>
+finetune() {
+    once "$folder/tasks/$1/$2/$3/metrics.json" "$python" finetune_classifier.py --task_name "$3" \
+        --data_dir "$DATA_DIR" --train_rows "${ROWS:-2500}" --epochs 2 --batch_size 16 --lr 5e-4 \
+        --max_len 64 --seed "$2" --cache_dir "$data/encoded" --output_dir "$folder/tasks/$1/$2" \
+        --resume "${@:4}"
+}
+
+for arms in "mlm mlm-bfloat16" "mlm-kd kd mlm-kd-live"; do
+    best_rate "${arms%% *}"
+    for arm in $arms; do
+        for seed in 1 2 3; do
+            if [[ $arm != mlm-kd-live || $seed == 1 ]]; then
+                student "$arm" "$rate" $seed "$folder/runs/$arm/$seed"
+            fi
+        done
+        [[ -s $folder/times/$arm ]] ||
+            student "$arm" "$rate" 1 "$folder/timed/$arm" --check >"$folder/times/$arm"
+    done
+done
+for task in $TASKS; do
+    for seed in 1 2 3; do
+        for arm in mlm mlm-kd kd; do
+            finetune $arm $seed "$task" --pretrained_parameters "$folder/runs/$arm/$seed"
+        done
+        finetune start $seed "$task" "${weights[@]}"
+    done
+done
+"$python" scripts/experiments/distillation.py "$folder"

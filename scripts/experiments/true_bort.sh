@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Pretrains the shape of Bort itself, for as long as this machine is given.
+#
+#   TEXT=textbooks.txt,wikipedia.txt,books.txt DATA_DIR=glue ./scripts/experiments/true_bort.sh
+#
+# bort_4_8_768_1024 is distilled on the text of teacher.sh with the specification's weights, from
+# the teacher run in each step. It can be stopped and continued at any time (Ctrl-C or SIGTERM
+# leave a checkpoint). At the end of BORT_STEPS it, and random weights, are fine-tuned on SST-2 and
+# MRPC, and it is converted for Hugging Face with a card that says how little text it has seen.
+# Results, in $EXPERIMENTS/true_bort: model, huggingface, tasks, and the tables on standard output.
+# Besides the variables of common.sh and teacher.sh:
+#   DTYPE, TEACHER_DTYPE   types of the products (default auto and float32)
+#   BORT_STEPS   updates of 16 sequences (default 200)
+#   ROWS         rows of each task to train on, for one epoch (default 1000)
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+need TEXT "files of English prose, separated by commas"
+need DATA_DIR "the folder of the official files of the tasks"
+scripts/experiments/teacher.sh
+folder=$EXPERIMENTS/true_bort teacher=$EXPERIMENTS/teacher shape=bort_4_8_768_1024
+dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenizer/tokenizer.json
+
+pretrain "$folder/model" "${BORT_STEPS:-200}" --data "$teacher/train" --data_eval "$teacher/test" \
+    --student_model $shape --teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model" \
+    --teacher_dtype "${TEACHER_DTYPE:-float32}" --dynamic_masking --dtype "$dtype" --lr 5e-4 --warmup_ratio 0.05 --seed 0 \
+    --eval_interval 100 --ckpt_interval 50
+for task in SST-2 MRPC; do
+    for seed in 1 2 3; do
+        for start in pretrained random; do
+            weights=(--model_name $shape --vocab_file "$tokenizer")
+            [[ $start == random ]] || weights=(--pretrained_parameters "$folder/model")
+            once "$folder/tasks/$start/$seed/$task/metrics.json" "$python" finetune_classifier.py \
+                --task_name $task --data_dir "$DATA_DIR" --train_rows "${ROWS:-1000}" --epochs 1 \
+                --batch_size 16 --max_len 64 --lr 1e-4 --dtype "$dtype" --seed $seed --resume \
+                --cache_dir "$folder/encoded" --output_dir "$folder/tasks/$start/$seed" "${weights[@]}"
+        done
+    done
+done
+once "$folder/huggingface" "$python" scripts/convert_to_huggingface.py "$folder/model" \
+    --output "$folder/huggingface"
+"$python" scripts/experiments/true_bort.py "$folder"
