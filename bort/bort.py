@@ -13,7 +13,15 @@ from mxnet.gluon import HybridBlock, nn
 
 from bort import bfloat16
 from bort.devices import runs_on_cpu
-from bort.encoder import GatherIndices, GraphBreak, backward, dense, encode_embedding, layer_norm
+from bort.encoder import (
+    GatherIndices,
+    GraphBreak,
+    backward,
+    dense,
+    encode_embedding,
+    layer_norm,
+    make_leaf,
+)
 from bort.errors import UserError
 from bort.parameters import load_parameters
 from bort.shapes import (
@@ -325,7 +333,7 @@ class SparseEmbeddingGrad:
         self.rows = nd.array(rows, ctx=device, dtype="int32")
         self._inverse = nd.array(inverse.reshape(ids.shape), ctx=device, dtype="int32")
         self._table = self._parameter.data(device).take(self.rows)  # [distinct, hidden]
-        self._table.attach_grad()
+        make_leaf(self._table)
         self.breaks: list[GraphBreak] = []
 
     def embedding(self) -> NDArray:

@@ -128,11 +128,11 @@ def additive_mask(valid_length: NDArray, length: int) -> NDArray:
 def attention_mask(mask: NDArray, heads: int, queries: int) -> NDArray:
     """Repeat an additive mask [batch, length] for heads and queries.
 
-    Returns [batch * heads, queries, length]. MXNet's broadcast_add would do it in every layer, and
+    Returns [batch, heads, queries, length]. MXNet's broadcast_add would do it in every layer, and
     would sum a gradient that nothing uses.
     """
-    repeated = mask.repeat(heads, axis=0).expand_dims(1)
-    return repeated.broadcast_to((repeated.shape[0], queries, mask.shape[1]))
+    batch, length = mask.shape
+    return mask.reshape((batch, 1, 1, length)).broadcast_to((batch, heads, queries, length))
 
 
 def self_attention(
@@ -143,7 +143,7 @@ def self_attention(
     Args:
         cell: GluonNLP's DotProductSelfAttentionCell.
         hidden_states: [batch * length, units].
-        mask: [batch * heads, queries, length], see `attention_mask`.
+        mask: [batch, heads, queries, length], see `attention_mask`.
         queries: [batch * most, units], some of the hidden states: these alone attend to all.
 
     Returns [batch * length, units], with `queries` [batch * most, units].
@@ -154,25 +154,25 @@ def self_attention(
     if queries is None:
         queries = hidden_states
     heads, units = cell._num_heads, cell.units
-    batch, width, device = mask.shape[0] // heads, units // heads, mask.context
-    # [batch * positions, units] -> [batch, positions, heads, width] -> [batch * heads, ..., width]
+    batch, width, device = mask.shape[0], units // heads, mask.context
+    # [batch * positions, units] -> [batch, positions, heads, width] -> [batch, heads, .., width];
+    # another shape would be another copy of the gradient.
     query, key, value = (
         affine(inputs, bfloat16.operand(weight, device), bfloat16.operand(bias, device))
         .reshape((batch, -1, heads, width))
         .transpose((0, 2, 1, 3))
-        .reshape((-3, 0, 0))
         for inputs, weight, bias in zip(
             (queries, hidden_states, hidden_states), *_projections(cell)
         )
     )
     scores = nd.batch_dot(query * width**-0.5, key, transpose_b=True)
     context = nd.batch_dot(attention_probs(cell, scores, mask), value)
-    # [batch * heads, positions, width] -> [batch, positions, heads, width] -> [.., units]
-    return context.reshape((batch, heads, -1, width)).transpose((0, 2, 1, 3)).reshape((-1, units))
+    # [batch, heads, positions, width] -> [batch, positions, heads, width] -> [.., units]
+    return context.transpose((0, 2, 1, 3)).reshape((-1, units))
 
 
 def attention_probs(cell: Block, scores: NDArray, mask: NDArray) -> NDArray:
-    """Return the probabilities of scores and additive mask, all [batch * heads, queries, length].
+    """Return the probabilities of scores and additive mask, all of one shape [..., length].
 
     Dropout is applied to them.
     """
@@ -188,7 +188,8 @@ def _fused_attention(
 
     It takes the three projections head by head, and sequences side by side.
     """
-    batch, length, units = mask.shape[0] // cell._num_heads, mask.shape[2], cell.units
+    (batch, _, _, length), units = mask.shape, cell.units
+    mask = mask.reshape((-3, 0, 0))  # [batch * heads, length, length]
     by_position = hidden_states.reshape((batch, length, units)).transpose((1, 0, 2))
     projected = affine(by_position.reshape((-1, units)), *fused)
     projected = projected.reshape((length, batch, 3 * units))
@@ -296,9 +297,18 @@ def layer_norm(layer: Block, inputs: NDArray, breaks: Optional[list[GraphBreak]]
         outputs, mean, deviation = nd.LayerNorm(
             inputs, gamma, beta, axis=-1, eps=layer._epsilon, output_mean_var=True
         )
-    outputs.attach_grad()
+    make_leaf(outputs)
     breaks.append(GraphBreak(layer, inputs, outputs, mean, deviation))
     return outputs
+
+
+def make_leaf(array: NDArray) -> None:
+    """Let a backward pass write the gradient of an array, to which nothing has led so far.
+
+    `attach_grad` would fill it with zeros first.
+    """
+    gradient = nd.empty(array.shape, ctx=array.context, dtype=array.dtype)
+    autograd.mark_variables([array], [gradient])
 
 
 def backward(
