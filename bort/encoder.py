@@ -11,11 +11,12 @@ hangs.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Optional, Sequence
 
 import gluonnlp as nlp
 import numpy as np
-from mxnet import autograd, nd
+from mxnet import autograd, nd, sym
 
 from bort import bfloat16
 from bort.dropout import dropout
@@ -324,29 +325,50 @@ def backward(
 
 
 def _through_layer_norm(at: GraphBreak) -> NDArray:
-    """Return the gradient of a break's inputs [n, units]; adds those of gamma and beta to theirs.
+    """Return the gradient of a break's inputs [n, units]; add those of gamma and beta."""
+    arrays = {
+        "inputs": at.inputs,
+        "gradient": at.outputs.grad,
+        "gamma": at.layer.gamma.data(at.inputs.context),
+        "mean": at.mean,
+        "deviation": at.deviation,
+    }
+    names, operators = _layer_norm_gradient(at.inputs.shape[1])
+    gradient, gamma, beta = operators(*(arrays[name] for name in names))
+    _add_gradient(at.layer.gamma, gamma)
+    _add_gradient(at.layer.beta, beta)
+    return gradient
 
-    With x the normalised inputs, s the deviation and g = gradient * gamma it is
-    (g - mean(g) - x * mean(g * x)) / s (Ba et al., Layer Normalization).
-    Sums are products with ones: MXNet's own sums along an axis are slow.
+
+@functools.cache
+def _layer_norm_gradient(units: int) -> tuple[list[str], nd.CachedOp]:
+    """Return the gradient of LayerNorm over rows of `units` as one operator, and its inputs' names.
+
+    To call its operators one by one would take Python longer than some of them take.
+
+    With x the normalised inputs, s the deviation and g = gradient * gamma the gradient of the
+    inputs is (g - mean(g) - x * mean(g * x)) / s (Ba et al., Layer Normalization). Sums are
+    products with ones: MXNet's own sums along an axis are slow.
     """
-    gradient, gamma = at.outputs.grad, at.layer.gamma.data(at.inputs.context)
-    count, units = at.inputs.shape
-    inverse = 1 / at.deviation.reshape((-1, 1))
-    x = nd.broadcast_mul(nd.broadcast_sub(at.inputs, at.mean.reshape((-1, 1))), inverse)
-    product = nd.elemwise_mul(gradient, x)
-    ones = nd.ones((1, count), ctx=gradient.context, dtype=gradient.dtype)
-    _add_gradient(at.layer.gamma, nd.dot(ones, product).reshape((-1,)))
-    _add_gradient(at.layer.beta, nd.dot(ones, gradient).reshape((-1,)))
+    inputs, gradient, gamma, mean, deviation = map(
+        sym.var, ("inputs", "gradient", "gamma", "mean", "deviation")
+    )
+    inverse = 1 / deviation.reshape((-1, 1))
+    x = sym.broadcast_mul(sym.broadcast_sub(inputs, mean.reshape((-1, 1))), inverse)
+    product = sym.elemwise_mul(gradient, x)
+    ones = sym.ones_like(mean).reshape((1, -1))
+    of_gamma, of_beta = (sym.dot(ones, each).reshape((-1,)) for each in (product, gradient))
     shares = gamma.reshape((-1, 1)) / units  # [units, 1]
-    mean_g, mean_gx = nd.dot(gradient, shares), nd.dot(product, shares)  # [n, 1]
-    g = nd.broadcast_mul(gradient, gamma.reshape((1, -1)))
-    inner = nd.elemwise_sub(nd.broadcast_sub(g, mean_g), nd.broadcast_mul(x, mean_gx))
-    return nd.broadcast_mul(inner, inverse)
+    mean_g, mean_gx = sym.dot(gradient, shares), sym.dot(product, shares)  # [n, 1]
+    g = sym.broadcast_mul(gradient, gamma.reshape((1, -1)))
+    inner = sym.elemwise_sub(sym.broadcast_sub(g, mean_g), sym.broadcast_mul(x, mean_gx))
+    outputs = sym.Group([sym.broadcast_mul(inner, inverse), of_gamma, of_beta])
+    return outputs.list_inputs(), nd.CachedOp(outputs)
 
 
 def _add_gradient(parameter: Block, gradient: NDArray) -> None:
+    whole = parameter.grad(gradient.context) if parameter.grad_req != "null" else None
     if parameter.grad_req == "write":
-        parameter.grad(gradient.context)[:] = gradient
+        gradient.copyto(whole)
     elif parameter.grad_req == "add":
-        parameter.grad(gradient.context)[:] += gradient
+        nd.elemwise_add(whole, gradient, out=whole)
