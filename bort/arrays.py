@@ -18,7 +18,7 @@ from typing import IO, Any, Mapping
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import atomic_write
+from bort.files import atomic_write, open_regular
 
 # The header that NumPy and the writers here give an array of numbers.
 _HEADER = re.compile(
@@ -50,7 +50,7 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
     Raises `FileNotFoundError`, and `UserError` when it cannot be read or holds other than numbers.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return {
                 member.filename.removesuffix(".npy"): _read_member(archive, member)
                 for member in archive.infolist()
@@ -79,15 +79,15 @@ def map_npy(path: str) -> np.ndarray:
     A plain array: slices of NumPy's memmap take ten times as long.
     Raises `OSError`, and `ValueError` when it is not such a file, or has another size.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         dtype, shape, fortran = _read_header(file)
         start = file.tell()
-    size = dtype.itemsize * math.prod(shape)
-    if os.path.getsize(path) - start != size:
-        raise ValueError("it has another size than its header says")
-    if not size:
-        return np.empty(shape, dtype)
-    mapped: Any = np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
+        size = dtype.itemsize * math.prod(shape)
+        if os.fstat(file.fileno()).st_size - start != size:
+            raise ValueError("it has another size than its header says")
+        if not size:
+            return np.empty(shape, dtype)
+        mapped: Any = np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
     return np.asarray(mapped).view(np.ndarray)
 
 

@@ -30,6 +30,7 @@ from bort.arrays import read_npz, write_npz
 from bort.errors import UserError
 from bort.files import (
     json_sha256,
+    open_regular,
     require_writable,
     sha256_of,
     temporary_name,
@@ -193,7 +194,7 @@ def _read_state(path: str) -> dict[str, Any]:
     """Return the content of state.json, verified by its own SHA-256, which is left out."""
     file = os.path.join(path, STATE)
     try:
-        with open(file, "rb") as handle:
+        with open_regular(file) as handle:
             content = handle.read()
     except OSError as error:
         if error.errno not in _ABSENT:
@@ -362,7 +363,7 @@ def _files(folder: str) -> list[str]:
 
 
 def _flushed_sha256(path: str) -> str:
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle:
         os.fsync(handle.fileno())
     return sha256_of(path)
 

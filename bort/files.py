@@ -351,19 +351,37 @@ def open_parents(path: str, top: str) -> None:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Open a regular file to be read; a FIFO or a device may never begin, or never end.
+
+    Raises `OSError` for anything else.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        return open(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+
+
 def sha256_of(path: str) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a regular file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(_COPY_BYTES):
-            digest.update(piece)
+    with open_regular(path) as file:
+        try:
+            while piece := file.read(_COPY_BYTES):
+                digest.update(piece)
+        except OSError as error:  # of a failing disk: it does not say of which file
+            raise OSError(error.errno, error.strerror, path) from None
     return digest.hexdigest()
 
 
 def is_lfs_pointer(path: str) -> bool:
     """Return whether a file is a Git LFS pointer: a clone has those until `git lfs pull`."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError:
         return False
@@ -371,7 +389,7 @@ def is_lfs_pointer(path: str) -> bool:
 
 def _content(path: str) -> bytes:
     try:
-        with open(path, "rb") as handle:
+        with open_regular(path) as handle:
             return handle.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
@@ -454,9 +472,13 @@ def read_yaml(path: str) -> Any:
     """
     import yaml
 
-    content = _content(path)
+    try:
+        with open(path, "rb") as handle:  # also of another program: --grid <(command)
+            content = handle.read(MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
     if len(content) > MAX_YAML_BYTES:
-        raise UserError(f"{path}: has {len(content)} bytes; a YAML file may have {MAX_YAML_BYTES}")
+        raise UserError(f"{path}: has more than the {MAX_YAML_BYTES} bytes a YAML file may have")
     try:
         return yaml.load(content.decode("utf-8-sig"), _plain_loader())
     except RecursionError:

@@ -10,7 +10,7 @@ import zlib
 from typing import Any, Callable, Iterator, Mapping
 
 from bort.errors import UserError, quoted
-from bort.files import atomic_write
+from bort.files import atomic_write, open_regular
 
 DAMAGED = ".damaged"  # the suffix of the file that keeps damaged lines
 SUM = "crc32"  # the last key of a line: the CRC-32 of the text before it
@@ -109,7 +109,7 @@ def read_records(path: str, is_record: Callable[[Any], bool]) -> list[Any]:
 def _whole_lines(path: str) -> Iterator[bytes]:
     """Yield the lines that have their end."""
     if os.path.exists(path):
-        with open(path, "rb") as handle:
+        with open_regular(path) as handle:
             yield from (line for line in handle if line.endswith(b"\n"))
 
 

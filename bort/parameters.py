@@ -13,6 +13,7 @@ import numpy as np
 
 from bort import checkpoint
 from bort.errors import UserError
+from bort.files import open_regular
 from bort.sums import check_sum
 from bort.types import Block
 
@@ -51,7 +52,9 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
     Raises `UserError` when MXNet 1.5 or later did not write it.
     """
     try:
-        return _Reader(np.asarray(np.memmap(path, np.uint8, "r"))).arrays()
+        with open_regular(path) as file:
+            content = np.asarray(np.memmap(file, np.uint8, "r"))
+        return _Reader(content).arrays()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as a parameter file ({error})") from None
 

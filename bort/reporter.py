@@ -14,7 +14,7 @@ import numpy as np
 from bort.arrays import write_npz
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.files import atomic_write, write_json
+from bort.files import atomic_write, open_regular, write_json
 from bort.journal import line_of, record_of
 from bort.progress import ProgressBar
 
@@ -206,7 +206,7 @@ def cut_after(path: str, step: int, evaluate: bool) -> None:
     """
     if not os.path.exists(path):
         return
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         lines = file.readlines()
     kept, foreign = [], []
     for line in lines:
@@ -245,7 +245,7 @@ def _record_of(line: bytes) -> dict[str, Any] | None:
 
 def read_records(path: str) -> list[dict[str, Any]]:
     """Return the records of a metrics.jsonl; torn lines and those of other programs are skipped."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return [record for record in map(_record_of, file) if record is not None]
 
 

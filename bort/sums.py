@@ -7,7 +7,7 @@ import re
 from typing import Collection, Optional
 
 from bort.errors import UserError
-from bort.files import atomic_write, is_lfs_pointer, sha256_of
+from bort.files import atomic_write, is_lfs_pointer, open_regular, sha256_of
 
 SUMS = "SHA256SUMS"
 
@@ -61,7 +61,7 @@ def _read_sums(folder: str) -> list[tuple[str, str]]:
     path = os.path.join(folder, SUMS)
     if not os.path.exists(path):
         return []
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         lines = os.fsdecode(file.read()).split("\n")
     return [_parsed(line) for line in lines if line]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import numpy as np
 
 from bort.config import option
 from bort.errors import UserError, quoted
-from bort.files import atomic_write, read_json
+from bort.files import atomic_write, open_regular, read_json
 from bort.sums import check_sum
 
 RELEASED_DATASET = "openwebtext_ccnews_stories_books_cased"
@@ -198,7 +199,7 @@ def write_files(folder: str, contents: dict[str, bytes]) -> None:
 
 def _holds(path: str, content: bytes) -> bool:
     try:
-        with open(path, "rb") as handle:
+        with open_regular(path) as handle:
             return handle.read() == content
     except OSError:
         return False
@@ -480,8 +481,8 @@ def read_lines(path: str) -> list[str]:
     Raises `UserError` when it cannot be read.
     """
     try:
-        with open(path, encoding="utf-8") as handle:
-            return handle.read().split("\n")
+        with open_regular(path) as handle:
+            return io.TextIOWrapper(handle, "utf-8").read().split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -491,7 +492,7 @@ def read_lines(path: str) -> list[str]:
 def _load_sentencepiece(path: str) -> SentencePiece:
     check_sum(path)
     try:
-        with open(path, "rb") as handle:
+        with open_regular(path) as handle:
             return SentencePiece(handle.read())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -517,7 +518,7 @@ def _released_files() -> tuple[str, str]:
 
 def _is_whole(path: str) -> bool:
     try:
-        with open(path, "rb") as handle:
+        with open_regular(path) as handle:
             digest = hashlib.sha1(handle.read()).hexdigest()
     except OSError:
         return False

@@ -35,6 +35,7 @@ from bort.errors import UserError, quoted
 from bort.files import (
     atomic_path,
     is_lfs_pointer,
+    open_regular,
     read_json,
     read_json_as,
     sha256_of,
@@ -486,10 +487,11 @@ def _check_offsets(offsets: np.ndarray, end: int, shortest: int) -> None:
 
 
 def _map_members(path: str) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    # A plain array: slices of the subclass take ten times as long.
-    content = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    with open_regular(path) as file:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+        # A plain array: slices of the subclass take ten times as long.
+        content = np.memmap(file, np.uint8, "r").view(np.ndarray)
     return {
         member.filename[: -len(".npy")]: _map_member(content, member)
         for member in members

@@ -15,7 +15,7 @@ import zlib
 from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 from bort.errors import UserError, quoted
-from bort.files import is_lfs_pointer
+from bort.files import is_lfs_pointer, open_regular
 from data.remote import is_remote, open_remote, remote_errors, remote_size
 
 READ_BYTES = 1 << 20
@@ -134,7 +134,7 @@ def _content_of(raw: IO[bytes], suffix: str, start: int) -> Iterator[bytes]:
 
 
 def _open(path: str) -> IO[bytes]:
-    return open_remote(path) if is_remote(path) else open(path, "rb")
+    return open_remote(path) if is_remote(path) else open_regular(path)
 
 
 def _compression_of(path: str) -> str:
@@ -336,6 +336,8 @@ def parquet_texts(source: TextSource, start: int = 0) -> Iterator[tuple[int, str
         ) from None
     _refuse_lfs_pointer(source)
     try:
+        if not is_remote(source.path):
+            open_regular(source.path).close()
         raw = open_remote(source.path) if is_remote(source.path) else source.path
         with pq.ParquetFile(raw, page_checksum_verification=True) as file:
             _require_text_column(file.schema_arrow, source)

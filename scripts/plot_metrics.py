@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import build, option, parser_for
 from bort.errors import UserError, entry_point
+from bort.files import open_regular
 from bort.journal import record_of
 from bort.plots import figure_file
 
@@ -96,7 +97,7 @@ def read_run(path: str) -> Run:
     """
     file = metrics_file(path)
     try:
-        with open(file, "rb") as handle:
+        with open_regular(file) as handle:
             lines = [line for line in handle if line.endswith(b"\n")]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error}); name the folder of a run") from None

@@ -267,14 +267,14 @@ def test_a_damaged_checkpoint_is_renamed_not_removed(tmp_path):
 def test_a_read_that_fails_is_not_taken_for_damage(tmp_path, monkeypatch, file, code):
     save(tmp_path, 1)
     save(tmp_path, 2)
-    real = open
+    real = os.open
 
     def failing(path, *rest, **keywords):
         if str(path).endswith(f"step-0000002/{file}"):
             raise OSError(code, os.strerror(code), str(path))
         return real(path, *rest, **keywords)
 
-    monkeypatch.setattr("builtins.open", failing)
+    monkeypatch.setattr(os, "open", failing)
     with pytest.raises(OSError, match=re.escape(os.strerror(code))):
         checkpoint.latest(str(tmp_path))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Mapping
 
 from bort.errors import UserError, quoted
-from bort.files import atomic_write, decode_json
+from bort.files import atomic_write, decode_json, open_regular
 from bort.shapes import MAX_LENGTH
 
 OUTPUT = "scores"  # the output of a classifier; part of the file format
@@ -74,7 +74,7 @@ def read_metadata(name: str, model: bytes | str) -> dict[str, str]:
     try:
         if not isinstance(model, str):
             return _metadata(model)
-        with open(model, "rb") as file, _mapped(file) as content:
+        with open_regular(model) as file, _mapped(file) as content:
             return _metadata(content)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
@@ -156,7 +156,7 @@ def onnx_session(model: bytes | str, threads: int) -> Any:
 def verify_onnx_file(path: str) -> bool:
     """Return whether a file ends with its SHA-256; raises `UserError` when that is wrong."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if file.seek(0, 2) <= _TRAILER_BYTES:
                 return False
             with _mapped(file) as content:
