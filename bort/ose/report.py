@@ -184,11 +184,13 @@ def write_report(
     latencies: Mapping[Shape, float],
     settings: Mapping[str, Any],
     folder: str,
+    lower_bound: float = 0.0,
     plateau: float | None = None,
 ) -> None:
     """Write ose.json, ose.csv and ose.png into the folder, and print the best rows.
 
-    `plateau` is the error of a network that knows word frequencies alone, where it is known.
+    `lower_bound` is what was subtracted from the errors; `plateau` is the error of a network that
+    knows word frequencies alone, where it is known.
     """
     table = records(result, latencies)
     summary = {
@@ -201,6 +203,7 @@ def write_report(
         ],
         "spearman_operations_latency": _correlation(space.family, latencies),
         "model_name": result.best.architecture.name,
+        "lower_bound": lower_bound,
         "plateau": plateau,
         "table": table,
     }

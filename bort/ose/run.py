@@ -272,7 +272,8 @@ def show(
         print_space(space, latencies)
     if errors:
         best, folder = results[settings.stride], settings.output_dir
-        write_report(best, space, latencies, everything, folder, errors.plateau)
+        bounds = errors.options.get("lower_bound", 0.0), errors.plateau
+        write_report(best, space, latencies, everything, folder, *bounds)
         if settings.compare_strides:
             compare_strides(sorted(results.items()), settings.output_dir)
     if settings.explain:

@@ -364,8 +364,10 @@ def test_a_search_by_divergence_repeats_no_training(data, tmp_path, in_process, 
         else:
             assert other.error == pytest.approx(row.error - entropy, abs=1e-4)
             assert other.w == pytest.approx(row.gain / other.error)
-    plateau = json.loads((tmp_path / "ose.json").read_text())["plateau"]
+    written = json.loads((tmp_path / "ose.json").read_text())
+    plateau = written["plateau"]
     assert plateau == pytest.approx(report["plateau"] - entropy, abs=1e-4)
+    assert (report["lower_bound"], written["lower_bound"]) == (0, pytest.approx(entropy, abs=1e-4))
     errors = [row.error for row in by_divergence.table if row.error is not None]
     left = sum(error < plateau for error in errors)
     assert f"{left} of {len(errors)} errors are below {plateau:.4f}, the plateau" in out

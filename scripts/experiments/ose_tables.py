@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Print what scripts/experiments/ose.sh found, as Markdown tables.
+
+    python scripts/experiments/ose_tables.py FOLDER [--rate | --winners]
+
+FOLDER is that of the experiment. `--rate` prints the learning rate of the lowest mean error in
+FOLDER/rates, `--winners` the shape that the search of 200 steps chose by divergence and the three
+whose sizes are nearest to its.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import math
+import re
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's code
+
+import numpy as np
+
+from bort.config import OneLineParser
+from bort.errors import UserError, entry_point
+from bort.files import read_json
+from bort.reporter import read_records
+from bort.tables import markdown_table, spread
+from data.metrics import spearman
+
+STEPS = (200, 1000)
+STRIDES = (1, 2, 4)
+ERRORS = ("divergence", "cross-entropy")  # the second adds T's entropy
+SIBLINGS = 3  # of the winner, of equal size
+Row = Dict[str, Any]
+Reports = Mapping[int, Row]  # of the searches, by their steps
+
+
+@entry_point
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Print the tables, or what the next step of the experiment needs."""
+    parser = OneLineParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("folder", metavar="FOLDER", help="folder of the experiment")
+    parser.add_argument("--rate", action="store_true", help="print the learning rate alone")
+    parser.add_argument("--winners", action="store_true", help="print four shapes alone")
+    settings = parser.parse_args(argv)
+    folder = settings.folder
+    if settings.rate:
+        print(best_rate(read_report(f"{folder}/rates/ose.json")["table"]))
+    elif settings.winners:
+        report = read_report(f"{folder}/search-{STEPS[0]}/ose.json")
+        print("\n".join(winners(report["table"])))
+    else:
+        print("\n".join(tables(folder)), end="")
+
+
+def read_report(path: str) -> Row:
+    """Read the ose.json of a search; the errors of runs that failed become infinite."""
+    report: Row = read_json(path)
+    for row in report["table"]:
+        row["errors"] = [math.inf if error is None else error for error in row["errors"]]
+        row["error"] = math.inf if row["error"] is None else row["error"]
+    return report
+
+
+def best_rate(table: Sequence[Row]) -> float:
+    """Return the learning rate with the lowest mean error over the shapes that were trained."""
+    errors: dict[float, list[float]] = {}
+    for row in table:
+        errors.setdefault(row["theta"]["lr"], []).append(row["error"])
+    return min(errors, key=lambda rate: fmean(errors[rate]))
+
+
+def winners(table: Sequence[Row]) -> list[str]:
+    """Return the shape with the largest W, and those nearest to it in size."""
+    best = max(table, key=lambda row: row["w"])
+    nearest = sorted(table, key=lambda row: abs(row["parameters"] - best["parameters"]))
+    return [row["model_name"] for row in nearest[: 1 + SIBLINGS]]
+
+
+def tables(folder: str) -> Iterator[str]:
+    """Yield the tables of the searches, of their choices, and of the longer runs."""
+    paths = {steps: f"{folder}/search-{steps}/ose.json" for steps in STEPS}
+    reports = {steps: read_report(path) for steps, path in paths.items() if Path(path).exists()}
+    if STEPS[0] not in reports:
+        raise UserError(f"{folder}: has no finished search; run scripts/experiments/ose.sh first")
+    for steps, report in reports.items():
+        left = sum(row["error"] < report["plateau"] for row in report["table"])
+        yield (
+            f"{steps} steps: T's entropy {report['lower_bound']:.3f} nats, plateau of the "
+            f"divergence {report['plateau']:.3f}, "
+            f"{left} of {len(report['table'])} shapes below it\n"
+        )
+    yield markdown_table(*search_table(reports))
+    header = ["steps", "error", "seed", *(f"stride {stride}" for stride in STRIDES)]
+    yield markdown_table(header, choices(reports))
+    if len(reports) == len(STEPS):
+        yield "".join(order_lines(reports))
+    runs = longer_runs(folder)
+    if runs:
+        yield markdown_table(*longer_table(reports, runs))
+    if len(runs) > 1:
+        yield "".join(longer_order(reports, runs))
+
+
+def search_table(reports: Reports) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: for each shape g, its divergences and its W by both errors."""
+    header = ["shape", "parameters", "g", *(f"divergence, {steps} steps" for steps in reports)]
+    header += [f"W by {error}, {steps}" for steps in reports for error in ERRORS]
+    rows = []
+    for same in zip(*(report["table"] for report in reports.values())):
+        cells = [same[0]["model_name"], f"{same[0]['parameters']:,}", f"{same[0]['gain']:.3f}"]
+        cells += [_spread(row["errors"]) for row in same]
+        for report, row in zip(reports.values(), same):
+            cells += [f"{w_of(row, report, error):.4f}" for error in ERRORS]
+        rows.append(cells)
+    return header, rows
+
+
+def _spread(errors: Sequence[float]) -> str:
+    return spread(errors) if all(map(math.isfinite, errors)) else "failed"
+
+
+def w_of(row: Row, report: Row, error: str, seed: Optional[int] = None) -> float:
+    """Return W of a row by an error of ERRORS, of one seed or (None) of the mean."""
+    divergence = row["error"] if seed is None else row["errors"][seed]
+    added = report["lower_bound"] if error == "cross-entropy" else 0.0
+    return row["gain"] / (divergence + added)
+
+
+def choices(reports: Reports) -> list[list[str]]:
+    """Return for each search and seed what each stride chooses, and its share of the best W."""
+    rows = []
+    for (steps, report), error in itertools.product(reports.items(), ERRORS):
+        seeds = [*range(len(report["table"][0]["errors"])), None]
+        for seed in seeds:
+            w = {row["position"]: w_of(row, report, error, seed) for row in report["table"]}
+            cells = [_choice(report["table"], w, stride) for stride in STRIDES]
+            rows.append([str(steps), error, "mean" if seed is None else str(seed), *cells])
+    return rows
+
+
+def _choice(table: Sequence[Row], w: Mapping[int, float], stride: int) -> str:
+    """Return the shape of the largest W at a stride, its share, and whether it breaks the bound."""
+    best = max((position for position in w if position % stride == 0), key=w.__getitem__)
+    share = w[best] / max(w.values())
+    note = "" if share >= 1 / stride else ", below the bound"
+    return f"{table[best]['model_name']} ({share:.0%}{note})"
+
+
+def order_lines(reports: Reports) -> Iterator[str]:
+    """Yield how the searches of different steps rank the shapes, by divergence."""
+    for name, what in (("error", "divergence"), ("w", "W")):
+        values = [np.array([row[name] for row in report["table"]]) for report in reports.values()]
+        steps = " and ".join(map(str, reports))
+        yield f"Spearman's correlation of {what} after {steps} steps: {spearman(*values):.2f}\n"
+
+
+def longer_runs(folder: str) -> dict[str, list[Row]]:
+    """Return the last held-out metrics of the longer runs by shape, one for each seed."""
+    runs: dict[str, list[Row]] = {}
+    for path in sorted(glob.glob(f"{glob.escape(folder)}/pretrained/*/metrics.jsonl")):
+        shape = re.sub(r"-\d+$", "", Path(path).parent.name)
+        last = [record for record in read_records(path) if record["phase"] == "eval"][-1]
+        runs.setdefault(shape, []).append(last)
+    return runs
+
+
+def longer_table(
+    reports: Reports, runs: Mapping[str, list[Row]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: the searches' divergences, and what the longer runs end with."""
+    last = max(run["step"] for found in runs.values() for run in found)
+    header = ["shape", *(f"divergence, {steps} steps" for steps in reports)]
+    header += [f"divergence, {last} steps", "masked-LM loss", "seeds"]
+    searches = [by_shape(report) for report in reports.values()]
+    rows = []
+    for shape, found in runs.items():
+        cells = [_spread(search[shape]["errors"]) for search in searches]
+        cells += [spread(run[name] for run in found) for name in ("kl", "mlm_loss")]
+        rows.append([shape, *cells, str(len(found))])
+    return header, rows
+
+
+def longer_order(reports: Reports, runs: Mapping[str, list[Row]]) -> Iterator[str]:
+    """Yield how well the order of each search holds, for each seed of the runs and the means."""
+    seeds = range(min(map(len, runs.values())))
+    finals = {f"seed {seed + 1}": [found[seed]["kl"] for found in runs.values()] for seed in seeds}
+    finals["means"] = [fmean(run["kl"] for run in found) for found in runs.values()]
+    for steps, report in reports.items():
+        search = by_shape(report)
+        errors = np.array([search[shape]["error"] for shape in runs])
+        ranks = [f"{name} {spearman(errors, np.array(kl)):.2f}" for name, kl in finals.items()]
+        yield f"Spearman's correlation of {steps} steps and the longer runs: {', '.join(ranks)}\n"
+
+
+def by_shape(report: Row) -> dict[str, Row]:
+    """Return the rows of a search by the name of their shape."""
+    return {row["model_name"]: row for row in report["table"]}
+
+
+if __name__ == "__main__":
+    main()
