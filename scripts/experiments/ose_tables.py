@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Print what scripts/experiments/ose.sh found, as Markdown tables.
 
-    python scripts/experiments/ose_tables.py FOLDER [--rate | --winners]
+    python scripts/experiments/ose_tables.py FOLDER [--winners | --best RATE...]
 
-FOLDER is that of the experiment. `--rate` prints the learning rate of the lowest mean error in
-FOLDER/rates, `--winners` the shape that the search of 200 steps chose by divergence and the three
-whose sizes are nearest to its.
+FOLDER is that of the experiment. `--winners` prints the shape that the search of 200 steps chose by
+divergence and the three whose sizes are nearest to its, `--best` which of some learning rates has
+the lowest mean error in FOLDER/rates.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Print the tables, or what the next step of the experiment needs."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", help="folder of the experiment")
-    parser.add_argument("--rate", action="store_true", help="print the learning rate alone")
+    parser.add_argument("--best", metavar="RATE", nargs="+", help="print the best of these rates")
     parser.add_argument("--winners", action="store_true", help="print four shapes alone")
     settings = parser.parse_args(argv)
     folder = settings.folder
-    if settings.rate:
-        print(best_rate(read_report(f"{folder}/rates/ose.json")["table"]))
+    if settings.best:
+        print(best_rate(read_report(f"{folder}/rates/ose.json")["table"], settings.best))
     elif settings.winners:
         report = read_report(f"{folder}/search-{STEPS[0]}/ose.json")
         print("\n".join(winners(report["table"])))
@@ -65,12 +65,13 @@ def read_report(path: str) -> Row:
     return report
 
 
-def best_rate(table: Sequence[Row]) -> float:
+def best_rate(table: Sequence[Row], rates: Sequence[str]) -> str:
     """Return the learning rate with the lowest mean error over the shapes that were trained."""
-    errors: dict[float, list[float]] = {}
-    for row in table:
-        errors.setdefault(row["theta"]["lr"], []).append(row["error"])
-    return min(errors, key=lambda rate: fmean(errors[rate]))
+
+    def mean_error(rate: str) -> float:
+        return fmean(row["error"] for row in table if row["theta"]["lr"] == float(rate))
+
+    return min(rates, key=mean_error)
 
 
 def winners(table: Sequence[Row]) -> list[str]:

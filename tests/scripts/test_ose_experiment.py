@@ -138,8 +138,8 @@ def test_the_rate_of_the_lowest_mean_error(tmp_path, capsys):
         for error in errors
     ]
     write_search(tmp_path / "rates", rows)
-    ose_tables.main([str(tmp_path), "--rate"])
-    assert capsys.readouterr().out == "0.005\n"
+    ose_tables.main([str(tmp_path), "--best", "2e-3", "5e-3", "1e-2"])
+    assert capsys.readouterr().out == "5e-3\n"
 
 
 def test_tables_of_nothing_are_refused(tmp_path, capsys):
