@@ -74,7 +74,8 @@ def text_of(document: str) -> str:
 def pytest_generate_tests(metafunc: Any) -> None:
     if "document" in metafunc.fixturenames:
         documents = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("*.md"))]
-        for folder in ("bort", "data", "model", "scripts", "test_data"):
+        documents.append("model/README.md")  # what lies below it was downloaded
+        for folder in ("bort", "data", "scripts", "test_data"):
             documents += [str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.md")]
         metafunc.parametrize("document", documents)
 
