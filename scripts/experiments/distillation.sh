@@ -3,7 +3,7 @@
 #
 #   TEXT=textbooks.txt,wikipedia.txt,books.txt DATA_DIR=glue ./scripts/experiments/distillation.sh
 #
-# The teacher is that of teacher.sh; the text is every 8th of its documents. The student is a
+# The teacher is that of teacher.sh; the text is every 20th of its documents. The student is a
 # BERT-tiny that is past the plateau of word frequencies: BERT-tiny's own weights, spoilt as a
 # masked LM by a fine-tuning for search. START=random takes a random bort_2_4_512_128, which needs
 # thousands of steps to leave that plateau. Each arm is run with the seeds 1, 2 and 3:
@@ -19,16 +19,16 @@
 # Besides the variables of common.sh and teacher.sh:
 #   START           bert-tiny (default) or random
 #   TEACHER_DTYPE   type of the teacher's products: float32 (default) or bfloat16
-#   STEPS           updates of 8 sequences (default 600)
-#   RATES           peak learning rates to choose from (default "5e-4 1e-3")
+#   STEPS           updates of 8 sequences (default 240)
+#   RATES           peak learning rates to choose from (default "1.25e-4 2.5e-4")
 #   TASKS           tasks to fine-tune on (default "SST-2 MRPC STS-B CoLA RTE"; "": none)
-#   ROWS            rows of each task to train on, for two epochs (default 2500)
+#   ROWS            rows of each task to train on, for two epochs (default 1000)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 TASKS=${TASKS-SST-2 MRPC STS-B CoLA RTE}
 [[ -z $TASKS ]] || need DATA_DIR "the folder of the official files of the tasks"
 scripts/experiments/teacher.sh
-start=${START:-bert-tiny} steps=${STEPS:-600} teacher_dtype=${TEACHER_DTYPE:-float32}
+start=${START:-bert-tiny} steps=${STEPS:-240} teacher_dtype=${TEACHER_DTYPE:-float32}
 data=$EXPERIMENTS/distillation folder=$data/$start teacher=$EXPERIMENTS/teacher
 teacher_flags=(--teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model"
     --teacher_dtype "$teacher_dtype")
@@ -44,7 +44,7 @@ fi
 
 mkdir -p "$folder/times"
 once "$data/train.txt" awk -v train="$data/train.txt" \
-    'BEGIN { RS = ""; ORS = "\n\n" } NR % 8 == 0 { print > train }' "$teacher/train.txt"
+    'BEGIN { RS = ""; ORS = "\n\n" } NR % 20 == 0 { print > train }' "$teacher/train.txt"
 shards "$data/train.txt" "$data/train"
 build_cache() {
     "$python" scripts/build_teacher_cache.py --data "$data/train,$teacher/test" \
@@ -71,7 +71,7 @@ student() {
 # best_rate <arm>: sets `rate` to the best one for the arm on seed 9.
 best_rate() {
     local tried=() best
-    for rate in ${RATES:-5e-4 1e-3}; do
+    for rate in ${RATES:-1.25e-4 2.5e-4}; do
         student "$1" "$rate" 9 "$folder/rates/$1/$rate"
         tried+=("$folder/rates/$1/$rate")
     done
@@ -82,7 +82,7 @@ best_rate() {
 # finetune <arm> <seed> <task> <flags of the weights...>
 finetune() {
     once "$folder/tasks/$1/$2/$3/metrics.json" "$python" finetune_classifier.py --task_name "$3" \
-        --data_dir "$DATA_DIR" --train_rows "${ROWS:-2500}" --epochs 2 --batch_size 16 --lr 5e-4 \
+        --data_dir "$DATA_DIR" --train_rows "${ROWS:-1000}" --epochs 2 --batch_size 16 --lr 5e-4 \
         --max_len 64 --seed "$2" --cache_dir "$data/encoded" --output_dir "$folder/tasks/$1/$2" \
         --resume "${@:4}"
 }
@@ -99,8 +99,8 @@ for arms in "mlm mlm-bfloat16" "mlm-kd kd mlm-kd-live"; do
             student "$arm" "$rate" 1 "$folder/timed/$arm" --check >"$folder/times/$arm"
     done
 done
-for task in $TASKS; do
-    for seed in 1 2 3; do
+for seed in 1 2 3; do
+    for task in $TASKS; do
         for arm in mlm mlm-kd kd; do
             finetune $arm $seed "$task" --pretrained_parameters "$folder/runs/$arm/$seed"
         done

@@ -10,8 +10,8 @@
 # Results, in $EXPERIMENTS/true_bort: model, huggingface, tasks, and the tables on standard output.
 # Besides the variables of common.sh and teacher.sh:
 #   DTYPE, TEACHER_DTYPE   types of the products (default auto and float32)
-#   BORT_STEPS   updates of 16 sequences (default 200)
-#   ROWS         rows of each task to train on, for one epoch (default 1000)
+#   BORT_STEPS   updates of 16 sequences (default 120)
+#   ROWS         rows of each task to train on, for one epoch (default 500)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 need DATA_DIR "the folder of the official files of the tasks"
@@ -19,17 +19,17 @@ scripts/experiments/teacher.sh
 folder=$EXPERIMENTS/true_bort teacher=$EXPERIMENTS/teacher shape=bort_4_8_768_1024
 dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenizer/tokenizer.json
 
-pretrain "$folder/model" "${BORT_STEPS:-200}" --data "$teacher/train" --data_eval "$teacher/test" \
+pretrain "$folder/model" "${BORT_STEPS:-120}" --data "$teacher/train" --data_eval "$teacher/test" \
     --student_model $shape --teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model" \
     --teacher_dtype "${TEACHER_DTYPE:-float32}" --dynamic_masking --dtype "$dtype" --lr 5e-4 --warmup_ratio 0.05 --seed 0 \
-    --eval_interval 100 --ckpt_interval 50
-for task in SST-2 MRPC; do
-    for seed in 1 2 3; do
+    --eval_interval 40 --ckpt_interval 40
+for seed in 1 2 3; do
+    for task in SST-2 MRPC; do
         for start in pretrained random; do
             weights=(--model_name $shape --vocab_file "$tokenizer")
             [[ $start == random ]] || weights=(--pretrained_parameters "$folder/model")
             once "$folder/tasks/$start/$seed/$task/metrics.json" "$python" finetune_classifier.py \
-                --task_name $task --data_dir "$DATA_DIR" --train_rows "${ROWS:-1000}" --epochs 1 \
+                --task_name $task --data_dir "$DATA_DIR" --train_rows "${ROWS:-500}" --epochs 1 \
                 --batch_size 16 --max_len 64 --lr 1e-4 --dtype "$dtype" --seed $seed --resume \
                 --cache_dir "$folder/encoded" --output_dir "$folder/tasks/$start/$seed" "${weights[@]}"
         done

@@ -84,9 +84,12 @@ def test_a_missing_variable_is_named_before_anything_starts(script, project):
     assert not (project.folder / "calls").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_command_of_an_experiment_has_flags_that_exist(script, project, capsys):
-    result = project.run(script, TEXT="text.txt", DATA_DIR="data")
+@pytest.mark.parametrize(
+    "script, variables",
+    [*((script, {}) for script in SCRIPTS), ("distillation", {"START": "random"})],
+)
+def test_every_command_of_an_experiment_has_flags_that_exist(script, variables, project, capsys):
+    result = project.run(script, TEXT="text.txt", DATA_DIR="data", **variables)
     assert result.returncode == 0, result.stderr
     calls = project.calls()
     assert calls
