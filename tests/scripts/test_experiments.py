@@ -85,7 +85,7 @@ def test_a_missing_variable_is_named_before_anything_starts(script, project):
 
 
 @pytest.mark.parametrize(
-    "script, variables",
+    ("script", "variables"),
     [*((script, {}) for script in SCRIPTS), ("distillation", {"START": "random"})],
 )
 def test_every_command_of_an_experiment_has_flags_that_exist(script, variables, project, capsys):
