@@ -15,11 +15,13 @@ import sys
 import typing
 from typing import Any, Mapping, NoReturn, Sequence, TypeVar
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, quoted, shortened
 from bort.files import read_json
 
 Settings = TypeVar("Settings")
 CONFIG_FLAG = "--config"
+# What NumPy and MXNet compute with: int64 and float32. A seed may be larger: it is hashed.
+_LARGEST = {int: 2**63 - 1, float: 3.4e38}
 
 
 def option(
@@ -67,7 +69,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {shortened(message)} (see {self.prog} --help)\n")
 
 
 def parser_for(description: str, *classes: type) -> OneLineParser:
@@ -203,7 +205,7 @@ def build(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
 def check_limits(settings: Any) -> None:
     """Raise `UserError` for the first field outside the limits that its `option` declares.
 
-    No number may be infinite or nan.
+    No number may be infinite, nan, or beyond what MXNet computes with.
     """
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -220,6 +222,9 @@ def check_limits(settings: Any) -> None:
             raise UserError(f"--{field.name} {value}: must be at most {high}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{field.name} {value}: must be a finite number")
+        largest = _LARGEST.get(type(value))
+        if largest and abs(value) > largest and "seed" not in field.name:
+            raise UserError(f"--{field.name} {value}: must be at most {largest:g}")
 
 
 def as_dict(*settings: Any) -> dict[str, dict[str, Any]]:

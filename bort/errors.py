@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
@@ -13,6 +14,7 @@ Result = TypeVar("Result")
 Main = Callable[[Optional[Sequence[str]]], Result]
 
 QUOTED_CHARACTERS = 200
+_LONG_WORD = re.compile(r"\S{400,}")
 
 
 class UserError(Exception):
@@ -34,6 +36,11 @@ def quoted(value: Any, characters: int = QUOTED_CHARACTERS) -> str:
     """Return `repr(value)`, shortened: a message never repeats a whole file."""
     text = repr(value)
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
+def shortened(text: str) -> str:
+    """Return a message with its longest words shortened: a flag's value, a path, a token."""
+    return _LONG_WORD.sub(lambda found: f"{found[0][:200]}...{found[0][-100:]}", text)
 
 
 def entry_point(main: Main[Result]) -> Main[Result]:
@@ -96,7 +103,7 @@ def _exit(status: int, line: str = "") -> NoReturn:
         # The interpreter flushes again as it ends, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if line:
-        text = " ".join(line.splitlines())
+        text = shortened(" ".join(line.splitlines()))
         with suppress(OSError, ValueError):
             print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
     raise SystemExit(status) from None

@@ -14,6 +14,7 @@ from typing import Mapping, NamedTuple, Optional
 from bort.errors import UserError, quoted
 
 MAX_LENGTH = 512
+MAX_BUCKETS = 10_000  # of lengths, which are fewer
 # Beyond any network that a machine can train: a damaged file, or a slip of the keyboard.
 MAX_LAYERS, MAX_SIZE = 1000, 1_000_000
 LAYER_NORM_EPS = 1e-5

@@ -108,7 +108,7 @@ def train(settings: SentencePieceSettings, sentences: Sequence[str]) -> bytes:
             eos_id=2,
             unk_id=3,
             control_symbols=[SPECIAL_TOKENS["mask"]],
-            minloglevel=1,
+            minloglevel=2,  # errors are exceptions
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip() or str(error)

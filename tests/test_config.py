@@ -240,6 +240,30 @@ def test_a_run_is_repeated_from_its_config_and_flags_override_it(tmp_path: Path)
     assert rerun("--portions", "2", "--config", path)[0] == dataclasses.replace(meal, portions=2)
 
 
+@dataclass(frozen=True)
+class NumberSettings:
+    """Numbers."""
+
+    steps: int = option(1, "steps")
+    rate: float = option(1.0, "rate")
+    random_seed: int = option(0, "seed")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("steps", "9223372036854775808"), ("steps", f"-1{'0' * 30}"), ("steps", "9" * 4000),
+     ("rate", "1e39"), ("rate", "-1e308")],
+)  # fmt: skip
+def test_numbers_beyond_those_of_mxnet_are_refused(flag: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"^--{flag} .*: must be at most "):
+        parse("Counts.", [f"--{flag}={value}"], NumberSettings)
+
+
+def test_a_seed_may_have_any_number_of_digits() -> None:
+    (numbers,) = parse("Counts.", ["--random_seed", "9" * 40], NumberSettings)
+    assert numbers.random_seed == int("9" * 40)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

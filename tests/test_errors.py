@@ -6,10 +6,12 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from typing import Any, Sequence
 
 import pytest
 
+from bort.config import option, parse
 from bort.errors import Stopped, UserError, entry_point, quoted
 from tests.conftest import ROOT
 
@@ -185,3 +187,29 @@ def test_closed_streams_change_nothing():
 def test_long_values_are_shortened():
     assert quoted("a" * 500) == "'" + "a" * 199 + "... (502 characters)"
     assert quoted(1) == "1"
+
+
+def test_a_message_repeats_no_long_value_of_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Flags:
+        """Flags."""
+
+        number: int = option(1, "a number")
+        path: str = option("", "a path")
+
+    @entry_point
+    def main(argv: Sequence[str] | None = None) -> None:
+        (flags,) = parse("Test.", argv, Flags)
+        raise UserError(f"--path {flags.path}: not found")
+
+    for words in (["--number", "9" * 5000], ["--path", "a" * 5000], ["--path", "\U0001f4a5" * 500]):
+        with pytest.raises(SystemExit):
+            main(words)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert len(line) < 450
+        assert words[1][:150] in line
+        assert "..." in line
+    path = f"{'long/' * 60}file"
+    with pytest.raises(SystemExit):
+        main(["--path", path])
+    assert f"--path {path}: not found" in capsys.readouterr().err

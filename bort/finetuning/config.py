@@ -7,7 +7,7 @@ from typing import Mapping, NamedTuple, Optional
 
 from bort.config import option, required
 from bort.errors import UserError
-from bort.shapes import CLS, POOLINGS
+from bort.shapes import CLS, MAX_BUCKETS, POOLINGS
 from bort.tokenization import TokenizerSettings
 from bort.training.config import UpdateSettings
 from data.race import CASTS
@@ -86,7 +86,7 @@ class FinetuningOptimizerSettings(UpdateSettings):
     batch_size: int = option(8, "examples per micro-batch and worker", minimum=1)
     dev_batch_size: int = option(32, "examples per batch of evaluation and prediction", minimum=1)
     accumulate: int = option(1, "micro-batches per worker and update", minimum=1)
-    num_buckets: int = option(10, "number of length buckets", minimum=1)
+    num_buckets: int = option(10, "number of length buckets", minimum=1, maximum=MAX_BUCKETS)
     lr: float = option(5e-5, "peak learning rate", minimum=0.0)
     warmup_ratio: float = option(
         0.1, "fraction of the schedule for linear warmup", minimum=0.0, maximum=1.0
@@ -109,7 +109,10 @@ class FinetuningRunSettings:
     seed: int = option(0, "random seed (head, data order, dropout)", minimum=0)
     gpus: Optional[str] = option(None, "GPU numbers such as 0,1 (default: the CPU)")
     cpu_contexts: int = option(
-        1, "model replicas in one process on the CPU, to test several devices", minimum=1
+        1,
+        "model replicas in one process on the CPU, to test several devices",
+        minimum=1,
+        maximum=64,
     )
 
 

@@ -12,7 +12,7 @@ from bort.ose.bert_family import SPACES
 from bort.ose.search import MODES, hyperparameter_sets
 from bort.pretraining.config import OptimizerSettings
 from bort.processor import require_bfloat16
-from bort.shapes import MAX_LENGTH
+from bort.shapes import MAX_BUCKETS, MAX_LENGTH
 
 # The peak rates where none is given: SGD's gradients are clipped to norm 1, so its steps are small.
 RATES = {"theory": 0.5, "practical": 1e-3}
@@ -90,7 +90,7 @@ class TrainingSettings:
         "flag of the pretraining program (default lr=1e-3; lr=0.5 in theory mode)",
     )
     batch_size: int = option(16, "sequences per update", minimum=1)
-    num_buckets: int = option(2, "number of length buckets", minimum=1)
+    num_buckets: int = option(2, "number of length buckets", minimum=1, maximum=MAX_BUCKETS)
     dropout: float = option(0.1, "dropout rate in training", minimum=0.0, maximum=0.99)
     dtype: str = option(
         "float32",

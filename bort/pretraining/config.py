@@ -7,6 +7,7 @@ from typing import Any, Mapping, NamedTuple, Optional
 
 from bort.config import build, option, required
 from bort.errors import UserError
+from bort.shapes import MAX_BUCKETS
 from bort.training.config import UpdateSettings
 
 
@@ -20,7 +21,10 @@ class DataSettings:
     batch_size_eval: int = option(8, "sequences per batch of the evaluation", minimum=1)
     accumulate: int = option(1, "micro-batches per worker and update", minimum=1)
     num_buckets: int = option(
-        10, "number of length buckets; a batch holds sequences of one bucket", minimum=1
+        10,
+        "number of length buckets; a batch holds sequences of one bucket",
+        minimum=1,
+        maximum=MAX_BUCKETS,
     )
     use_avg_len: bool = option(False, "batch sizes count tokens instead of sequences")
     dynamic_masking: bool = option(
@@ -158,7 +162,10 @@ class RunSettings:
     seed: int = option(0, "random seed (initialization, data order, dropout)", minimum=0)
     gpus: Optional[str] = option(None, "GPU numbers such as 0,1 (default: the CPU)")
     cpu_contexts: int = option(
-        1, "model replicas in one process on the CPU, to test several devices", minimum=1
+        1,
+        "model replicas in one process on the CPU, to test several devices",
+        minimum=1,
+        maximum=64,
     )
     check: bool = option(
         False,
