@@ -17,7 +17,7 @@ scripts/experiments/teacher.sh
 folder=$EXPERIMENTS/ose
 tables=scripts/experiments/ose_tables.py
 top=bort_6_12_1536_384
-rates=(2e-3 5e-3 1e-2)
+rates=(5e-4 1e-3 2e-3 5e-3 1e-2)
 mkdir -p "$folder"
 
 documents() { # <text> <every> <result>

@@ -3,7 +3,7 @@
 
     python scripts/experiments/ose_tables.py FOLDER [--winners | --best RATE...]
 
-FOLDER is that of the experiment. `--winners` prints the shape that the search of 200 steps chose by
+FOLDER is that of the experiment. `--winners` prints the shape that the search of 200 updates chose by
 divergence and the three whose sizes are nearest to its, `--best` which of some learning rates has
 the lowest mean error in FOLDER/rates.
 """
@@ -87,6 +87,8 @@ def tables(folder: str) -> Iterator[str]:
     reports = {steps: read_report(path) for steps, path in paths.items() if Path(path).exists()}
     if STEPS[0] not in reports:
         raise UserError(f"{folder}: has no finished search; run scripts/experiments/ose.sh first")
+    if Path(rates := f"{folder}/rates/ose.json").exists():
+        yield markdown_table(*rate_table(read_report(rates)))
     for steps, report in reports.items():
         left = sum(row["error"] < report["plateau"] for row in report["table"])
         yield (
@@ -104,6 +106,15 @@ def tables(folder: str) -> Iterator[str]:
         yield markdown_table(*longer_table(reports, runs))
     if len(runs) > 1:
         yield "".join(longer_order(reports, runs))
+
+
+def rate_table(report: Row) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: the divergence of each shape at each learning rate tried."""
+    rates = sorted({row["theta"]["lr"] for row in report["table"]})
+    found = {(row["model_name"], row["theta"]["lr"]): row["error"] for row in report["table"]}
+    shapes = dict.fromkeys(shape for shape, _ in found)
+    rows = [[shape, *(f"{found[shape, rate]:.3f}" for rate in rates)] for shape in shapes]
+    return ["learning rate", *(f"{rate:g}" for rate in rates)], rows
 
 
 def search_table(reports: Reports) -> tuple[list[str], list[list[str]]]:
