@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from unittest import mock
 
 from bort.mxnet_setup import cpu_threads
 from bort.shapes import shape_of
@@ -122,6 +123,26 @@ def copy_speed() -> float:
     return 3 * 4 * source.size / _median_seconds(run)
 
 
+def update_seconds(parameters: int) -> dict[str, float]:
+    """Return the seconds of BERTAdam's update of so many float32 values, by what computes it."""
+    import mxnet as mx
+
+    from bort.training import bert_adam
+
+    optimizer = bert_adam.BERTAdam(learning_rate=1e-4, wd=0.01)
+    optimizer.rescale_grad = mx.nd.ones(1)
+    weight, gradient = mx.nd.ones(parameters), mx.nd.ones(parameters)
+    state = optimizer.create_state_multi_precision(0, weight)
+    compiled = bert_adam.compiled_update()
+    found = {}
+    for name, update in (("NumPy", None), ("Numba", compiled)) if compiled else (("NumPy", None),):
+        with mock.patch.object(bert_adam, "compiled_update", lambda update=update: update):
+            found[name] = _median_seconds(
+                lambda: optimizer.update_multi_precision([0], [weight], [gradient], [state])
+            )
+    return found
+
+
 def _median_seconds(run: Callable[[], None], repeats: int = 9) -> float:
     run()
     seconds = []
@@ -138,6 +159,12 @@ def print_floors(medians: dict[str, float], work: dict[str, tuple[str, Work]]) -
     speed = copy_speed()
     found = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     print(f"products of 512 x 1024 x 1024: {found}; a sum of two arrays: {speed / 1e9:.0f} GB/s")
+    most = max(todo.parameters for _, todo in work.values())
+    updates = ", ".join(f"{1e3 * each:.0f} ms in {by}" for by, each in update_seconds(most).items())
+    print(
+        f"update of {most / 1e6:.0f} M parameters: {updates}; its bytes at that speed: "
+        f"{1e3 * most * UPDATE_BYTES / speed:.0f} ms"
+    )
     for name, (dtype, todo) in work.items():
         floor = todo.flops / rates[dtype] + todo.parameters * UPDATE_BYTES / speed
         print(
