@@ -116,7 +116,8 @@ def test_the_tables_of_the_distillation(tmp_path, capsys):
         write_run(tmp_path / f"runs/kd/{seed}", [8.0, 5.0 + offset, 3.0 + offset])
     (tmp_path / "times").mkdir()
     for arm, seconds in (("mlm", 0.05), ("kd", 0.1)):
-        (tmp_path / "times" / arm).write_text(f"ok     further updates         {seconds} s each\n")
+        lines = (f"{2 + steps * seconds:.3f} 1.000\n" for steps in (20, 80))
+        (tmp_path / "times" / arm).write_text("".join(lines))
     for seed, accuracy in enumerate((0.5, 0.6)):
         task = tmp_path / f"tasks/kd/{seed}/SST-2"
         task.mkdir(parents=True)
