@@ -326,17 +326,19 @@ def backward(
 
 def _through_layer_norm(at: GraphBreak) -> NDArray:
     """Return the gradient of a break's inputs [n, units]; add those of gamma and beta."""
+    gamma = at.layer.gamma.data(at.inputs.context)
     arrays = {
         "inputs": at.inputs,
         "gradient": at.outputs.grad,
-        "gamma": at.layer.gamma.data(at.inputs.context),
-        "mean": at.mean,
-        "deviation": at.deviation,
+        "gamma": gamma.reshape((1, -1)),
+        "gamma_column": gamma.reshape((-1, 1)),
+        "mean": at.mean.reshape((-1, 1)),
+        "deviation": at.deviation.reshape((-1, 1)),
     }
     names, operators = _layer_norm_gradient(at.inputs.shape[1])
-    gradient, gamma, beta = operators(*(arrays[name] for name in names))
-    _add_gradient(at.layer.gamma, gamma)
-    _add_gradient(at.layer.beta, beta)
+    gradient, of_gamma, of_beta = operators(*(arrays[name] for name in names))
+    _add_gradient(at.layer.gamma, of_gamma.reshape((-1,)))
+    _add_gradient(at.layer.beta, of_beta.reshape((-1,)))
     return gradient
 
 
@@ -344,23 +346,25 @@ def _through_layer_norm(at: GraphBreak) -> NDArray:
 def _layer_norm_gradient(units: int) -> tuple[list[str], nd.CachedOp]:
     """Return the gradient of LayerNorm over rows of `units` as one operator, and its inputs' names.
 
-    To call its operators one by one would take Python longer than some of them take.
+    To call its operators one by one would take Python longer than some of them take. Shapes are
+    changed outside of it, where that copies nothing.
 
     With x the normalised inputs, s the deviation and g = gradient * gamma the gradient of the
     inputs is (g - mean(g) - x * mean(g * x)) / s (Ba et al., Layer Normalization). Sums are
     products with ones: MXNet's own sums along an axis are slow.
     """
-    inputs, gradient, gamma, mean, deviation = map(
-        sym.var, ("inputs", "gradient", "gamma", "mean", "deviation")
+    # [n, units] twice, [1, units], [units, 1], [n, 1] twice
+    inputs, gradient, gamma, column, mean, deviation = map(
+        sym.var, ("inputs", "gradient", "gamma", "gamma_column", "mean", "deviation")
     )
-    inverse = 1 / deviation.reshape((-1, 1))
-    x = sym.broadcast_mul(sym.broadcast_sub(inputs, mean.reshape((-1, 1))), inverse)
+    inverse = 1 / deviation
+    x = sym.broadcast_mul(sym.broadcast_sub(inputs, mean), inverse)
     product = sym.elemwise_mul(gradient, x)
-    ones = sym.ones_like(mean).reshape((1, -1))
-    of_gamma, of_beta = (sym.dot(ones, each).reshape((-1,)) for each in (product, gradient))
-    shares = gamma.reshape((-1, 1)) / units  # [units, 1]
+    ones = sym.ones_like(mean)
+    of_gamma, of_beta = (sym.dot(ones, each, transpose_a=True) for each in (product, gradient))
+    shares = column / units
     mean_g, mean_gx = sym.dot(gradient, shares), sym.dot(product, shares)  # [n, 1]
-    g = sym.broadcast_mul(gradient, gamma.reshape((1, -1)))
+    g = sym.broadcast_mul(gradient, gamma)
     inner = sym.elemwise_sub(sym.broadcast_sub(g, mean_g), sym.broadcast_mul(x, mean_gx))
     outputs = sym.Group([sym.broadcast_mul(inner, inverse), of_gamma, of_beta])
     return outputs.list_inputs(), nd.CachedOp(outputs)
