@@ -93,7 +93,10 @@ class SingleProcess:
 
 
 class Horovod:
-    """The processes that `horovodrun` started, over Gloo or NCCL."""
+    """The processes that `horovodrun` started, over Gloo or NCCL.
+
+    A single process calls none of Horovod's operations: there is nothing to exchange.
+    """
 
     def __init__(self) -> None:
         import horovod.mxnet as hvd
@@ -122,6 +125,8 @@ class Horovod:
 
     def broadcast(self, arrays: Sequence[NDArray]) -> None:
         """Overwrite the NDArrays with those of rank 0."""
+        if self.size == 1:
+            return
         for number, array in enumerate(arrays):
             self._hvd.broadcast_(array, root_rank=0, name=f"broadcast.{number}")
         # The next call uses the same names, and two messages of one name must not overlap.
@@ -132,6 +137,8 @@ class Horovod:
         self, arrays: Sequence[NDArray], name: str = "sum", compression: str = "none"
     ) -> None:
         """Overwrite each NDArray with its sum over all ranks, fused into few messages."""
+        if self.size == 1:
+            return
         for number, array in enumerate(arrays):
             sent = array.astype("float16") if compression == "fp16" else array
             self._hvd.allreduce_(sent, average=False, name=f"{name}.{number}", priority=-number)
@@ -142,16 +149,22 @@ class Horovod:
         """Return the sum over all ranks; float64 is sent unrounded."""
         from mxnet import nd
 
+        if self.size == 1:
+            return values
         array = nd.array(values, dtype="float64")
         return self._hvd.allreduce(array, average=False, name="sum.values").asnumpy()
 
     def broadcast_object(self, value: Any) -> Any:
         """Return rank 0's value."""
+        if self.size == 1:
+            return value
         # Named here: Horovod's own name would be that of the type, which differs between ranks.
         return self._hvd.broadcast_object(value, root_rank=0, name="object")
 
     def allgather_object(self, value: Any) -> list[Any]:
         """Return the value of every rank."""
+        if self.size == 1:
+            return [value]
         return self._hvd.allgather_object(value, name="objects")
 
     def barrier(self) -> None:

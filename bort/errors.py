@@ -43,6 +43,14 @@ def shortened(text: str) -> str:
     return _LONG_WORD.sub(lambda found: f"{found[0][:200]}...{found[0][-100:]}", text)
 
 
+def printable(text: str) -> str:
+    """Return a text in one line for a terminal: control characters and what is no UTF-8 escaped."""
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape", "backslashreplace").decode()
+        for one in text
+    )
+
+
 def entry_point(main: Main[Result]) -> Main[Result]:
     """Wrap the `main` of a program: what a user or the system causes is one line on stderr.
 
@@ -103,9 +111,9 @@ def _exit(status: int, line: str = "") -> NoReturn:
         # The interpreter flushes again as it ends, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if line:
-        text = shortened(" ".join(line.splitlines()))
+        text = printable(shortened(" ".join(line.splitlines())))
         with suppress(OSError, ValueError):
-            print(text.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
     raise SystemExit(status) from None
 
 

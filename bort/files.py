@@ -197,8 +197,8 @@ def new_folder(path: str) -> Iterator[str]:
         raise UserError(f"--output {path}: already exists; name a new folder")
     temporary = temporary_name(path)
     try:
+        remove_left_overs_of(path)
         os.makedirs(temporary)
-        _remove_left_overs_of(path, temporary)
         yield temporary
         os.rename(temporary, path)
     except OSError as error:
@@ -207,13 +207,17 @@ def new_folder(path: str) -> Iterator[str]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_left_overs_of(path: str, temporary: str) -> None:
-    """Remove the folders that killed writers of `path` were filling; `temporary` is ours."""
-    folder, own = os.path.split(temporary)
-    pattern = re.compile(re.escape(f".{os.path.basename(path)}.") + r"[0-9a-f]{16}\.tmp")
+def remove_left_overs_of(path: str) -> None:
+    """Remove what killed writers of `path` left beside it.
+
+    For a file or folder that only a user's command writes: where no lock is held, a writer on
+    another machine is taken for a killed one.
+    """
+    folder, name = os.path.split(os.path.realpath(path))
+    pattern = re.compile(re.escape(f".{name}.") + r"[0-9a-f]{16}\.tmp")
     with contextlib.suppress(OSError):
-        for entry in list(os.scandir(folder or ".")):
-            if entry.name != own and pattern.fullmatch(entry.name) and _is_left_over(entry.name):
+        for entry in list(os.scandir(folder)):
+            if pattern.fullmatch(entry.name) and _is_left_over(entry.name):
                 _remove(entry)
 
 

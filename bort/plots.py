@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Iterator
 
 from bort.errors import UserError
-from bort.files import atomic_path
+from bort.files import atomic_path, remove_left_overs_of
 
 DPI = 120
 
@@ -31,5 +31,6 @@ def figure_file(path: str, width: float, height: float) -> Iterator[Any]:
     if kind not in known:
         raise UserError(f"{path}: no picture can be named .{kind}; use .png, .pdf or .svg")
     yield figure
+    remove_left_overs_of(path)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format=kind)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import atomic_write
+from bort.files import atomic_write, remove_left_overs_of
 from bort.sums import check_sum
 from bort.types import TaskKind
 from data.task import Example, Task, Uid
@@ -59,6 +59,7 @@ def _write(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    remove_left_overs_of(str(path))
     with atomic_write(str(path), "wb") as handle:
         handle.write(content)
 

@@ -72,11 +72,12 @@ def export(path: str, output: str, dtype: str) -> list[str]:
 
 def _write(model: Block, output: str) -> int:
     """Write the parameters; returns the bytes. MXNet writes to paths only, not to a FIFO."""
-    from bort.files import atomic_path, atomic_write, is_stream
+    from bort.files import atomic_path, atomic_write, is_stream, remove_left_overs_of
     from bort.parameters import save_parameters
     from bort.sums import write_sums
 
     if not is_stream(output):
+        remove_left_overs_of(output)
         with atomic_path(output) as temporary:
             save_parameters(model, temporary, deduplicate=False)
         folder, name = os.path.split(output)

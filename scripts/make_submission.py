@@ -9,7 +9,7 @@ from typing import Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import OneLineParser
-from bort.errors import entry_point
+from bort.errors import entry_point, printable
 from data.submission import Entry, gather, write_archive
 from data.tasks import LEADERBOARDS
 
@@ -35,7 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Entry]:
     entries = gather(arguments.suite, arguments.runs, arguments.data_dir, arguments.fill_missing)
     write_archive(arguments.output, entries)
     for entry in entries:
-        print(f"{entry.name:<14}{entry.rows:>8} rows  {entry.origin}")
+        print(f"{entry.name:<14}{entry.rows:>8} rows  {printable(entry.origin)}")
     print(f"{arguments.output}: {len(entries)} files")
     return entries
 

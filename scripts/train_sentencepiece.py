@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point
-from bort.files import atomic_write, is_stream
+from bort.files import atomic_write, is_stream, remove_left_overs_of
 from bort.sums import write_sums
 from bort.tokenization import SPECIAL_TOKENS
 from data.corpus import MAX_DOCUMENT_BYTES, open_sources, read_documents, scan
@@ -61,6 +61,7 @@ def main(argv: Optional[Sequence[str]] = None) -> str:
         generator = Random(settings.random_seed)
         sentences = sample(_sentences(sources), settings.input_sentence_size, generator)
     model = train(settings, sentences)
+    remove_left_overs_of(settings.model_file)
     with atomic_write(settings.model_file, "wb") as file:
         file.write(model)
     if not is_stream(settings.model_file):

@@ -173,6 +173,18 @@ def test_the_program_for_many_is_not_one_of_many_that_do_not_know(monkeypatch, g
 
 
 @pytest.mark.usefixtures("no_launcher", "horovod_of_gloo")
+def test_a_single_process_calls_no_operation_of_horovod():
+    """What stands for Horovod here has none."""
+    communicator, array = Horovod(), np.arange(3.0)
+    communicator.broadcast([array])
+    communicator.allreduce_([array], compression="fp16")
+    communicator.barrier()
+    assert communicator.allreduce(array).tolist() == [0, 1, 2]
+    assert communicator.broadcast_object({"step": 3}) == {"step": 3}
+    assert communicator.allgather_object("cpu(0)") == ["cpu(0)"]
+
+
+@pytest.mark.usefixtures("no_launcher", "horovod_of_gloo")
 def test_a_horovod_of_mpi_takes_the_processes_of_mpirun(monkeypatch):
     """It has no variable of horovodrun."""
     monkeypatch.setattr(sys.modules["horovod.mxnet"], "size", lambda: 2)

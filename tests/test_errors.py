@@ -189,6 +189,17 @@ def test_long_values_are_shortened():
     assert quoted(1) == "1"
 
 
+def test_a_message_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    @entry_point
+    def main(argv: Sequence[str] | None = None) -> None:
+        raise UserError("a\x1b[31m\x07b\u202ec\udcff: \u00e9 \u6f22 \U0001f600, no\tsuch\nfile")
+
+    with pytest.raises(SystemExit):
+        main([])
+    expected = "a\\x1b[31m\\x07b\\u202ec\\udcff: \u00e9 \u6f22 \U0001f600, no\\tsuch file"
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
 def test_a_message_repeats_no_long_value_of_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     @dataclass(frozen=True)
     class Flags:

@@ -16,6 +16,9 @@ import pytest
 
 from bort import files
 from bort.errors import UserError
+from bort.inference.prediction_files import open_output
+from bort.plots import figure_file
+from data.submission import write_archive
 from tests.conftest import ROOT
 
 
@@ -211,6 +214,34 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     found = [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]
     assert {str(path.relative_to(folder)) for path in found} == {*kept, "link"}
     assert beyond_a_link.exists()
+
+
+def write_predictions(path: str) -> None:
+    with open_output(path) as file:
+        file.write(b"positive")
+
+
+def write_plot(path: str) -> None:
+    with figure_file(path, 1, 1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("out.txt", write_predictions), ("out.png", write_plot),
+        ("out.zip", lambda path: write_archive(Path(path), [])),
+    ],
+)  # fmt: skip
+def test_an_output_that_is_written_again_removes_what_a_killed_writer_left(tmp_path, name, write):
+    if name == "out.png":
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    dead, lives = "7fffffff00000000", f"{os.getppid():08x}00000000"
+    kept = [f".{name}.{lives}.tmp", f".other.{dead}.tmp", f"{name}.{dead}.tmp"]
+    for each in (f".{name}.{dead}.tmp", *kept):
+        (tmp_path / each).touch()
+    write(str(tmp_path / name))
+    assert left(tmp_path) == sorted([name, *kept])
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])

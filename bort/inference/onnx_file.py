@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Mapping
 
 from bort.errors import UserError, quoted
-from bort.files import atomic_write, decode_json, open_regular
+from bort.files import atomic_write, decode_json, open_regular, remove_left_overs_of
 from bort.shapes import MAX_LENGTH
 
 OUTPUT = "scores"  # the output of a classifier; part of the file format
@@ -182,6 +182,7 @@ def write_onnx(model: Any, path: str) -> None:
 
     content = model.SerializeToString()
     onnx.checker.check_model(content, full_check=True)
+    remove_left_overs_of(path)
     with atomic_write(path, "wb") as file:
         file.write(content)
         file.write(_TRAILER_START + hashlib.sha256(content).hexdigest().encode())

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import IO, Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 from bort.errors import UserError
-from bort.files import atomic_write
+from bort.files import atomic_write, remove_left_overs_of
 from bort.inference.base import Input, InputSchema, Located, Pipeline, invalid_input, predictions
 from bort.inference.classification import Prediction
 from bort.inference.masked_lm import MaskPrediction
@@ -259,6 +259,7 @@ def open_output(path: Optional[str]) -> Iterator[IO]:
     if path is None:
         yield sys.stdout.buffer
         return
+    remove_left_overs_of(path)
     with atomic_write(path, "wb") as stream:
         yield stream
 

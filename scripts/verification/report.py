@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
-from bort.errors import UserError
+from bort.errors import UserError, printable
 from bort.files import read_json
 from bort.sums import SUMS, check_sums
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE
@@ -147,7 +147,7 @@ def _row(name: str, kind: Kind, path: Path) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows, aligned."""
-    lines = [Row("PATH", "KIND", "STATE", "DETAILS"), *rows]
+    lines = [Row("PATH", "KIND", "STATE", "DETAILS"), *(Row(*map(printable, r)) for r in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line.detail]).rstrip()

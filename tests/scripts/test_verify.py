@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -138,6 +139,16 @@ def test_what_is_not_finished_is_reported(intact, tmp_path, capsys):
     assert status == 2
     assert rows[str(tmp_path / "SST-2")][1] == "unfinished"
     assert rows[str(tmp_path / "run")] == ["pretraining run", "unfinished", "step 4 of 6"]
+
+
+def test_any_name_of_a_folder_is_one_line(valid, tmp_path, capsys):
+    for name in (b"two\nlines", b"esc\x1b[31m", b"not \xff utf-8", "\u00e9\u6f22".encode()):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        shutil.copytree(os.fsencode(valid / "submission" / "runs"), path)
+    status, rows = table(capsys, tmp_path)
+    assert status == 0
+    names = ["esc\\x1b[31m", "not \\udcff utf-8", "two\\nlines", "\u00e9\u6f22"]
+    assert sorted(rows) == sorted(str(tmp_path / name) for name in names)
 
 
 def test_nothing_is_written(intact, capsys):
