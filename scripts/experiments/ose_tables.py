@@ -3,7 +3,7 @@
 
     python scripts/experiments/ose_tables.py FOLDER [--winners | --best RATE...]
 
-FOLDER is that of the experiment. `--winners` prints the shape that the search of 200 updates chose by
+FOLDER is that of the experiment. `--winners` prints the shape that the shorter search chose by
 divergence and the three whose sizes are nearest to its, `--best` which of some learning rates has
 the lowest mean error in FOLDER/rates.
 """
@@ -90,11 +90,11 @@ def tables(folder: str) -> Iterator[str]:
     if Path(rates := f"{folder}/rates/ose.json").exists():
         yield markdown_table(*rate_table(read_report(rates)))
     for steps, report in reports.items():
-        left = sum(row["error"] < report["plateau"] for row in report["table"])
+        left = sum(max(row["errors"]) < report["plateau"] for row in report["table"])
         yield (
             f"{steps} steps: T's entropy {report['lower_bound']:.3f} nats, plateau of the "
             f"divergence {report['plateau']:.3f}, "
-            f"{left} of {len(report['table'])} shapes below it\n"
+            f"{left} of {len(report['table'])} shapes below it with every seed\n"
         )
     yield markdown_table(*search_table(reports))
     header = ["steps", "error", "seed", *(f"stride {stride}" for stride in STRIDES)]
@@ -118,17 +118,31 @@ def rate_table(report: Row) -> tuple[list[str], list[list[str]]]:
 
 
 def search_table(reports: Reports) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: for each shape g, its divergences and its W by both errors."""
+    """Return header and rows: for each shape g, its divergences and its W by both errors.
+
+    A longer search may have trained some of the shapes only.
+    """
     header = ["shape", "parameters", "g", *(f"divergence, {steps} steps" for steps in reports)]
     header += [f"W by {error}, {steps}" for steps in reports for error in ERRORS]
     rows = []
-    for same in zip(*(report["table"] for report in reports.values())):
-        cells = [same[0]["model_name"], f"{same[0]['parameters']:,}", f"{same[0]['gain']:.3f}"]
-        cells += [_spread(row["errors"]) for row in same]
-        for report, row in zip(reports.values(), same):
-            cells += [f"{w_of(row, report, error):.4f}" for error in ERRORS]
+    for shape, first in by_shape(reports[STEPS[0]]).items():
+        cells = [
+            shape,
+            f"{first['parameters']:,}",
+            f"{first['gain']:.3f}",
+            *_errors(reports, shape),
+        ]
+        for report in reports.values():
+            row = by_shape(report).get(shape)
+            cells += [f"{w_of(row, report, error):.4f}" if row else "-" for error in ERRORS]
         rows.append(cells)
     return header, rows
+
+
+def _errors(reports: Reports, shape: str) -> list[str]:
+    """Return the divergence of a shape in each search, "-" where it was not trained."""
+    found = [by_shape(report).get(shape) for report in reports.values()]
+    return [_spread(row["errors"]) if row else "-" for row in found]
 
 
 def _spread(errors: Sequence[float]) -> str:
@@ -163,11 +177,16 @@ def _choice(table: Sequence[Row], w: Mapping[int, float], stride: int) -> str:
 
 
 def order_lines(reports: Reports) -> Iterator[str]:
-    """Yield how the searches of different steps rank the shapes, by divergence."""
+    """Yield how the searches of different steps rank the shapes that both have trained."""
+    searches = [by_shape(report) for report in reports.values()]
+    shapes = [shape for shape in searches[0] if shape in searches[1]]
+    steps = " and ".join(map(str, reports))
     for name, what in (("error", "divergence"), ("w", "W")):
-        values = [np.array([row[name] for row in report["table"]]) for report in reports.values()]
-        steps = " and ".join(map(str, reports))
-        yield f"Spearman's correlation of {what} after {steps} steps: {spearman(*values):.2f}\n"
+        values = [np.array([search[shape][name] for shape in shapes]) for search in searches]
+        yield (
+            f"Spearman's correlation of {what} after {steps} steps, {len(shapes)} shapes: "
+            f"{spearman(*values):.2f}\n"
+        )
 
 
 def longer_runs(folder: str) -> dict[str, list[Row]]:
@@ -187,10 +206,9 @@ def longer_table(
     last = max(run["step"] for found in runs.values() for run in found)
     header = ["shape", *(f"divergence, {steps} steps" for steps in reports)]
     header += [f"divergence, {last} steps", "masked-LM loss", "seeds"]
-    searches = [by_shape(report) for report in reports.values()]
     rows = []
     for shape, found in runs.items():
-        cells = [_spread(search[shape]["errors"]) for search in searches]
+        cells = _errors(reports, shape)
         cells += [spread(run[name] for run in found) for name in ("kl", "mlm_loss")]
         rows.append([shape, *cells, str(len(found))])
     return header, rows
@@ -203,6 +221,8 @@ def longer_order(reports: Reports, runs: Mapping[str, list[Row]]) -> Iterator[st
     finals["means"] = [fmean(run["kl"] for run in found) for found in runs.values()]
     for steps, report in reports.items():
         search = by_shape(report)
+        if not set(runs) <= set(search):
+            continue
         errors = np.array([search[shape]["error"] for shape in runs])
         ranks = [f"{name} {spearman(errors, np.array(kl)):.2f}" for name, kl in finals.items()]
         yield f"Spearman's correlation of {steps} steps and the longer runs: {', '.join(ranks)}\n"
