@@ -6,6 +6,7 @@ import errno
 import glob
 import math
 import os
+import re
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, Sequence
 
@@ -128,9 +129,12 @@ def mxnet_writes(path: str) -> Iterator[None]:
     try:
         yield
     except MXNetError as error:
-        if "fwrite" not in str(error):
+        opened = re.search(r'Open "[^"]*": (.+)', str(error))
+        if not opened and "fwrite" not in str(error):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from None
+        reason = opened[1].strip() if opened else os.strerror(errno.ENOSPC)
+        codes = {os.strerror(code): code for code in errno.errorcode}
+        raise OSError(codes.get(reason, errno.EIO), reason, path) from None
 
 
 def load_parameters(model: Block, path: str, ignore_prefixes: Sequence[str] = ()) -> None:

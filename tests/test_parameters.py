@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import resource
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from mxnet import nd
 
 from bort import checkpoint
-from bort.bort import BortModel
+from bort.bort import BortModel, get_bort_model
 from bort.errors import UserError
 from bort.parameters import parameter_file, read_arrays, save_parameters
 
@@ -148,3 +150,15 @@ def test_negative_numbers_in_a_file_are_refused(place: int, number: Any, tmp_pat
     path.write_bytes(content)
     with pytest.raises(UserError, match="cannot be read as a parameter file"):
         read_arrays(str(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "code"), [("missing/a.params", errno.ENOENT), ("folder", errno.EISDIR)]
+)
+def test_a_file_that_mxnet_cannot_open_is_named_with_the_reason(tmp_path, path, code):
+    """Not by MXNet's stack; a read-only disk is another such reason."""
+    (tmp_path / "folder").mkdir()
+    network, _ = get_bort_model("bort_1_2_32_32", vocab=range(20))
+    with pytest.raises(OSError, match=re.escape(os.strerror(code))) as refused:
+        save_parameters(network, str(tmp_path / path))
+    assert (refused.value.errno, refused.value.filename) == (code, str(tmp_path / path))

@@ -141,10 +141,10 @@ def test_what_is_not_finished_is_reported(intact, tmp_path, capsys):
     assert rows[str(tmp_path / "run")] == ["pretraining run", "unfinished", "step 4 of 6"]
 
 
-def test_any_name_of_a_folder_is_one_line(valid, tmp_path, capsys):
+def test_any_name_of_a_folder_is_one_line(intact, tmp_path, capsys):
     for name in (b"two\nlines", b"esc\x1b[31m", b"not \xff utf-8", "\u00e9\u6f22".encode()):
         path = os.path.join(os.fsencode(tmp_path), name)
-        shutil.copytree(os.fsencode(valid / "submission" / "runs"), path)
+        shutil.copytree(os.fsencode(intact / "submission" / "runs"), path)
     status, rows = table(capsys, tmp_path)
     assert status == 0
     names = ["esc\\x1b[31m", "not \\udcff utf-8", "two\\nlines", "\u00e9\u6f22"]
