@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
 
 import gluonnlp as nlp
 import mxnet as mx
@@ -35,7 +35,7 @@ from bort.shapes import (
     body_shape,
     shape_of,
 )
-from bort.types import Block, Context, NDArray
+from bort.types import Block, Context, NDArray, Operators
 
 
 class BortModel(nlp.model.RoBERTaModel):
@@ -58,7 +58,9 @@ class BortModel(nlp.model.RoBERTaModel):
                 None, TOKEN_TYPES, self._units, None, "token_type_embed_"
             )
 
-    def _encode_sequence(self, inputs: Any, token_types: Any, valid_length: Any = None) -> Any:
+    def _encode_sequence(
+        self, inputs: NDArray, token_types: NDArray, valid_length: Optional[NDArray] = None
+    ) -> NDArray:
         """Encode ids with GluonNLP's layers; the token types follow from the ids."""
         if self.type_separator is not None:
             token_types = types_of(inputs, self.type_separator)
@@ -80,13 +82,13 @@ def options_of(model: nlp.model.BERTModel) -> BodyOptions:
     return BodyOptions(model.encoder._layer_norm_eps, getattr(model, "type_separator", None))
 
 
-def types_of(ids: Any, separator: int) -> Any:
+def types_of(ids: NDArray, separator: int) -> NDArray:
     """Return the token types, 0 and 1, of ids [batch, length]: an array or a symbol."""
     is_separator = ids == separator
     return _functions(ids).cumsum(is_separator, axis=1) - is_separator > 0
 
 
-def _functions(value: Any) -> Any:
+def _functions(value: NDArray) -> Operators:
     if isinstance(value, np.ndarray):
         return np
     return nd if isinstance(value, nd.NDArray) else mx.sym
@@ -123,7 +125,7 @@ class BortClassifier(HybridBlock):
                     nn.Dense(num_classes, in_units=bort._units),
                 )
 
-    def hybrid_forward(self, F: Any, inputs: NDArray, valid_length: NDArray) -> NDArray:  # noqa: N803
+    def hybrid_forward(self, F: Operators, inputs: NDArray, valid_length: NDArray) -> NDArray:  # noqa: N803
         """Return the logits of the sequences (shapes: see the class)."""
         return self.head(self.bort(inputs, valid_length), valid_length)
 
@@ -229,7 +231,7 @@ def vocabulary_size(vocab: Any) -> int:
 class KeyedDropout(nn.Dropout):
     """Dropout that `mx.random.seed` also seeds on a GPU; cuDNN's is seeded once per process."""
 
-    def hybrid_forward(self, F: Any, x: NDArray) -> NDArray:  # noqa: N803
+    def hybrid_forward(self, F: Operators, x: NDArray) -> NDArray:  # noqa: N803
         """Drop values of x in training mode."""
         return F.Dropout(x, p=self._rate, axes=self._axes, cudnn_off=True) if self._rate else x
 

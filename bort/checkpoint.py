@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import warnings
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Callable, Mapping, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from bort.files import (
     temporary_name,
     write_json,
 )
+from bort.types import JSONMapping, JSONObject
 
 MODEL = "model.params"
 MODEL_CONFIG = "model.json"
@@ -55,7 +56,7 @@ class Checkpoint(NamedTuple):
     """A verified checkpoint."""
 
     path: str
-    state: dict[str, Any]  # the content of state.json
+    state: JSONObject  # the content of state.json
 
     @property
     def model_path(self) -> str:
@@ -75,7 +76,7 @@ def save(
     step: int,
     write_model: Callable[[str], None],
     arrays: Mapping[str, np.ndarray],
-    state: Mapping[str, Any],
+    state: JSONMapping,
     unfinished: bool = False,
 ) -> str:
     """Write the checkpoint of a step and point `checkpoint_last` to it; returns its path.
@@ -109,7 +110,7 @@ def save(
     return os.path.join(folder, name)
 
 
-def amend(path: str, write_config: Callable[[str], None], state: Mapping[str, Any]) -> None:
+def amend(path: str, write_config: Callable[[str], None], state: JSONMapping) -> None:
     """Finish a checkpoint that was saved as unfinished: replace its model config and its state.
 
     Killed in between, it is still unfinished, with either config. `write_config` is called with the
@@ -127,7 +128,7 @@ def amend(path: str, write_config: Callable[[str], None], state: Mapping[str, An
         raise _not_saved(os.path.dirname(path), step, error, path) from None
 
 
-def _write_state(path: str, content: Mapping[str, Any]) -> None:
+def _write_state(path: str, content: JSONMapping) -> None:
     summed = {**content, OWN_SUM: json_sha256(content)}
     write_json(os.path.join(path, STATE), summed, with_sum=False)
 
@@ -190,7 +191,7 @@ def load(path: str) -> Checkpoint:
     return Checkpoint(path, state)
 
 
-def _read_state(path: str) -> dict[str, Any]:
+def _read_state(path: str) -> JSONObject:
     """Return the content of state.json, verified by its own SHA-256, which is left out."""
     file = os.path.join(path, STATE)
     try:

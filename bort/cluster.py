@@ -54,6 +54,7 @@ from bort.jobs import (
     sendable,
 )
 from bort.mxnet_setup import asked_threads, usable_cores
+from bort.types import JSONObject
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -95,7 +96,7 @@ class ClusterSettings:
                 )
 
 
-def refuse_with_cluster(cluster: Optional[str], flag: str, value: Any, unset: Any) -> None:
+def refuse_with_cluster(cluster: Optional[str], flag: str, value: object, unset: object) -> None:
     """Raise `UserError` when a flag that says how many jobs run here is given with --cluster."""
     if cluster and value != unset:
         raise UserError(
@@ -160,7 +161,7 @@ class Cluster(Executor):
         self._gpus = len(gpus.split(",")) if gpus else 0
         self._client, self._queue = _connect(address)
         self._lock = threading.Lock()
-        self._futures: dict[str, Any] = {}  # of Dask, by key
+        self._futures: JSONObject = {}  # of Dask, by key
         self._last: tuple[Any, bytes, str, str] = (None, b"", "", "")  # function, as it is sent
         self._counted, self._slots = -float("inf"), 0
         self._started = False
@@ -179,7 +180,9 @@ class Cluster(Executor):
             self._slots, self._counted = slots, time.monotonic()
         return max(1, self._slots)
 
-    def submit(self, function: Callable[..., Result], /, *args: Any, **kw: Any) -> Future[Result]:
+    def submit(
+        self, function: Callable[..., Result], /, *args: object, **kw: object
+    ) -> Future[Result]:
         """Send the job to the scheduler; returns its future."""
         if not self._started:
             self._await_end(self._folder)  # of the jobs of a command that was killed
@@ -450,7 +453,7 @@ def run_job(job: Job) -> bytes:
         return pickle.dumps((None, sendable(error)))
 
 
-def _is_wanted(worker: Any, key: Any) -> bool:
+def _is_wanted(worker: Any, key: str) -> bool:
     """Return whether a worker is to finish a task that it runs."""
     task = worker.state.tasks.get(key)
     return (

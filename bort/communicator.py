@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import Any, Iterator, Protocol, Sequence
+from typing import Iterator, Protocol, Sequence, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,8 @@ LAUNCHERS = (
 )
 # Of a whole job of Slurm, also where its script starts one process without srun.
 SLURM_TASKS = "SLURM_NTASKS"
+
+Value = TypeVar("Value")
 
 
 class Communicator(Protocol):
@@ -50,10 +52,10 @@ class Communicator(Protocol):
     def allreduce(self, values: np.ndarray) -> np.ndarray:
         """Return the sum over all ranks of a small NumPy array; waits for the others."""
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Value) -> Value:
         """Return rank 0's value: plain data, a few megabytes at most."""
 
-    def allgather_object(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Value) -> list[Value]:
         """Return the value of every rank, in their order; waits for the others."""
 
     def barrier(self) -> None:
@@ -80,11 +82,11 @@ class SingleProcess:
         """Return the values."""
         return values
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Value) -> Value:
         """Return the value."""
         return value
 
-    def allgather_object(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Value) -> list[Value]:
         """Return the value, the only one."""
         return [value]
 
@@ -154,14 +156,14 @@ class Horovod:
         array = nd.array(values, dtype="float64")
         return self._hvd.allreduce(array, average=False, name="sum.values").asnumpy()
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Value) -> Value:
         """Return rank 0's value."""
         if self.size == 1:
             return value
         # Named here: Horovod's own name would be that of the type, which differs between ranks.
         return self._hvd.broadcast_object(value, root_rank=0, name="object")
 
-    def allgather_object(self, value: Any) -> list[Any]:
+    def allgather_object(self, value: Value) -> list[Value]:
         """Return the value of every rank."""
         if self.size == 1:
             return [value]

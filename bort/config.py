@@ -17,6 +17,7 @@ from typing import Any, Mapping, NoReturn, Sequence, TypeVar
 
 from bort.errors import UserError, quoted, shortened
 from bort.files import read_json
+from bort.types import JSONMapping, JSONObject
 
 Settings = TypeVar("Settings")
 CONFIG_FLAG = "--config"
@@ -156,7 +157,7 @@ def _use_config(parser: OneLineParser, argv: Sequence[str] | None, classes: Sequ
         action.required = action.required and action.dest not in values
 
 
-def read_config(path: str, classes: Sequence[type]) -> dict[str, Any]:
+def read_config(path: str, classes: Sequence[type]) -> JSONObject:
     """Return the flags that a config.json holds for settings classes, without those of one run.
 
     Raises `UserError` when it is of another program or a value is of another type.
@@ -164,7 +165,7 @@ def read_config(path: str, classes: Sequence[type]) -> dict[str, Any]:
     content, by_name = read_json(path, verify=False), {cls.__name__: cls for cls in classes}
     if not isinstance(content, dict) or not content.keys() & by_name.keys():
         raise UserError(f"{CONFIG_FLAG} {path}: is not the config.json of a run of this program")
-    values: dict[str, Any] = {}
+    values: JSONObject = {}
     for name, settings in content.items():
         if name not in by_name or not isinstance(settings, dict):
             raise UserError(
@@ -174,7 +175,7 @@ def read_config(path: str, classes: Sequence[type]) -> dict[str, Any]:
     return values
 
 
-def _typed(path: str, cls: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _typed(path: str, cls: Any, settings: JSONMapping) -> JSONObject:
     import msgspec
 
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
@@ -191,7 +192,7 @@ def _typed(path: str, cls: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def build(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
+def build(cls: type[Settings], values: JSONMapping) -> Settings:
     """Make and check one settings instance from a dictionary that may hold other keys too."""
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     settings = cls(**{name: values[name] for name in names if name in values})
@@ -227,7 +228,7 @@ def check_limits(settings: Any) -> None:
             raise UserError(f"--{field.name} {value}: must be at most {largest:g}")
 
 
-def as_dict(*settings: Any) -> dict[str, dict[str, Any]]:
+def as_dict(*settings: Any) -> dict[str, JSONObject]:
     """Return the settings as {class name: {field: value}}, the content of config.json."""
     return {type(each).__name__: dataclasses.asdict(each) for each in settings}
 

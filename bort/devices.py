@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Sequence
+from typing import Sequence
 
 import mxnet as mx
 import numpy as np
@@ -12,7 +12,7 @@ from mxnet import nd
 from bort.communicator import Communicator
 from bort.errors import UserError
 from bort.processor import multiplies_bfloat16, require_bfloat16
-from bort.types import Context
+from bort.types import Context, NDArray
 
 GPU_WIDTH = 8  # tokens
 
@@ -86,7 +86,7 @@ def uses_gpu_code(device: Context) -> bool:
     return bool(device.device_type == "gpu")
 
 
-def runs_on_cpu(array: Any) -> bool:
+def runs_on_cpu(array: NDArray) -> bool:
     """Return whether an array takes the code path for CPUs; a symbol does not."""
     return isinstance(array, nd.NDArray) and not uses_gpu_code(array.context)
 

@@ -8,7 +8,8 @@ import re
 import signal
 import sys
 from contextlib import suppress
-from typing import Any, Callable, NoReturn, Optional, Sequence, TypeVar
+from types import TracebackType
+from typing import Callable, NoReturn, Optional, Sequence, TypeVar
 
 Result = TypeVar("Result")
 Main = Callable[[Optional[Sequence[str]]], Result]
@@ -32,7 +33,7 @@ class Stopped(Exception):  # noqa: N818  (not an error: the program did as it wa
         return self.message
 
 
-def quoted(value: Any, characters: int = QUOTED_CHARACTERS) -> str:
+def quoted(value: object, characters: int = QUOTED_CHARACTERS) -> str:
     """Return `repr(value)`, shortened: a message never repeats a whole file."""
     text = repr(value)
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
@@ -96,7 +97,9 @@ def install_interrupt_hook() -> None:
         sys.excepthook = _report
 
 
-def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _report(
+    kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]
+) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:

@@ -427,7 +427,7 @@ def _without_sum(content: Any, path: str, verify: bool = True) -> Any:
     return content
 
 
-def json_sha256(content: Any) -> str:
+def json_sha256(content: object) -> str:
     """Return the SHA-256 of JSON content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -113,7 +113,7 @@ class ProcessDiedError(UserError):
 # ---- the interface -------------------------------------------------------------------------------
 
 
-def _raise(_: Any, error: BaseException) -> Any:
+def _raise(_: object, error: BaseException) -> Any:
     raise error
 
 
@@ -178,7 +178,9 @@ class Executor(futures.Executor):
 class Serial(Executor):
     """Runs each job in this process when it is submitted."""
 
-    def submit(self, function: Callable[..., Result], /, *args: Any, **kw: Any) -> Future[Result]:
+    def submit(
+        self, function: Callable[..., Result], /, *args: object, **kw: object
+    ) -> Future[Result]:
         """Run the job; returns a future that is done."""
         future: Future[Result] = Future()
         value, error = outcome_of(partial(function, *args, **kw))
@@ -259,7 +261,9 @@ class Processes(Executor):
         self._running: set[JobProcess[Any]] = set()
         self._closed = False
 
-    def submit(self, function: Callable[..., Result], /, *args: Any, **kw: Any) -> Future[Result]:
+    def submit(
+        self, function: Callable[..., Result], /, *args: object, **kw: object
+    ) -> Future[Result]:
         """Queue the job; returns its future."""
         return self._watchers.submit(self._run, partial(function, *args, **kw))
 
@@ -466,7 +470,9 @@ class WorkerPool(Executor):
         for _ in range(workers):  # start them all, before this process has threads
             self._pool.submit(os.getpid)
 
-    def submit(self, function: Callable[..., Result], /, *args: Any, **kw: Any) -> Future[Result]:
+    def submit(
+        self, function: Callable[..., Result], /, *args: object, **kw: object
+    ) -> Future[Result]:
         """Queue a job of the function that the pool was made for."""
         if function is not self._function:
             raise ValueError("a worker pool serves the function that it was made for")
@@ -496,7 +502,7 @@ def _start_worker(function: Callable[..., Any], parent: int) -> None:
     _worker_function = function
 
 
-def _call_worker_function(*args: Any, **kw: Any) -> Any:
+def _call_worker_function(*args: object, **kw: object) -> Any:
     return _worker_function(*args, **kw)
 
 
@@ -519,7 +525,9 @@ class Ranks(Executor):
         self._waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._in_wave = False
 
-    def submit(self, function: Callable[..., Result], /, *args: Any, **kw: Any) -> Future[Result]:
+    def submit(
+        self, function: Callable[..., Result], /, *args: object, **kw: object
+    ) -> Future[Result]:
         """Queue the job; the last of a wave runs the wave before this returns."""
         future: Future[Result] = Future()
         job = partial(function, *args, **kw)
@@ -626,7 +634,7 @@ def _watch_parent(parent: int) -> None:
 def stopped_by_sigterm(message: str) -> Iterator[None]:
     """Let SIGTERM raise `Stopped` in the main thread; its message is this one."""
 
-    def stop(signum: int, _: Any) -> None:
+    def stop(signum: int, _: object) -> None:
         raise Stopped(signum, message)
 
     main_thread = threading.current_thread() is threading.main_thread()

@@ -7,17 +7,18 @@ import os
 import re
 import sys
 import zlib
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator
 
 from bort.errors import UserError, quoted
 from bort.files import atomic_write, open_regular
+from bort.types import JSONMapping
 
 DAMAGED = ".damaged"  # the suffix of the file that keeps damaged lines
 SUM = "crc32"  # the last key of a line: the CRC-32 of the text before it
 _END = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n?\Z')
 
 
-def line_of(record: Mapping[str, Any]) -> bytes:
+def line_of(record: JSONMapping) -> bytes:
     """Return a record, which is not empty, as a JSON line that ends with its CRC-32."""
     text = json.dumps(record).encode()[:-1]
     return b'%s, "%s": "%08x"}\n' % (text, SUM.encode(), zlib.crc32(text))
@@ -85,7 +86,7 @@ class Journal:
         with atomic_write(self.path, "wb"):
             pass
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: JSONMapping) -> None:
         """Write one record; it is on the disk when this returns."""
         _append(self.path, [line_of(record)])
         self.records.append(record)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from contextlib import contextmanager
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from bort import checkpoint
 from bort.errors import UserError
 from bort.files import open_regular
 from bort.sums import check_sum
-from bort.types import Block
+from bort.types import Block, Parameter
 
 # The numbers that stand for dtypes in the format.
 _DTYPES = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i8"}
@@ -186,16 +186,16 @@ def check_finite_arrays(path: str, arrays: Iterable[tuple[str, np.ndarray]]) -> 
             )
 
 
-def _tied_names(model: Block) -> list[tuple[Any, list[str]]]:
+def _tied_names(model: Block) -> list[tuple[Parameter, list[str]]]:
     """Return each distinct parameter with all names it has in a file."""
-    tied: dict[int, tuple[Any, list[str]]] = {}
+    tied: dict[int, tuple[Parameter, list[str]]] = {}
     for name, parameter in model._collect_params_with_prefix().items():
         tied.setdefault(id(parameter), (parameter, []))[1].append(name)
     return list(tied.values())
 
 
 def _stored_value(
-    path: str, stored: dict[str, np.ndarray], parameter: Any, names: list[str]
+    path: str, stored: dict[str, np.ndarray], parameter: Parameter, names: list[str]
 ) -> np.ndarray:
     values = [stored[name] for name in names if name in stored]
     for value in values:
@@ -210,7 +210,7 @@ def _stored_value(
     return first.astype(np.dtype(parameter.dtype), copy=False)
 
 
-def _listing(names: Any, most: int = 8) -> str:
+def _listing(names: Iterable[str], most: int = 8) -> str:
     names = sorted(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager, suppress
-from typing import Any, Iterator, Mapping, Protocol
+from typing import Iterator, Mapping, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from bort.errors import UserError
 from bort.files import atomic_write, open_regular, write_json
 from bort.journal import line_of, record_of
 from bort.progress import ProgressBar
+from bort.types import JSONMapping, JSONObject
 
 FILE = "metrics.jsonl"
 BOARD_SECONDS = 10.0  # between writes of TensorBoard's file to the disk
@@ -25,9 +26,7 @@ BOARD_SECONDS = 10.0  # between writes of TensorBoard's file to the disk
 class Reporter(Protocol):
     """Where a run reports its metrics and messages."""
 
-    def start(
-        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
-    ) -> None:
+    def start(self, config: JSONMapping, step: int, max_steps: int, evaluate: bool = False) -> None:
         """Begin at `step`, or with `evaluate` before its evaluation; `config` are the settings."""
 
     def advance(self) -> None:
@@ -44,15 +43,13 @@ class Reporter(Protocol):
 
     def __enter__(self) -> Reporter: ...
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
 
 class NullReporter:
     """Reports nothing and writes nothing: for timings."""
 
-    def start(
-        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
-    ) -> None:
+    def start(self, config: JSONMapping, step: int, max_steps: int, evaluate: bool = False) -> None:
         """Ignore the settings."""
 
     def advance(self) -> None:
@@ -71,7 +68,7 @@ class NullReporter:
     def __enter__(self) -> NullReporter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close nothing."""
 
 
@@ -89,9 +86,7 @@ class FolderReporter:
         self._path = os.path.join(folder, FILE)
         self._enabled = False
 
-    def start(
-        self, config: Mapping[str, Any], step: int, max_steps: int, evaluate: bool = False
-    ) -> None:
+    def start(self, config: JSONMapping, step: int, max_steps: int, evaluate: bool = False) -> None:
         """Write config.json and open the files; the rank is asked for now: it may have changed."""
         self._enabled = self._communicator.rank == 0
         if not self._enabled:
@@ -149,7 +144,7 @@ class FolderReporter:
     def __enter__(self) -> FolderReporter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the files; print the closing table of a run that did not fail."""
         if not self._enabled:
             return
@@ -195,7 +190,7 @@ class _Board:
         """Write what is left, and close the file."""
         self._events.close()
 
-    def _write(self, **content: Any) -> None:
+    def _write(self, **content: object) -> None:
         self._events.write_event(self._event(wall_time=time.time(), **content))
 
 
@@ -228,7 +223,7 @@ def cut_after(path: str, step: int, evaluate: bool) -> None:
         handle.writelines(kept)
 
 
-def _record_of(line: bytes) -> dict[str, Any] | None:
+def _record_of(line: bytes) -> JSONObject | None:
     """Return a metric line as a record; None for any other line and for a torn one."""
     try:
         record = record_of(line)
@@ -243,7 +238,7 @@ def _record_of(line: bytes) -> dict[str, Any] | None:
     return record if all(isinstance(value, (int, float)) for value in numbers) else None
 
 
-def read_records(path: str) -> list[dict[str, Any]]:
+def read_records(path: str) -> list[JSONObject]:
     """Return the records of a metrics.jsonl; torn lines and those of other programs are skipped."""
     with open_regular(path) as file:
         return [record for record in map(_record_of, file) if record is not None]
@@ -284,5 +279,5 @@ def closing_table(metrics_path: str) -> str:
     return "\n".join(rows)
 
 
-def _metric_names(record: dict[str, Any]) -> list[str]:
+def _metric_names(record: JSONObject) -> list[str]:
     return [name for name in record if name not in ("step", "phase", "time")]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, Collection, Mapping, Sequence
+from typing import Any, Collection, Sequence
 
 from bort.errors import UserError
 from bort.parameters import parameter_file
+from bort.types import JSONMapping
 
 # Flags that name a model: its file, its folder, or a run.
 MODELS = {
@@ -21,7 +22,7 @@ PATHS = {
 
 
 def changed_flags(
-    recorded: Mapping[str, Any], settings: Sequence[Any], free: Collection[str] = ()
+    recorded: JSONMapping, settings: Sequence[Any], free: Collection[str] = ()
 ) -> list[str]:
     """Return the flags of settings dataclasses that differ from recorded ones, with dashes.
 
@@ -39,7 +40,7 @@ def changed_flags(
     ]
 
 
-def same_value(name: str, recorded: Any, given: Any) -> bool:
+def same_value(name: str, recorded: object, given: object) -> bool:
     """Return whether two values of a flag are equal; spellings of a path or model may differ."""
     if isinstance(recorded, str) and isinstance(given, str):
         if name in MODELS:

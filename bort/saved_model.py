@@ -28,7 +28,7 @@ from bort.shapes import (
     body_shape,
 )
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
-from bort.types import Block, TaskKind
+from bort.types import Block, Context, JSONObject, TaskKind
 
 FORMAT_VERSION = 1
 MASKED_LM = "masked_lm"
@@ -71,7 +71,7 @@ class ModelConfig:
     type_separator: Optional[int] = None
     pooling: str = CLS
     origin: str = ""
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    details: JSONObject = dataclasses.field(default_factory=dict)
     sha256: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -124,7 +124,7 @@ def _save_config(
 
 
 def load_model(
-    path: str, ctx: Any = None, dropout: float = 0.0, gradients: bool = False
+    path: str, ctx: Optional[Context] = None, dropout: float = 0.0, gradients: bool = False
 ) -> SavedModel:
     """Load a saved model: its .params file, its folder, or a pretraining checkpoint or run.
 
@@ -227,7 +227,7 @@ def _check(model_config: ModelConfig) -> None:
 
 def build_network(
     model_config: ModelConfig,
-    ctx: Any = None,
+    ctx: Optional[Context] = None,
     dropout: float = 0.0,
     draw: bool = True,
     gradients: bool = True,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, Mapping
+from typing import Any, Dict, Mapping
 
 NDArray = Any  # mxnet.nd.NDArray
+Parameter = Any  # mxnet.gluon.Parameter
 Block = Any  # mxnet.gluon.HybridBlock
 Context = Any  # mxnet.Context, a device
+Operators = Any  # mxnet.nd or mxnet.sym, which a hybrid block is given as F
 
+JSONObject = Dict[str, Any]  # an object of a JSON file: names to values
+JSONMapping = Mapping[str, Any]  # one that is only read
 Hyperparameters = Mapping[str, Any]  # one point of a search space: name to value
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Dict, Iterable, Mapping, Optional, Sequence
+from typing import Dict, Iterable, Optional, Sequence
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from bort.tokenization import (
     utf8_bytes,
     write_files,
 )
+from bort.types import JSONMapping, JSONObject
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 WORDPIECE_TOKENS = {
@@ -119,12 +120,12 @@ class WordPiece(Vocabulary):
         content = json.dumps(self.file_content(), ensure_ascii=False, indent=1)
         write_files(folder, {TOKENIZER_JSON: content.encode()})
 
-    def file_content(self) -> dict[str, Any]:
+    def file_content(self) -> JSONObject:
         """Return the content of a tokenizer.json that finds no special tokens in texts."""
         return _file_content(self._parts)
 
 
-def _file_content(parts: Mapping[str, Any]) -> dict[str, Any]:
+def _file_content(parts: JSONMapping) -> JSONObject:
     return {
         "version": "1.0",
         "truncation": None,
@@ -135,7 +136,7 @@ def _file_content(parts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parts(spelling: Sequence[str], normalizer: Normalizer, max_word: int) -> dict[str, Any]:
+def _parts(spelling: Sequence[str], normalizer: Normalizer, max_word: int) -> JSONObject:
     return {
         "normalizer": {"type": "BertNormalizer", **asdict(normalizer)},
         "pre_tokenizer": {"type": "BertPreTokenizer"},

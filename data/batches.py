@@ -11,13 +11,14 @@ import dataclasses
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Generator, Iterable, NamedTuple, Optional, Sequence, TypeVar
+from typing import Callable, Generator, Iterable, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
 
 from bort.config import build
 from bort.errors import UserError
 from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
+from bort.types import JSONObject
 from data.masking import DynamicMasking, MaskingSettings, MaskingTable
 from data.shards import MaskedSequence, ShardSet
 
@@ -250,7 +251,7 @@ def open_dynamic_masking(folder: str, shards: ShardSet, seed: int) -> DynamicMas
     return DynamicMasking(settings, MaskingTable(tokenizer, settings.whole_word_mask), seed)
 
 
-def _masking_settings(folder: str, arguments: dict[str, Any]) -> MaskingSettings:
+def _masking_settings(folder: str, arguments: JSONObject) -> MaskingSettings:
     import msgspec
 
     try:

@@ -13,7 +13,7 @@ from typing import Any, Iterator, Mapping, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError, quoted
-from bort.types import TaskKind
+from bort.types import JSONMapping, TaskKind
 from data import metrics
 from data.rows import (
     BadRowError,
@@ -91,7 +91,7 @@ class GlueTask(Task):
                 return None
             raise
 
-    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+    def cast_row(self, row: JSONMapping, number: int) -> list[Example]:
         """Return the example of one row."""
         texts = tuple(require_field(row, column, str).strip() for column in self.text_columns)
         return [Example(number, (texts,))]

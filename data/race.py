@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from bort.errors import UserError, quoted
-from bort.types import TaskKind
+from bort.types import JSONMapping, TaskKind
 from data import metrics
 from data.rows import BadRowError, collect, parse_object, require_field
 from data.task import Example, File, Split, Task
@@ -114,13 +114,13 @@ class Race(Task):
             for path in sorted(paths, key=lambda p: (len(p.stem), p.stem)):
                 yield ArticleFile(level, path, extra=numbered and not _is_numbered(path))
 
-    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+    def cast_row(self, row: JSONMapping, number: int) -> list[Example]:
         """Return an example for each question of one article."""
         unanswered = {key: value for key, value in row.items() if key != "answers"}
         questions = _questions_of(unanswered, "", str(number))
         return [e for question in questions for e in self._example(question, lambda _: None)]
 
-    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+    def source_texts(self, row: JSONMapping) -> list[str]:
         """Return the article, the questions and their options."""
         options = [option for choices in row["options"] for option in choices]
         return [row["article"], *row["questions"], *options]
@@ -198,9 +198,7 @@ def _content(path: Path) -> bytes:
         raise BadRowError(f"cannot be read ({error.strerror})") from None
 
 
-def _require_new(
-    places: dict[tuple[str, str], str], row: Mapping[str, Any], article: Article
-) -> None:
+def _require_new(places: dict[tuple[str, str], str], row: JSONMapping, article: Article) -> None:
     """Record where an article is; raises `BadRowError` when one with its id came before."""
     name = row.get("id")
     if isinstance(name, str):
@@ -210,7 +208,7 @@ def _require_new(
             raise BadRowError(f"repeats the article {quoted(name)} of {before}")
 
 
-def _has_answers(row: Mapping[str, Any]) -> bool:
+def _has_answers(row: JSONMapping) -> bool:
     """Return whether a row has either no key "answers", or as many answers as questions."""
     answers, questions = row.get("answers", []), row.get("questions")
     if "answers" not in row or not isinstance(questions, list):
@@ -218,7 +216,7 @@ def _has_answers(row: Mapping[str, Any]) -> bool:
     return isinstance(answers, list) and len(answers) == len(questions)
 
 
-def _questions_of(row: Mapping[str, Any], where: str, uid: str) -> list[Question]:
+def _questions_of(row: JSONMapping, where: str, uid: str) -> list[Question]:
     text = " ".join(require_field(row, "article", str).split())
     questions, options = require_field(row, "questions", list), require_field(row, "options", list)
     answers = require_field({"answers": [None] * len(questions), **row}, "answers", list)
@@ -240,13 +238,13 @@ def _questions_of(row: Mapping[str, Any], where: str, uid: str) -> list[Question
     ]
 
 
-def _options(choices: Any) -> list[str]:
+def _options(choices: object) -> list[str]:
     if not isinstance(choices, list):
         raise BadRowError(f"the options are {quoted(choices)}, expected a list")
     return [_text(choice, "option") for choice in choices]
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: object, name: str) -> str:
     return require_field({name: value}, name, str).strip()
 
 

@@ -10,10 +10,11 @@ import codecs
 import json
 import re
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Protocol, TypeVar
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, TypeVar
 
 from bort.errors import UserError, quoted
 from bort.files import open_regular
+from bort.types import JSONMapping, JSONObject
 
 
 class Located(Protocol):
@@ -92,7 +93,7 @@ def submission_text(line: Line) -> str:
     return decode(line.content)
 
 
-def submission_object(line: Line) -> dict[str, Any]:
+def submission_object(line: Line) -> JSONObject:
     """Parse a line of a leaderboard's file as one JSON object.
 
     Raises `BadRowError`, also for what `submission_text` refuses.
@@ -100,7 +101,7 @@ def submission_object(line: Line) -> dict[str, Any]:
     return parse_object(submission_text(line).encode())
 
 
-def require_keys(row: Mapping[str, Any], *keys: str) -> None:
+def require_keys(row: JSONMapping, *keys: str) -> None:
     """Raise `BadRowError` unless a row of a leaderboard's file has exactly these keys."""
     if set(row) != set(keys):
         found = quoted(", ".join(row))[1:-1]
@@ -115,7 +116,7 @@ def decode(content: bytes) -> str:
         raise BadRowError(f"is not UTF-8 at byte {error.start + 1}") from None
 
 
-def parse_object(content: bytes) -> dict[str, Any]:
+def parse_object(content: bytes) -> JSONObject:
     """Parse one JSON object; raises `BadRowError` when the line is not one or has a key twice."""
     try:
         row = json.loads(decode(content), object_pairs_hook=_unique_keys)
@@ -128,14 +129,14 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return row
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> JSONObject:
     row = dict(pairs)
     if len(row) != len(pairs):
         raise BadRowError(f"has a key twice in {quoted([key for key, _ in pairs])}")
     return row
 
 
-def require_field(row: Mapping[str, Any], key: str, expected: type[Value]) -> Value:
+def require_field(row: JSONMapping, key: str, expected: type[Value]) -> Value:
     """Return `row[key]`; raises `BadRowError` when it is missing or of another type."""
     if key not in row:
         raise BadRowError(f"has no {key!r}")
@@ -160,7 +161,7 @@ def parse_index(text: str) -> int:
     return int(text)
 
 
-def require_index(row: Mapping[str, Any], key: str = "idx") -> int:
+def require_index(row: JSONMapping, key: str = "idx") -> int:
     """Return the index `row[key]`; raises `BadRowError` unless it is an integer from 0 on."""
     index = require_field(row, key, int)
     if index < 0:

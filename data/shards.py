@@ -41,6 +41,7 @@ from bort.files import (
     sha256_of,
     write_json,
 )
+from bort.types import JSONObject
 from bort.verified import Verifiable, verify_changed
 from data.corpus import TextFile
 
@@ -122,7 +123,7 @@ class Manifest:
     """
 
     tokenizer: TokenizerEntry
-    arguments: dict[str, Any]
+    arguments: JSONObject
     inputs: list[TextFile]
     shards: list[ShardEntry]
     format_version: int = FORMAT_VERSION

@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Seque
 import numpy as np
 
 from bort.errors import quoted
-from bort.types import TaskKind
+from bort.types import JSONMapping, JSONObject, TaskKind
 from data import metrics
 from data.glue import BINARY, ENTAILMENT
 from data.rows import (
@@ -41,8 +41,8 @@ class Fields(NamedTuple):
     number: returns the index of an object, given its position among its neighbours.
     """
 
-    label: Callable[[dict[str, Any]], Optional[int]]
-    number: Callable[[dict[str, Any], int], int]
+    label: Callable[[JSONObject], Optional[int]]
+    number: Callable[[JSONObject, int], int]
 
 
 class SuperGlueTask(Task):
@@ -77,21 +77,21 @@ class SuperGlueTask(Task):
     def _fields(self, split: str) -> Fields:
         return Fields(self._test_label if split in self.test else self._label, _index)
 
-    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+    def cast_row(self, row: JSONMapping, number: int) -> list[Example]:
         """Return the examples of one row: MultiRC and ReCoRD may have several."""
         return self._examples(dict(row), number, Fields(lambda _: None, lambda _, number: number))
 
-    def _examples(self, row: dict[str, Any], number: int, fields: Fields) -> list[Example]:
+    def _examples(self, row: JSONObject, number: int, fields: Fields) -> list[Example]:
         return [Example(fields.number(row, number), self._inputs(row), fields.label(row))]
 
-    def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    def _inputs(self, row: JSONObject) -> tuple[tuple[str, ...], ...]:
         return (tuple(require_field(row, key, str).strip() for key in self.text_columns),)
 
-    def _label(self, row: dict[str, Any]) -> Optional[int]:
+    def _label(self, row: JSONObject) -> Optional[int]:
         value = row.get(self.label_key)
         return None if value is None else _class_index(value, self.values or self.labels)
 
-    def _test_label(self, row: dict[str, Any]) -> Optional[int]:
+    def _test_label(self, row: JSONObject) -> Optional[int]:
         try:
             return self._label(row)
         except BadRowError:  # a placeholder, such as Hugging Face's -1
@@ -120,7 +120,7 @@ class SuperGlueTask(Task):
 
         return collect(read_submission_lines(path), parse, False, REWRITE)[0]
 
-    def _parse_prediction(self, row: dict[str, Any]) -> list[Uid]:
+    def _parse_prediction(self, row: JSONObject) -> list[Uid]:
         require_keys(row, "idx", "label")
         _class_index(row["label"], self.answers or self.labels)
         return [require_index(row)]
@@ -136,7 +136,7 @@ def _class_index(value: Any, known: Sequence[Any]) -> int:
     return texts.index(text)
 
 
-def _index(row: dict[str, Any], number: int) -> int:
+def _index(row: JSONObject, number: int) -> int:
     """Return the official index of an object; AX-b's is text, old files have none."""
     index = row.get("idx", number)
     return parse_index(index) if isinstance(index, str) else require_index({"idx": index})
@@ -189,7 +189,7 @@ class COPA(SuperGlueTask):
     text_columns = ()
     values = answers = (0, 1)
 
-    def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    def _inputs(self, row: JSONObject) -> tuple[tuple[str, ...], ...]:
         question = require_field(row, "question", str)
         if question not in ("cause", "effect"):
             raise BadRowError(f"question {quoted(question)} is neither 'cause' nor 'effect'")
@@ -198,7 +198,7 @@ class COPA(SuperGlueTask):
         options = [require_field(row, key, str).strip() for key in ("choice1", "choice2")]
         return tuple((premise, f"{link} {option}") for option in options)
 
-    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+    def source_texts(self, row: JSONMapping) -> list[str]:
         """Return the premise and both options."""
         return [row["premise"], row["choice1"], row["choice2"]]
 
@@ -226,15 +226,15 @@ class WiC(SuperGlueTask):
     text_columns = ()
     values = (False, True)
 
-    def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    def _inputs(self, row: JSONObject) -> tuple[tuple[str, ...], ...]:
         return (tuple(_marked(row, number) for number in "12"),)
 
-    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+    def source_texts(self, row: JSONMapping) -> list[str]:
         """Return both sentences."""
         return [row["sentence1"], row["sentence2"]]
 
 
-def _marked(row: dict[str, Any], number: str) -> str:
+def _marked(row: JSONObject, number: str) -> str:
     text = require_field(row, f"sentence{number}", str)
     start, end = require_field(row, f"start{number}", int), require_field(row, f"end{number}", int)
     if not 0 <= start < end <= len(text):
@@ -258,7 +258,7 @@ class WSC(SuperGlueTask):
     values = (False, True)
     inputs_version = 2
 
-    def _inputs(self, row: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    def _inputs(self, row: JSONObject) -> tuple[tuple[str, ...], ...]:
         target = require_field(row, "target", dict)
         words = require_field(row, "text", str).split()
         noun, pronoun = (_span(words, target, number) for number in "12")
@@ -289,7 +289,7 @@ _WRONG_INDICES: Mapping[tuple[int, str], Optional[int]] = {
 }
 
 
-def _span(words: Sequence[str], target: dict[str, Any], number: str) -> Span:
+def _span(words: Sequence[str], target: JSONObject, number: str) -> Span:
     """Return a span of WSC; raises `BadRowError` when its text is not at its index."""
     text = require_field(target, f"span{number}_text", str).strip()
     index = require_index(target, f"span{number}_index")
@@ -368,7 +368,7 @@ class MultiRC(SuperGlueTask):
     counts_from_zero = False
     values = answers = (0, 1)
 
-    def _examples(self, row: dict[str, Any], number: int, fields: Fields) -> list[Example]:
+    def _examples(self, row: JSONObject, number: int, fields: Fields) -> list[Example]:
         old = "paragraph" in row
         passage = require_field(row, "paragraph" if old else "passage", dict)
         text = _running_text(require_field(passage, "text", str))
@@ -384,7 +384,7 @@ class MultiRC(SuperGlueTask):
                 examples.append(Example(uid, (pair,), fields.label(answer)))
         return examples
 
-    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+    def source_texts(self, row: JSONMapping) -> list[str]:
         """Return the paragraph, and each question with its answers."""
         passage = row["paragraph" if "paragraph" in row else "passage"]
         texts = [passage["text"]]
@@ -392,7 +392,7 @@ class MultiRC(SuperGlueTask):
             texts += [question["question"], *(answer["text"] for answer in question["answers"])]
         return texts
 
-    def _label(self, row: dict[str, Any]) -> Optional[int]:
+    def _label(self, row: JSONObject) -> Optional[int]:
         if "isAnswer" in row:  # the layout before version 2
             return int(bool(row["isAnswer"]))
         return super()._label(row)
@@ -420,7 +420,7 @@ class MultiRC(SuperGlueTask):
             for paragraph, questions in paragraphs.items()
         ]  # fmt: skip
 
-    def _parse_prediction(self, row: dict[str, Any]) -> list[Uid]:
+    def _parse_prediction(self, row: JSONObject) -> list[Uid]:
         require_keys(row, "idx", "passage")
         passage = require_field(row, "passage", dict)
         require_keys(passage, "questions")
@@ -436,7 +436,7 @@ class MultiRC(SuperGlueTask):
         return index
 
 
-def _objects(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def _objects(row: JSONObject, key: str) -> list[JSONObject]:
     """Return the list of objects `row[key]`."""
     items = require_field(row, key, list)
     for item in items:
@@ -509,12 +509,12 @@ class ReCoRD(SuperGlueTask):
 
         return Split(*collect(read_lines(path), cast, skip_bad_rows))
 
-    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+    def cast_row(self, row: JSONMapping, number: int) -> list[Example]:
         """Return an example per query and entity of a passage."""
         queries = _queries(dict(row), lambda _: (), lambda _, position: number + position)
         return [e for query in queries for e in _candidates(query, query.entities)]
 
-    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+    def source_texts(self, row: JSONMapping) -> list[str]:
         """Return the passage, the queries and the entities."""
         passage, queries = row["passage"], [query["query"] for query in row["qas"]]
         return [passage["text"], *queries, *_spans(passage["text"], passage["entities"])]
@@ -573,12 +573,12 @@ class ReCoRD(SuperGlueTask):
         return collect(read_submission_lines(path), parse, False, REWRITE)[0]
 
 
-def _query_index(query: dict[str, Any], position: int) -> int:
+def _query_index(query: JSONObject, position: int) -> int:
     """Return the official index of a query."""
     return require_index(query)
 
 
-def _right_answers(query: dict[str, Any]) -> tuple[str, ...]:
+def _right_answers(query: JSONObject) -> tuple[str, ...]:
     """Return the right answers of a query without repetitions, () where none are given."""
     if "answers" not in query:
         return ()
@@ -586,7 +586,7 @@ def _right_answers(query: dict[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def _test_answers(query: dict[str, Any]) -> tuple[str, ...]:
+def _test_answers(query: JSONObject) -> tuple[str, ...]:
     """Return the right answers of a query of a test set, () where they cannot be read."""
     try:
         return _right_answers(query)
@@ -595,9 +595,9 @@ def _test_answers(query: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _queries(
-    row: dict[str, Any],
-    answers: Callable[[dict[str, Any]], tuple[str, ...]],
-    index: Callable[[dict[str, Any], int], int],
+    row: JSONObject,
+    answers: Callable[[JSONObject], tuple[str, ...]],
+    index: Callable[[JSONObject, int], int],
 ) -> list[Query]:
     """Return the queries of a passage; `answers` and `index` read those of a query."""
     passage = require_field(row, "passage", dict)
@@ -614,7 +614,7 @@ def _queries(
     return queries
 
 
-def _spans(text: str, entities: Sequence[dict[str, Any]]) -> list[str]:
+def _spans(text: str, entities: Sequence[JSONObject]) -> list[str]:
     """Return the entities' texts in the order of the passage; their ends are inclusive."""
     if not entities:
         raise BadRowError("has no entities")

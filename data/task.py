@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterable, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from bort.errors import UserError, quoted
 from bort.sums import check_sum
-from bort.types import TaskKind
+from bort.types import JSONMapping, TaskKind
 from data import metrics
 
 Uid = Union[int, str, Tuple[int, ...]]
@@ -230,7 +230,7 @@ class Task:
     def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
         raise NotImplementedError
 
-    def cast_row(self, row: Mapping[str, Any], number: int) -> list[Example]:
+    def cast_row(self, row: JSONMapping, number: int) -> list[Example]:
         """Return the unlabelled examples of one row of an official file, {column or key: value}.
 
         Labels and indices are not looked at; `number` stands for the row's index.
@@ -238,7 +238,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def source_texts(self, row: Mapping[str, Any]) -> list[str]:
+    def source_texts(self, row: JSONMapping) -> list[str]:
         """Return the texts that the inputs of a row are composed of; `cast_row` has to accept it.
 
         Official files contain a few empty ones; for new text they are a mistake.

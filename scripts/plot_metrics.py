@@ -22,6 +22,7 @@ from bort.errors import UserError, entry_point
 from bort.files import open_regular
 from bort.journal import record_of
 from bort.plots import figure_file
+from bort.types import JSONObject
 
 FILE = "metrics.jsonl"
 # Name in the file, title, unit of the vertical axis.
@@ -58,7 +59,7 @@ class Run(NamedTuple):
     """One run: a name for the legend and the lines of its metrics.jsonl."""
 
     name: str
-    records: list[dict[str, Any]]
+    records: list[JSONObject]
 
     def curve(self, phase: str, metric: str) -> Curve:
         """Return a metric of phase `train` or `eval` over the steps."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
@@ -20,10 +20,11 @@ from bort.agora.config import AGORA_CLASSES, AgoraTextSettings
 from bort.cluster import ClusterSettings
 from bort.config import parse
 from bort.errors import entry_point
+from bort.types import JSONObject
 
 
 @entry_point
-def main(argv: Optional[Sequence[str]] = None) -> dict[str, Any]:
+def main(argv: Optional[Sequence[str]] = None) -> JSONObject:
     """Run Agora as the flags say; returns the content of agora.json."""
     *settings, machines = parse(str(__doc__), argv, *AGORA_CLASSES, ClusterSettings)
 

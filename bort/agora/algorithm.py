@@ -76,9 +76,12 @@ from bort.agora.store import Store
 from bort.config import check_limits, option
 from bort.errors import UserError
 from bort.generators import generator_for
-from bort.types import Hyperparameters
+from bort.types import Hyperparameters, JSONMapping, JSONObject
 from data.metrics import accuracy
 
+Input = Any  # a text, a tuple of texts, or what a Socrates of the caller takes
+Label = Any  # a class as str or int; a float in regression
+Model = Any  # what `Socrates.fit` returns
 MapFits = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 TIMAEUS_ACCURACY = 2 / 3  # the author's bound: a labeller must be better than this
 IMBALANCE = 0.5  # a class share this far from an equal share, relatively, is worth a warning
@@ -112,7 +115,7 @@ class ImbalanceWarning(UserWarning):
 class Examples:
     """Labelled examples: n inputs of any kind, and labels as an array of shape [n]."""
 
-    inputs: Sequence[Any]
+    inputs: Sequence[Input]
     labels: np.ndarray
 
     def __post_init__(self) -> None:
@@ -138,24 +141,26 @@ class Socrates(Protocol):
     with the same seed differ. `start` is passed in warm starts only.
     """
 
-    def fit(self, dataset: Examples, hparams: Hyperparameters, start: Any = None) -> Any:
+    def fit(
+        self, dataset: Examples, hparams: Hyperparameters, start: Optional[Model] = None
+    ) -> Model:
         """Return the model fitted from its initial state, or from the model `start`."""
 
-    def predict(self, model: Any, inputs: Sequence[Any]) -> np.ndarray:
+    def predict(self, model: Model, inputs: Sequence[Input]) -> np.ndarray:
         """Return the model's labels of n inputs, shape [n]."""
 
 
 class Timaeus(Protocol):
     """The labeller of augmented examples; its accuracy has to be above 2/3."""
 
-    def label(self, inputs: Sequence[Any]) -> np.ndarray:
+    def label(self, inputs: Sequence[Input]) -> np.ndarray:
         """Return labels of n inputs, shape [n] (real values for regression)."""
 
 
 class Tau(Protocol):
     """The function that perturbs examples."""
 
-    def __call__(self, example: Any, generator: np.random.Generator) -> Any:
+    def __call__(self, example: Input, generator: np.random.Generator) -> Input:
         """Return another example near `example`, neither too near nor too far."""
 
 
@@ -248,8 +253,8 @@ class AugmentedExample:
     """
 
     source: int  # index in dev of the example that it was made of
-    input: Any = dataclasses.field(compare=False)
-    label: Any
+    input: Input = dataclasses.field(compare=False)
+    label: Label
     kept: bool  # False: dropped by balancing
 
 
@@ -276,7 +281,7 @@ class Round:
     label_counts: Mapping[str, int]
     seconds: float = dataclasses.field(compare=False)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JSONObject:
         """Return the record for JSON: augmented examples as counts, NaN and infinity as None."""
         record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         record["scores"] = [score if math.isfinite(score) else None for score in self.scores]
@@ -298,7 +303,7 @@ class Best:
     round: int
     replay: int
     score: float
-    model: Any = dataclasses.field(compare=False)
+    model: Model = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +314,7 @@ class AgoraResult:
     rounds: List[Round]
 
 
-def input_key(example: Any) -> Hashable:
+def input_key(example: Input) -> Hashable:
     """Return a key that equal inputs share: arrays and lists by value, dicts by item."""
     if isinstance(example, (np.ndarray, np.generic)):
         return input_key(example.tolist())
@@ -331,7 +336,7 @@ def agora(
     *,
     seed: int = 0,
     objective: Objective = CLASSIFICATION,
-    test_inputs: Sequence[Any] = (),
+    test_inputs: Sequence[Input] = (),
     store: Optional[Store] = None,
     map_fits: MapFits = map,
     on_round: Callable[[Round], None] = lambda record: None,
@@ -408,7 +413,7 @@ def _check_data(
     train: Examples,
     dev: Examples,
     search_space: Sequence[Hyperparameters],
-    test_inputs: Sequence[Any],
+    test_inputs: Sequence[Input],
 ) -> None:
     if not search_space:
         raise EmptySearchSpaceError("the search space is empty: give at least one set")
@@ -479,7 +484,7 @@ def _digest(examples: Examples) -> str:
     return digest.hexdigest()
 
 
-def _check_shape(name: str, labels: np.ndarray, inputs: Sequence[Any]) -> None:
+def _check_shape(name: str, labels: np.ndarray, inputs: Sequence[Input]) -> None:
     if labels.shape != (len(inputs),):
         raise ValueError(f"{name} returned shape {labels.shape} for {len(inputs)} inputs")
 
@@ -498,16 +503,16 @@ class _Fitted:
     """The result of a fit, as a worker returns it."""
 
     task: _Task
-    model: Any
-    predictions: List[Any]
+    model: Model
+    predictions: List[Label]
     seconds: float
 
 
 def _fit(
     socrates: Socrates,
     data: Examples,
-    dev_inputs: Sequence[Any],
-    warm: Mapping[str, Any],
+    dev_inputs: Sequence[Input],
+    warm: Mapping[str, Model],
     task: _Task,
 ) -> _Fitted:
     """Fit one set and predict dev; a function of the module, so that it can be pickled."""
@@ -525,7 +530,7 @@ class _Fit:
     score: float
     step: int
     index: int
-    predictions: List[Any]
+    predictions: List[Label]
     seconds: float
 
     @property
@@ -577,7 +582,7 @@ class _Fitting:
             self.store.drop_model(before.name)
         return sorted(fits, key=lambda fit: fit.rank)
 
-    def _recalled(self, step: int, index: int, record: Mapping[str, Any], digest: str) -> _Fit:
+    def _recalled(self, step: int, index: int, record: JSONMapping, digest: str) -> _Fit:
         if record["data"] != digest:
             raise OtherRunError(
                 f"{fit_name(step, index)} in the store was fitted on other data: tau or Timaeus "
@@ -606,7 +611,7 @@ class _Fitting:
         self._lead(fit)
         return fit
 
-    def _scored(self, step: int, index: int, predictions: list[Any], seconds: float) -> _Fit:
+    def _scored(self, step: int, index: int, predictions: list[Label], seconds: float) -> _Fit:
         score = float(self.objective.score(self.dev.labels, np.asarray(predictions)))
         if math.isnan(score):  # the fit diverged: it ranks last
             score = -math.inf
@@ -632,12 +637,12 @@ class _Augmentation:
     objective: Objective
     settings: AgoraSettings
     seed: int
-    test_inputs: Sequence[Any]
+    test_inputs: Sequence[Input]
 
     def __post_init__(self) -> None:
         self.kept_out = set(map(input_key, [*self.dev.inputs, *self.test_inputs]))
 
-    def mistakes(self, predictions: list[Any]) -> list[int]:
+    def mistakes(self, predictions: list[Label]) -> list[int]:
         """Return the indices in dev whose prediction is of another class than the label."""
         classes = self.objective.classes
         wrong = classes(self.dev.labels) != classes(np.asarray(predictions))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from bort.errors import UserError
 from bort.files import read_json
 from bort.tables import markdown_table, spread
+from bort.types import JSONMapping, JSONObject
 from data.task import Task
 
 
@@ -55,7 +56,7 @@ def columns_of(
     return columns
 
 
-def _contents(task: Task, folders: Sequence[str], name: str) -> list[dict[str, Any]]:
+def _contents(task: Task, folders: Sequence[str], name: str) -> list[JSONObject]:
     return [read_json(os.path.join(folder, task.name, name)) for folder in folders]
 
 
@@ -70,7 +71,7 @@ def _scores(
     return np.array(scores)
 
 
-def _mean(runs: Sequence[Mapping[str, Any]]) -> float:
+def _mean(runs: Sequence[JSONMapping]) -> float:
     return float(np.mean([run["seconds"] for run in runs]))
 
 

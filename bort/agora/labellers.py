@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from bort.agora.tau import Inputs
 from bort.agora.text import predictions_of
 from bort.errors import UserError, quoted
 from bort.files import atomic_write, open_regular
-from bort.types import TaskKind
+from bort.types import JSONMapping, TaskKind
 from data.rows import BadRowError, parse_object, require_field
 from data.task import Example, Task
 
@@ -144,7 +144,7 @@ def _parsed(where: str, line: bytes) -> tuple[Any, Any]:
     return inputs, row["label"]
 
 
-def write_lines(path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_lines(path: str, rows: Iterable[JSONMapping]) -> None:
     """Write rows as JSON lines, atomically."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_write(path) as handle:

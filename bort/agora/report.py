@@ -13,7 +13,7 @@ from bort.agora.text import TextData
 from bort.files import atomic_write, write_json
 from bort.plots import figure_file
 from bort.sums import write_sums
-from bort.types import Hyperparameters
+from bort.types import Hyperparameters, JSONObject
 
 FORMAT_VERSION = 1
 COLUMNS = ("round", "replay", "dev_row", "kept", "timaeus", "dev_label", "image", "dev_text")
@@ -34,7 +34,7 @@ class Report:
     ) -> None:
         self.folder, self.data = folder, data
         self.rounds: list[Round] = []
-        self.content: dict[str, Any] = {
+        self.content: JSONObject = {
             "format": FORMAT_VERSION,
             "task": data.task.name,
             "rows": {"train": len(data.train), "dev": len(data.dev), "test": len(data.test)},

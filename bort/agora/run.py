@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import numpy as np
 
@@ -60,7 +60,7 @@ from bort.reporter import FolderReporter
 from bort.resume import changed_flags
 from bort.saved_model import load_model, save_model
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
-from bort.types import Context, Hyperparameters
+from bort.types import Context, Hyperparameters, JSONObject
 from data.task import Example, Task
 from data.tasks import get_task
 
@@ -188,7 +188,7 @@ def keep_model_only(folder: str) -> None:
             shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
 
 
-def run_agora(settings: AgoraTextSettings, cluster: Optional[str] = None) -> dict[str, Any]:
+def run_agora(settings: AgoraTextSettings, cluster: Optional[str] = None) -> JSONObject:
     """Run Agora; returns the content of agora.json (on other ranks than 0: nothing).
 
     `cluster` is the address of one that makes the fits. Warnings are one line each on stderr.
@@ -211,7 +211,7 @@ def _folder(settings: AgoraTextSettings) -> str:
     return os.path.join(settings.run.output_dir, get_task(settings.task.task_name).name)
 
 
-def _print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _print_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     print(f"warning: {category.__name__}: {message}", file=sys.stderr)
 
 
@@ -242,7 +242,7 @@ class _Run:
         dev = [row.inputs for row in self.data.dev]
         self.socrates = agora_text.TextSocrates(self.tuner, task, dev, fits)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> JSONObject:
         """Run all rounds under the folder's lock; returns the content of agora.json."""
         tau = make_tau(self.settings.tau, self.infill)
         timaeus, source = self.timaeus()
@@ -250,7 +250,7 @@ class _Run:
             self.claim_folder()
             return self._rounds(tau, timaeus, source)
 
-    def _rounds(self, tau: agora.Tau, timaeus: agora.Timaeus, source: str) -> dict[str, Any]:
+    def _rounds(self, tau: agora.Tau, timaeus: agora.Timaeus, source: str) -> JSONObject:
         settings, data, start = self.settings, self.data, time.perf_counter()
         report = Report(self.folder, data, self.space, source)
         store = agora_text.open_store(self.folder)
@@ -291,8 +291,8 @@ class _Run:
         """
         path = os.path.join(self.folder, "config.json")
         if os.path.exists(path):
-            recorded: dict[str, Any] = {}
-            for group in read_json_as(path, dict[str, dict[str, Any]]).values():
+            recorded: JSONObject = {}
+            for group in read_json_as(path, dict[str, JSONObject]).values():
                 recorded.update(group)
             changed = changed_flags(recorded, self.settings, FREE)
             if changed:

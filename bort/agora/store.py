@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any, Callable, Mapping
+from typing import Any, Callable
 
 from bort.files import temporary_name
 from bort.journal import Journal
+from bort.types import JSONMapping, JSONObject
 
 
 class Store:
@@ -19,8 +20,8 @@ class Store:
     """
 
     def __init__(self) -> None:
-        self.records: dict[str, Any] = {}
-        self.models: dict[str, Any] = {}
+        self.records: JSONObject = {}
+        self.models: JSONObject = {}
 
     def recall(self, name: str) -> Any:
         """Return the record kept under `name`, or None."""
@@ -97,7 +98,7 @@ def _is_record(line: Any) -> bool:
     return not name.startswith("fit-") or _is_fit(content)
 
 
-def _is_fit(content: Mapping[str, Any]) -> bool:
+def _is_fit(content: JSONMapping) -> bool:
     number = (int, float)
     return (
         isinstance(content["data"], str)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from bort.parameters import check_finite, parameter_file
 from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, load_model
 from bort.sums import write_sums
 from bort.tokenization import Tokenizer
-from bort.types import TaskKind
+from bort.types import JSONObject, TaskKind
 from data.task import Task
 from data.tasks import get_task
 
@@ -128,7 +128,7 @@ def _size(folder: str) -> int:
 # ---- page.json -----------------------------------------------------------------------------------
 
 
-def _describe(saved: SavedModel, megabytes: int) -> dict[str, Any]:
+def _describe(saved: SavedModel, megabytes: int) -> JSONObject:
     """Return the content of page.json."""
     model_config, tokenizer = saved.model_config, saved.tokenizer
     assert tokenizer is not None

@@ -25,7 +25,7 @@ from bort.tokenization import (
     load_tokenizer,
     load_tokenizer_folder,
 )
-from bort.types import Block, Context
+from bort.types import Block, Context, JSONMapping
 from data.task import Task
 from data.tasks import check_inputs_version, get_task
 
@@ -123,9 +123,7 @@ def load_classifier(
     return Classifier(network, model_config, tokenizer)
 
 
-def for_task(
-    classifier: Classifier, task: Task, max_len: int, details: Mapping[str, Any]
-) -> Classifier:
+def for_task(classifier: Classifier, task: Task, max_len: int, details: JSONMapping) -> Classifier:
     """Return a loaded classifier as one that is trained further on a task."""
     model_config = dataclasses.replace(
         classifier.model_config, task=task.name, max_len=max_len, details=dict(details)
@@ -142,7 +140,7 @@ def new_classifier(
     seed: int,
     max_len: int,
     race_cast: str,
-    details: Mapping[str, Any],
+    details: JSONMapping,
 ) -> Classifier:
     """Build a body, from pretrained weights if they are given, with a new head."""
     pretrained = settings.pretrained_parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from bort.finetuning.classifier import Classifier
 from bort.finetuning.scoring import predict_logits
 from bort.finetuning.task_data import PredictionSet
 from bort.sums import write_sums
-from bort.types import Context, TaskKind
+from bort.types import Context, JSONMapping, JSONObject, TaskKind
 from data.encoding import ClassifierLoader, encode_examples
 from data.submission import write_submission
 from data.task import Example, Task, is_labelled
@@ -38,7 +38,7 @@ def predict_sets(
     sets: Sequence[PredictionSet],
     scoring: Scoring,
     output_dir: str,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Predict dev and test sets and write their files into `output_dir`/<task of the set>.
 
     SHA256SUMS in each folder has the sums of the files. Returns for each set, by split (of other
@@ -46,7 +46,7 @@ def predict_sets(
     where it is labelled, and the file.
     Raises `UserError` when a logit is NaN or infinite.
     """
-    results: dict[str, Any] = {}
+    results: JSONObject = {}
     written: list[str] = []
     for each in sets:
         logits = logits_of(classifier, each.examples, scoring)
@@ -119,7 +119,7 @@ def baseline(task: Task, train: Sequence[Example], examples: Sequence[Example]) 
 
 
 def prediction_lines(
-    predictions: Mapping[str, Any], baselines: Mapping[str, Mapping[str, float]]
+    predictions: JSONMapping, baselines: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
     """Format rows, metrics, baseline and file of each set."""
     lines = []

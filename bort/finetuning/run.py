@@ -18,7 +18,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Iterator, Mapping, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -74,7 +74,7 @@ from bort.training.job import (
 from bort.training.loop import Loop
 from bort.training.optimization import linear_warmup_decay, make_trainer
 from bort.training.reporting import PhaseTimer
-from bort.types import Block, Context, NDArray, TaskKind
+from bort.types import Block, Context, JSONMapping, JSONObject, NDArray, TaskKind
 from data.encoding import ClassifierBatch, ClassifierLoader, encode_examples
 from data.task import Example, Task
 
@@ -96,7 +96,7 @@ class History:
     """The evaluations of a run and the time it has taken, interruptions left out."""
 
     def __init__(self) -> None:
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[JSONObject] = []
         self._started = time.perf_counter()
         self._earlier_seconds = 0.0
 
@@ -105,11 +105,11 @@ class History:
         """Return the time the run has taken, that before interruptions included."""
         return self._earlier_seconds + time.perf_counter() - self._started
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JSONObject:
         """Return plain data for a checkpoint."""
         return {"history": self.entries, "seconds": self.seconds}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: JSONMapping) -> None:
         """Restore what `state` returned."""
         self.entries = list(state["history"])
         self._earlier_seconds, self._started = state["seconds"], time.perf_counter()
@@ -223,7 +223,7 @@ class DevEvaluation:
     def _key(self, split: str, metric: str) -> str:
         return metric if len(self._sources) == 1 else f"{split}/{metric}"
 
-    def patience_is_over(self, entries: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    def patience_is_over(self, entries: Sequence[JSONMapping], patience: int | None) -> bool:
         """Return whether the last `patience` evaluations were no better than one before."""
         if not patience or not entries:
             return False
@@ -245,7 +245,7 @@ class FinetuningOptions:
     log_interval: int = 10
     ckpt_interval: Optional[int] = None  # updates; None: one at the end of each epoch
     resume: bool = False
-    config: Mapping[str, Any] = field(default_factory=dict)  # written into config.json
+    config: JSONMapping = field(default_factory=dict)  # written into config.json
 
 
 def finetuning_loop(
@@ -388,10 +388,10 @@ def _save_policy(
 
 def check_resume(
     folder: str,
-    identity: Mapping[str, Any],
-    config: Mapping[str, Any],
+    identity: JSONMapping,
+    config: JSONMapping,
     accumulate: int,
-    state: Mapping[str, Any],
+    state: JSONMapping,
 ) -> Resumed:
     """Compare the settings of a run with those of the checkpoint it resumes.
 
@@ -420,7 +420,7 @@ def check_resume(
 # ---- from flags to a run ------------------------------------------------------------------------
 
 
-def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[str, Any]:
+def finetune(settings: FinetuningSettings, communicator: Communicator) -> JSONObject:
     """Fine-tune or predict; returns the content of metrics.json.
 
     All sets are read before the first step. Raises `UserError` for what the user can fix.
@@ -449,13 +449,13 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> dict[s
 
 def finished_run(
     folder: str, settings: FinetuningSettings, communicator: Communicator
-) -> dict[str, Any]:
+) -> JSONObject:
     """Return the content of a finished run's metrics.json.
 
     Raises `UserError` when it was made with other flags that decide its result: it has left no
     checkpoint to continue from.
     """
-    before = read_json_as(os.path.join(folder, "config.json"), dict[str, dict[str, Any]])
+    before = read_json_as(os.path.join(folder, "config.json"), dict[str, JSONObject])
     now = as_dict(*settings)
     changed = [
         f"--{name} {value}, not {now[concern][name]}"
@@ -474,7 +474,7 @@ def finished_run(
     if communicator.rank == 0:
         print(f"{path}: the run has finished, nothing to do")
     try:
-        return read_json_as(path, dict[str, Any])
+        return read_json_as(path, JSONObject)
     except UserError as error:
         raise UserError(f"{error}; delete the file to repeat the run") from None
 
@@ -527,7 +527,7 @@ def infer(
     communicator: Communicator,
     devices: Sequence[Context],
     task: Task,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Evaluate and predict once with a fine-tuned classifier."""
     require_writable(settings.run.output_dir, "--output_dir")
     sets = read_prediction_sets(task, settings.task)
@@ -576,8 +576,8 @@ def explained_memory_errors() -> Iterator[None]:
 
 
 def conclude(
-    run: FineTuning, rows: dict[str, Any], sets: Sequence[PredictionSet], scoring: Scoring
-) -> dict[str, Any]:
+    run: FineTuning, rows: JSONObject, sets: Sequence[PredictionSet], scoring: Scoring
+) -> JSONObject:
     """Write the predictions of the best model and metrics.json; returns the metrics."""
     loop, data, folder = run.loop, run.data, run.loop.job.saving.folder
     best_step = loop.progress.best_step
@@ -613,7 +613,7 @@ def conclude(
     return metrics
 
 
-def summary(metrics: dict[str, Any]) -> str:
+def summary(metrics: JSONObject) -> str:
     """Format the summary of a run."""
     best = metrics["best"]
     first = (

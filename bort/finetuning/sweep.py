@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Optional, Sequence
+from typing import NamedTuple, NoReturn, Optional, Sequence
 
 import numpy as np
 
@@ -46,7 +46,7 @@ from bort.resume import changed_flags
 from bort.sums import write_sums
 from bort.tables import markdown_table
 from bort.tokenization import TOKENIZER_FOLDER
-from bort.types import Hyperparameters
+from bort.types import Hyperparameters, JSONObject
 from data.tasks import get_task
 
 PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
@@ -201,8 +201,8 @@ def _run_names(space: Sequence[Hyperparameters], folder: str) -> list[str]:
 
 def _is_run_of(config: str, hparams: Hyperparameters) -> bool:
     """Return whether a run's config.json, flags by concern, has the values of a combination."""
-    flags: dict[str, Any] = {}
-    for group in read_json_as(config, dict[str, dict[str, Any]]).values():
+    flags: JSONObject = {}
+    for group in read_json_as(config, dict[str, JSONObject]).values():
         flags.update(group)
     return all(flags.get(key) == value for key, value in hparams.items())
 
@@ -220,7 +220,7 @@ def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> No
     free = {*hparams, *FREE}
     path = os.path.join(folder, "sweep.json")
     if os.path.exists(path):
-        recorded = read_json_as(path, dict[str, Any])
+        recorded = read_json_as(path, JSONObject)
         changed = changed_flags(recorded, base, free)
         if changed:
             raise UserError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 from bort.errors import UserError
 from bort.finetuning.config import TaskSettings
+from bort.types import JSONObject
 from data.task import Example, Split, Task
 from data.tasks import get_task, task_names
 
@@ -27,9 +28,7 @@ class PredictionSet(NamedTuple):
     skipped: Sequence[str]
 
 
-def read_task_data(
-    task: Task, settings: TaskSettings, seed: int
-) -> tuple[TaskData, dict[str, Any]]:
+def read_task_data(task: Task, settings: TaskSettings, seed: int) -> tuple[TaskData, JSONObject]:
     """Read the training and dev sets; also returns the rows read by split and those skipped.
 
     seed: decides the draw of ReCoRD's training candidates.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Mapping, NamedTuple, Optional, Tuple
+from typing import Mapping, NamedTuple, Optional, Tuple
 
 from bort.errors import UserError, quoted
 from bort.huggingface.families import BODY, Architecture, architecture_of, family_of
 from bort.shapes import MAX_LENGTH, TOKEN_TYPES, BodyOptions, Shape, shape_of
+from bort.types import JSONMapping, JSONObject
 
 # Of transformers' classes, for entries that a file does not have.
-_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+_DEFAULTS: JSONMapping = MappingProxyType(
     {
         "hidden_act": "gelu",
         "type_vocab_size": 2,
@@ -130,7 +131,7 @@ def _architecture(config: HuggingFaceConfig, family: str) -> Architecture:
 
 
 def _require_our_computation(
-    config: HuggingFaceConfig, found: Mapping[str, Any], architecture: Architecture, pad_id: int
+    config: HuggingFaceConfig, found: JSONMapping, architecture: Architecture, pad_id: int
 ) -> None:
     """Raise `UserError` for an entry whose value our networks do not have."""
     positions = MAX_LENGTH + architecture.unused_positions * (pad_id + 1)
@@ -158,7 +159,7 @@ def configuration(
     special_ids: Mapping[str, int],
     vocab_size: int,
     options: BodyOptions,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Return the config.json of a body; `special_ids` maps bos, pad and eos to their ids."""
     pad_id = special_ids["pad"]
     return {

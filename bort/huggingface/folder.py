@@ -40,7 +40,7 @@ from bort.saved_model import MASKED_LM, MAX_OUTPUTS, ModelConfig, SavedModel, bu
 from bort.shapes import BORT_OPTIONS, MAX_LENGTH, MEAN, TOKEN_TYPES, BodyOptions, body_shape
 from bort.sums import check_sums, write_sums
 from bort.tokenization import Tokenizer
-from bort.types import TaskKind
+from bort.types import JSONObject, TaskKind
 from bort.wordpiece import WordPiece
 
 CONFIG, README = "config.json", "README.md"
@@ -137,7 +137,7 @@ def require_tokenizer(saved: SavedModel) -> Tokenizer:
 
 def _config(
     model_config: ModelConfig, tokenizer: Tokenizer, architecture: Architecture
-) -> dict[str, Any]:
+) -> JSONObject:
     ids = {"bos": tokenizer.bos_id, "pad": tokenizer.pad_id, "eos": tokenizer.eos_id}
     config = configuration(
         body_shape(model_config.model),

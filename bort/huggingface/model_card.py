@@ -132,7 +132,7 @@ def _last_component(word: str) -> str:
     return flag + equals + (re.split(r"[\\/]", value.rstrip("\\/"))[-1] or value)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if "/" in text and not re.search(r"\s", text):
         return _last_component(text)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Mapping
 
 import numpy as np
 
 from bort.errors import UserError, quoted
 from bort.files import open_regular, read_json_as
+from bort.types import JSONMapping
 
 WEIGHTS, INDEX, TORCH_WEIGHTS = (
     "model.safetensors",
@@ -85,7 +86,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     return {key: _array(f"{name}: {quoted(key)}", tensor) for key, tensor in tensors}
 
 
-def _array(where: str, tensor: Mapping[str, Any]) -> np.ndarray:
+def _array(where: str, tensor: JSONMapping) -> np.ndarray:
     dtype, shape, data = tensor["dtype"], tensor["shape"], tensor["data"]
     if dtype == "BF16":
         upper = np.frombuffer(data, "<u2").astype(np.uint32) << 16

@@ -24,6 +24,7 @@ from bort.tokenization import (
     read_vocabulary,
     spelling_of,
 )
+from bort.types import JSONMapping, JSONObject
 from bort.wordpiece import WORDPIECE_TOKENS
 
 JSON = "tokenizer.json"
@@ -34,9 +35,7 @@ _SPACE = "▁"  # how SentencePiece writes a space
 _SPECIAL_START = r"<(?=(?:s|/s|pad|unk|mask|0x[0-9A-F]{2})>)"
 
 
-def describe(
-    folder: str, max_len: int, reads_special: bool, has_types: bool = False
-) -> dict[str, Any]:
+def describe(folder: str, max_len: int, reads_special: bool, has_types: bool = False) -> JSONObject:
     """Return {name of a JSON file: content} for the tokenizer saved in a folder.
 
     reads_special: a mask in a text is the special token; else it is plain text, as here.
@@ -75,7 +74,7 @@ def describe(
     }
 
 
-def _tokenizer_class(parts: Mapping[str, Any], has_types: bool) -> dict[str, Any]:
+def _tokenizer_class(parts: JSONMapping, has_types: bool) -> JSONObject:
     """Return the class that loads the tokenizer, and what it has to be told of its normalizer.
 
     transformers.js gives token types to the classes of BERT alone.
@@ -91,7 +90,7 @@ def _tokenizer_class(parts: Mapping[str, Any], has_types: bool) -> dict[str, Any
     }
 
 
-def _parts(folder: str) -> tuple[Mapping[str, str], dict[str, Any]]:
+def _parts(folder: str) -> tuple[Mapping[str, str], JSONObject]:
     """Return the special tokens of a saved tokenizer, and the parts of its tokenizer.json."""
     model = os.path.join(folder, "tokenizer.model")
     if os.path.exists(model):
@@ -103,7 +102,7 @@ def _parts(folder: str) -> tuple[Mapping[str, str], dict[str, Any]]:
     return WORDPIECE_TOKENS, {name: content[name] for name in names}
 
 
-def _added(token: str, is_mask: bool) -> dict[str, Any]:
+def _added(token: str, is_mask: bool) -> JSONObject:
     """Return how a special token is matched; the mask includes the space before it."""
     return {
         "content": token,
@@ -115,13 +114,11 @@ def _added(token: str, is_mask: bool) -> dict[str, Any]:
     }
 
 
-def _template(
-    ids: Mapping[str, int], special: Mapping[str, str], second_type: int
-) -> dict[str, Any]:
+def _template(ids: Mapping[str, int], special: Mapping[str, str], second_type: int) -> JSONObject:
     """Return the processor that makes `<s> A </s>` and `<s> A </s> B </s>`."""
     bos, eos = special["bos"], special["eos"]
 
-    def token(content: str, type_id: int) -> dict[str, Any]:
+    def token(content: str, type_id: int) -> JSONObject:
         return {"SpecialToken": {"id": content, "type_id": type_id}}
 
     first = [token(bos, 0), {"Sequence": {"id": "A", "type_id": 0}}, token(eos, 0)]
@@ -137,7 +134,7 @@ def _template(
     }
 
 
-def _ids(model: Mapping[str, Any]) -> dict[str, int]:
+def _ids(model: JSONMapping) -> dict[str, int]:
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         return vocabulary
@@ -147,7 +144,7 @@ def _ids(model: Mapping[str, Any]) -> dict[str, int]:
 # ---- byte-level BPE ----------------------------------------------------------------------------
 
 
-def _byte_level_parts(folder: str) -> dict[str, Any]:
+def _byte_level_parts(folder: str) -> JSONObject:
     spelling = read_vocabulary(os.path.join(folder, "vocab.json"))
     merges = read_merges(os.path.join(folder, "merges.txt"))
     byte_level = {
@@ -162,7 +159,7 @@ def _byte_level_parts(folder: str) -> dict[str, Any]:
 
 def _bpe(
     spelling: Sequence[str], merges: Sequence[str], unk_token: str | None, byte_fallback: bool
-) -> dict[str, Any]:
+) -> JSONObject:
     return {
         "type": "BPE",
         "dropout": None,
@@ -249,7 +246,7 @@ def _byte_level_content(file: _TokenizerFile) -> tuple[list[str], list[str]]:
 # ---- SentencePiece -----------------------------------------------------------------------------
 
 
-def _sentencepiece_parts(path: str) -> dict[str, Any]:
+def _sentencepiece_parts(path: str) -> JSONObject:
     """Return normalizer, splitter, decoder and model equivalent to a SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -287,8 +284,8 @@ def _require_plain(path: str, proto: Any) -> None:
             raise UserError(f"{path}: tokenizer.json cannot express this vocabulary: {reason}")
 
 
-def _normalizer(charsmap: bytes) -> dict[str, Any]:
-    steps: list[dict[str, Any]] = [
+def _normalizer(charsmap: bytes) -> JSONObject:
+    steps: list[JSONObject] = [
         {"type": "Strip", "strip_left": False, "strip_right": True},
         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
     ]
@@ -298,12 +295,12 @@ def _normalizer(charsmap: bytes) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": steps}
 
 
-def _split_special() -> dict[str, Any]:
+def _split_special() -> JSONObject:
     pattern = {"Regex": _SPECIAL_START}
     return {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
 
 
-def _metaspace() -> dict[str, Any]:
+def _metaspace() -> JSONObject:
     # Only the start of a text gets a space: what follows a <mask> has its own space or none.
     return {
         "type": "Metaspace",
@@ -317,7 +314,7 @@ def _has_bytes(proto: Any) -> bool:
     return any(piece.type == piece.BYTE for piece in proto.pieces)
 
 
-def _unigram(proto: Any) -> dict[str, Any]:
+def _unigram(proto: Any) -> JSONObject:
     return {
         "type": "Unigram",
         "unk_id": proto.trainer_spec.unk_id,
@@ -326,7 +323,7 @@ def _unigram(proto: Any) -> dict[str, Any]:
     }
 
 
-def _merging(proto: Any) -> dict[str, Any]:
+def _merging(proto: Any) -> JSONObject:
     """Return a BPE model with the merges of a SentencePiece model, which does not list them.
 
     SentencePiece merges the two neighbours whose union has the best score, so every split of a

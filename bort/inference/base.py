@@ -26,6 +26,7 @@ import numpy as np
 
 from bort.errors import UserError
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer
+from bort.types import JSONMapping
 from data.batches import pad
 from data.rows import BadRowError
 
@@ -37,7 +38,7 @@ PAD_MULTIPLE = 8
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 # One text, the texts of one input, or a row of the task's official files.
-Input = Union[str, Sequence[str], Mapping[str, Any]]
+Input = Union[str, Sequence[str], JSONMapping]
 Prepared = TypeVar("Prepared")
 Result = TypeVar("Result")
 

@@ -16,6 +16,7 @@ from bort.files import atomic_write, remove_left_overs_of
 from bort.inference.base import Input, InputSchema, Located, Pipeline, invalid_input, predictions
 from bort.inference.classification import Prediction
 from bort.inference.masked_lm import MaskPrediction
+from bort.types import JSONObject
 from data.rows import BadRowError, Line, decode, line_content, parse_object
 
 READ_BYTES = 1 << 16
@@ -278,7 +279,7 @@ def _cell(text: str) -> str:
 
 def format_json(number: int, result: Result) -> str:
     """Return a prediction as a JSON object with the number of its input line."""
-    content: dict[str, Any] = {"line": number}
+    content: JSONObject = {"line": number}
     if not isinstance(result, Prediction):
         content["words"] = [
             {"word": word.text, "token": word.token, "probability": _rounded(word.probability)}

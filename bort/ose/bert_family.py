@@ -28,7 +28,7 @@ from bort.files import read_yaml
 from bort.grids import check_size, combinations
 from bort.ose.abnc import LayerCost, Layers
 from bort.shapes import MAX_LENGTH, Shape, shape_of
-from bort.types import Hyperparameters
+from bort.types import Hyperparameters, JSONObject
 
 Space = Callable[[], "list[Shape]"]
 MAX_DIMENSION = 1_000_000  # of a shape in a file
@@ -174,7 +174,7 @@ def load_space(name: str) -> list[Shape]:
     return space
 
 
-def _listed(path: str, content: dict[str, Any], key: str, expected: type) -> list[Any]:
+def _listed(path: str, content: JSONObject, key: str, expected: type) -> list[Any]:
     values = content[key]
     fits = isinstance(values, list) and values and all(type(each) is expected for each in values)
     if not fits or (expected is int and not 1 <= min(values) <= max(values) <= MAX_DIMENSION):

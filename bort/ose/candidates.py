@@ -9,14 +9,14 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
 from bort.errors import UserError, quoted
 from bort.jobs import CapExceededError, Executor, OverTimeError, Processes
 from bort.journal import Journal
-from bort.types import Hyperparameters
+from bort.types import Hyperparameters, JSONMapping
 
 Architecture = Any  # a tuple of plain values; a named one, such as Shape, keeps its names
 SurrogateError = Callable[[Any, int, Hyperparameters, np.random.Generator], float]
@@ -151,7 +151,7 @@ class SearchJournal:
     Raises `UserError` when a file belongs to another search.
     """
 
-    def __init__(self, folder: str, description: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str, description: JSONMapping) -> None:
         os.makedirs(folder, exist_ok=True)
         self.header = {"format": JOURNAL_FORMAT, "search": dict(description)}
         self.known: dict[str, Measurement] = {}
@@ -199,7 +199,7 @@ def _is_line(record: Any) -> bool:
     return isinstance(record["candidate"], str)
 
 
-def _measurement(record: Mapping[str, Any]) -> Measurement:
+def _measurement(record: JSONMapping) -> Measurement:
     """Return the measurement of a line; its candidate's number is not known here: -1.
 
     Raises `ValueError` for values that no measurement has.

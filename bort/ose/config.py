@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Optional
+from typing import Optional
 
 from bort.config import check_limits, option
 from bort.errors import UserError, quoted
@@ -13,6 +13,7 @@ from bort.ose.search import MODES, hyperparameter_sets
 from bort.pretraining.config import OptimizerSettings
 from bort.processor import require_bfloat16
 from bort.shapes import MAX_BUCKETS, MAX_LENGTH
+from bort.types import Hyperparameters
 
 # The peak rates where none is given: SGD's gradients are clipped to norm 1, so its steps are small.
 RATES = {"theory": 0.5, "practical": 1e-3}
@@ -131,7 +132,7 @@ class TrainingSettings:
             raise UserError(f"{flags[1]} replaces T's weights: leave {flags[0]} out")
         self.hyperparameters()
 
-    def hyperparameters(self) -> list[dict[str, Any]]:
+    def hyperparameters(self) -> list[Hyperparameters]:
         """Return the sets of hyperparameters to train with, each valid for `OptimizerSettings`."""
         values = read_grid(self.grid) if self.grid else {}
         sets = hyperparameter_sets(self.mode, **{"lr": [RATES[self.mode]], **values})

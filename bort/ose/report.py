@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from bort.ose.search import (
 from bort.plots import figure_file
 from bort.shapes import Shape
 from bort.sums import write_sums
+from bort.types import JSONMapping, JSONObject
 from data.metrics import spearman
 
 FORMAT_VERSION = 1
@@ -144,7 +145,7 @@ def _standing(member: Member, top: Member, result: OseResult) -> list[str]:
     return lines
 
 
-def records(result: OseResult, latencies: Mapping[Shape, float]) -> list[dict[str, Any]]:
+def records(result: OseResult, latencies: Mapping[Shape, float]) -> list[JSONObject]:
     """Return the table for JSON; values that are not finite are None."""
     front = on_front(result.table)
     return [
@@ -182,7 +183,7 @@ def write_report(
     result: OseResult,
     space: OrderedSpace,
     latencies: Mapping[Shape, float],
-    settings: Mapping[str, Any],
+    settings: JSONMapping,
     folder: str,
     lower_bound: float = 0.0,
     plateau: float | None = None,

@@ -53,6 +53,7 @@ from bort.ose.trained_error import (
 )
 from bort.progress import ProgressBar
 from bort.shapes import Shape, shape_of
+from bort.types import JSONMapping
 from data.shards import Manifest, open_shards
 
 ROBERTA_VOCABULARY = 50265
@@ -104,7 +105,7 @@ def run_ose(
 
 
 def known_search(
-    space: OrderedSpace, settings: SearchSettings, everything: Mapping[str, Any]
+    space: OrderedSpace, settings: SearchSettings, everything: JSONMapping
 ) -> Optional[OseResult]:
     """Search with errors that are known, if there are any, and print what is asked for."""
     if not settings.errors:
@@ -258,7 +259,7 @@ def show(
     errors: Optional[Errors],
     settings: SearchSettings,
     results: Mapping[int, OseResult],
-    everything: Mapping[str, Any],
+    everything: JSONMapping,
 ) -> None:
     """Print and write what the settings ask for; `everything` is recorded in ose.json.
 

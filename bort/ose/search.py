@@ -128,7 +128,7 @@ def largest(members: Sequence[Member]) -> Member:
     return max(reversed(members), key=lambda m: (m.size, m.cost))
 
 
-def hyperparameter_sets(mode: str = "practical", **grid: Sequence[Any]) -> list[dict[str, Any]]:
+def hyperparameter_sets(mode: str = "practical", **grid: Sequence[Any]) -> list[Hyperparameters]:
     """Return the mode's settings with every combination of the values of the grid.
 
     Raises `UserError` for a mode that is not in `MODES`.

@@ -26,7 +26,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -39,7 +39,7 @@ from bort.ose.error_bounds import TeacherBounds, teacher_bounds
 from bort.pretraining.config import PretrainingSettings, settings_of
 from bort.resume import changed_flags
 from bort.shapes import Shape, body_shape
-from bort.types import Hyperparameters
+from bort.types import Hyperparameters, JSONObject
 from data.shards import Manifest, ShardSet, open_shards
 
 WARMUP_RATIO = 0.1
@@ -120,7 +120,7 @@ def candidate_run(
     return settings_of(**flags)
 
 
-def _data_flags(settings: TrainingSettings) -> dict[str, Any]:
+def _data_flags(settings: TrainingSettings) -> JSONObject:
     return {
         "data": str(settings.data),
         "data_eval": settings.data_eval,
@@ -227,8 +227,8 @@ def _cached(weights: str, shape: Shape, sets: Sequence[ShardSet], folder: str) -
 def _train_teacher(run: PretrainingSettings) -> None:
     config = os.path.join(run.run.ckpt_dir, "config.json")
     if os.path.exists(config):
-        recorded: dict[str, Any] = {}
-        for group in read_json_as(config, dict[str, dict[str, Any]]).values():
+        recorded: JSONObject = {}
+        for group in read_json_as(config, dict[str, JSONObject]).values():
             recorded.update(group)
         if changed := changed_flags(recorded, run, free=("ckpt_dir",)):
             raise UserError(
@@ -241,7 +241,7 @@ def _train_teacher(run: PretrainingSettings) -> None:
 
 def search_description(
     settings: TrainingSettings, manifests: Sequence[Manifest], teacher: Optional[TrainedTeacher]
-) -> dict[str, Any]:
+) -> JSONObject:
     """Return what an error depends on besides the key of its candidate: see `SearchJournal`."""
     from bort.pretraining.run import shards_sha256
 

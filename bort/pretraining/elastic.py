@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Iterator
+from typing import Iterator
 
 import mxnet as mx
 import numpy as np
@@ -27,6 +27,7 @@ from bort.pretraining.run import checked_devices, pretraining_loop
 from bort.reporter import FolderReporter
 from bort.training.job import Metrics
 from bort.training.loop import Loop
+from bort.types import JSONObject
 
 # Whose error messages mean that a sum or broadcast failed. Other errors, such as lack of memory,
 # would be raised again after every restart.
@@ -41,7 +42,7 @@ class ElasticState(elastic.State):
         self.loop = loop
         self.lock = ExitStack()  # of the run's folder, held by rank 0
         self._locked = False
-        self._saved: tuple[dict[str, Any], list[np.ndarray]] | None = None
+        self._saved: tuple[JSONObject, list[np.ndarray]] | None = None
 
     def save(self) -> None:
         """Copy progress, parameters and optimiser's state; waits for the device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -58,7 +58,7 @@ from bort.training.job import (
 from bort.training.loop import Loop
 from bort.training.optimization import linear_warmup_decay, make_trainer
 from bort.training.reporting import PhaseTimer
-from bort.types import Block, Context, NDArray
+from bort.types import Block, Context, JSONMapping, NDArray
 from data.batches import Batch, BucketSampler, PretrainingLoader, open_dynamic_masking
 from data.shards import Manifest, ShardSet, open_shards
 
@@ -268,9 +268,7 @@ def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) 
     )
 
 
-def check_resume(
-    settings: PretrainingSettings, inputs: Inputs, state: Mapping[str, Any]
-) -> Resumed:
+def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMapping) -> Resumed:
     """Compare the settings of a run with those of the checkpoint it resumes.
 
     Most flags may change. Raises `UserError` for those that may not: the micro-batches would not be

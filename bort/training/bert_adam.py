@@ -14,7 +14,7 @@ import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
+from typing import Callable, Iterator, NamedTuple, Sequence, TypeVar
 
 import gluonnlp as nlp
 import numpy as np
@@ -31,6 +31,7 @@ CHUNK = 1 << 19
 
 
 CompiledUpdate = Callable[..., None]
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -165,7 +166,7 @@ def compiled_update() -> CompiledUpdate | None:
     return numba.njit(nogil=True, error_model="numpy")(update_in_one_loop)
 
 
-def on_threads(work: Callable[[Sequence[Any]], Result], items: Sequence[Any]) -> list[Result]:
+def on_threads(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
     """Divide items among as many threads as there are cores; returns what `work` makes of each."""
     workers = cpu_threads()
     with ThreadPoolExecutor(workers) as pool:

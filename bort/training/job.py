@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Protocol, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Sequence
 
 from bort.training.reporting import PhaseTimer
-from bort.types import Block, Context, NDArray
+from bort.types import Block, Context, JSONMapping, JSONObject, NDArray
 
 Metrics = dict[str, float]
+Batch = Any  # a micro-batch of a job: a NamedTuple of arrays
 StopRequested = Callable[[], bool]
 
 
@@ -34,7 +35,7 @@ class Source(Protocol):
     def batches_per_epoch(self) -> int:
         """Return the number of micro-batches of one pass over the data."""
 
-    def __call__(self, position: int) -> Any:
+    def __call__(self, position: int) -> Batch:
         """Return a NamedTuple of arrays with `tokens`, and `labels` [what the loss averages]."""
 
 
@@ -53,10 +54,10 @@ class Step(Protocol):
     def metric_names(self) -> Sequence[str]:
         """Return the names of the sums."""
 
-    def to_device(self, batch: Any, device: Context) -> Any:
+    def to_device(self, batch: Batch, device: Context) -> Batch:
         """Copy a micro-batch to a device."""
 
-    def __call__(self, batch: Any, scale: float, timer: PhaseTimer) -> NDArray:
+    def __call__(self, batch: Batch, scale: float, timer: PhaseTimer) -> NDArray:
         """Add the gradients of a micro-batch on its device, of the loss times `scale`.
 
         Returns the sums [len(metric_names)] over its labels.
@@ -69,21 +70,21 @@ class Step(Protocol):
 class ExtraState(Protocol):
     """What a checkpoint keeps besides the progress, the parameters and the optimizer state."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JSONObject:
         """Return plain data, written into state.json."""
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: JSONMapping) -> None:
         """Restore what `state` returned."""
 
 
 class NoExtraState:
     """Nothing besides."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JSONObject:
         """Return nothing."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: JSONMapping) -> None:
         """Restore nothing."""
 
 
@@ -127,10 +128,10 @@ class SavePolicy:
     due: Callable[[Progress, bool], bool]  # after an update; with whether its evaluation is best
     write_model: Callable[[str, Progress], None]  # parameters, and what belongs beside them
     write_config: Callable[[str, Progress], None]  # only what belongs beside the parameters
-    identity: Mapping[str, Any]  # what state.json says of the run besides its progress
+    identity: JSONMapping  # what state.json says of the run besides its progress
     # Takes the state of a checkpoint; raises `UserError` when these settings cannot resume it.
-    check_resume: Callable[[Mapping[str, Any]], Resumed]
-    settings: Mapping[str, Any]  # the content of config.json
+    check_resume: Callable[[JSONMapping], Resumed]
+    settings: JSONMapping  # the content of config.json
     keep: int = 1
     resume: bool = False
     start_step: int = 0

@@ -12,7 +12,7 @@ import sys
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Callable, Generator, Iterator, NamedTuple, Optional, Sequence
+from typing import Callable, Generator, Iterator, NamedTuple, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -25,10 +25,10 @@ from bort.dropout import dropout
 from bort.errors import Stopped, UserError
 from bort.parameters import load_parameters
 from bort.reporter import Reporter
-from bort.training.job import Interrupted, Job, Metrics, Progress
+from bort.training.job import Batch, Interrupted, Job, Metrics, Progress
 from bort.training.optimization import Trainer
 from bort.training.reporting import MetricAccumulator, PhaseTimer, Stopwatch
-from bort.types import Context, NDArray
+from bort.types import Context, JSONObject, NDArray
 from data.batches import SAMPLER_VERSION, prefetch
 
 MASK_31_BITS = 0x7FFFFFFF
@@ -43,7 +43,7 @@ class MicroBatch(NamedTuple):
 
     number: int
     device: Context
-    batch: Any
+    batch: Batch
 
 
 class Update(NamedTuple):
@@ -226,7 +226,7 @@ class Loop:
         self._wait_for_updates(waiting=0 if self.trainer.loss_scale else 1)
         self.reporter.advance()
 
-    def _add_empty(self, batch: Any, device: Context) -> None:
+    def _add_empty(self, batch: Batch, device: Context) -> None:
         """Count a micro-batch that has nothing to learn from: its gradient is zero."""
         self._accumulator.tokens += batch.tokens
         if not self._accumulates:  # no backward pass overwrites the gradient of the last update
@@ -258,7 +258,7 @@ class Loop:
 
     # ---- state ----------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JSONObject:
         """Return how far the run is as plain data; `interval` counts this rank's part only."""
         scale = self.trainer.loss_scale
         return {
@@ -273,7 +273,7 @@ class Loop:
             **self.job.extra.state(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: JSONObject) -> None:
         """Restore the `state` of rank 0; the other ranks' intervals start empty."""
         self.progress = Progress(
             state["step"], state["position"], state["best_score"], state["best_step"]
@@ -302,7 +302,7 @@ class Loop:
         self._evaluation_pending = evaluation_pending
         self._write(self._write_checkpoint)
 
-    def _write(self, write: Callable[[dict[str, Any]], None]) -> None:
+    def _write(self, write: Callable[[JSONObject], None]) -> None:
         """Call `write` on rank 0 with what state.json holds."""
         self._wait_for_updates()
         with self._stopwatch.paused():
@@ -314,7 +314,7 @@ class Loop:
                 write({**state, **versions, **saving.identity})
             self.communicator.barrier()
 
-    def _write_checkpoint(self, state: dict[str, Any]) -> None:
+    def _write_checkpoint(self, state: JSONObject) -> None:
         saving, progress = self.job.saving, self.progress
         path = checkpoint.save(
             saving.folder,
@@ -327,7 +327,7 @@ class Loop:
         checkpoint.prune(saving.folder, saving.keep, progress.best_step)
         self.reporter.say(f"step {progress.step:>7}  saved {path}")
 
-    def _amend_checkpoint(self, state: dict[str, Any]) -> None:
+    def _amend_checkpoint(self, state: JSONObject) -> None:
         saving, progress = self.job.saving, self.progress
         path = checkpoint.path_of(saving.folder, progress.step)
         checkpoint.amend(path, lambda path: saving.write_config(path, progress), state)
@@ -550,7 +550,7 @@ class _ProgressState:
     best_score: float
     best_step: Optional[int]
     interval: list[float]
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, JSONObject]
     loss_scale: Optional[list[float]] = None
 
 

@@ -18,7 +18,7 @@ from bort.communicator import Communicator
 from bort.devices import runs_on_cpu
 from bort.training.bert_adam import CHUNK, BERTAdam, on_threads, view
 from bort.training.config import UpdateSettings
-from bort.types import Block, NDArray
+from bort.types import Block, NDArray, Parameter
 
 # Parameters without weight decay: biases, and gamma and beta of LayerNorm (BERT, appendix A.2).
 WITHOUT_DECAY = ("bias", "beta", "gamma")
@@ -90,7 +90,7 @@ class ProjectedSGD(mx.optimizer.Optimizer):
         super().__init__(**options)
         self.bound = bound
 
-    def create_state(self, index: int, weight: Any) -> tuple[()]:
+    def create_state(self, index: int, weight: NDArray) -> tuple[()]:
         """Return nothing: there is no momentum."""
         return ()
 
@@ -105,7 +105,7 @@ class ProjectedSGD(mx.optimizer.Optimizer):
         for number, values, gradient in zip(index, weight, grad):
             self._update_one(number, values, gradient)
 
-    def _update_one(self, index: int, weight: Any, grad: Any) -> None:
+    def _update_one(self, index: int, weight: NDArray, grad: NDArray) -> None:
         self._update_count(index)
         factor = self.rescale_grad.reshape((1,) * weight.ndim)
         direction = factor * grad + self._get_wd(index) * weight
@@ -125,7 +125,7 @@ class Trainer:
 
     def __init__(
         self,
-        parameters: Sequence[Any],
+        parameters: Sequence[Parameter],
         communicator: Communicator,
         weight_decay: float,
         epsilon: float,
@@ -178,7 +178,7 @@ class Trainer:
         self._communicator.allreduce_(self._gradients(), compression=self._compression)
         return nd.ones_like(self._positions)
 
-    def update(self, positions: Any, rate: float) -> NDArray:
+    def update(self, positions: NDArray, rate: float) -> NDArray:
         """Apply the summed gradients, which are over `positions` [1] positions.
 
         Returns the norm [1] of the averaged gradient before clipping.
@@ -227,7 +227,7 @@ class Trainer:
                 named[f"master.{index}"] = master[0]
         return named
 
-    def load_state(self, arrays: dict[str, Any]) -> None:
+    def load_state(self, arrays: dict[str, NDArray]) -> None:
         """Restore what `state` returned, from {name: NumPy array}."""
         for name, own in self.state().items():
             own[:] = nd.array(arrays[name], ctx=own.context)

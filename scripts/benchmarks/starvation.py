@@ -15,10 +15,11 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 from benchmarks.workers import metric_lines, require_success, start_training, write_shards
 from bort.config import option, parse
+from bort.types import JSONObject
 
 _WORKERS = 2
 _VOCABULARY = 50265
@@ -106,7 +107,7 @@ def _passes(settings: StarvationBenchmarkSettings, folder: str) -> tuple[list[fl
 
 def _flags(
     settings: StarvationBenchmarkSettings, shards: str, run: str, steps: int, log_interval: int
-) -> dict[str, Any]:
+) -> JSONObject:
     return {
         "data": shards,
         "student_model": settings.student_model,

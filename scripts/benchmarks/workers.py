@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 
 from bort.config import option, parse
 from bort.errors import UserError
 from bort.mxnet_setup import usable_cores
+from bort.types import JSONObject
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _MASKED = 0.15
@@ -105,7 +106,7 @@ def write_shards(folder: str, count: int, sequences: int, length: int, vocab_siz
     write_manifest(folder, "manifest.json", Manifest(tokenizer, {}, [], entries))
 
 
-def start_training(processes: int, flags: dict[str, Any]) -> subprocess.Popen[bytes]:
+def start_training(processes: int, flags: JSONObject) -> subprocess.Popen[bytes]:
     """Start the pretraining program in so many processes; its output goes into `ckpt_dir`.log."""
     words = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "run_pretraining_distillation.py", *words]
@@ -118,14 +119,14 @@ def start_training(processes: int, flags: dict[str, Any]) -> subprocess.Popen[by
         return subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=log, stderr=log)
 
 
-def require_success(process: subprocess.Popen[bytes], flags: dict[str, Any]) -> None:
+def require_success(process: subprocess.Popen[bytes], flags: JSONObject) -> None:
     """Wait for the end of a run; raises `UserError` with the end of its output if it failed."""
     if process.wait():
         with open(f"{flags['ckpt_dir']}.log", encoding="utf-8") as log:
             raise UserError(f"{' '.join(map(str, process.args))} failed: {log.read()[-300:]}")
 
 
-def metric_lines(run: str) -> list[dict[str, Any]]:
+def metric_lines(run: str) -> list[JSONObject]:
     """Return the training lines of a run's metrics.jsonl, none before there is one."""
     with (
         contextlib.suppress(FileNotFoundError),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's code
 
@@ -26,6 +26,7 @@ from bort.config import OneLineParser
 from bort.errors import UserError, entry_point
 from bort.files import read_json
 from bort.tables import markdown_table, spread
+from bort.types import JSONObject
 from data.task import Task
 from data.tasks import get_task
 
@@ -88,11 +89,11 @@ def run(task: Task, folder: Path) -> Run:
     return Run(task.score(best["dev"]), task.score(best["test"]), seconds, added, same)
 
 
-def _content(task: Task, folder: Path) -> dict[str, Any]:
+def _content(task: Task, folder: Path) -> JSONObject:
     return read_json(str(folder / task.name / "agora.json"))
 
 
-def _first_round(task: Task, content: dict[str, Any]) -> Run:
+def _first_round(task: Task, content: JSONObject) -> Run:
     grid = content["best_of_grid"]
     seconds = content["rounds"][0]["seconds"]
     return Run(task.score(grid["dev"]), task.score(grid["test"]), seconds)

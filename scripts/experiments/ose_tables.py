@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence
+from typing import Iterator, Mapping, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's code
 
@@ -28,13 +28,14 @@ from bort.errors import UserError, entry_point
 from bort.files import read_json
 from bort.reporter import read_records
 from bort.tables import markdown_table, spread
+from bort.types import JSONObject
 from data.metrics import spearman
 
 STEPS = (200, 1000)
 STRIDES = (1, 2, 4)
 ERRORS = ("divergence", "cross-entropy")  # the second adds T's entropy
 SIBLINGS = 3  # of the winner, of equal size
-Row = Dict[str, Any]
+Row = JSONObject
 Reports = Mapping[int, Row]  # of the searches, by their steps
 
 

