@@ -37,6 +37,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Generic,
@@ -50,9 +51,11 @@ from typing import (
     TypeVar,
 )
 
-from bort.communicator import Communicator
 from bort.errors import Stopped, UserError
 from bort.mxnet_setup import cpu_threads, usable_cores
+
+if TYPE_CHECKING:  # it imports NumPy, which would take most of the time that a job takes to start
+    from bort.communicator import Communicator
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -344,10 +347,7 @@ class JobProcess(Generic[Result]):
             os.close(sender)
         self._receiver = Connection(receiver, writable=False)
         assert self._popen.stdin is not None
-        with (
-            suppress(BrokenPipeError),
-            self._popen.stdin as stdin,
-        ):  # it has died: `result` reports that
+        with suppress(BrokenPipeError), self._popen.stdin as stdin:  # it has died: `result` raises
             pickle.dump(_main_module(job), stdin)
             stdin.write(job)
 

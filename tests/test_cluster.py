@@ -20,19 +20,18 @@ from bort.errors import UserError
 from bort.files import lock_folder
 from bort.jobs import Caps, OverMemoryError, OverTimeError, ProcessDiedError
 from tests.conftest import ROOT
-from tests.nodes import Nodes, wait_until
-from tests.test_jobs import (
+from tests.job_functions import (
     bug,
     end,
-    gone,
     kill_itself,
     save_at_sigterm,
     take_memory,
     unpicklable_error,
     user_mistake,
-    wait_for,
     write_pid_and_sleep,
 )
+from tests.nodes import Nodes, wait_until
+from tests.test_jobs import gone, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +282,7 @@ DRIVER = """
 import sys
 from bort.cluster import Cluster
 from bort.files import lock_folder
-from tests.test_jobs import write_pid_and_sleep
+from tests.job_functions import write_pid_and_sleep
 address, folder, path = sys.argv[1:]
 with lock_folder(folder), Cluster(address, folder) as executor:
     executor.submit(write_pid_and_sleep, path).result()

@@ -11,7 +11,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from bort import jobs
@@ -29,55 +28,24 @@ from bort.jobs import (
     run,
     share_of_gpus,
 )
+from tests.job_functions import (
+    bug,
+    end,
+    environment,
+    environment_late,
+    kill_itself,
+    killed_at_50,
+    late,
+    save_at_sigterm,
+    square_late,
+    take_memory,
+    unpicklable_error,
+    user_mistake,
+    write_pid_and_sleep,
+)
 from tests.ranks import ThreadRanks
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def environment():
-    return os.getpid(), os.environ["OMP_NUM_THREADS"], jobs.slot()
-
-
-def write_pid_and_sleep(path, seconds=60):
-    Path(f"{path}.tmp").write_text(str(os.getpid()))
-    os.replace(f"{path}.tmp", path)
-    time.sleep(seconds)
-
-
-def take_memory(megabytes, seconds):
-    taken = np.ones(int(megabytes * 2**20), dtype=np.uint8)
-    time.sleep(seconds)
-    return int(taken[0])
-
-
-def square_late(number, seconds=0.0):
-    time.sleep(seconds)
-    return number * number
-
-
-def user_mistake():
-    raise UserError("file: wrong; fix it")
-
-
-def bug():
-    raise KeyError("not the user's")
-
-
-class TwoArgumentsError(Exception):
-    def __init__(self, one, two):
-        super().__init__(f"{one} and {two}")
-
-
-def unpicklable_error():
-    raise TwoArgumentsError(1, 2)
-
-
-def kill_itself():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def end(status):
-    os._exit(status)
 
 
 def gone(pid, seconds=5.0):
@@ -130,15 +98,10 @@ def test_every_executor_gives_all_results(executor):
 
 def test_results_come_in_order_of_completion_and_of_input():
     with Processes(2) as executor:
-        function = partial(_late, {0: 5.0})
+        function = partial(late, {0: 5.0})
         assert next(executor.as_completed(function, range(2))) == 1
     with Processes(2) as executor:
-        assert list(executor.in_order(partial(_late, {0: 0.5}), range(2))) == [0, 1]
-
-
-def _late(seconds, number):
-    time.sleep(seconds.get(number, 0))
-    return number
+        assert list(executor.in_order(partial(late, {0: 0.5}), range(2))) == [0, 1]
 
 
 @pytest.mark.parametrize("method", ["in_order", "as_completed"])
@@ -187,7 +150,7 @@ def test_results_are_not_lost_with_an_exception():
 def test_a_job_has_a_process_with_its_own_environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with Processes(2, threads=3) as executor:
-        found = list(executor.in_order(_environment_of, range(3)))
+        found = list(executor.in_order(environment_late, range(3)))
     assert len({pid for pid, _, _ in found} | {os.getpid()}) == 4
     assert {threads for _, threads, _ in found} == {"3"}
     assert {slot for _, _, slot in found} == {(0, 2), (1, 2)}
@@ -197,11 +160,6 @@ def test_a_job_has_a_process_with_its_own_environment(monkeypatch):
     monkeypatch.setattr(jobs, "cpu_threads", lambda: 12)
     with Processes(4) as executor:
         assert executor.threads == 3
-
-
-def _environment_of(number):
-    time.sleep(0.5)
-    return environment()
 
 
 def test_errors_reach_the_caller(capfd):
@@ -236,20 +194,26 @@ def test_ctrl_c_never_reaches_a_job_not_even_while_it_starts(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_job_over_time_is_ended(tmp_path):
-    path = tmp_path / "pid"
+def test_a_job_over_time_is_ended(monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def recorded(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", recorded)
     start = time.monotonic()
     with pytest.raises(OverTimeError) as over:
-        run(partial(write_pid_and_sleep, path), 1, Caps(seconds=2.0))
-    assert 2 < over.value.seconds < time.monotonic() - start < 10
-    assert gone(path.read_text())
+        run(partial(time.sleep, 60), 1, Caps(seconds=0.5))
+    assert 0.5 < over.value.seconds < time.monotonic() - start < 50
+    assert gone(started[0].pid)
 
 
 def test_a_job_over_memory_is_ended():
     start = time.monotonic()
     with pytest.raises(OverMemoryError):
         run(partial(take_memory, 300, 60), 1, Caps(megabytes=200))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50
     assert run(partial(take_memory, 1, 0), 1, Caps(60, 200)) == 1
 
 
@@ -273,16 +237,6 @@ def test_leaving_the_context_ends_the_jobs(tmp_path):
     assert gone(pid, 1.0)
     assert waiting.cancelled() or isinstance(waiting.exception(), ProcessDiedError)
     assert isinstance(running.exception(), ProcessDiedError)
-
-
-def save_at_sigterm(path, started):
-    def save(*_):
-        time.sleep(0.3)
-        Path(path).write_text("saved")
-        os._exit(0)
-
-    signal.signal(signal.SIGTERM, save)
-    write_pid_and_sleep(started)
 
 
 def test_patience_lets_jobs_save(tmp_path):
@@ -309,7 +263,7 @@ def test_a_job_that_becomes_a_program(tmp_path):
 MAIN = """
 import sys
 from bort.jobs import Processes, Serial, WorkerPool, run
-from tests.test_jobs import write_pid_and_sleep
+from tests.job_functions import write_pid_and_sleep
 def double(number):
     return 2 * number
 if __name__ == "__main__":
@@ -338,7 +292,7 @@ PARENTS = {
     "worker": "list(WorkerPool(1, write_pid_and_sleep).in_order(write_pid_and_sleep, [path]))",
     "program": "run(partial(become_program, [program, path], path + '.log'))",
 }
-PROGRAM = "import sys; from tests.test_jobs import *; write_pid_and_sleep(sys.argv[1])"
+PROGRAM = "import sys; from tests.job_functions import *; write_pid_and_sleep(sys.argv[1])"
 
 
 @pytest.mark.parametrize("kind", PARENTS)
@@ -348,7 +302,7 @@ def test_processes_end_with_a_killed_parent(tmp_path, kind):
     code = (
         "from functools import partial; from bort.jobs import *\n"
         "from bort.jobs import become_program\n"
-        "from tests.test_jobs import write_pid_and_sleep\n"
+        "from tests.job_functions import write_pid_and_sleep\n"
         f"path, program = {str(path)!r}, {str(program)!r}\n{PARENTS[kind]}"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -386,17 +340,11 @@ def test_the_parent_is_watched_where_the_system_sends_no_signal():
 
 
 def test_a_killed_worker_is_reported():
-    with WorkerPool(2, _kill_at) as pool:
-        results = pool.in_order(_kill_at, range(100), ahead=4)
+    with WorkerPool(2, killed_at_50) as pool:
+        results = pool.in_order(killed_at_50, range(100), ahead=4)
         assert next(results) == 0
         with pytest.raises(ProcessDiedError, match="was killed"):
             list(results)
-
-
-def _kill_at(number):
-    if number == 50:
-        kill_itself()
-    return number
 
 
 def test_ranks_run_jobs_in_waves():

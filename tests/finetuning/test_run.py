@@ -251,10 +251,17 @@ RESUMED = {"epochs": 3, "dropout": 0.1, "accumulate": 2, "batch_size": 4, "log_i
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(reviews, tmp_path_factory) -> tuple[str, Any, Any]:
+def finished(reviews, tmp_path_factory) -> tuple[Path, Any]:
+    """Return the folder of a run that nothing interrupted, and the run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = make_run(reviews, folder, **RESUMED)
     run.loop.run()
+    return folder, run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished) -> tuple[str, Any, Any]:
+    folder, run = finished
     return digest_of(run), run.history.entries, metrics(folder / "SST-2")
 
 
@@ -266,11 +273,16 @@ class KilledError(Exception):
     pass
 
 
-# At the end of an epoch, between two checkpoints, within a group.
+# In the first epoch before any checkpoint, at its end, within a group, in a later epoch.
 @pytest.mark.parametrize(
-    "batches", [pytest.param(5, marks=SLOW), 12, 17, pytest.param(30, marks=SLOW)]
+    ("batches", "interval"),
+    [
+        (12, None),
+        (17, 2),
+        *[pytest.param(batches, 2, marks=SLOW) for batches in (5, 12, 30)],
+        *[pytest.param(batches, None, marks=SLOW) for batches in (5, 17, 30)],
+    ],
 )
-@pytest.mark.parametrize("interval", [None, 2])
 def test_a_killed_run_is_bit_identical_to_an_uninterrupted_one(
     reviews, tmp_path, uninterrupted, batches, interval
 ):
@@ -326,8 +338,8 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, uninterru
         ({"pooling": "mean"}, "--pooling mean: the checkpoint was made with cls"),
     ],
 )
-def test_another_run_is_not_resumed(reviews, tmp_path, flags, says):
-    make_run(reviews, tmp_path, **RESUMED).loop.run()
+def test_another_run_is_not_resumed(reviews, tmp_path, finished, flags, says):
+    shutil.copytree(finished[0], tmp_path, symlinks=True, dirs_exist_ok=True)
     with pytest.raises(UserError, match=says):
         make_run(reviews, tmp_path, resume=True, **{**RESUMED, **flags}).loop.run()
 

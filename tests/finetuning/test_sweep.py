@@ -132,23 +132,26 @@ def test_ended_runs_are_skipped(tried, capsys):
     assert all(call["resume"] for call in started)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"best": {"score": "x"}}'])
-def test_a_run_whose_metrics_are_damaged_is_repeated_alone(tried, capsys, content):
-    flags = tried.flags(seed=[0], lr=[0.01, 0.02, 0.03])
+def test_runs_with_damaged_metrics_are_repeated_alone(tried, capsys):
+    contents = [b"", b"{", b"\xff", b"[]", b'{"best": {"score": "x"}}']
+    rates = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
+    flags = tried.flags(seed=[0], lr=rates)
     table = sweep.main(flags)
-    damaged = tried.results / "seed=0,lr=0.02" / "SST-2" / "metrics.json"
-    damaged.write_bytes(content)
+    damaged = [tried.results / f"seed=0,lr={r}" / "SST-2" / "metrics.json" for r in rates[:5]]
+    for path, content in zip(damaged, contents):
+        path.write_bytes(content)
     capsys.readouterr()
     assert sweep.main(flags) == table
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"warning: {damaged}: ")
-    assert f"moved to {damaged}.damaged, the run is repeated" in printed.err
-    assert "3 runs, 2 already finished" in printed.out
-    assert [call["lr"] for call in tried.calls("start")] == [0.01, 0.02, 0.03, 0.02]
-    assert Path(f"{damaged}.damaged").read_bytes() == content
-    assert tried.weights() == ["seed=0,lr=0.03"]
+    for path, content in zip(damaged, contents):
+        assert f"warning: {path}: " in printed.err
+        assert f"moved to {path}.damaged, the run is repeated" in printed.err
+        assert Path(f"{path}.damaged").read_bytes() == content
+    assert "6 runs, 1 already finished" in printed.out
+    assert [call["lr"] for call in tried.calls("start")] == [*rates, *rates[:5]]
+    assert tried.weights() == ["seed=0,lr=0.06"]
     sweep.main(flags)
-    assert len(tried.calls("start")) == 4
+    assert len(tried.calls("start")) == 11
 
 
 def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tried, capsys):

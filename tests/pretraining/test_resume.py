@@ -30,6 +30,7 @@ from tests.pretraining.helpers import (
 )
 
 STEPS = 12
+SLOW = pytest.mark.slow  # another interval, with the same kind of interruption
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,10 @@ def kill() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("interval", [3, 4])
-@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize(
+    ("at", "interval"),
+    [(1, 3), (2, 4), pytest.param(1, 4, marks=SLOW), pytest.param(2, 3, marks=SLOW)],
+)
 def test_a_run_killed_in_an_evaluation_has_lost_nothing(
     data, tmp_path, monkeypatch, uninterrupted, at, interval
 ):
@@ -103,7 +106,7 @@ def test_a_run_killed_in_an_evaluation_has_lost_nothing(
     assert "evaluation_pending" not in checkpoint.load(str(tmp_path / "checkpoint_last")).state
 
 
-@pytest.mark.parametrize("interval", [3, 4])
+@pytest.mark.parametrize("interval", [3, pytest.param(4, marks=SLOW)])
 def test_sigterm_ends_an_evaluation_between_two_batches(
     data, tmp_path, monkeypatch, uninterrupted, interval
 ):

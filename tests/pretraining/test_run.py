@@ -170,9 +170,9 @@ def test_bodies_of_other_options_are_student_and_teacher(data, tmp_path):
         "teacher_model": "bort_2_4_32_48",
         "teacher_ckpt_dir": paths["teacher"],
         "data_eval": data / "test",
-        "eval_interval": 60,
+        "eval_interval": 20,
     }
-    before, after = make_run(data, ckpt_dir=tmp_path / "run", num_steps=60, **given).run()
+    before, after = make_run(data, ckpt_dir=tmp_path / "run", **given).run()
     assert after["kl"] < before["kl"]
     trained = load_model(str(tmp_path / "run"))
     assert trained.model_config.body_options == options
@@ -186,30 +186,29 @@ def test_distillation_lowers_the_divergence_from_the_teacher(data, tmp_path):
         data,
         ckpt_dir=tmp_path,
         data_eval=data / "test",
-        num_steps=60,
-        eval_interval=60,
-        ckpt_interval=60,
+        eval_interval=20,
+        ckpt_interval=20,
         mlm_weight=0.0,
         teacher_ce_weight=1.0,
         **teacher_flags(data),
     )
     before, after = run.run()
-    assert after["kl"] < 0.7 * before["kl"]  # over six seeds 0.45 to 0.61
+    assert after["kl"] < 0.7 * before["kl"]  # over four seeds 0.46 to 0.60
 
 
 def test_masked_language_modelling_alone_learns_the_shards(data, tmp_path):
-    run = make_run(data, ckpt_dir=tmp_path, num_steps=100, mlm_weight=1.0, dropout=0.0)
+    run = make_run(data, ckpt_dir=tmp_path, num_steps=40, mlm_weight=1.0, dropout=0.0)
     run.run()
     lines = metrics(tmp_path)
     assert {line["phase"] for line in lines} == {"train"}, "nothing is held out"
     losses = [line["mlm_loss"] for line in lines]
     # 4.03 nats is a guess among the 56 words.
     assert losses[0] > 3.9
-    assert np.mean(losses[-3:]) < 3.3
+    assert np.mean(losses[-3:]) < 3.5  # over three seeds 3.34 to 3.36
 
 
 def test_the_teacher_stays_as_it_was_loaded(data, tmp_path):
-    run = make_run(data, ckpt_dir=tmp_path, **teacher_flags(data))
+    run = make_run(data, ckpt_dir=tmp_path, num_steps=5, **teacher_flags(data))
     before = parameters_of(run.job.step.teacher.network)
     run.run()
     after = parameters_of(run.job.step.teacher.network)
@@ -230,7 +229,7 @@ def test_micro_batches_are_averaged_by_their_masked_positions(data, tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_devices_in_one_process_train_like_one_that_accumulates(data, tmp_path, accumulate):
-    flags = {**teacher_flags(data), "data_eval": data / "test", "lr": 0.001, "num_steps": 12}
+    flags = {**teacher_flags(data), "data_eval": data / "test", "lr": 0.001, "num_steps": 6}
     folders = tmp_path / "one", tmp_path / "two"
     one = finished_run(data, ckpt_dir=folders[0], accumulate=2 * accumulate, **flags)
     two = finished_run(data, ckpt_dir=folders[1], accumulate=accumulate, cpu_contexts=2, **flags)
@@ -243,11 +242,11 @@ def test_two_devices_in_one_process_train_like_one_that_accumulates(data, tmp_pa
 
 
 def test_a_run_keeps_its_global_batches_on_another_number_of_devices(data, tmp_path):
-    flags = {"num_steps": 12, "ckpt_interval": 6, "keep_checkpoints": 5, "lr": 0.001}
+    flags = {"num_steps": 6, "ckpt_interval": 3, "keep_checkpoints": 5, "lr": 0.001}
     uninterrupted = finished_run(data, ckpt_dir=tmp_path / "one", accumulate=2, **flags)
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "one", moved, symlinks=True)
-    resumed = finished_run(data, ckpt_dir=moved, cpu_contexts=2, start_step=6, **flags)
+    resumed = finished_run(data, ckpt_dir=moved, cpu_contexts=2, start_step=3, **flags)
     assert_same_training(
         tmp_path / "one",
         parameters_of(uninterrupted.job.network),
@@ -338,17 +337,18 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss(data, tmp_path)
 def test_a_resumed_run_keeps_its_best_checkpoint(data, tmp_path):
     flags = {
         "data_eval": data / "test",
+        "num_steps": 10,
         "eval_interval": 2,
         "keep_checkpoints": 1,
         "lr": 0.5,
         "seed": 1,
     }
     finished_run(data, ckpt_dir=tmp_path / "uninterrupted", **flags)
-    run_killed_at(data, tmp_path / "resumed", 11, **flags)
+    run_killed_at(data, tmp_path / "resumed", 7, **flags)
     finished_run(data, ckpt_dir=tmp_path / "resumed", resume=True, **flags)
     one, other = ((tmp_path / name) for name in ("uninterrupted", "resumed"))
     best = os.readlink(one / "checkpoint_best")
-    assert best < "step-0000010", "nothing to remember"
+    assert best < "step-0000006", "there is no best checkpoint from before the kill"
     assert os.readlink(other / "checkpoint_best") == best
     assert sorted(os.listdir(one)) == sorted(os.listdir(other))
 
@@ -360,7 +360,7 @@ NEEDS_OPENVINO = pytest.mark.skipif(not find_spec("openvino"), reason="OpenVINO 
 CONFIGURATIONS = {
     "plain": {},
     "teacher": {"with_teacher": True},
-    "accumulating": {"accumulate": 3},
+    "accumulating": {"accumulate": 2},
     "tokens": {"use_avg_len": True, "batch_size": 60},
     "bfloat16": {"dtype": "bfloat16", "teacher_dtype": "bfloat16", "with_teacher": True},
     "openvino": {"teacher_runtime": "openvino", "with_teacher": True},
@@ -421,8 +421,8 @@ def run_killed_at(data, folder, batches, **flags) -> None:
         pytest.param("plain", 8, marks=SLOW),  # just after a checkpoint
         ("plain", 11),  # between checkpoints, a metric line and half an interval after one
         ("teacher", 14),
-        pytest.param("accumulating", 3 * 9, marks=SLOW),  # between two accumulation groups
-        ("accumulating", 3 * 6 + 2),  # inside one
+        pytest.param("accumulating", 2 * 9, marks=SLOW),  # between two accumulation groups
+        ("accumulating", 2 * 6 + 1),  # inside one
         ("tokens", 11),
         ("bfloat16", 11),
         pytest.param("openvino", 11, marks=NEEDS_OPENVINO),
@@ -449,11 +449,15 @@ def test_resumed_again_and_again_across_the_ends_of_epochs(data, tmp_path, unint
     assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
 
 
-def test_dropout_and_seed_change_the_result(data, tmp_path, uninterrupted):
-    flags = resumable_flags(data, "plain")
-    for name, other in (("dropout", 0.0), ("seed", 10)):
-        run = finished_run(data, ckpt_dir=tmp_path / name, **{**flags, name: other})
-        assert digest(run) != uninterrupted("plain")[0]
+def test_dropout_and_seed_change_the_result(data, tmp_path):
+    flags = {"num_steps": 2, "dropout": 0.1, "seed": 9}
+    changes = ({}, {"dropout": 0.0}, {"seed": 10})
+    folders = [tmp_path / str(number) for number in range(3)]
+    digests = [
+        digest(finished_run(data, ckpt_dir=folder, **{**flags, **change}))
+        for folder, change in zip(folders, changes)
+    ]
+    assert len(set(digests)) == 3
 
 
 def test_start_step_resumes_from_that_step_and_drops_the_later_ones(data, tmp_path, uninterrupted):
@@ -466,14 +470,11 @@ def test_start_step_resumes_from_that_step_and_drops_the_later_ones(data, tmp_pa
     assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
 
 
-def test_a_finished_run_resumed_does_nothing_more(data, tmp_path, uninterrupted):
-    flags = resumable_flags(data, "plain")
-    finished_run(data, ckpt_dir=tmp_path, **flags)
-    assert (
-        digest(finished_run(data, ckpt_dir=tmp_path, resume=True, **flags))
-        == (uninterrupted("plain")[0])
-    )
-    assert metrics(tmp_path) == uninterrupted("plain")[1]
+def test_a_finished_run_resumed_does_nothing_more(data, tmp_path):
+    flags = {"num_steps": 4, "data_eval": data / "test", "dropout": 0.1}
+    finished = digest(finished_run(data, ckpt_dir=tmp_path, **flags)), metrics(tmp_path)
+    resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
+    assert (digest(resumed), metrics(tmp_path)) == finished
 
 
 @pytest.mark.parametrize(
