@@ -13,13 +13,12 @@ import re
 import struct
 import zipfile
 import zlib
-from typing import IO, Any
+from typing import IO, Any, Mapping
 
 import numpy as np
 
 from bort.errors import UserError
 from bort.files import atomic_write, open_regular
-from bort.types import JSONMapping
 
 # The header that NumPy and the writers here give an array of numbers.
 _HEADER = re.compile(
@@ -34,7 +33,7 @@ _DAMAGED = (
 )
 
 
-def write_npz(path: str, arrays: JSONMapping) -> None:
+def write_npz(path: str, arrays: Mapping[str, Any]) -> None:
     """Write arrays by name as an .npz file under `path`, atomically and without pickle.
 
     As NumPy's savez, which leaves its archive open when a write fails: that complains later.

@@ -54,7 +54,6 @@ from bort.jobs import (
     sendable,
 )
 from bort.mxnet_setup import asked_threads, usable_cores
-from bort.types import JSONObject
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -161,7 +160,7 @@ class Cluster(Executor):
         self._gpus = len(gpus.split(",")) if gpus else 0
         self._client, self._queue = _connect(address)
         self._lock = threading.Lock()
-        self._futures: JSONObject = {}  # of Dask, by key
+        self._futures: dict[str, Any] = {}  # of Dask, by key
         self._last: tuple[Any, bytes, str, str] = (None, b"", "", "")  # function, as it is sent
         self._counted, self._slots = -float("inf"), 0
         self._started = False

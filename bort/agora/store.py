@@ -21,7 +21,7 @@ class Store:
 
     def __init__(self) -> None:
         self.records: JSONObject = {}
-        self.models: JSONObject = {}
+        self.models: dict[str, Any] = {}
 
     def recall(self, name: str) -> Any:
         """Return the record kept under `name`, or None."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def write_shards(folder: str, count: int, sequences: int, length: int, vocab_siz
     write_manifest(folder, "manifest.json", Manifest(tokenizer, {}, [], entries))
 
 
-def start_training(processes: int, flags: JSONObject) -> subprocess.Popen[bytes]:
+def start_training(processes: int, flags: dict[str, Any]) -> subprocess.Popen[bytes]:
     """Start the pretraining program in so many processes; its output goes into `ckpt_dir`.log."""
     words = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "run_pretraining_distillation.py", *words]
@@ -119,7 +119,7 @@ def start_training(processes: int, flags: JSONObject) -> subprocess.Popen[bytes]
         return subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=log, stderr=log)
 
 
-def require_success(process: subprocess.Popen[bytes], flags: JSONObject) -> None:
+def require_success(process: subprocess.Popen[bytes], flags: dict[str, Any]) -> None:
     """Wait for the end of a run; raises `UserError` with the end of its output if it failed."""
     if process.wait():
         with open(f"{flags['ckpt_dir']}.log", encoding="utf-8") as log:
