@@ -164,17 +164,21 @@ def choices(reports: Reports) -> list[list[str]]:
         seeds = [*range(len(report["table"][0]["errors"])), None]
         for seed in seeds:
             w = {row["position"]: w_of(row, report, error, seed) for row in report["table"]}
-            cells = [_choice(report["table"], w, stride) for stride in STRIDES]
+            names = {row["position"]: row["model_name"] for row in report["table"]}
+            cells = [_choice(names, w, stride) for stride in STRIDES]
             rows.append([str(steps), error, "mean" if seed is None else str(seed), *cells])
     return rows
 
 
-def _choice(table: Sequence[Row], w: Mapping[int, float], stride: int) -> str:
-    """Return the shape of the largest W at a stride, its share, and whether it breaks the bound."""
+def _choice(names: Mapping[int, str], w: Mapping[int, float], stride: int) -> str:
+    """Return the shape of the largest W at a stride, its share, and whether it breaks the bound.
+
+    Both mappings are by position in the ordered space.
+    """
     best = max((position for position in w if position % stride == 0), key=w.__getitem__)
     share = w[best] / max(w.values())
     note = "" if share >= 1 / stride else ", below the bound"
-    return f"{table[best]['model_name']} ({share:.0%}{note})"
+    return f"{names[best]} ({share:.0%}{note})"
 
 
 def order_lines(reports: Reports) -> Iterator[str]:
