@@ -185,6 +185,8 @@ def order_lines(reports: Reports) -> Iterator[str]:
     """Yield how the searches of different steps rank the shapes that both have trained."""
     searches = [by_shape(report) for report in reports.values()]
     shapes = [shape for shape in searches[0] if shape in searches[1]]
+    if len(shapes) < 3:  # two have an order only
+        return
     steps = " and ".join(map(str, reports))
     for name, what in (("error", "divergence"), ("w", "W")):
         values = [np.array([search[shape][name] for shape in shapes]) for search in searches]
