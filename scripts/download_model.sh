@@ -12,15 +12,34 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 S3=s3://alexa-saif-bort/bort.params
 HTTPS=https://alexa-saif-bort.s3.amazonaws.com/bort.params
 TARGET=model/bort.params
+SUMS=model/SHA256SUMS
 
 # MXNet's parameter files begin with this number; the error page of a proxy does not.
 is_parameter_file() {
     [[ "$(head -c 8 "$1" 2>/dev/null | od -An -tx1 | tr -d ' \n')" == 1201000000000000 ]]
 }
 
+# No hash of the released file is published: that of the first download is kept, and every later one
+# must have it, as must the file whenever it is loaded.
+require_known_sum() {
+    local sum known
+    sum=$(sha256sum "$1" | cut -d ' ' -f 1)
+    known=$(grep -s '  bort\.params$' "$SUMS" | cut -d ' ' -f 1 || true)
+    if [[ -z "$known" ]]; then
+        echo "$sum  bort.params" >>"$SUMS"
+    elif [[ "$sum" != "$known" ]]; then
+        echo "error: $1: its SHA-256 is $sum, that of the first download was $known ($SUMS);" \
+            "download it again, or delete that line to accept it" >&2
+        exit 1
+    fi
+}
+
 with_aws() { aws s3 cp --no-sign-request --only-show-errors "$S3" "$1"; }
-with_curl() { curl --fail --location --retry 3 --connect-timeout 30 --output "$1" "$HTTPS"; }
-with_wget() { wget --tries 3 --timeout 30 --output-document "$1" "$HTTPS"; }
+with_curl() {
+    curl --fail --location --proto =https --proto-redir =https --retry 3 --connect-timeout 30 \
+        --output "$1" "$HTTPS"
+}
+with_wget() { wget --max-redirect 0 --tries 3 --timeout 30 --output-document "$1" "$HTTPS"; }
 
 fetch() {
     local tool
@@ -46,6 +65,7 @@ finish() {
 }
 
 if is_parameter_file "$TARGET"; then
+    require_known_sum "$TARGET"
     finish
     exit
 fi
@@ -58,6 +78,7 @@ if ! fetch "$partial"; then
         "it to $TARGET, or distil your own: ./run_pretraining_distillation.sh" >&2
     exit 1
 fi
+require_known_sum "$partial"
 chmod 644 "$partial"
 mv "$partial" "$TARGET"
 finish

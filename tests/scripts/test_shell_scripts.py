@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bort.sums import check_sums
 from tests.conftest import ROOT
 from tests.scripts.helpers import executable, project_in
 
@@ -88,17 +89,45 @@ def test_uv_brings_a_python(pythons: SearchPath) -> None:
     assert pythons.chosen() == "brought"
 
 
-@pytest.mark.parametrize(("content", "status"), [(r"\x12\x01\0\0\0\0\0\0more", 0), ("<html>", 1)])
-def test_download_of_the_model(pythons: SearchPath, content: str, status: int) -> None:
+MODEL = r"\x12\x01\0\0\0\0\0\0more"  # as MXNet's parameter files begin
+
+
+def offer_model(pythons: SearchPath, content: str) -> None:
+    """Let download_model.sh, run in place of setup_env.sh, get this content from curl."""
     shutil.copy(ROOT / "scripts/download_model.sh", pythons.project / "scripts/setup_env.sh")
-    for tool in ("mkdir", "mktemp", "mv", "rm", "head", "od", "tr", "cut", "grep", "chmod"):
-        (pythons.bin / tool).symlink_to(shutil.which(tool))
+    tools = ("mkdir", "mktemp", "mv", "rm", "head", "od", "tr", "cut", "grep", "chmod", "sha256sum")
+    for tool in tools:
+        if not (pythons.bin / tool).exists():
+            (pythons.bin / tool).symlink_to(shutil.which(tool))
     pythons.command("aws", "exit 127")
     pythons.command("curl", f"printf '{content}' > \"${{@: -2:1}}\"")
+
+
+def test_another_model_than_the_first_downloaded_is_refused(pythons: SearchPath) -> None:
+    offer_model(pythons, MODEL)
+    assert pythons.run().returncode == 0
+    model = pythons.project / "model"
+    check_sums(str(model))
+    (model / "bort.params").unlink()
+    assert pythons.run().returncode == 0, "the same one again"
+    (model / "bort.params").unlink()
+    offer_model(pythons, MODEL.replace("more", "mode"))
+    run = pythons.run()
+    assert run.returncode == 1
+    assert "that of the first download was" in run.stderr
+    assert [path.name for path in model.iterdir()] == ["SHA256SUMS"]
+    (model / "bort.params").write_bytes(b"\x12\x01\0\0\0\0\0\0mose")
+    assert "error: model/bort.params: its SHA-256 is " in pythons.run().stderr
+
+
+@pytest.mark.parametrize(("content", "status"), [(MODEL, 0), ("<html>", 1)])
+def test_download_of_the_model(pythons: SearchPath, content: str, status: int) -> None:
+    offer_model(pythons, content)
     run = pythons.run()
     assert run.returncode == status, run.stderr
     model = pythons.project / "model"
-    assert [path.name for path in model.iterdir()] == (["bort.params"] if status == 0 else [])
+    names = ["SHA256SUMS", "bort.params"] if status == 0 else []
+    assert sorted(path.name for path in model.iterdir()) == names
     if status:
         assert "run_pretraining_distillation.sh" in run.stderr
         return
