@@ -91,6 +91,9 @@ class FinetuningOptimizerSettings(UpdateSettings):
     warmup_ratio: float = option(
         0.1, "fraction of the schedule for linear warmup", minimum=0.0, maximum=1.0
     )
+    bias_correction: bool = option(
+        False, "correct the bias of Adam's means, as AdamW does and BERTAdam does not"
+    )
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ from bort.training.job import (
     Stream,
 )
 from bort.training.loop import Loop
-from bort.training.optimization import linear_warmup_decay, make_trainer
+from bort.training.optimization import bias_correction, linear_warmup_decay, make_trainer
 from bort.training.reporting import PhaseTimer
 from bort.types import Block, Context, JSONMapping, JSONObject, NDArray, TaskKind
 from data.encoding import ClassifierBatch, ClassifierLoader, encode_examples
@@ -308,12 +308,16 @@ def finetuning_loop(
 
 
 def learning_rate(step: int, optimizer: FinetuningOptimizerSettings, schedule_steps: int) -> float:
-    """Return the rate of update `step` (1-based): warmup, linear decay, then a small constant."""
-    lowest = min(LOWEST_RATE, optimizer.lr)
-    if step > schedule_steps:
-        return lowest
-    warmup = int(schedule_steps * optimizer.warmup_ratio)
-    return max(linear_warmup_decay(step, optimizer.lr, warmup, schedule_steps), lowest)
+    """Return the rate of update `step` (1-based): warmup, linear decay, then a small constant.
+
+    The bias of Adam's means, which start at zero, is corrected by a factor on the rate (Kingma and
+    Ba 2015, section 2), so on the weight decay too.
+    """
+    rate = lowest = min(LOWEST_RATE, optimizer.lr)
+    if step <= schedule_steps:
+        warmup = int(schedule_steps * optimizer.warmup_ratio)
+        rate = max(linear_warmup_decay(step, optimizer.lr, warmup, schedule_steps), lowest)
+    return rate * bias_correction(step) if optimizer.bias_correction else rate
 
 
 def _evaluation(

@@ -7,6 +7,7 @@ back from a GPU.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Sequence
 
 import mxnet as mx
@@ -24,6 +25,7 @@ from bort.types import Block, NDArray, Parameter
 WITHOUT_DECAY = ("bias", "beta", "gamma")
 # Parameters that one call of MXNet's kernel of BERTAdam can update.
 MOST_AGGREGATED = 50
+ADAM_BETAS = (0.9, 0.999)  # GluonNLP's defaults
 
 
 def linear_warmup_decay(step: int, peak: float, warmup_steps: int, total_steps: int) -> float:
@@ -36,6 +38,12 @@ def linear_warmup_decay(step: int, peak: float, warmup_steps: int, total_steps: 
         return peak * step / warmup_steps
     remaining = max(1, total_steps - step + 1)
     return peak * remaining / (total_steps - warmup_steps + 1)
+
+
+def bias_correction(step: int) -> float:
+    """Return the factor on the rate of update `step` (1-based) that corrects Adam's means."""
+    beta1, beta2 = ADAM_BETAS
+    return math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
 def sum_of_squares(arrays: Sequence[NDArray]) -> NDArray:

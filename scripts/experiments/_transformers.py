@@ -1,11 +1,11 @@
-"""Fine-tunes a Hugging Face folder on MRPC with transformers, for comparison.
+"""Fine-tunes a Hugging Face folder on MRPC or STS-B with transformers, for comparison.
 
     PYTHON scripts/experiments/_transformers.py FOLDER --data GLUE/MRPC --seeds 1,2,3 --lr 3e-4
 
 Needs torch and transformers, and nothing of this project. The recipe is that of
 finetune_classifier.py: AdamW without decay on biases and LayerNorm, linear warmup and decay,
-dropout 0.1, clipping to norm 1, and the best epoch on dev by the mean of accuracy and F1. Prints
-{"seed": ..., "accuracy": ..., "f1": ..., "seconds": ...} for each seed.
+dropout 0.1, clipping to norm 1, and the best epoch on dev by the mean of the two metrics. Prints
+them with the seed and the seconds as JSON for each seed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from scipy.stats import pearsonr, spearmanr
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,11 +28,20 @@ WITHOUT_DECAY = ("bias", "LayerNorm.weight")
 WARMUP = 0.1
 
 
-def read(path: Path) -> list[tuple[str, str, int]]:
-    """Return the two texts and the label of each row of an MRPC file."""
+# Names of the columns of the two texts and of the label, by the name of the task's folder.
+COLUMNS = {
+    "MRPC": ("#1 String", "#2 String", "Quality"),
+    "STS-B": ("sentence1", "sentence2", "score"),
+}
+Row = tuple[str, str, float]
+
+
+def read(path: Path) -> list[Row]:
+    """Return the two texts and the label of each row of a task's file."""
+    first, second, label = COLUMNS[path.parent.name]
     with path.open(encoding="utf-8-sig", newline="") as handle:
         rows = csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return [(row["#1 String"], row["#2 String"], int(row["Quality"])) for row in rows]
+        return [(row[first], row[second], float(row[label])) for row in rows]
 
 
 def make_optimizer(network: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -50,10 +60,12 @@ class Run:
         torch.manual_seed(seed)
         self.flags = flags
         self.tokenizer = AutoTokenizer.from_pretrained(flags.folder)
-        self.network = AutoModelForSequenceClassification.from_pretrained(flags.folder)
+        self.network = AutoModelForSequenceClassification.from_pretrained(
+            flags.folder, num_labels=1 if flags.data.name == "STS-B" else 2
+        )
         self.train, self.dev = (read(flags.data / f"{part}.tsv") for part in ("train", "dev"))
 
-    def logits(self, rows: list[tuple[str, str, int]]) -> torch.Tensor:
+    def logits(self, rows: list[Row]) -> torch.Tensor:
         """Return the logits of rows."""
         first, second, _ = zip(*rows)
         inputs = self.tokenizer(
@@ -77,22 +89,35 @@ class Run:
             self.network.train()
             for chosen in torch.randperm(len(self.train)).split(size):
                 rows = [self.train[index] for index in chosen.tolist()]
-                labels = torch.tensor([label for _, _, label in rows])
-                torch.nn.functional.cross_entropy(self.logits(rows), labels).backward()
+                self.loss(rows).backward()
                 torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
             results.append(self.evaluate())
-        return max(results, key=lambda result: result["accuracy"] + result["f1"])
+        return max(results, key=lambda result: sum(result.values()))
+
+    def loss(self, rows: list[Row]) -> torch.Tensor:
+        """Return the mean loss of rows."""
+        logits, labels = self.logits(rows), torch.tensor([label for _, _, label in rows])
+        if logits.shape[1] == 1:
+            return torch.nn.functional.mse_loss(logits[:, 0], labels)
+        return torch.nn.functional.cross_entropy(logits, labels.long())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return accuracy and F1 on dev."""
+        """Return the metrics on dev."""
         self.network.eval()
         parts = [self.dev[start : start + 64] for start in range(0, len(self.dev), 64)]
-        predicted = torch.cat([self.logits(rows).argmax(dim=1) for rows in parts])
+        logits = torch.cat([self.logits(rows) for rows in parts])
         labels = torch.tensor([label for _, _, label in self.dev])
+        if logits.shape[1] == 1:
+            given, wanted = logits[:, 0].numpy(), labels.numpy()
+            return {
+                "pearson": float(pearsonr(given, wanted)[0]),
+                "spearman": float(spearmanr(given, wanted)[0]),
+            }
+        predicted = logits.argmax(dim=1)
         both = (predicted * labels).sum().item()
         f1 = 2 * both / max(1, (predicted.sum() + labels.sum()).item())
         return {"accuracy": (predicted == labels).float().mean().item(), "f1": f1}

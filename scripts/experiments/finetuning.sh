@@ -7,7 +7,8 @@
 # DATA_DIR has the official files, as described in data/README.md. All of it takes an estimated day on two
 # cores. These variables choose a part; the table has every run that has finished:
 #   MODELS  of bert-tiny, paraphrase-MiniLM-L3-v2, all-MiniLM-L6-v2, and each with -random, for
-#           random weights, or -bfloat16, for products in bfloat16 (default: all but the last)
+#           random weights, -bfloat16, for products in bfloat16, or -corrected, for
+#           --bias_correction (default: all but the last two)
 #   TASKS   of the names below
 #   SEEDS   default 1,2,3; seed 0 is left out of the table: it chose the rates, with
 #           SEEDS=0 RATES=1e-4,3e-4,1e-3 TASKS="MRPC CoLA"
@@ -37,8 +38,9 @@ flags_of() {
 
 # start_of <model>: sets `start` to the flags of its initial weights and `rate` to its rate.
 start_of() {
-    local name=${1%-random} shape
-    pretrained "${name%-bfloat16}"
+    local name shape
+    name=$(sed -E 's/-(random|bfloat16|corrected)$//' <<<"$1")
+    pretrained "$name"
     start=(--pretrained_parameters "$saved")
     if [[ $1 == *-random ]]; then
         shape=$(basename "$saved"/*.params .params)
@@ -50,6 +52,7 @@ start_of() {
         *) start+=(--pooling mean --dtype auto) ;; # the mean, as sentence models were trained with
     esac
     if [[ $1 == *-bfloat16 ]]; then start+=(--dtype bfloat16); fi
+    if [[ $1 == *-corrected ]]; then start+=(--bias_correction); fi
 }
 
 for task in $TASKS; do

@@ -210,6 +210,23 @@ def test_the_schedule_counts_real_updates(reviews, tmp_path):
     assert rates(short, 5)[-1] == pytest.approx(0.01 / 5)
 
 
+def test_bias_correction_makes_the_first_update_as_large_as_the_rate(reviews, tmp_path):
+    flags = {"num_buckets": 1, "warmup_ratio": 0.0, "max_norm": 1e9, "epsilon": 1e-12}
+    flags["lr"] = 2e-3  # the linear decay halves it in the only step
+    changes = []
+    for correct in (False, True):
+        folder = tmp_path / str(correct)
+        run = make_run(
+            reviews, folder, training_steps=1, weight_decay=0.0, bias_correction=correct, **flags
+        )
+        bias = run.classifier.network.classifier[-1].bias.data()
+        before = bias.asnumpy()
+        run.loop.run()
+        changes.append(np.abs(bias.asnumpy() - before))
+    np.testing.assert_allclose(changes[1], 1e-3, rtol=1e-3)  # Adam's first step is rate * sign
+    np.testing.assert_allclose(changes[0], 1e-3 * 0.1 / np.sqrt(0.001), rtol=1e-3)
+
+
 def test_training_steps_end_the_run_within_an_epoch(reviews, tmp_path):
     found = finetuned(reviews, tmp_path, training_steps=11, num_buckets=1)
     assert found["steps"] == 11
