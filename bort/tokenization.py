@@ -264,15 +264,14 @@ class ByteLevelBPE(Vocabulary):
                 f"{len(missing)} of the {len(made)} tokens that the merges make are not in it, "
                 f"the first is {missing[0]!r}"
             )
-        content = {token: _token_bytes(token) for token in made}
         self._ids = np.array([ids[token] for token in made], np.int32)  # by rank
-        self._sizes = np.array([len(content[token]) for token in made])  # bytes, by rank
-        self._bytes = [content.get(token, b"") for token in spelling]  # by id
+        self._sizes = np.array([len(content) for content in made.values()])  # bytes, by rank
+        self._made = made
         self._merges = merges
         self._encoding = tiktoken.Encoding(
             self.name,
             pat_str=_GPT2_WORDS,
-            mergeable_ranks={content[token]: rank for rank, token in enumerate(made)},
+            mergeable_ranks={content: rank for rank, content in enumerate(made.values())},
             # Never produced, because `encode_to_numpy` is told to allow none. But tiktoken searches
             # the text for them, and an empty set takes longer: it matches everywhere.
             special_tokens=dict.fromkeys(SPECIAL_TOKENS.values(), len(made)),
@@ -309,7 +308,8 @@ class ByteLevelBPE(Vocabulary):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text; bytes that are not UTF-8 become U+FFFD, special tokens are dropped."""
-        return b"".join(self._bytes[index] for index in ids).decode("utf-8", errors="replace")
+        content = (self._made.get(self._spelling[index], b"") for index in ids)
+        return b"".join(content).decode("utf-8", errors="replace")
 
     def save(self, folder: str) -> None:
         """Write vocab.json and merges.txt, in Hugging Face's format, to a folder."""
@@ -413,27 +413,23 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 _BYTE_TO_CHARACTER = _byte_alphabet()
-_CHARACTER_TO_BYTE = {character: byte for byte, character in _BYTE_TO_CHARACTER.items()}
 
 
-def _token_bytes(token: str) -> bytes:
-    return bytes(_CHARACTER_TO_BYTE[character] for character in token)
-
-
-def _tokens_made(merges: Sequence[str]) -> list[str]:
-    """Return the tokens by rank: the 256 bytes, then the result of each merge.
+def _tokens_made(merges: Sequence[str]) -> dict[str, bytes]:
+    """Return the tokens by rank, with their bytes: single ones, then the result of each merge.
 
     Raises `ValueError` for a merge that does not make a new token out of two earlier ones.
     """
-    made = dict.fromkeys(_CHARACTER_TO_BYTE)
+    made = {character: bytes((byte,)) for byte, character in _BYTE_TO_CHARACTER.items()}
     for number, merge in enumerate(merges, start=1):
         left, _, right = merge.partition(" ")
-        if left not in made or right not in made or left + right in made:
+        token = left + right
+        if left not in made or right not in made or token in made:
             raise ValueError(
                 f"merge {number}, {quoted(merge)}, does not make a new token of earlier ones"
             )
-        made[left + right] = None
-    return list(made)
+        made[token] = made[left] + made[right]
+    return made
 
 
 def _load_bpe(vocab_file: str, bpe_ranks: str) -> ByteLevelBPE:

@@ -59,7 +59,7 @@ class PredictSettings:
         """Raise `UserError` for flags that contradict each other."""
         if self.fill_mask and self.task:
             raise UserError("--fill_mask: a pretrained model has no task; leave --task out")
-        if self.fill_mask and self.runtime != "mxnet":
+        if self.fill_mask and self.runtime not in ("mxnet", "auto"):
             raise UserError(f"--runtime {self.runtime}: --fill_mask supports mxnet only")
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import groupby
-from typing import Mapping, NamedTuple, Optional, Sequence
+from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -20,7 +24,14 @@ from bort.inference.base import (
     softmax,
     token_batches,
 )
-from bort.inference.runtime import Backend, backend_for, fastest_runtime, load_runtime
+from bort.inference.runtime import (
+    BACKENDS,
+    Backend,
+    backend_for,
+    fastest_runtime,
+    load_runtime,
+    package_of,
+)
 from bort.parameters import check_finite, parameter_file
 from bort.saved_model import (
     MASKED_LM,
@@ -235,11 +246,39 @@ def load_classifier(
         check_finite(found, network)
         backend = backend_for(network, runtime)
     else:
-        tokenizer = load_model_tokenizer(found, model_config)
-        backend = load_runtime(found, runtime)
+        tokenizer, backend = _load(found, model_config, runtime)
     return ClassificationPipeline(
         model_config, require_tokenizer(tokenizer, path), backend, model_task, batch_size
     )
+
+
+def _load(
+    path: str, model_config: ModelConfig, runtime: str
+) -> tuple[Optional[Tokenizer], Backend]:
+    """Load the tokenizer beside a .params file, and the backend at the same time."""
+    if runtime.startswith("mxnet") or runtime not in BACKENDS:
+        return load_model_tokenizer(path, model_config), load_runtime(path, runtime)
+    with ThreadPoolExecutor(1) as pool, _short_turns():
+        backend = pool.submit(load_runtime, path, runtime)  # verifies the files first
+        tokenizer = load_model_tokenizer(path, model_config)
+        with suppress(ImportError):  # a package that is missing is named by load_runtime
+            import_module(package_of(runtime))
+        return tokenizer, backend.result()
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let threads of Python take turns of 0.1 ms, not of 5 ms.
+
+    One that reads files asks for its turn after each piece, and the reading of a tokenizer computes
+    in Python all the time.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _task(path: str, model_config: ModelConfig, name: Optional[str]) -> Optional[Task]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import IO, Any, Callable, Mapping, TypeVar
 
 from bort.errors import UserError, quoted
 from bort.files import atomic_write, decode_json, open_regular, remove_left_overs_of
+from bort.inference.onnx_constants import Separated, align_constants, separate
+from bort.inference.protobuf import Field, fields
 from bort.shapes import MAX_LENGTH
 
 OUTPUT = "scores"  # the output of a classifier; part of the file format
@@ -22,6 +25,12 @@ FORMAT = "2"
 _TRAILER_START = b"\x72\x4a\x0a\x06sha256\x12\x40"
 _TRAILER_BYTES = len(_TRAILER_START) + 64
 METADATA_FIELD = 14  # metadata_props of ModelProto
+# The folder of external data, for a graph that is not read from a file
+# (onnxruntime_session_options_config_keys.h).
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+_WINDOW = 1 << 26  # bytes of a file that are hashed at once
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,11 @@ class _VocabularySize:
 
 def parse_metadata(name: str, metadata: Mapping[str, str]) -> OnnxMetadata:
     """Read the metadata of a graph; raises `UserError` when it is not a graph of ours."""
-    size = metadata.get("vocab_size")
-    if size is None:  # written before 0.2: only in the model config
-        config = (metadata.get("model config") or metadata.get("card") or "{}").encode()
-        size = str(decode_json(config, _VocabularySize, f"{name}: its model config").vocab_size)
+    size = metadata.get("vocab_size", "")
+    config = metadata.get("model config") or metadata.get("card")
+    if not size and config:  # written before 0.2: only in the model config
+        stored = decode_json(config.encode(), _VocabularySize, f"{name}: its model config")
+        size = str(stored.vocab_size)
     try:
         positions, vocab_size = int(metadata["positions"]), int(size)
         precision = metadata["precision"]
@@ -71,101 +81,102 @@ def read_metadata(name: str, model: bytes | str) -> dict[str, str]:
 
     Raises `UserError` when it is no onnx.ModelProto.
     """
+    if not isinstance(model, str):
+        return _parsed(name, lambda: _metadata(model))
+    with _mapped(model) as content:
+        return _parsed(name, lambda: _metadata(content))
+
+
+def read_separated(path: str) -> Separated | None:
+    """Read a file without its large constants; None where most of them are not aligned.
+
+    Files of earlier versions are not: their content would fill the memory twice.
+
+    Raises `UserError` when it is no onnx.ModelProto.
+    """
+    with _mapped(path) as content:
+        found = _parsed(path, lambda: separate(content))
+        inside = sum(len(part) for part in (found.head, found.graph))
+        return found if inside < len(content) / 2 else None
+
+
+def _mapped(path: str) -> mmap.mmap:
+    """Map a file into memory; an empty one cannot be, and is no ONNX file."""
     try:
-        if not isinstance(model, str):
-            return _metadata(model)
-        with open_regular(model) as file, _mapped(file) as content:
-            return _metadata(content)
+        with open_regular(path) as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: is not an ONNX file: it is empty") from None
+
+
+def _parsed(name: str, parse: Callable[[], Parsed]) -> Parsed:
+    try:
+        return parse()
     except (IndexError, ValueError, KeyError):
         raise UserError(f"{name}: is not an ONNX file, or damaged; write it again") from None
 
 
-def _mapped(file: Any) -> mmap.mmap:
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def _metadata(content: Any) -> dict[str, str]:
-    found, place = {}, 0
-    while place < len(content):
-        field, start, place = _field(content, place)
-        if field == METADATA_FIELD:
-            key, text = _pair(content[start:place])
-            found[key] = text
-    return found
+    entries = (field for field in fields(content) if field.number == METADATA_FIELD)
+    return dict(_pair(content, entry) for entry in entries)
 
 
-def _pair(content: bytes) -> tuple[str, str]:
-    place, parts = 0, {1: "", 2: ""}  # of StringStringEntryProto
-    while place < len(content):
-        field, start, place = _field(content, place)
-        if field not in parts:
-            raise KeyError(field)
-        parts[field] = content[start:place].decode()
+def _pair(content: Any, entry: Field) -> tuple[str, str]:
+    """Return the key and the value of a StringStringEntryProto."""
+    parts = {1: "", 2: ""}
+    for field in fields(content, entry.start, entry.end):
+        if field.number not in parts:
+            raise KeyError(field.number)
+        parts[field.number] = content[field.start : field.end].decode()
     return parts[1], parts[2]
 
 
-def _field(content: Any, place: int) -> tuple[int, int, int]:
-    """Return the number of the field of a protocol buffer at a place, its value's start and end.
-
-    Raises `ValueError` or `IndexError` where there is none.
-    """
-    tag, place = _varint(content, place)
-    kind = tag & 7
-    if kind == 0:
-        end = _varint(content, place)[1]
-    elif kind == 2:
-        length, place = _varint(content, place)
-        end = place + length
-    elif kind in (1, 5):
-        end = place + (8 if kind == 1 else 4)
-    else:
-        raise ValueError("an unknown kind of field")
-    if end > len(content):
-        raise ValueError("it ends too soon")
-    return tag >> 3, place, end
-
-
-def _varint(content: Any, place: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = content[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, place
-    raise ValueError("a number of more than 64 bits")
-
-
 def onnx_session(model: bytes | str, threads: int) -> Any:
-    """Load a file, or its content, into ONNX Runtime; raises `UserError` when it cannot be."""
+    """Load a file, or its content, into ONNX Runtime; raises `UserError` when it cannot be.
+
+    The file is mapped into memory: it may be replaced later, but not be overwritten.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # no warnings
+    name, content = "the ONNX graph", model
+    if isinstance(model, str):
+        name, folder = model, os.path.dirname(os.path.abspath(model))
+        if not _is_utf8(os.path.abspath(model)):
+            raise UserError(f"{model}: its path is not UTF-8, which ONNX Runtime needs; rename it")
+        if separated := read_separated(model):
+            content = separated.with_external_data(os.path.basename(model))
+            options.add_session_config_entry(_EXTERNAL_FOLDER, folder)
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no class
-        name = model if isinstance(model, str) else "the ONNX graph"
         reason = quoted(str(error).strip().splitlines()[-1])[1:-1]
         raise UserError(f"{name}: ONNX Runtime cannot load it ({reason})") from None
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        return bool(path.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def verify_onnx_file(path: str) -> bool:
     """Return whether a file ends with its SHA-256; raises `UserError` when that is wrong."""
     try:
+        size = os.path.getsize(path) - _TRAILER_BYTES
+        if size <= 0:
+            return False
         with open_regular(path) as file:
-            if file.seek(0, 2) <= _TRAILER_BYTES:
+            file.seek(size)
+            trailer = file.read()
+            if not trailer.startswith(_TRAILER_START):
                 return False
-            with _mapped(file) as content:
-                trailer = content[-_TRAILER_BYTES:]
-                if not trailer.startswith(_TRAILER_START):
-                    return False
-                view = memoryview(content)[:-_TRAILER_BYTES]
-                digest = hashlib.sha256(view).hexdigest()
-                view.release()
+            digest = _sha256(file, size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if trailer[len(_TRAILER_START) :] != digest.encode():
@@ -173,13 +184,30 @@ def verify_onnx_file(path: str) -> bool:
     return True
 
 
+def _sha256(file: IO[bytes], size: int) -> str:
+    """Return the SHA-256 of the first bytes of a file.
+
+    Few large pieces, because after each it waits for its turn among the threads of Python; mapped,
+    because to read into a buffer takes longer.
+    """
+    digest = hashlib.sha256()
+    for start in range(0, size, _WINDOW):
+        length = min(_WINDOW, size - start)
+        with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start) as window:
+            digest.update(window)
+    return digest.hexdigest()
+
+
 def write_onnx(model: Any, path: str) -> None:
     """Check an onnx.ModelProto as the onnx package does and write it, with its SHA-256.
+
+    Descriptions are added to the model, so that its constants are aligned in the file.
 
     Raises `UserError` when the file cannot be written.
     """
     import onnx
 
+    align_constants(model)
     content = model.SerializeToString()
     onnx.checker.check_model(content, full_check=True)
     remove_left_overs_of(path)

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -25,9 +26,11 @@ from bort.errors import UserError, quoted
 from bort.files import read_json, read_json_as, sha256_of
 from bort.inference.onnx_file import (
     OUTPUT,
+    OnnxMetadata,
     onnx_session,
     parse_metadata,
     read_metadata,
+    read_separated,
     verify_onnx_file,
 )
 from bort.mxnet_setup import cpu_threads
@@ -134,22 +137,20 @@ class MXNetBackend(Backend):
 class OnnxBackend(Backend):
     """A graph written by bort.inference.onnx_graph, in ONNX Runtime."""
 
-    def __init__(self, model: bytes | str, threads: int | None = None) -> None:
-        """Take the path of a file or its content.
+    def __init__(
+        self, model: bytes | str, threads: int | None = None, verified: bool = False
+    ) -> None:
+        """Take the path of a file or its content; `verified`: the file's SHA-256 was compared.
 
         Raises `UserError` for a damaged file and for a graph that is not a classifier of ours.
         """
         name = model if isinstance(model, str) else "the ONNX graph"
-        has_digest = isinstance(model, str) and verify_onnx_file(model)
+        self.metadata = _metadata(name, model, verified)
         self._session = onnx_session(model, threads or cpu_threads())
         inputs = {array.name for array in self._session.get_inputs()}
         outputs = [array.name for array in self._session.get_outputs()]
         if outputs != [OUTPUT] or inputs != {"input_ids", "valid_length"}:
             raise UserError(f"{name}: is not a classifier; it has no output `{OUTPUT}` alone")
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self.metadata = parse_metadata(name, metadata)
-        if isinstance(model, str) and self.metadata.has_digest and not has_digest:
-            raise UserError(f"{name}: its SHA-256 is missing: the file is damaged; write it again")
         super().__init__(self.metadata.vocab_size, self.metadata.positions)
 
     def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -167,19 +168,14 @@ class OpenVinoBackend(Backend):
 
         Raises `UserError` for a damaged file and for a graph that is not a classifier of ours.
         """
-        import openvino
-
         name = model if isinstance(model, str) else "the ONNX graph"
-        has_digest = isinstance(model, str) and verify_onnx_file(model)
-        self.metadata = parse_metadata(name, read_metadata(name, model))
-        if isinstance(model, str) and self.metadata.has_digest and not has_digest:
-            raise UserError(f"{name}: its SHA-256 is missing: the file is damaged; write it again")
+        self.metadata = _metadata(name, model)
         super().__init__(self.metadata.vocab_size, self.metadata.positions)
+        import openvino  # after verifying the file: another thread may import it meanwhile
+
         core = openvino.Core()
         try:
-            # A file is mapped into memory; content comes without separate weights.
-            given: tuple[Any, ...] = (model,) if isinstance(model, str) else (model, b"")
-            graph = core.read_model(*given)
+            graph = _openvino_graph(core, model)
             inputs, outputs = (
                 {port.any_name for port in ports} for ports in (graph.inputs, graph.outputs)
             )
@@ -206,6 +202,40 @@ def openvino_options(precision: str, threads: int | None = None) -> dict[str, An
     }
 
 
+def _openvino_graph(core: Any, model: bytes | str) -> Any:
+    """Return the graph of a file, or of its content; a file's large constants stay in it."""
+    import openvino
+
+    if not isinstance(model, str):
+        return core.read_model(model, b"")  # without separate weights
+    separated = read_separated(model)
+    if separated is None:
+        return core.read_model(model)
+    graph = core.read_model(separated.with_inputs(), b"")
+    # Mapped; OpenVINO asks for arrays that may be written to, and such a change stays in memory.
+    content = np.asarray(np.memmap(model, np.uint8, "c"))
+    values = {constant.name: constant.values(content) for constant in separated.constants}
+    for parameter in graph.get_parameters():
+        if parameter.output(0).any_name in values:
+            array = values[parameter.output(0).any_name]
+            constant = openvino.op.Constant(array, shared_memory=True)
+            parameter.output(0).replace(constant.output(0))
+            graph.remove_parameter(parameter)
+    return graph
+
+
+def _metadata(name: str, model: bytes | str, verified: bool = False) -> OnnxMetadata:
+    """Return the metadata of a file or its content; a file is verified, unless it was before.
+
+    Raises `UserError` for a damaged file and for a graph that is not of ours.
+    """
+    verified = verified or not isinstance(model, str) or verify_onnx_file(model)
+    metadata = parse_metadata(name, read_metadata(name, model))
+    if metadata.has_digest and not verified:
+        raise UserError(f"{name}: its SHA-256 is missing: the file is damaged; write it again")
+    return metadata
+
+
 # ---- the processor -------------------------------------------------------------------------------
 
 
@@ -216,41 +246,47 @@ def available_backends() -> tuple[str, ...]:
         left_out.add("mxnet-bfloat16")
     if not multiplies_bfloat16():
         left_out.add("openvino-bfloat16")
-    if not find_spec("openvino"):
-        left_out |= {"openvino", "openvino-bfloat16"}
+    # MXNet is not looked for: that would prepare its import (bort.mxnet_setup).
+    others = (name for name in BACKENDS if not name.startswith("mxnet"))
+    left_out |= {name for name in others if _missing_packages(name)}
     return tuple(name for name in BACKENDS if name not in left_out)
 
 
-def fastest_runtime(path: str) -> str:
-    """Return the fastest backend for a saved classifier that computes in float32.
-
-    A backend whose package is not installed is skipped; an ONNX file needs no MXNet.
-    """
-    installed = {"openvino": "openvino", "onnx": "onnxruntime", "mxnet": "mxnet"}
+def fastest_runtime(parameters: str) -> str:
+    """Return the fastest backend for a .params file that computes in float32 and is installed."""
     for name in FASTEST:
-        if find_spec(installed[name]) and not (name == "mxnet" and path.endswith(".onnx")):
+        if not _missing_packages(name, os.path.exists(onnx_path(parameters))):
             return name
     raise UserError("--runtime auto: none of openvino, onnxruntime and mxnet is installed")
 
 
+def _missing_packages(name: str, exported: bool = True) -> list[str]:
+    """Return the packages that a backend needs and are not installed.
+
+    exported: the graph lies in a file of export_onnx.py; without it the package onnx builds it.
+    """
+    needed = [package_of(name)] + ["onnx"] * (not exported and not name.startswith("mxnet"))
+    return [package for package in needed if not find_spec(package)]
+
+
+def package_of(name: str) -> str:
+    """Return the package that a backend needs."""
+    kind = name.partition("-")[0]
+    return "onnxruntime" if kind == "onnx" else kind
+
+
 def require_processor(name: str) -> None:
     """Raise `UserError` when a backend cannot run on this processor or in this environment."""
-    if name.startswith("openvino") and not find_spec("openvino"):
-        raise UserError(
-            f"runtime {name}: needs the package openvino; run: pip install openvino, or use one of "
-            f"{', '.join(available_backends())}"
-        )
-    if name == "openvino-bfloat16" and name not in available_backends():
-        raise UserError(
-            f"runtime {name}: needs a processor with AVX512-BF16 or AMX; use one of "
-            f"{', '.join(available_backends())}"
-        )
-    if name not in available_backends():
-        flags = ", ".join(sorted(BFLOAT16_FLAGS))
-        raise UserError(
-            f"runtime {name}: needs a processor with AVX-512 ({flags}); "
-            f"use one of {', '.join(available_backends())}"
-        )
+    available = available_backends()
+    if name in available:
+        return
+    if missing := _missing_packages(name):
+        needed = f"the package {missing[0]}; run: pip install {missing[0]}, or"
+    elif name.startswith("openvino"):
+        needed = "a processor with AVX512-BF16 or AMX;"
+    else:
+        needed = f"a processor with AVX-512 ({', '.join(sorted(BFLOAT16_FLAGS))});"
+    raise UserError(f"runtime {name}: needs {needed} use one of {', '.join(available)}")
 
 
 # ---- from a network in memory --------------------------------------------------------------------
@@ -420,17 +456,36 @@ def _load_float32_onnx(
     parameters: str, model_config: ModelConfig, load: Callable[[Union[bytes, str]], GraphBackend]
 ) -> GraphBackend:
     """Load the exported file if it was made from these parameters, else build the graph."""
+    path = onnx_path(parameters)
+    if os.path.exists(path):
+        with ThreadPoolExecutor(1) as pool:
+            expected = pool.submit(_parameters_sha256, parameters, model_config, path)
+            exported = load(path)
+            if exported.metadata.parameters_sha256 == expected.result():
+                return exported
+    if not find_spec("onnx"):
+        raise UserError(
+            f"{path}: not found, or made from other parameters, and without the package onnx it "
+            "cannot be built; run scripts/export_onnx.py again, or: pip install onnx"
+        )
     verify_parameters(parameters, model_config)
-    if os.path.exists(onnx_path(parameters)):
-        exported = load(onnx_path(parameters))
-        # Verified above, where the model config has it: reading 300 MB again takes 0.15 s.
-        if exported.metadata.parameters_sha256 == (model_config.sha256 or sha256_of(parameters)):
-            return exported
     from bort.inference.onnx_graph import build, describe_file
 
     check_finite_arrays(parameters, read_arrays(parameters).items())
     graph = build(describe_file(parameters, model_config))
     return load(graph.SerializeToString())
+
+
+def _parameters_sha256(parameters: str, model_config: ModelConfig, made: str) -> str:
+    """Return the SHA-256 of a .params file, which nothing of what was made from it reads.
+
+    To read 300 MB takes 0.2 s. So the model config's is taken as long as the file has not changed
+    since `made` was written; the time of its last change of status cannot be set back.
+    """
+    changed = os.stat(parameters).st_ctime_ns >= os.stat(made).st_ctime_ns
+    if changed or not model_config.sha256:
+        verify_parameters(parameters, model_config)
+    return model_config.sha256 or sha256_of(parameters)
 
 
 def _load_int8(
@@ -440,13 +495,14 @@ def _load_int8(
     if not os.path.exists(files.record):
         raise UserError(f"{parameters}: has no int8 model; make it with scripts/quantize.py")
     record = read_json_as(files.record, Int8Record)
-    if record.parameters_sha256 != sha256_of(parameters):
+    if record.parameters_sha256 != _parameters_sha256(parameters, model_config, files.record):
         raise UserError(
             f"{files.record}: was made from other parameters than {parameters}; run "
             "scripts/quantize.py again"
         )
     _verify_files(files, record, name)
-    return int8_backend(files, name, model_config.vocab_size, threads)
+    verified = bool(record.sha256)
+    return int8_backend(files, name, model_config.vocab_size, threads, verified)
 
 
 def _verify_files(files: Int8Files, record: Int8Record, name: str) -> None:
@@ -462,11 +518,11 @@ def _verify_files(files: Int8Files, record: Int8Record, name: str) -> None:
 
 
 def int8_backend(
-    files: Int8Files, name: str, vocab_size: int, threads: int | None = None
+    files: Int8Files, name: str, vocab_size: int, threads: int | None = None, verified: bool = False
 ) -> Backend:
-    """Load onnx-int8 or mxnet-int8 from its files."""
+    """Load onnx-int8 or mxnet-int8 from its files, which may have been verified."""
     if name == "onnx-int8":
-        return OnnxBackend(files.onnx, threads)
+        return OnnxBackend(files.onnx, threads, verified)
     return MXNetBackend(load_symbol_block(files.mxnet), vocab_size)
 
 

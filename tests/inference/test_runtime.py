@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,13 +19,15 @@ from onnx import helper
 
 from bort import mxnet_setup, processor, saved_model
 from bort.errors import UserError
-from bort.inference import onnx_graph, runtime
+from bort.inference import onnx_file, onnx_graph, runtime
+from bort.inference.classification import load_classifier
 from bort.inference.onnx_file import read_metadata
 from bort.inference.pipelines import predict
 from bort.inference.quantization import Quantization, calibration_batch
 from bort.inference.runtime import BACKENDS, available_backends, backend_for, load_runtime
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from scripts.export_onnx import main as export_onnx
+from scripts.predict import PredictSettings
 from scripts.quantize import main as quantize
 from tests import reference
 
@@ -193,32 +196,66 @@ def test_bfloat16_needs_avx512(quantized, monkeypatch):
     assert set(BACKENDS) - {*available_backends()} <= {"openvino", "openvino-bfloat16"}
 
 
-def test_openvino_needs_its_package(quantized, monkeypatch):
-    find = runtime.find_spec
-    monkeypatch.setattr(runtime, "find_spec", lambda n: None if n == "openvino" else find(n))
-    assert not [name for name in available_backends() if name.startswith("openvino")]
-    for name in ("openvino", "openvino-bfloat16"):
+def without(monkeypatch: Any, *packages: str) -> None:
+    """Let the backends find some packages missing, and every other one installed."""
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None if name in packages else name)
+
+
+@pytest.mark.parametrize("package", ["openvino", "onnxruntime"])
+def test_a_package_that_is_missing_is_named(quantized, monkeypatch, package):
+    without(monkeypatch, package)
+    kind = "onnx" if package == "onnxruntime" else package
+    assert not [name for name in available_backends() if name.split("-")[0] == kind]
+    for name in (backend for backend in BACKENDS if backend.split("-")[0] == kind):
         said = refusal(quantized, name)
-        assert f"runtime {name}: needs the package openvino; run: pip install openvino" in said
+        assert f"runtime {name}: needs the package {package}; run: pip install {package}" in said
+        with pytest.raises(UserError, match=f"needs the package {package}"):
+            load_classifier(str(quantized), runtime=name)
 
 
 def test_openvino_in_bfloat16_needs_a_processor_that_multiplies_it(quantized, monkeypatch):
-    monkeypatch.setattr(runtime, "find_spec", lambda name: name)
+    without(monkeypatch)
     monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: False)
     assert "openvino-bfloat16" not in available_backends()
     assert "needs a processor with AVX512-BF16 or AMX" in refusal(quantized, "openvino-bfloat16")
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize(
-    ("missing", "expected"),
-    [((), "openvino"), (("openvino",), "onnx"), (("openvino", "onnxruntime"), "mxnet")],
+    ("missing", "exported", "expected"),
+    [
+        ((), False, "openvino"),
+        (("openvino",), False, "onnx"),
+        (("openvino", "onnxruntime"), True, "mxnet"),
+        (("onnx",), False, "mxnet"),  # nothing can build the graph
+        (("onnx",), True, "openvino"),
+        (("onnx", "openvino", "mxnet"), True, "onnx"),
+    ],
 )
-def test_auto_is_the_fastest_in_float32_that_is_installed(monkeypatch, missing, expected):
-    monkeypatch.setattr(runtime, "find_spec", lambda name: None if name in missing else name)
-    assert runtime.fastest_runtime("best.params") == expected
-    if expected == "mxnet":
-        with pytest.raises(UserError, match="--runtime auto: none of openvino, onnxruntime"):
-            runtime.fastest_runtime("best.onnx")
+def test_auto_is_the_fastest_in_float32_that_can_run(
+    tmp_path, monkeypatch, missing, exported, expected, bfloat16
+):
+    without(monkeypatch, *missing)
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(runtime, "computes_bfloat16", lambda: bfloat16)
+    if exported:
+        (tmp_path / "best.onnx").touch()
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "best.onnx").touch()
+    assert runtime.fastest_runtime(str(tmp_path / "best.params")) == expected
+
+
+def test_auto_says_when_nothing_can_run(tmp_path, monkeypatch):
+    without(monkeypatch, "openvino", "onnxruntime", "mxnet")
+    with pytest.raises(UserError, match="--runtime auto: none of openvino, onnxruntime"):
+        runtime.fastest_runtime(str(tmp_path / "best.params"))
+
+
+def test_a_graph_that_cannot_be_built_is_one_line(quantized, tmp_path, monkeypatch):
+    folder = copied(quantized, tmp_path)
+    without(monkeypatch, "onnx")
+    assert "best.onnx: not found, or made from other parameters" in refusal(folder, "onnx")
+    assert "or: pip install onnx" in refusal(folder, "onnx")
 
 
 def test_auto_predicts_as_mxnet_does(quantized):
@@ -229,6 +266,99 @@ def test_auto_predicts_as_mxnet_does(quantized):
     for exact, fast in zip(*answers):
         assert exact.label == fast.label
         assert fast.probabilities == pytest.approx(exact.probabilities, abs=1e-5)
+
+
+def test_auto_fills_masks_with_mxnet():
+    PredictSettings("model", fill_mask=True, runtime="auto").check()
+    with pytest.raises(UserError, match="--runtime onnx: --fill_mask supports mxnet only"):
+        PredictSettings("model", fill_mask=True, runtime="onnx").check()
+
+
+# ---- what is read, and what is verified ----------------------------------------------------------
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """Copy the folder of a model, the parameters first."""
+    copy = target / "copy"
+    copy.mkdir()
+    shutil.copy(folder / "best.params", copy)
+    shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("best.params"))
+    return copy
+
+
+def wait_for_another_time(path: Path) -> None:
+    """Wait until a file that is written now is newer than another: the clock of files is coarse."""
+    probe = path.parent / "probe"
+    while True:
+        probe.write_bytes(b"")
+        newer = probe.stat().st_ctime_ns > path.stat().st_ctime_ns
+        probe.unlink()
+        if newer:
+            return
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnx-int8"])
+def test_parameters_are_read_once_they_have_changed(quantized, tmp_path, monkeypatch, batch, name):
+    folder = copied(quantized, tmp_path)
+    parameters = folder / "best.params"
+    wait_for_another_time(parameters)
+    export_onnx([str(folder)])
+    (folder / "int8" / "best.json").write_bytes((quantized / "int8" / "best.json").read_bytes())
+
+    def read(path: str, *_: Any) -> None:
+        raise AssertionError(f"{path} was read")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "verify_parameters", read)
+        expected = load_runtime(str(folder), name).logits(*batch)
+    made = folder / ("best.onnx" if name == "onnx" else "int8/best.json")
+    wait_for_another_time(made)
+    status = parameters.stat()
+    os.utime(parameters, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "verify_parameters", read)
+        with pytest.raises(AssertionError, match=r"best\.params was read"):
+            load_runtime(str(folder), name)
+    np.testing.assert_array_equal(load_runtime(str(folder), name).logits(*batch), expected)
+    content = bytearray(parameters.read_bytes())
+    content[len(content) // 2] ^= 4
+    parameters.write_bytes(content)
+    os.utime(parameters, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "best.params: its SHA-256 is not that in best.json" in refusal(folder, name)
+
+
+@pytest.mark.parametrize("name", EVERY_BACKEND)
+def test_nothing_is_written_beside_a_model(quantized, tmp_path, name):
+    folder = copied(quantized, tmp_path)
+    export_onnx([str(folder)])
+    before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+    list(predict(str(folder), ["a fine film"], runtime=name))
+    assert {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))} == before
+
+
+@pytest.mark.parametrize(
+    "name", [value for value in EVERY_BACKEND if value.values[0] in ("onnx", "openvino")]
+)
+def test_the_parameters_in_a_file_are_mapped(quantized, tmp_path, batch, name):
+    path = tmp_path / "best.onnx"
+    export_onnx([str(quantized), "--output", str(path)])
+    backend = load_runtime(str(path), name)
+    assert str(path) in Path("/proc/self/maps").read_text("utf-8")
+    earlier = tmp_path / "earlier.onnx"  # as files were before their constants were aligned
+    model = onnx.load(str(path))
+    for constant in model.graph.initializer:
+        constant.doc_string = ""
+    model.metadata_props.pop()
+    write_onnx_unaligned(model, earlier)
+    found = load_runtime(str(earlier), name).logits(*batch)
+    np.testing.assert_allclose(found, backend.logits(*batch), atol=1e-6)
+
+
+def write_onnx_unaligned(model: Any, path: Path) -> None:
+    """Write a model and its SHA-256, with constants where they come."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(onnx_file, "align_constants", lambda model: None)
+        onnx_file.write_onnx(model, str(path))
 
 
 def test_the_metadata_of_a_file_are_read_without_its_graph(quantized, tmp_path):
@@ -285,7 +415,9 @@ def test_what_cannot_be_run_is_a_one_line_error(quantized, tmp_path):
     assert "is int8, not float32" in refusal(int8, "onnx")
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(int8.read_bytes()[:1000])
-    assert "damaged.onnx: ONNX Runtime cannot load it (" in refusal(damaged, "onnx-int8")
+    assert "damaged.onnx: is not an ONNX file, or damaged" in refusal(damaged, "onnx-int8")
+    damaged.write_bytes(b"")
+    assert "damaged.onnx: is not an ONNX file: it is empty" in refusal(damaged, "onnx-int8")
     tokenizer = load_tokenizer(TokenizerSettings())
     model_config = saved_model.ModelConfig(
         SHAPE, 1000, tokenizer.fingerprint, saved_model.MASKED_LM
@@ -354,12 +486,15 @@ def test_an_onnx_file_of_another_program_is_a_one_line_error(tmp_path):
     opset = [helper.make_opsetid("", 17)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=8)
     onnx.save(model, str(path))
+    assert "was not written by scripts/export_onnx.py" in refusal(path, "onnx")
+    ours = {"vocab_size": "9", "positions": "1", "precision": "float32"}
+    helper.set_model_props(model, ours)
+    onnx.save(model, str(path))
     assert "is not a classifier" in refusal(path, "onnx")
     graph.node[0].input[1] = graph.input[1].name = "valid_length"
     model = helper.make_model(graph, opset_imports=opset, ir_version=8)
-    onnx.save(model, str(path))
-    assert "its model config: Object missing required field `vocab_size`" in refusal(path, "onnx")
     for metadata, message in (
+        ({"model config": "{}"}, "its model config: Object missing required field `vocab_size`"),
         ({"vocab_size": "9"}, "was not written by scripts/export_onnx.py"),
         ({"vocab_size": "x", "positions": "1", "precision": "float32"}, "was not written by"),
         ({"vocab_size": "9", "positions": "513", "precision": "float32"}, "is damaged: 513"),
