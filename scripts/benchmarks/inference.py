@@ -144,7 +144,7 @@ def operations(way: Way, cell: Cell) -> float:
     Our graphs' last layer counts as nothing: it is computed for the first token alone.
     """
     (layers, _, inner, hidden), _ = SHAPES[way.network]
-    layers -= way.engine in ("onnx", "onnx-int8")
+    layers -= way.engine.startswith(("onnx", "openvino"))
     one_layer = cell.length * (4 * hidden**2 + 2 * hidden * inner) + 2 * cell.length**2 * hidden
     return 2.0 * cell.batch * layers * one_layer
 

@@ -22,6 +22,7 @@ BASE, LARGE = Way("BERT-base", GLUONNLP), Way("BERT-large", GLUONNLP)
         (BASE, 11.2),
         (Way("Bort", "mxnet"), 3.09),
         (Way("Bort", "onnx"), 3.09 * 3 / 4),
+        (Way("Bort", "openvino-bfloat16"), 3.09 * 3 / 4),
     ],
 )
 def test_operations_are_those_of_the_closed_form(way, macs):
