@@ -20,7 +20,7 @@
 #   START           bert-tiny (default) or random
 #   TEACHER_DTYPE   type of the teacher's products: float32 (default) or bfloat16
 #   STEPS           updates of 8 sequences (default 240)
-#   RATES           peak learning rates to choose from (default "1.25e-4 2.5e-4")
+#   RATES           peak learning rates to choose from (default "1.25e-4 2.5e-4 5e-4")
 #   TASKS           tasks to fine-tune on (default "SST-2 MRPC STS-B CoLA RTE"; "": none)
 #   ROWS            rows of each task to train on, for two epochs (default 1000)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -82,7 +82,7 @@ measure() {
 # best_rate <arm>: sets `rate` to the best one for the arm on seed 9.
 best_rate() {
     local tried=() best
-    for rate in ${RATES:-1.25e-4 2.5e-4}; do
+    for rate in ${RATES:-1.25e-4 2.5e-4 5e-4}; do
         student "$1" "$rate" 9 "$folder/rates/$1/$rate"
         tried+=("$folder/rates/$1/$rate")
     done
