@@ -168,10 +168,10 @@ def _is_utf8(path: str) -> bool:
 def verify_onnx_file(path: str) -> bool:
     """Return whether a file ends with its SHA-256; raises `UserError` when that is wrong."""
     try:
-        size = os.path.getsize(path) - _TRAILER_BYTES
-        if size <= 0:
-            return False
         with open_regular(path) as file:
+            size = file.seek(0, os.SEEK_END) - _TRAILER_BYTES
+            if size <= 0:
+                return False
             file.seek(size)
             trailer = file.read()
             if not trailer.startswith(_TRAILER_START):
