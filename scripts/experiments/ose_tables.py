@@ -201,8 +201,9 @@ def longer_runs(folder: str) -> dict[str, list[Row]]:
     runs: dict[str, list[Row]] = {}
     for path in sorted(glob.glob(f"{glob.escape(folder)}/pretrained/*/metrics.jsonl")):
         shape = re.sub(r"-\d+$", "", Path(path).parent.name)
-        last = [record for record in read_records(path) if record["phase"] == "eval"][-1]
-        runs.setdefault(shape, []).append(last)
+        evaluations = [record for record in read_records(path) if record["phase"] == "eval"]
+        if evaluations:  # none yet in a run that has just begun
+            runs.setdefault(shape, []).append(evaluations[-1])
     return runs
 
 

@@ -102,6 +102,8 @@ def experiment(tmp_path):
                 for step in (0, 2000)
             ]
             (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    (tmp_path / "pretrained/b-3").mkdir()
+    (tmp_path / "pretrained/b-3/metrics.jsonl").write_text("")  # has just begun
     return tmp_path
 
 
