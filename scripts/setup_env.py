@@ -27,6 +27,8 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 VERSION = f"3.{sys.version_info[1]}"
+# The one behind an environment, asked for before that is removed.
+BASE_PYTHON = os.path.realpath(sys.executable)
 PY = str(VENV / "bin/python")
 PACKAGES = VENV / f"lib/python{VERSION}/site-packages"
 LOG = VENV / "setup.log"
@@ -237,10 +239,9 @@ def make_environment(variant: str) -> None:
                 shutil.rmtree(child)
         elif child.name not in ("mxnet-choice", "setup.lock"):
             child.unlink()
-    python = os.path.realpath(sys.executable)  # the one behind an environment, which may go
     options = ["--system-site-packages"] if variant == "system" else []
-    what = f"making .venv with Python {VERSION} ({python})"
-    step(what, [python, "-m", "venv", *options, str(VENV)])
+    what = f"making .venv with Python {VERSION} ({BASE_PYTHON})"
+    step(what, [BASE_PYTHON, "-m", "venv", *options, str(VENV)])
 
 
 def install_packages(variant: str) -> None:

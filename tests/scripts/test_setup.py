@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -161,6 +163,20 @@ def test_a_moved_checkout_gets_a_new_environment(
     assert Path(cache.split()[0]).name != Path(other_cache.split()[0]).name, (
         "linked to another path"
     )
+
+
+def test_an_environment_can_replace_itself(tmp_path: Path) -> None:
+    script = project_in(tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(os.path.realpath(sys.executable))
+    code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import setup_env as s;"
+    code += "s.step = lambda what, command: print(command[0]); s.make_environment('cpu')"
+    ended = subprocess.run(
+        [python, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not python.exists()
+    assert Path(ended.stdout.strip()).exists()
 
 
 @pytest.mark.parametrize("name", [f"constraints/python3.{MINOR}.txt", "bort/mxnet_setup.py"])
