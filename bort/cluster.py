@@ -452,7 +452,7 @@ def run_job(job: Job) -> bytes:
         return pickle.dumps((None, sendable(error)))
 
 
-def _is_wanted(worker: Any, key: str) -> bool:
+def _is_wanted(worker: Any, key: object) -> bool:
     """Return whether a worker is to finish a task that it runs."""
     task = worker.state.tasks.get(key)
     return (

@@ -166,11 +166,11 @@ def test_a_moved_checkout_gets_a_new_environment(
 
 
 def test_an_environment_can_replace_itself(tmp_path: Path) -> None:
-    script = project_in(tmp_path)
+    project_in(tmp_path)
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.symlink_to(os.path.realpath(sys.executable))
-    code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import setup_env as s;"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'scripts')!r}); import setup_env as s;"
     code += "s.step = lambda what, command: print(command[0]); s.make_environment('cpu')"
     ended = subprocess.run(
         [python, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
