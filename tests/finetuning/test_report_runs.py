@@ -50,6 +50,7 @@ def test_an_invalid_submission_is_refused(runs):
     path = runs / "MNLI" / "MNLI-m.tsv"
     path.write_text(path.read_text().replace("entailment", "perhaps").replace("neutral", "perhaps")
                     .replace("contradiction", "perhaps"))  # fmt: skip
+    (runs / "MNLI/SHA256SUMS").unlink()  # as the message about a changed file asks for
     own = report_runs.main([str(runs)])[0].submission
     assert own.startswith("REFUSED: ")
     assert "MNLI-m.tsv:2: label 'perhaps'" in own
