@@ -445,6 +445,9 @@ def _find_member(opened: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 def _extract(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
     with opened.open(entry) as source, open(path, "wb") as target:
         shutil.copyfileobj(source, target, _CHUNK)
+        # zipfile takes an entry of no compressed bytes and a CRC of 0 for whole, whatever its size.
+        if target.tell() != entry.file_size:
+            raise zipfile.BadZipFile(f"{entry.filename} is shorter than its size says")
 
 
 def split_mrpc(folder: Path) -> None:

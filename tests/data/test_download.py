@@ -501,3 +501,16 @@ def test_door(server, tmp_path, capsys):
         download_data.main(["CoLA", *arguments[1:]])
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith("error: http://127.0.0.1")
+
+
+def test_an_entry_that_says_it_has_no_bytes_is_not_taken_for_a_whole_file(tmp_path):
+    path = tmp_path / "SST-2.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train.tsv", "sentence\tlabel\n")
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\1\2")
+    content[entry + 16 : entry + 24] = bytes(8)  # CRC-32 and compressed size
+    path.write_bytes(content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="train.tsv is shorter than its size says"):
+        unpack(path, ["train.tsv"], tmp_path / "out")
