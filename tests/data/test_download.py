@@ -512,5 +512,5 @@ def test_an_entry_that_says_it_has_no_bytes_is_not_taken_for_a_whole_file(tmp_pa
     content[entry + 16 : entry + 24] = bytes(8)  # CRC-32 and compressed size
     path.write_bytes(content)
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="train.tsv is shorter than its size says"):
+    with pytest.raises(UserError, match=r"train\.tsv is shorter than its size says"):
         unpack(path, ["train.tsv"], tmp_path / "out")
