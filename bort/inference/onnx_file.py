@@ -148,7 +148,7 @@ def onnx_session(model: bytes | str, threads: int) -> Any:
         name, folder = model, os.path.dirname(os.path.abspath(model))
         if not _is_utf8(os.path.abspath(model)):
             raise UserError(f"{model}: its path is not UTF-8, which ONNX Runtime needs; rename it")
-        if separated := read_separated(model):
+        if maps_constants(onnxruntime.__version__) and (separated := read_separated(model)):
             content = separated.with_external_data(os.path.basename(model))
             options.add_session_config_entry(_EXTERNAL_FOLDER, folder)
     try:
@@ -156,6 +156,11 @@ def onnx_session(model: bytes | str, threads: int) -> Any:
     except Exception as error:  # its exceptions share no class
         reason = quoted(str(error).strip().splitlines()[-1])[1:-1]
         raise UserError(f"{name}: ONNX Runtime cannot load it ({reason})") from None
+
+
+def maps_constants(version: str) -> bool:
+    """Return whether this ONNX Runtime takes a graph's constants from a folder: from 1.20."""
+    return tuple(map(int, version.split(".")[:2])) >= (1, 20)
 
 
 def _is_utf8(path: str) -> bool:

@@ -21,7 +21,7 @@ from bort import mxnet_setup, processor, saved_model
 from bort.errors import UserError
 from bort.inference import onnx_file, onnx_graph, runtime
 from bort.inference.classification import load_classifier
-from bort.inference.onnx_file import read_metadata
+from bort.inference.onnx_file import maps_constants, read_metadata
 from bort.inference.pipelines import predict
 from bort.inference.quantization import Quantization, calibration_batch
 from bort.inference.runtime import BACKENDS, available_backends, backend_for, load_runtime
@@ -343,7 +343,9 @@ def test_the_parameters_in_a_file_are_mapped(quantized, tmp_path, batch, name):
     path = tmp_path / "best.onnx"
     export_onnx([str(quantized), "--output", str(path)])
     backend = load_runtime(str(path), name)
-    assert str(path) in Path("/proc/self/maps").read_text("utf-8")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if name == "openvino" or maps_constants(onnxruntime.__version__):  # all but Python 3.9's
+        assert str(path) in Path("/proc/self/maps").read_text("utf-8")
     earlier = tmp_path / "earlier.onnx"  # as files were before their constants were aligned
     model = onnx.load(str(path))
     for constant in model.graph.initializer:
