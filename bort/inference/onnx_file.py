@@ -159,8 +159,8 @@ def onnx_session(model: bytes | str, threads: int) -> Any:
 
 
 def maps_constants(version: str) -> bool:
-    """Return whether this ONNX Runtime takes a graph's constants from a folder: from 1.20."""
-    return tuple(map(int, version.split(".")[:2])) >= (1, 20)
+    """Return whether this ONNX Runtime takes a graph's constants from a folder: from 1.21."""
+    return tuple(map(int, version.split(".")[:2])) >= (1, 21)
 
 
 def _is_utf8(path: str) -> bool:
