@@ -32,7 +32,10 @@ flags_of() {
         SST-2) flags+=(--epochs 1 --max_len 64 --batch_size 64) ;;
         BoolQ) flags+=(--epochs 1 --max_len 256) ;;
         RACE-M) flags+=(--epochs 1 --max_len 256 --batch_size 8) ;;
-        *) echo "error: TASKS has $1" >&2 && exit 2 ;;
+        *)
+            echo "error: TASKS: $1 is none of MRPC STS-B CoLA RTE CB COPA WSC SST-2 BoolQ RACE-M" >&2
+            exit 2
+            ;;
     esac
 }
 
