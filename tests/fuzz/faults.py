@@ -33,8 +33,12 @@ GONE = 10.0  # seconds in which the processes of a killed program end
 SKIPPED = "skipped: "
 # Of MXNet's own log, and of Python at the end of a process whose standard output is closed.
 _NOISE = re.compile(r"\[\d\d:\d\d:\d\d\] |warning: |\s*$")
-# A signal that came before Python had started: no program can do anything about that.
-_STARTING = re.compile(r"<frozen site>|/site\.py|init_import_site|init_sys_streams")
+# A signal that came before the program's first statement: no program can do anything about that.
+_STARTING = re.compile(
+    r"<frozen site>|/site\.py|init_import_site|init_sys_streams"
+    r"|line [01], in <module>\n( {4}.*\n)?KeyboardInterrupt"
+    r"|ignored in: <function _get_module_lock"  # Python's import loses the signal
+)
 ODD_NAMES = (
     b"with blanks", b"new\nline", b"not utf-8 \xff\xfe", "caf\u00e9 \u6f22\u5b57".encode(), b"-q",
     b"%s {w} $HOME 'a' \"b\" *", b"/".join([b"long" * 50] * 5),
@@ -116,7 +120,7 @@ class Case:
         """Raise `FaultError` unless a command ended well, or in one line; `more` are statuses."""
         lines = [line for line in end.error.splitlines() if not _NOISE.match(line)]
         shown = " / ".join(lines)[-300:]
-        if end.status in (1, -signal.SIGINT) and _STARTING.search(end.error) and more:
+        if end.status in (0, 1, -signal.SIGINT) and _STARTING.search(end.error) and more:
             return
         if "Traceback" in end.error or "Error in" in end.error or "Exception ignored" in end.error:
             raise FaultError(f"status {end.status}, traceback: {shown}")

@@ -12,29 +12,33 @@ import pytest
 from tests.fuzz import faults
 from tests.fuzz.programs import PROGRAMS, Program
 
-GOOD = """
-import os, sys, time
-out = sys.argv[1]
+# All of it is in the try: a Ctrl-C comes at any moment, also during the imports and at the end.
+GOOD = """\
 try:
+    import os, sys, time
+    out = sys.argv[1]
     with open(out + ".tmp", "w") as file:
         file.write("result")
     time.sleep(0.05)
     os.replace(out + ".tmp", out)
+    {more}
     print("done", flush=True)
+    os._exit(0)
 except KeyboardInterrupt:
-    os.path.exists(out + ".tmp") and os.remove(out + ".tmp")
-    sys.exit(130)
+    import os, sys
+    if os.path.exists(sys.argv[1] + ".tmp"):
+        os.remove(sys.argv[1] + ".tmp")
+    os._exit(130)
 except OSError as error:
     if os.path.exists(out + ".tmp"):
         os.remove(out + ".tmp")
     sys.stdout = None
     sys.exit(f"error: {{out}}: {{error.strerror}}")
-{more}
 """
 STREAMS = ["no stdin", "| head", ">/dev/full", "no stderr"]
 
 
-def run(tmp_path: Path, names: list[str], more: str = "") -> list[str]:
+def run(tmp_path: Path, names: list[str], more: str = "pass") -> list[str]:
     script = tmp_path / "program.py"
     script.write_text(GOOD.format(more=more))
     program = Program(str(script), "{w}/out.txt", [])
@@ -93,6 +97,8 @@ ENDS = [
     (-2, TRACE.format("program.py"), "traceback"),
     (130, TRACE.format("program.py"), "traceback"),
     (-2, TRACE.format("<frozen site>"), ""),
+    (-2, TRACE.replace("line 1", "line 0, in <module>").format("program.py"), ""),
+    (-2, TRACE.replace("line 1", "line 30, in <module>").format("program.py"), "traceback"),
     (1, "", "0 lines"),
     (1, "error: x\nand more\n", "2 lines"),
     (-11, "", "status -11"),
