@@ -31,6 +31,7 @@ from bort.config import option, parse
 from bort.errors import UserError
 from bort.inference.runtime import BACKENDS, available_backends
 from bort.plots import figure_file
+from bort.processor import multiplies_bfloat16
 
 # Layers, heads, width inside the feed-forward layers, hidden size; vocabulary.
 SHAPES = {
@@ -39,7 +40,7 @@ SHAPES = {
     "BERT-base": ((12, 12, 3072, 768), 30522),
     "BERT-large": ((24, 16, 4096, 1024), 30522),
 }
-GLUONNLP, PYTORCH = "GluonNLP", "PyTorch"
+GLUONNLP, PYTORCH, PYTORCH_BFLOAT16 = "GluonNLP", "PyTorch", "PyTorch-bfloat16"
 DEFAULT = "default"  # MXNet's own choice of threads, half of the logical CPUs
 PEAK_SIZE = 2048
 TURN_SECONDS, MOST_PASSES = 0.2, 5
@@ -54,9 +55,10 @@ class Way(NamedTuple):
     engine: str
 
     @property
-    def int8(self) -> bool:
-        """True when its products are of 8-bit numbers."""
-        return self.engine.endswith("int8")
+    def precision(self) -> str:
+        """The type of what its products multiply: float32, bfloat16 or int8."""
+        _, _, precision = self.engine.partition("-")
+        return precision or "float32"
 
 
 class Cell(NamedTuple):
@@ -71,9 +73,8 @@ class Cell(NamedTuple):
 
 WAYS = (
     *(Way("Bort", name) for name in BACKENDS),
-    *(Way("DistilBERT", name) for name in ("onnx", "onnx-int8", PYTORCH)),
-    Way("BERT-base", GLUONNLP),
-    Way("BERT-base", PYTORCH),
+    *(Way("DistilBERT", name) for name in ("onnx", "onnx-int8", PYTORCH, PYTORCH_BFLOAT16)),
+    *(Way("BERT-base", name) for name in (GLUONNLP, PYTORCH, PYTORCH_BFLOAT16)),
     Way("BERT-large", GLUONNLP),
 )
 GOAL_CELL = Cell(1, 128)
@@ -131,8 +132,11 @@ def _rows(networks: list[str], threads: list[str]) -> list[tuple[Way, str]]:
     unknown = set(networks) - SHAPES.keys()
     if unknown:
         raise UserError(f"--networks: {', '.join(sorted(unknown))} unknown; {', '.join(SHAPES)}")
-    pytorch = all(map(importlib.util.find_spec, ("torch", "transformers")))
-    left_out = {*BACKENDS} - {*available_backends()} | ({PYTORCH} if not pytorch else set())
+    left_out = {*BACKENDS} - {*available_backends()}
+    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        left_out.add(PYTORCH)
+    if PYTORCH in left_out or not multiplies_bfloat16():
+        left_out.add(PYTORCH_BFLOAT16)
     ways = [way for way in WAYS if way.network in networks and way.engine not in left_out]
     rows = [(way, one) for way in ways for one in threads]
     return rows + [(way, DEFAULT) for way in ways if way.engine == GLUONNLP]
@@ -151,7 +155,7 @@ def operations(way: Way, cell: Cell) -> float:
 
 def _floor(way: Way, threads: str, cell: Cell, peaks: dict[str, dict[str, float]]) -> float:
     """Return the seconds that the products of a batch take at the rate of a large product."""
-    return operations(way, cell) / (peaks[threads]["int8" if way.int8 else "float32"] * 1e9)
+    return operations(way, cell) / (peaks[threads][way.precision] * 1e9)
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -266,16 +270,17 @@ def _turn(run: Callable[[Cell], None], cell: Cell) -> list[float]:
     return [_seconds(run, cell) for _ in range(passes)] or [first]
 
 
-def _seconds(run: Callable[[Cell], None], cell: Cell) -> float:
+def _seconds(run: Callable[[Cell], object], cell: Cell) -> float:
     start = time.perf_counter()
     run(cell)
     return time.perf_counter() - start
 
 
 def _peaks() -> dict[str, float]:
-    """Return 10^9 operations a second of a large product in float32 (MXNet's) and in int8.
+    """Return 10^9 operations a second of a large product, by precision.
 
-    The int8 one is ONNX Runtime's, of one MatMulInteger.
+    MXNet's in float32 and, where the processor has it, in bfloat16; ONNX Runtime's MatMulInteger
+    in int8.
     """
     import mxnet as mx
     from onnx import TensorProto, helper, numpy_helper
@@ -283,7 +288,12 @@ def _peaks() -> dict[str, float]:
     from bort.inference.onnx_file import onnx_session
     from bort.mxnet_setup import cpu_threads
 
-    ones = mx.nd.ones((PEAK_SIZE, PEAK_SIZE))
+    def product_in(dtype: str) -> Callable[[Cell], None]:
+        ones = mx.nd.amp_cast(mx.nd.ones((PEAK_SIZE, PEAK_SIZE)), dtype=dtype)
+        return lambda _: mx.nd.FullyConnected(
+            ones, ones, no_bias=True, num_hidden=PEAK_SIZE
+        ).wait_to_read()
+
     bytes_ = np.ones((PEAK_SIZE, PEAK_SIZE), np.int8)
     info = helper.make_tensor_value_info
     graph = helper.make_graph(
@@ -296,10 +306,9 @@ def _peaks() -> dict[str, float]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     session = onnx_session(model.SerializeToString(), cpu_threads())
     feed = {"values": bytes_.astype(np.uint8)}
-    products = {
-        "float32": lambda _: mx.nd.dot(ones, ones).wait_to_read(),
-        "int8": lambda _: session.run(None, feed),
-    }
+    mxnet_dtypes = ("float32", "bfloat16") if multiplies_bfloat16() else ("float32",)
+    products: dict[str, Callable[[Cell], object]] = {one: product_in(one) for one in mxnet_dtypes}
+    products["int8"] = lambda _: session.run(None, feed)
     return {
         precision: 2 * PEAK_SIZE**3 / 1e9 / min(_seconds(run, GOAL_CELL) for _ in range(6))
         for precision, run in products.items()
@@ -311,7 +320,7 @@ def _peaks() -> dict[str, float]:
 
 def _make(way: Way) -> tuple[Callable[[Cell], None], float]:
     """Return a function that scores a batch, and the megabytes of the weights."""
-    if way.engine == PYTORCH:
+    if way.engine in (PYTORCH, PYTORCH_BFLOAT16):
         return _pytorch(way)
     if way.engine == GLUONNLP:
         return _gluonnlp(way)
@@ -335,7 +344,7 @@ def _ours(way: Way) -> tuple[Callable[[Cell], None], float]:
     else:
         backend = backend_for(network, way.engine)
     size = sum(p.data().size for p in network.collect_params().values()) / 1e6
-    bytes_each = 1 if way.int8 else 4
+    bytes_each = 1 if way.precision == "int8" else 4
     return lambda cell: backend.logits(*_batch(way, cell)), size * bytes_each
 
 
@@ -396,7 +405,7 @@ def _gluonnlp(way: Way) -> tuple[Callable[[Cell], None], float]:
 
 
 def _pytorch(way: Way) -> tuple[Callable[[Cell], None], float]:
-    """Return Hugging Face's BERT or DistilBERT, with its classifier."""
+    """Return Hugging Face's BERT or DistilBERT, with its classifier; bfloat16 is autocast's."""
     import torch
     import transformers
 
@@ -420,8 +429,10 @@ def _pytorch(way: Way) -> tuple[Callable[[Cell], None], float]:
 
     def run(cell: Cell) -> None:
         ids, _ = _batch(way, cell)
-        with torch.inference_mode():
-            network(torch.from_numpy(ids), attention_mask=torch.ones(cell)).logits.numpy()
+        low = way.engine == PYTORCH_BFLOAT16
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+            logits = network(torch.from_numpy(ids), attention_mask=torch.ones(cell)).logits
+        logits.float().numpy()
 
     return run, 4 * sum(p.numel() for p in network.parameters()) / 1e6
 
@@ -447,10 +458,10 @@ def _print_table(
 ) -> None:
     print("\nmilliseconds for a batch, as sequences x tokens; in brackets the share of the floor")
     heading = "".join(f"{cell!s:>16}" for cell in cells)
-    print(f"{'network':<12}{'runtime':<16}{'threads':>8}{'MB':>8}{heading}")
+    print(f"{'network':<12}{'runtime':<18}{'threads':>8}{'MB':>8}{heading}")
     for way, threads in rows:
         size = f"{sizes[way]:,.0f}" if way in sizes else "-"
-        line = f"{way.network:<12}{way.engine:<16}{threads:>8}{size:>8}"
+        line = f"{way.network:<12}{way.engine:<18}{threads:>8}{size:>8}"
         for cell in cells:
             found = medians.get((way, threads, cell))
             if found is None:
@@ -472,13 +483,13 @@ def _print_goals(medians: dict[tuple[Way, str, Cell], float], threads: list[str]
     titles = "".join(
         f"{way.network + (', default' if one == DEFAULT else ', same'):>21}" for way, one in columns
     )
-    print(f"{'network':<12}{'runtime':<16}{titles}")
+    print(f"{'network':<12}{'runtime':<18}{titles}")
     for way in WAYS:
         own = medians.get((way, most, GOAL_CELL))
         if own is None or way.engine == GLUONNLP:
             continue
-        goals = GOALS["reduced" if way.int8 or "16" in way.engine else "lossless"]
-        line = f"{way.network:<12}{way.engine:<16}"
+        goals = GOALS["lossless" if way.precision == "float32" else "reduced"]
+        line = f"{way.network:<12}{way.engine:<18}"
         for (other, one), goal in zip(columns, goals * 2):
             times = medians[other, one, GOAL_CELL] / own
             mark = f" (goal {goal:g})" if way.network == "Bort" else ""

@@ -9,7 +9,7 @@ import pytest
 from bort.errors import UserError
 from bort.inference.runtime import available_backends
 from scripts.benchmarks import inference
-from scripts.benchmarks.inference import DEFAULT, GLUONNLP, PYTORCH, Cell, Way
+from scripts.benchmarks.inference import DEFAULT, GLUONNLP, PYTORCH, PYTORCH_BFLOAT16, Cell, Way
 
 BASE, LARGE = Way("BERT-base", GLUONNLP), Way("BERT-large", GLUONNLP)
 
@@ -42,7 +42,11 @@ def test_stock_networks_also_run_on_the_default_threads(monkeypatch):
     ours = {way.engine for way, _ in inference._rows(["Bort"], ["1"])}
     assert ours == {"mxnet", "onnx"}
     monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: object())
-    assert (Way("BERT-base", PYTORCH), "1") in inference._rows(["BERT-base"], ["1"])
+    for fast in (False, True):
+        monkeypatch.setattr(inference, "multiplies_bfloat16", lambda fast=fast: fast)
+        rows = inference._rows(["BERT-base"], ["1"])
+        assert (Way("BERT-base", PYTORCH), "1") in rows
+        assert ((Way("BERT-base", PYTORCH_BFLOAT16), "1") in rows) == fast
     with pytest.raises(UserError, match="--networks: GPT unknown; Bort, "):
         inference._rows(["GPT"], ["1"])
 
@@ -50,6 +54,7 @@ def test_stock_networks_also_run_on_the_default_threads(monkeypatch):
 MEDIANS = {
     (Way("Bort", "onnx"), "2", Cell(1, 128)): 0.010,
     (Way("Bort", "onnx-int8"), "2", Cell(1, 128)): 0.005,
+    (Way("Bort", "openvino-bfloat16"), "2", Cell(1, 128)): 0.008,
     (BASE, "2", Cell(1, 128)): 0.080,
     (BASE, DEFAULT, Cell(1, 128)): 0.160,
     (LARGE, "2", Cell(1, 128)): 0.300,
@@ -68,12 +73,16 @@ def test_goals_are_measured_against_both_columns(capsys):
 
 def test_the_table_shows_the_share_of_the_floor(capsys):
     rows = [(way, threads) for way, threads, _ in MEDIANS]
-    peaks = {one: {"float32": 924.0, "int8": 1848.0} for one in ("2", DEFAULT)}
+    rates = {"float32": 924.0, "bfloat16": 1158.0, "int8": 1848.0}
+    peaks = dict.fromkeys(("2", DEFAULT), rates)
     sizes = {way: 100.0 for way, _ in rows if way != LARGE}
     inference._print_table(MEDIANS, rows, [Cell(1, 128), Cell(8, 512)], peaks, sizes)
     lines = capsys.readouterr().out.splitlines()
     # 4.63 x 10^9 operations at 924 x 10^9 a second are 5 ms of the 10.
     assert lines[3].split() == ["Bort", "onnx", "2", "100", "10.0", "(", "50%)", "-"]
+    assert lines[5].split()[:7] == [
+        "Bort", "openvino-bfloat16", "2", "100", "8.0", "(", "50%)"
+    ]  # fmt: skip
     assert lines[-1].split()[:4] == ["BERT-large", "GluonNLP", DEFAULT, "-"]
 
 
@@ -82,7 +91,7 @@ def test_the_plot_shows_the_best_latency_of_each_runtime(tmp_path, figures):
     inference.draw(MEDIANS, sizes, str(tmp_path / "latency.png"))
     (axes,) = figures[0].axes
     drawn = {points.get_label(): points.get_offsets().tolist() for points in axes.collections}
-    assert drawn["Bort"] == [[100.0, 10.0], [101.0, 5.0]]
+    assert drawn["Bort"] == [[100.0, 10.0], [101.0, 5.0], [102.0, 8.0]]
     assert drawn["BERT-base"] == [[sizes[BASE], 80.0]]
     assert [text.get_text() for text in axes.texts][:2] == ["onnx", "onnx-int8"]
     assert axes.get_ylabel() == "latency, ms"
