@@ -184,6 +184,7 @@ def is_wordpiece_file(path: str) -> bool:
 def _load_wordpiece(path: str) -> Tokenizer:
     from bort.wordpiece import read_wordpiece
 
+    check_sum(path)
     return read_wordpiece(path)
 
 
@@ -433,6 +434,8 @@ def _tokens_made(merges: Sequence[str]) -> dict[str, bytes]:
 
 
 def _load_bpe(vocab_file: str, bpe_ranks: str) -> ByteLevelBPE:
+    check_sum(vocab_file)
+    check_sum(bpe_ranks)
     try:
         return ByteLevelBPE(read_vocabulary(vocab_file), read_merges(bpe_ranks))
     except ValueError as error:

@@ -19,6 +19,8 @@ from bort.sums import SUMS, check_sum, check_sums, listed, write_sums
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.submission import check_submission
 from data.tasks import get_task
+from tests.fuzz.samples import write_bpe
+from tests.wordpieces import write_vocabulary
 
 TEST_DATA = Path(__file__).resolve().parents[1] / "test_data"
 
@@ -128,3 +130,23 @@ def test_what_reads_a_listed_file_notices_a_flipped_bit(tmp_path, name, read):
         read(tmp_path)
     (tmp_path / SUMS).unlink()
     read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "vocab.txt", "tokenizer.json"])
+def test_vocabularies_that_flags_name_are_compared_with_their_sums(tmp_path, name):
+    if name in ("vocab.json", "merges.txt"):
+        write_bpe(tmp_path)
+        flags = TokenizerSettings(
+            vocab_file=str(tmp_path / "vocab.json"), bpe_ranks=str(tmp_path / "merges.txt")
+        )
+    else:
+        load_tokenizer(TokenizerSettings(vocab_file=str(write_vocabulary(tmp_path)))).save(
+            str(tmp_path)
+        )
+        flags = TokenizerSettings(vocab_file=str(tmp_path / name))
+    write_sums(str(tmp_path))
+    load_tokenizer(flags)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(UserError, match=f"{name}: its SHA-256 is not that in SHA256SUMS"):
+        load_tokenizer(flags)

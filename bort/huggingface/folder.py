@@ -41,10 +41,14 @@ from bort.shapes import BORT_OPTIONS, MAX_LENGTH, MEAN, TOKEN_TYPES, BodyOptions
 from bort.sums import check_sums, write_sums
 from bort.tokenization import Tokenizer
 from bort.types import JSONObject, TaskKind
-from bort.wordpiece import WordPiece
+from bort.wordpiece import TOKENIZER_CONFIG, WordPiece
 
 CONFIG, README = "config.json", "README.md"
-VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.model")
+# What is read of a folder, apart from weights of other forms: compared with SHA256SUMS.
+READ_FILES = (
+    *(CONFIG, WEIGHTS, "vocab.json", "merges.txt", "tokenizer.model"),
+    *(huggingface_tokenizer.JSON, TOKENIZER_CONFIG),
+)
 OURS = "bort"  # the key of our own entries in config.json
 KEEP, FOLD = "keep", "fold"  # what is done with a body's two token types
 _OUR_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inputs_version")
@@ -183,7 +187,7 @@ def read_folder(folder: str, token_types: str = KEEP, origin: str = "") -> Impor
 
     Raises `UserError` naming the file and the entry that stands for another computation than ours.
     """
-    check_sums(folder, (WEIGHTS, *VOCABULARY_FILES))
+    check_sums(folder, READ_FILES)
     config = read_json_as(os.path.join(folder, CONFIG), HuggingFaceConfig)
     try:
         description = parse_config(config)

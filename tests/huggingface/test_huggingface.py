@@ -573,13 +573,28 @@ def test_what_cannot_be_exported_is_a_one_line_error(tmp_path, sample, capsys):
     assert "--output /dev/null/there: cannot be written (" in said
 
 
-def test_a_flipped_bit_of_the_weights_is_refused(tmp_path, folder, capsys):
-    path = folder / "model.safetensors"
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model",
+     "tokenizer_config.json"],
+)  # fmt: skip
+def test_a_flipped_bit_is_refused(tmp_path, folder, capsys, name):
+    path = folder / name
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
     said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
-    assert f"{path}: its SHA-256 is not that in SHA256SUMS" in said
+    assert f"{path}: its SHA-256 is not that in SHA256SUMS; restore the file, or delete" in said
+    assert not (tmp_path / "back").exists()
+
+
+def test_an_edited_model_card_and_an_edit_without_sums_are_read(tmp_path, folder):
+    (folder / "README.md").write_text("edited\n", encoding="utf-8")
+    bring_back([str(folder), "--output", str(tmp_path / "back")])
+    (folder / "SHA256SUMS").unlink()  # as the message says
+    edit(folder / "config.json", id2label={"0": "x", "1": "y", "2": "z"})
+    bring_back([str(folder), "--output", str(tmp_path / "again")])
+    assert load_model(str(tmp_path / "again")).model_config.labels == ("x", "y", "z")
 
 
 @pytest.fixture
@@ -762,6 +777,7 @@ def test_a_folder_of_another_program_is_named_by_its_shape(tmp_path, folder):
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del content["bort"]
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "SHA256SUMS").unlink()
     bring_back([str(folder), "--output", str(tmp_path / "back")])
     model_config = load_model(str(tmp_path / "back")).model_config
     assert (model_config.model, model_config.kind, model_config.task) == (
