@@ -7,8 +7,8 @@ r"""Give damaged and hostile files to every reader, and count the outcomes.
     python scripts/fuzz.py --flips --cases 4000
     python scripts/fuzz.py --faults --only predict.py,sweep.py
 
-A clean line is an error of one line that names the file; handled means a value that a good file
-could give. Everything else is a fault of the reader: the exit status is then 1. --flips flips one
+A clean error is one line that names the file; handled means a value that a valid file could give.
+Everything else is a fault of the reader: the exit status is then 1. --flips flips one
 bit of a file with a checksum and counts by file how often that was noticed. --faults runs every
 program while it is killed, the disk is full, streams are closed, and so on.
 """
@@ -62,7 +62,7 @@ def many_cases(settings: FuzzSettings, folder: Path) -> int:
 
     formats.prepare_imports()
     start = time.perf_counter()
-    chosen = formats.named(settings.only, summed=settings.flips)
+    chosen = formats.named(settings.only, has_sums=settings.flips)
     samples = harness.make_samples(chosen, folder / "samples", settings.jobs, settings.flips)
     made = time.perf_counter()
     work = folder / "work"
@@ -99,16 +99,16 @@ def one_case(settings: FuzzSettings, folder: Path) -> int:
     from tests.fuzz import formats, harness
 
     formats.prepare_imports()
-    (form, *_) = formats.named(settings.only, summed=settings.flips)
+    (form, *_) = formats.named(settings.only, has_sums=settings.flips)
     samples = harness.make_samples([form], folder / "samples", flips=settings.flips)
-    bench = samples.bench(form, settings.seed, folder / "work")
-    case = bench.run(settings.case, keep=True)
+    runner = samples.runner(form, settings.seed, folder / "work")
+    case = runner.run(settings.case, keep=True)
     print(case)
     try:
         print(str(form.read(folder / "work"))[:2000])
     except Exception:
         traceback.print_exc()
-    return int(case.outcome not in harness.GOOD)
+    return int(case.outcome not in harness.PASSED)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What becomes of every program under faults of the system around it.
 
 Each case runs one command in a copy of its inputs, in a session and, where a fault mounts
-something, a mount namespace of its own. A case is good when the program does its work, or ends
+something, a mount namespace of its own. A case passes when the program does its work, or ends
 with one line that is no traceback and leaves nothing half-written, and when the same command
-afterwards gives what an undisturbed one gives.
+afterwards gives the results of the reference run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from tests.conftest import ROOT
-from tests.fuzz.harness import aligned, answer_of, start_child
+from tests.fuzz.harness import columns, result_of, start_child
 from tests.fuzz.programs import PROGRAMS, Program, copy_inputs, make_inputs
 from tests.fuzz.server import MODES, serving
 
@@ -45,7 +45,7 @@ ODD_NAMES = (
 )  # fmt: skip
 
 
-class Undisturbed(NamedTuple):
+class ReferenceRun(NamedTuple):
     """What a program leaves without a fault: SHA-256 by path, of what is the same every time."""
 
     files: Dict[str, str]
@@ -61,16 +61,21 @@ class End(NamedTuple):
 
 
 class FaultError(Exception):
-    """A program behaved badly."""
+    """A program failed a check."""
 
 
 class Case:
-    """One program in a folder with its inputs, and the judgement of what it does there."""
+    """One program in a folder with its inputs, and the checks of what it does there."""
 
     def __init__(
-        self, program: Program, inputs: Path, place: Path, good: Optional[Undisturbed], seed: str
+        self,
+        program: Program,
+        inputs: Path,
+        place: Path,
+        reference: Optional[ReferenceRun],
+        seed: str,
     ) -> None:
-        self.program, self.inputs, self.place, self.good = program, inputs, place, good
+        self.program, self.inputs, self.place, self.reference = program, inputs, place, reference
         self.generator = random.Random(f"{seed} {program.name}")
         self.folder, self.server = place / "work", ""
         place.mkdir(parents=True)
@@ -138,12 +143,14 @@ class Case:
             raise FaultError(f"status {end.status}: {end.error[-300:]}")
 
     def require_results(self) -> None:
-        """Raise `FaultError` unless the results are those of an undisturbed command."""
-        assert self.good
+        """Raise `FaultError` unless the results are those of the reference run."""
+        assert self.reference
         there = files_in(self.folder)
         # What was verified, and when, is remembered in a file that any run may write.
-        good = {name: one for name, one in self.good.files.items() if "/.verified" not in name}
-        wrong = [name for name, found in good.items() if there.get(name) != found]
+        expected = {
+            name: one for name, one in self.reference.files.items() if "/.verified" not in name
+        }
+        wrong = [name for name, found in expected.items() if there.get(name) != found]
         if wrong:
             state = "differs" if wrong[0] in there else "is missing"
             raise FaultError(f"{wrong[0]} {state}")
@@ -156,7 +163,7 @@ class Case:
             raise FaultError(f"left behind: {half[0]}")
 
     def require_rerun(self) -> None:
-        """Raise `FaultError` unless the same command now gives what an undisturbed one gives."""
+        """Raise `FaultError` unless the same command now gives the results of the reference run."""
         try:
             end = self.run()
             self.require_clean(end)
@@ -179,10 +186,12 @@ def signalled(signum: int, *statuses: int) -> Callable[[Case], None]:
     """Return a fault: a signal at a random moment; `statuses` are those it may end with."""
 
     def fault(case: Case) -> None:
-        assert case.good
+        assert case.reference
         case.prepare()
         process = case.start()
-        waited(lambda: process.poll() is not None, case.generator.uniform(0, case.good.seconds))
+        waited(
+            lambda: process.poll() is not None, case.generator.uniform(0, case.reference.seconds)
+        )
         with contextlib.suppress(ProcessLookupError):
             # Ctrl-C reaches all processes of a terminal, the others one.
             send = os.killpg if signum == signal.SIGINT else os.kill
@@ -209,12 +218,12 @@ def two_at_once(case: Case) -> None:
 
 def full_disk(case: Case) -> None:
     """Let the disk be full at a random moment."""
-    assert case.good
+    assert case.reference
     private_mounts()
     case.folder.mkdir()
     copy_inputs(case.program, case.inputs, case.place / "sized")
-    room = blocks_of(case.place / "sized") + int(case.generator.random() * case.good.bytes)
-    mount("tmpfs", case.folder, "tmpfs", 0, f"size={max(room, 4096)}")
+    size = blocks_of(case.place / "sized") + int(case.generator.random() * case.reference.bytes)
+    mount("tmpfs", case.folder, "tmpfs", 0, f"size={max(size, 4096)}")
     case.prepare()
     case.require_clean(case.run())
     case.require_no_leftovers()
@@ -442,7 +451,7 @@ def mount(source: str, target: Path, kind: str, flags: int, options: str = "") -
 
 
 class Outcome(NamedTuple):
-    """What became of a case: an empty problem when it was good."""
+    """What became of a case: an empty problem when it passed."""
 
     program: str
     fault: str
@@ -450,7 +459,7 @@ class Outcome(NamedTuple):
     problem: str
 
 
-def undisturbed(program: Program, inputs: Path, place: Path) -> Undisturbed:
+def reference_run(program: Program, inputs: Path, place: Path) -> ReferenceRun:
     """Run a program twice without a fault."""
     found = []
     for name in ("first", "second"):
@@ -462,7 +471,7 @@ def undisturbed(program: Program, inputs: Path, place: Path) -> Undisturbed:
         found.append((files_in(case.folder), blocks_of(case.folder) - before))
     (first, size), (second, _) = found
     same = {name: value for name, value in first.items() if second.get(name) == value}
-    return Undisturbed(same, size, seconds)
+    return ReferenceRun(same, size, seconds)
 
 
 def run(
@@ -471,17 +480,17 @@ def run(
 ) -> List[Outcome]:  # fmt: skip
     """Run every fault of every program, `jobs` cases at a time; in children."""
     inputs = folder / "inputs"
-    answer_of(*start_child(lambda: make_inputs(inputs, programs)), "inputs")
-    good = {}
+    result_of(*start_child(lambda: make_inputs(inputs, programs)), "inputs")
+    references = {}
 
     def measure(program: Program) -> str:
         return json.dumps(
-            undisturbed(program, inputs, folder / "good" / program.name.replace("/", "-"))
+            reference_run(program, inputs, folder / "reference" / program.name.replace("/", "-"))
         )
 
     measured = [(p, lambda p=p: measure(p)) for p in programs if not p.downloads]
-    for program, answer in _in_children(measured, jobs):
-        good[program.name] = Undisturbed(*json.loads(answer))
+    for program, result in _in_children(measured, jobs):
+        references[program.name] = ReferenceRun(*json.loads(result))
     cases = [
         (Outcome(program.name, name, number, ""), program, fault)
         for program in programs
@@ -492,26 +501,26 @@ def run(
     ]
     calls = [
         ((outcome, index),
-         lambda o=outcome, p=program, f=fault, i=index: judged(
-             p, f, inputs, folder / "cases" / str(i), good.get(p.name),
+         lambda o=outcome, p=program, f=fault, i=index: problem_of(
+             p, f, inputs, folder / "cases" / str(i), references.get(p.name),
              f"{seed} {o.fault} {o.number}"))
         for index, (outcome, program, fault) in enumerate(cases)
     ]  # fmt: skip
     outcomes = []
-    for (outcome, index), answer in _in_children(calls, jobs):
-        outcomes.append(outcome._replace(problem=answer))
+    for (outcome, index), result in _in_children(calls, jobs):
+        outcomes.append(outcome._replace(problem=result))
         report(outcomes[-1])
         shutil.rmtree(folder / "cases" / str(index), ignore_errors=True)
     return outcomes
 
 
-def judged(
+def problem_of(
     program: Program, fault: Callable[[Case], None], inputs: Path, place: Path,
-    good: Optional[Undisturbed], seed: str,
+    reference: Optional[ReferenceRun], seed: str,
 ) -> str:  # fmt: skip
     """Run one case; returns the problem, "" when there is none."""
     try:
-        fault(Case(program, inputs, place, good, seed))
+        fault(Case(program, inputs, place, reference, seed))
     except FaultError as error:
         return " ".join(str(error).split())
     return ""
@@ -527,11 +536,11 @@ def _in_children(calls: Sequence[Any], jobs: int) -> Iterator[Any]:
             running[reader] = key, pid
         for reader in select.select(list(running), [], [])[0]:
             key, pid = running.pop(reader)
-            yield key, answer_of(reader, pid, str(key))
+            yield key, result_of(reader, pid, str(key))
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return good/all by program and fault; cases that had to be skipped are left out."""
+    """Return passed/all by program and fault; cases that had to be skipped are left out."""
     names = list(dict.fromkeys(one.program for one in outcomes))
     faults = list(dict.fromkeys(one.fault for one in outcomes))
     rows = [["program", *faults, "all"]]
@@ -539,17 +548,17 @@ def table(outcomes: Sequence[Outcome]) -> str:
         mine = [one for one in outcomes if name in (one.program, "all")]
         cells = [[one for one in mine if one.fault == fault] for fault in faults]
         rows.append([name, *map(_share, (*cells, mine))])
-    return aligned(rows)
+    return columns(rows)
 
 
 def _share(outcomes: Sequence[Outcome]) -> str:
     run_ones = [one for one in outcomes if not one.problem.startswith(SKIPPED)]
-    good = sum(not one.problem for one in run_ones)
-    return f"{good}/{len(run_ones)}" if run_ones else "-"
+    passed = sum(not one.problem for one in run_ones)
+    return f"{passed}/{len(run_ones)}" if run_ones else "-"
 
 
 def problems(outcomes: Sequence[Outcome]) -> List[Outcome]:
-    """Return the cases that were not good, without those that had to be skipped."""
+    """Return the cases that did not pass, without those that had to be skipped."""
     return [one for one in outcomes if one.problem and not one.problem.startswith(SKIPPED)]
 
 

@@ -1,10 +1,11 @@
-"""Every format that is read here, with a good sample and the reader that the programs use."""
+"""Every format that is read here, with a valid sample and the reader that the programs use."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -47,26 +48,6 @@ def read_shards(folder: Path) -> Any:
             require(((values >= 0) & (values < limit)).all(), "ids or positions out of range")
     batch = collate(rows, shards.manifest.pad_id)
     return rows, [np.asarray(one) for one in batch if isinstance(one, np.ndarray)]
-
-
-def change_both(folder: Path) -> None:
-    """Write the SHA-256 of the shards as they are into the manifest: a hostile shard."""
-    import json
-
-    from bort.files import sha256_of
-
-    path = folder / "shards" / "manifest.json"
-    content = json.loads(path.read_bytes())
-    for entry in content["shards"]:
-        entry["sha256"] = sha256_of(str(folder / "shards" / entry["file"]))
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def read_hostile_shards(folder: Path) -> Any:
-    """Read shards whose manifest vouches for them, whatever they hold."""
-    if all((folder / "shards" / f"part-0000{i}.npz").is_file() for i in (0, 1)):
-        change_both(folder)
-    return read_shards(folder)
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -467,10 +448,10 @@ def read_pretrained(folder: Path) -> Any:
 
 def read_classifier(folder: Path) -> Any:
     """Load a classifier as predict.py does and ask it."""
-    return _answers(folder, "mxnet")
+    return _predictions(folder, "mxnet")
 
 
-def _answers(folder: Path, runtime: str) -> Any:
+def _predictions(folder: Path, runtime: str) -> Any:
     from bort.inference.pipelines import load_classifier, predict
 
     found = list(predict(load_classifier(str(folder), runtime=runtime), TEXTS[:2]))
@@ -481,7 +462,7 @@ def _answers(folder: Path, runtime: str) -> Any:
 
 def runtime_reader(*runtimes: str) -> Callable[[Path], Any]:
     """Return a reader that asks a classifier in runtimes."""
-    return lambda folder: [_answers(folder, name) for name in runtimes]
+    return lambda folder: [_predictions(folder, name) for name in runtimes]
 
 
 def read_huggingface(folder: Path) -> Any:
@@ -611,8 +592,7 @@ def _masked_lm_and_classifier() -> Iterator[Format]:
     for name, write in (("classifier", samples.write_classifier),
                         ("masked LM", samples.write_masked_lm)):  # fmt: skip
         yield Format(f"huggingface {name}", _huggingface(write), read_huggingface,
-                     ("hf/*.json", "hf/*.safetensors", "hf/*.model"), share=1.5,
-                     summed=True)  # fmt: skip
+                     checksummed=("*",), share=1.5, has_sums=True)  # fmt: skip
 
 
 def _folders() -> Iterator[Format]:
@@ -624,15 +604,25 @@ def _folders() -> Iterator[Format]:
     ):
         yield Format(name, make, read_folder,
                      ("**/*.json", "**/metrics.jsonl", "**/journal*.jsonl"), share=0.5,
-                     summed=True)  # fmt: skip
+                     has_sums=True)  # fmt: skip
 
 
 def all_formats() -> Sequence[Format]:
-    """Return every format."""
+    """Return every format, those with checksums also with sums that fit the damage."""
+    plain = _plain_formats()
+    return (*plain, *(_with_renewed_sums(one) for one in plain if one.has_sums))
+
+
+def _with_renewed_sums(form: Format) -> Format:
+    return replace(
+        form, name=f"{form.name} with renewed sums", checksummed=(), has_sums=False, renews=True
+    )
+
+
+def _plain_formats() -> Sequence[Format]:
     return (
         Format("shards", _shards, read_shards, ("shards/*.npz", "shards/*.json"),
-               ("*.npz", "*.json"), 3, summed=True),
-        Format("hostile shards", _shards, read_hostile_shards, ("shards/*.npz",), share=3),
+               ("*.npz", "*.json"), 3, has_sums=True),
         Format("sentencepiece folder", _tokenizer_folder, read_tokenizer),
         Format("--sentencepiece", _sentencepiece, read_sentencepiece_flag),
         Format("bpe folder", samples.write_bpe, read_tokenizer),
@@ -641,11 +631,11 @@ def all_formats() -> Sequence[Format]:
         Format("corpora", samples.write_corpora, read_corpora, share=2),
         Format("create_pretraining_data", lambda f: (f / "plain.txt").write_text(samples.text()),
                read_prepared, share=0.5, writes=True),
-        Format("encoded cache", make_encoded, read_encoded, guarded=("*.npz",), share=2,
-               writes=True, summed=True),
+        Format("encoded cache", make_encoded, read_encoded, checksummed=("*.npz",), share=2,
+               writes=True, has_sums=True),
         *map(submission_format, ("SST-2", "STS-B", "MNLI", "BoolQ", "MultiRC", "ReCoRD", "AX-g")),
         Format("downloaded archive", lambda f: samples.write_zip(f / "SST-2.zip"), read_archive,
-               guarded=("*.zip",), writes=True),
+               checksummed=("*.zip",), writes=True),
         Format("grid", make_grid, read_grid),
         Format("space of architectures", make_space, read_architectures, share=2),
         Format("errors.csv", make_errors, read_errors),
@@ -653,43 +643,43 @@ def all_formats() -> Sequence[Format]:
         Format("predict inputs", make_inputs, read_inputs, share=2),
         Format("metrics.jsonl", lambda f: samples.write_metrics(f / "metrics.jsonl"), read_plot),
         Format("metrics.jsonl resumed", lambda f: samples.write_metrics(f / "metrics.jsonl"),
-               read_metrics_resumed, writes=True, summed=True),
+               read_metrics_resumed, writes=True, has_sums=True),
         Format("agora journal", make_store, read_store, ("journal.jsonl",), writes=True,
-               summed=True),
-        Format("ose journal", make_journal, read_journal, writes=True, summed=True),
+               has_sums=True),
+        Format("ose journal", make_journal, read_journal, writes=True, has_sums=True),
         Format("run results", _finetuned, read_scores, ("run/**/*.json", "run/**/*.tsv")),
         *_folders(),
         Format("parameters", samples.write_classifier, read_parameters, ("*.params",), share=2),
         Format("saved model", samples.write_classifier, read_model,
-               guarded=("*.params", "tokenizer.model", "*.json"), share=2, summed=True),
+               checksummed=("*.params", "tokenizer.model", "*.json"), share=2, has_sums=True),
         Format("pretrained model", samples.write_masked_lm, read_pretrained,
-               guarded=("*.params", "tokenizer.model", "*.json"), summed=True),
+               checksummed=("*.params", "tokenizer.model", "*.json"), has_sums=True),
         Format("predict", samples.write_classifier, read_classifier,
-               guarded=("*.params", "tokenizer.model", "*.json"), summed=True),
+               checksummed=("*.params", "tokenizer.model", "*.json"), has_sums=True),
         Format("onnx", samples.write_onnx, runtime_reader("onnx"), ("*.onnx", "*.json"),
-               ("*.params", "*.onnx", "*.json"), summed=True),
+               ("*.params", "*.onnx", "*.json"), has_sums=True),
         Format("int8", samples.write_int8, runtime_reader("onnx-int8", "mxnet-int8"), ("int8/*",),
-               ("*.onnx", "*.params", "*.json"), share=1.5, summed=True),
+               ("*.onnx", "*.params", "*.json"), share=1.5, has_sums=True),
         *_masked_lm_and_classifier(),
         Format("checkpoint", make_run, read_checkpoints, ("run/step-0000004/**/*",),
-               ("*",), share=2, summed=True),
+               ("*",), share=2, has_sums=True),
         Format("resumed run", make_run, read_resumed,
                ("run/step-0000004/*", "run/*.jsonl", "run/*.json"),
                ("model.params", "trainer.npz", "state.json"), share=0.25, writes=True),
         Format("teacher cache", make_cache, read_cache, ("cache/*",), ("*",), share=2,
-               summed=True),
+               has_sums=True),
     )  # fmt: skip
 
 
-def named(names: str, summed: bool = False) -> Sequence[Format]:
+def named(names: str, has_sums: bool = False) -> Sequence[Format]:
     """Return the formats whose names hold one of several words, with commas between them.
 
-    summed: only those with checksums.
+    has_sums: only those with checksums.
     """
     chosen = [
         form
         for form in all_formats()
-        if (form.summed or not summed)
+        if (form.has_sums or not has_sums)
         and any(word.lower() in form.name.lower() for word in names.split(","))
     ]
     if not chosen:

@@ -32,6 +32,7 @@ import numpy as np
 
 from bort.errors import UserError
 from tests.fuzz.mutators import Damage, damage, flip_one_bit, restore
+from tests.fuzz.sums import renew_sums
 
 BATCH = 25  # cases in one child
 CPU_SECONDS = 10.0  # of one case
@@ -39,12 +40,12 @@ WALL_SECONDS = 60.0
 MEGABYTES = 1500  # that one case may add
 LONGEST_LINE = 1000  # characters of a message
 FILE_BYTES = 256 << 20
-GOOD = ("clean line", "handled")
-OUTCOMES = (*GOOD, "traceback", "crash", "hang", "accepted wrongly", "leftovers")
+PASSED = ("clean error", "handled")
+OUTCOMES = (*PASSED, "traceback", "crash", "hang", "accepted wrongly", "leftovers")
 
 
 class WrongValueError(Exception):
-    """A reader gave something that no good file holds."""
+    """A reader returned something that no valid file holds."""
 
 
 class Noticed(str):
@@ -55,24 +56,26 @@ class Noticed(str):
 class Format:
     """One format and its reader.
 
-    make: writes a good sample into an empty folder.
+    make: writes a valid sample into an empty folder.
     read: reads the sample in a folder and returns plain values and arrays; raises
         `WrongValueError` when what a reader returned cannot be right.
     files: globs of the files that are damaged.
-    guarded: globs of the files that a checksum covers: reading them changed is always wrong.
+    checksummed: globs of the files that a checksum covers: reading them changed is always wrong.
     share: cases, relative to those of other formats.
-    summed: it carries checksums, so that flipped bits are looked for.
+    has_sums: it carries checksums, so that flipped bits are looked for.
     writes: the reader may write into the sample.
+    renews: the checksums in the sample are those of the damaged file.
     """
 
     name: str
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     files: Sequence[str] = ("**/*",)
-    guarded: Sequence[str] = ()
+    checksummed: Sequence[str] = ()
     share: float = 1.0
     writes: bool = False
-    summed: bool = False
+    has_sums: bool = False
+    renews: bool = False
 
 
 class Case(NamedTuple):
@@ -98,10 +101,10 @@ class Tally:
         """Count one case."""
         self.counts[case.outcome] += 1
         if case.damage.kind == "flip_bit":
-            noticed = case.outcome == "clean line" or case.detail == "noticed"
-            answer = "noticed" if noticed else "equal" if case.detail == "equal" else "no"
-            self.flips[kind_of_file(case.damage.file), answer] += 1
-        if case.outcome not in GOOD:
+            noticed = case.outcome == "clean error" or case.detail == "noticed"
+            effect = "noticed" if noticed else "equal" if case.detail == "equal" else "no"
+            self.flips[kind_of_file(case.damage.file), effect] += 1
+        if case.outcome not in PASSED:
             self.problems.append(case)
 
 
@@ -134,12 +137,13 @@ def _update(total: Any, value: Any) -> None:
         total.update(f"{type(value).__name__}:{value!r};".encode("utf-8", "surrogatepass"))
 
 
-class Bench:
+class CaseRunner:
     """A copy of a sample, damaged and restored case by case."""
 
     def __init__(self, form: Format, samples: Samples, seed: int, work: Path) -> None:
         self.form, self.work, self.seed = form, work, seed
-        self.sample, self.good = samples.folder / form.name, samples.good[form.name]
+        self.sample = samples.folder / form.name
+        self.reference = samples.reference[form.name]
         self.damage = samples.damage
         sample = self.sample
         self.files = files_of(form, sample)
@@ -150,19 +154,21 @@ class Bench:
         shutil.copytree(self.sample, self.work, symlinks=True)
 
     def run(self, number: int, keep: bool = False) -> Case:
-        """Damage, read, judge and restore; with `keep` the damaged sample stays."""
+        """Damage, read, classify and restore; with `keep` the damaged sample stays."""
         generator = random.Random(f"{self.seed} {self.form.name} {number}")
         name = generator.choice(self.files)
         path = self.work / name
         done = self.damage(generator, path, self.work)
+        if self.form.renews:
+            renew_sums(self.work, self.sample, name)
         before = set(_paths(self.work))
-        outcome, detail = self._judged(name)
+        outcome, detail = self._outcome(name)
         left = [one for one in set(_paths(self.work)) - before if not self._is_output(one)]
-        if left and outcome in GOOD:
+        if left and outcome in PASSED:
             outcome, detail = "leftovers", ", ".join(sorted(left))
         if keep:
             return Case(self.form.name, number, done, outcome, detail)
-        if self.form.writes or left:
+        if self.form.writes or self.form.renews or left:
             self._renew()
         else:
             restore(path, self.sample / name)
@@ -174,23 +180,23 @@ class Bench:
         temporary = ".tmp" in path or path.endswith((".lock", ".part", ".partial"))
         return self.form.writes and not temporary
 
-    def _judged(self, name: str) -> tuple[str, str]:
+    def _outcome(self, name: str) -> tuple[str, str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 value = self.form.read(self.work)
         except BaseException as error:
-            return _judged_error(error)
+            return _outcome_of_error(error)
         if isinstance(value, Noticed):
             return "handled", "noticed"
-        if digest(value) == self.good:
+        if digest(value) == self.reference:
             return "handled", "equal"
-        if any(Path(name).match(pattern) for pattern in self.form.guarded):
-            return "accepted wrongly", f"another value from {Path(name).name}, which is guarded"
+        if any(Path(name).match(pattern) for pattern in self.form.checksummed):
+            return "accepted wrongly", f"another value from {Path(name).name}, which has a checksum"
         return "handled", ""
 
 
-def _judged_error(error: BaseException) -> tuple[str, str]:
+def _outcome_of_error(error: BaseException) -> tuple[str, str]:
     text = str(error)
     if isinstance(error, WrongValueError):
         return "accepted wrongly", text
@@ -198,7 +204,7 @@ def _judged_error(error: BaseException) -> tuple[str, str]:
     # What `entry_point` makes one line of, too.
     clean = clean or (isinstance(error, OSError) and error.filename is not None)
     if clean and len(text) <= LONGEST_LINE and "\n" not in text:
-        return "clean line", text
+        return "clean error", text
     where = next(
         (f"{Path(one.filename).name}:{one.lineno}"
          for one in reversed(traceback.extract_tb(error.__traceback__))
@@ -230,7 +236,7 @@ def _paths(folder: Path) -> Iterator[str]:
 class _Child:
     """A forked child that runs a list of cases and reports each by a line."""
 
-    def __init__(self, bench: Callable[[], Bench], numbers: Sequence[int]) -> None:
+    def __init__(self, make_runner: Callable[[], CaseRunner], numbers: Sequence[int]) -> None:
         self.waiting = list(numbers)
         self.cases: List[Case] = []
         self.descriptor, writer = os.pipe()
@@ -239,7 +245,7 @@ class _Child:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.descriptor)
-            _run_child(bench, numbers, writer)
+            _run_child(make_runner, numbers, writer)
         os.close(writer)
         self._rest = b""
         self._base = _resident(self.pid)
@@ -282,16 +288,16 @@ class _Child:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def _run_child(bench: Callable[[], Bench], numbers: Sequence[int], writer: int) -> None:
+def _run_child(make_runner: Callable[[], CaseRunner], numbers: Sequence[int], writer: int) -> None:
     faulthandler.disable()  # which pytest has switched on
     try:
         _silence()
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        prepared = bench()
+        runner = make_runner()
         for number in numbers:
-            case = prepared.run(number)
+            case = runner.run(number)
             os.write(writer, json.dumps(case).encode() + b"\n")
     finally:
         os._exit(0)
@@ -316,15 +322,15 @@ def _cpu_seconds(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Samples:
-    """Good samples, and what their readers make of them."""
+    """Valid samples, and the digest of what their readers return."""
 
     folder: Path
-    good: Dict[str, str]
+    reference: Dict[str, str]
     damage: Callable[[random.Random, Path, Path], Damage] = damage
 
-    def bench(self, form: Format, seed: int, work: Path) -> Bench:
-        """Return a bench of one format."""
-        return Bench(form, self, seed, work)
+    def runner(self, form: Format, seed: int, work: Path) -> CaseRunner:
+        """Return what runs the cases of one format."""
+        return CaseRunner(form, self, seed, work)
 
 
 def make_samples(
@@ -335,19 +341,19 @@ def make_samples(
     In children, `jobs` at a time: this process stays without threads. With `flips` every damage
     is one flipped bit.
     """
-    good: Dict[str, str] = {}
+    reference: Dict[str, str] = {}
     waiting, running = list(formats), {}
     while waiting or running:
         while waiting and len(running) < jobs:
             form = waiting.pop()
             place = folder / form.name
             place.mkdir(parents=True)
-            answer, pid = start_child(lambda f=form, p=place: _made(f, p))
-            running[answer] = form.name, pid
-        for answer in select.select(list(running), [], [])[0]:
-            name, pid = running.pop(answer)
-            good[name] = answer_of(answer, pid, name)
-    return Samples(folder, good, flip_one_bit if flips else damage)
+            reader, pid = start_child(lambda f=form, p=place: _made(f, p))
+            running[reader] = form.name, pid
+        for reader in select.select(list(running), [], [])[0]:
+            name, pid = running.pop(reader)
+            reference[name] = result_of(reader, pid, name)
+    return Samples(folder, reference, flip_one_bit if flips else damage)
 
 
 def _made(form: Format, place: Path) -> str:
@@ -378,15 +384,15 @@ def start_child(function: Callable[[], str]) -> tuple[int, int]:
     return reader, pid
 
 
-def answer_of(reader: int, pid: int, name: str) -> str:
+def result_of(reader: int, pid: int, name: str) -> str:
     """Wait for the text of a child; raises `AssertionError` with its traceback when it failed."""
     with open(reader, "rb") as stream:
-        answer = stream.read().decode()
+        result = stream.read().decode()
     os.waitpid(pid, 0)
-    if not answer.startswith("+"):
-        reason = answer or "the process crashed"
-        raise AssertionError(f"{name}: the good sample is refused:\n{reason}")
-    return answer[1:]
+    if not result.startswith("+"):
+        reason = result or "the process crashed"
+        raise AssertionError(f"{name}: the valid sample is refused:\n{reason}")
+    return result[1:]
 
 
 def _silence() -> None:
@@ -416,7 +422,7 @@ def run(
         while queue and len(running) < jobs:
             form, numbers = queue.popleft()
             place = Path(tempfile.mkdtemp(dir=work)) / "sample"
-            child = _Child(lambda f=form, p=place: samples.bench(f, seed, p), numbers)
+            child = _Child(lambda f=form, p=place: samples.runner(f, seed, p), numbers)
             running[child.descriptor] = form, child
         ready, _, _ = select.select(list(running), [], [], 0.05)
         for descriptor in ready:
@@ -428,14 +434,14 @@ def run(
             del running[descriptor]
             for case in child.cases:
                 tallies[form.name].add(case)
-            _settle(form, child, samples, seed, tallies[form.name], queue)
+            _record_end(form, child, samples, seed, tallies[form.name], queue)
     return tallies
 
 
-def _settle(
+def _record_end(
     form: Format, child: _Child, samples: Samples, seed: int, tally: Tally, queue: Any
 ) -> None:
-    """Blame the case that a child died of, and let the rest run in another one."""
+    """Record the case at which a child ended, and queue the rest for another child."""
     if not child.waiting:
         return
     number, *rest = child.waiting
@@ -463,19 +469,19 @@ def described(form: Format, samples: Samples, seed: int, number: int) -> Damage:
 
 def table(tallies: Dict[str, Tally]) -> str:
     """Return the outcomes by format, and the share of flipped bits that were noticed."""
-    header = ["format", "cases", *OUTCOMES, "good", "flips noticed"]
+    header = ["format", "cases", *OUTCOMES, "passed", "flips noticed"]
     rows = [[name, *_cells(tally)] for name, tally in tallies.items()]
     total = Tally()
     for tally in tallies.values():
         total.counts.update(tally.counts)
         total.flips.update(tally.flips)
-    return aligned([header, *rows, ["all", *_cells(total)]])
+    return columns([header, *rows, ["all", *_cells(total)]])
 
 
 def _cells(tally: Tally) -> List[str]:
     cases = sum(tally.counts.values())
-    good = sum(tally.counts[name] for name in GOOD)
-    share = f"{100 * good / cases:.1f} %" if cases else "-"
+    passed = sum(tally.counts[name] for name in PASSED)
+    share = f"{100 * passed / cases:.1f} %" if cases else "-"
     return [
         f"{cases:,}",
         *(str(tally.counts[name]) for name in OUTCOMES),
@@ -487,8 +493,8 @@ def _cells(tally: Tally) -> List[str]:
 def _noticed(flips: collections.Counter) -> str:
     """Return noticed/all; a flip that changes nothing that is read has no effect to notice."""
     counts: collections.Counter = collections.Counter()
-    for (_, answer), number in flips.items():
-        counts[answer] += number
+    for (_, effect), number in flips.items():
+        counts[effect] += number
     return f"{counts['noticed']}/{counts['noticed'] + counts['no']}"
 
 
@@ -501,10 +507,10 @@ def flip_table(tallies: Dict[str, Tally]) -> str:
             rows.append([name, file, str(equal + noticed + missed), str(equal), str(noticed),
                          str(missed)])  # fmt: skip
     rows.append(["all", "", *(str(sum(int(row[i]) for row in rows[1:])) for i in range(2, 6))])
-    return aligned(rows, 2)
+    return columns(rows, 2)
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def columns(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return rows of cells as text: the first `left` columns to the left, the rest to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(

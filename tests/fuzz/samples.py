@@ -1,4 +1,4 @@
-"""Small good folders of everything that the programs write, made by the programs themselves."""
+"""Small valid folders of everything that the programs write, made by the programs themselves."""
 
 from __future__ import annotations
 

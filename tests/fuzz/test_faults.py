@@ -1,4 +1,4 @@
-"""The faults see what they look for: programs that are made to behave well, or badly."""
+"""Programs that handle faults pass; those that are made not to are reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.fuzz import faults
 from tests.fuzz.programs import PROGRAMS, Program
 
 # All of it is in the try: a Ctrl-C comes at any moment, also during the imports and at the end.
-GOOD = """\
+SCRIPT = """\
 try:
     import os, sys, time
     out = sys.argv[1]
@@ -40,7 +40,7 @@ STREAMS = ["no stdin", "| head", ">/dev/full", "no stderr"]
 
 def run(tmp_path: Path, names: list[str], more: str = "pass") -> list[str]:
     script = tmp_path / "program.py"
-    script.write_text(GOOD.format(more=more))
+    script.write_text(SCRIPT.format(more=more))
     program = Program(str(script), "{w}/out.txt", [])
     found = faults.run([program], names, 2, 3, 2, tmp_path / "work")
     return [one.problem for one in found if not one.problem.startswith(faults.SKIPPED)]
@@ -51,12 +51,12 @@ def work(tmp_path):
     (tmp_path / "work").mkdir()
 
 
-def test_a_good_program_has_no_problems(tmp_path):
+def test_a_program_that_handles_faults_has_no_problems(tmp_path):
     names = ["kill", "Ctrl-C", "two at once", *STREAMS, "odd path", "disk full", "read-only"]
     assert set(run(tmp_path, names)) == {""}
 
 
-BAD = [
+PROBLEMS = [
     ("no stdin", "if sys.stdin is None: raise ValueError", "traceback"),
     ("no stdin", "if sys.stdin is None: sys.exit(1)", "status 1 with 0 lines"),
     ("no stdin", "if sys.stdin is None: os.abort()", "status -6"),
@@ -67,15 +67,15 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "more", "problem"), BAD)
-def test_bad_programs_are_told(tmp_path, monkeypatch, name, more, problem):
-    if name == "threads 2,1":  # which an undisturbed run does not have
+@pytest.mark.parametrize(("name", "more", "problem"), PROBLEMS)
+def test_problems_are_reported(tmp_path, monkeypatch, name, more, problem):
+    if name == "threads 2,1":  # which the reference run does not have
         more = f"if ',' in os.environ['OMP_NUM_THREADS']: {more}"
     (found,) = run(tmp_path, [name], more)
     assert problem in found
 
 
-def test_processes_that_live_on_are_ended_and_told(tmp_path, monkeypatch):
+def test_processes_that_live_on_are_ended_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "GONE", 0.5)
     more = "if sys.stdin is None: import subprocess; subprocess.Popen(['sleep', '60'])"
     (found,) = run(tmp_path, ["no stdin"], more)
@@ -107,7 +107,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("status", "error", "problem"), ENDS)
-def test_ends_are_judged(tmp_path, status, error, problem):
+def test_ends_of_commands_are_classified(tmp_path, status, error, problem):
     case = faults.Case(PROGRAMS[0], tmp_path, tmp_path / "case", None, "")
     try:
         case.require_clean(faults.End(status, error), 130, -signal.SIGINT)
@@ -126,7 +126,7 @@ def test_waiting_does_not_count_the_time_in_which_this_process_is_stopped(monkey
     assert faults.waited(lambda: next(done), 1.5)
 
 
-def test_a_table_counts_good_cases_without_those_that_were_skipped():
+def test_a_table_counts_passed_cases_without_those_that_were_skipped():
     outcomes = [
         faults.Outcome("a.py", "kill", 0, ""),
         faults.Outcome("a.py", "kill", 1, "traceback"),

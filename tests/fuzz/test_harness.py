@@ -1,4 +1,4 @@
-"""The harness sees what it looks for: every outcome, of readers that are made to have it."""
+"""The harness tells every outcome apart, with readers that are made to have it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from bort.errors import UserError
 from tests.fuzz import harness, mutators
 from tests.fuzz.harness import Format, Noticed, Tally, WrongValueError
 
-GOOD = b"a good file\n"
+VALID = b"a valid file\n"
 
 
 def make(folder: Path) -> None:
-    (folder / "file.txt").write_bytes(GOOD)
+    (folder / "file.txt").write_bytes(VALID)
 
 
 def run(tmp_path: Path, read, cases: int = 4, **more) -> Tally:
     def guard(folder: Path):
         content = mutators.content_of(folder / "file.txt")
-        return "good" if content == GOOD else read(folder)
+        return "valid" if content == VALID else read(folder)
 
     form = Format("made up", make, guard, **more)
     samples = harness.make_samples([form], tmp_path / "samples")
@@ -43,8 +43,8 @@ def raising(error: BaseException):
 @pytest.mark.parametrize(
     ("read", "outcome"),
     [
-        (raising(UserError("file: is wrong; restore it")), "clean line"),
-        (raising(FileNotFoundError(2, "No such file", "file")), "clean line"),
+        (raising(UserError("file: is wrong; restore it")), "clean error"),
+        (raising(FileNotFoundError(2, "No such file", "file")), "clean error"),
         (raising(OSError("no name")), "traceback"),
         (raising(UserError("x" * 5000)), "traceback"),
         (raising(UserError("two\nlines")), "traceback"),
@@ -57,14 +57,14 @@ def raising(error: BaseException):
         (lambda folder: (folder / "file.tmp").touch(), "leftovers"),
     ],
 )
-def test_every_outcome_is_told_apart(tmp_path, read, outcome):
+def test_outcomes_are_classified(tmp_path, read, outcome):
     tally = run(tmp_path, read)
     assert set(tally.counts) == {outcome}
     assert sum(tally.counts.values()) == 4
 
 
-def test_a_changed_value_of_a_guarded_file_is_wrong(tmp_path):
-    tally = run(tmp_path, lambda folder: "another value", guarded=("*.txt",))
+def test_a_changed_value_of_a_checksummed_file_is_wrong(tmp_path):
+    tally = run(tmp_path, lambda folder: "another value", checksummed=("*.txt",))
     assert set(tally.counts) == {"accepted wrongly"}
 
 
@@ -91,7 +91,7 @@ def test_what_takes_too_long_or_too_much_is_ended(tmp_path, monkeypatch):
 def test_flipped_bits_are_counted_where_they_have_an_effect():
     tally = Tally()
     flip = mutators.Damage("flip_bit", "file")
-    for outcome, detail in (("clean line", "file: x"), ("handled", "equal"), ("handled", ""),
+    for outcome, detail in (("clean error", "file: x"), ("handled", "equal"), ("handled", ""),
                             ("handled", "noticed"), ("accepted wrongly", "x")):  # fmt: skip
         tally.add(harness.Case("made up", 0, flip, outcome, detail))
     row = harness.table({"made up": tally}).split("\n")[1]
@@ -102,15 +102,15 @@ def test_flipped_bits_are_counted_where_they_have_an_effect():
 def test_the_same_seed_makes_the_same_damage(tmp_path, name):
     contents = {".json": b'{"a": [1, {"b": 2}]}', ".jsonl": b'{"a": 1}\n{"a": 2}\n'}
     if name.endswith("npz"):
-        np.savez(tmp_path / "good", one=np.arange(5), two=np.zeros((2, 2)))
-        good = (tmp_path / "good.npz").read_bytes()
+        np.savez(tmp_path / "valid", one=np.arange(5), two=np.zeros((2, 2)))
+        valid = (tmp_path / "valid.npz").read_bytes()
     else:
-        good = contents.get(Path(name).suffix, b"a: [1, 2]\tb\nc: [1]\td\n")
+        valid = contents.get(Path(name).suffix, b"a: [1, 2]\tb\nc: [1]\td\n")
     path = tmp_path / name
     found: dict[int, set] = {}
     for _ in range(2):
         for seed in range(200):
-            path.write_bytes(good)
+            path.write_bytes(valid)
             done = mutators.damage(random.Random(seed), path, tmp_path)
             found.setdefault(seed, set()).add((done, mutators.content_of(path)))
             if path.is_dir() and not path.is_symlink():
@@ -118,5 +118,5 @@ def test_the_same_seed_makes_the_same_damage(tmp_path, name):
             else:
                 path.unlink(missing_ok=True)
     assert all(len(one) == 1 for one in found.values())
-    changed = [content for one in found.values() for _, content in one if content != good]
+    changed = [content for one in found.values() for _, content in one if content != valid]
     assert len(changed) > 150
