@@ -8,7 +8,6 @@ Rank r of W ranks takes micro-batches r, r + W, ...; each epoch uses every seque
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Callable, Generator, Iterable, NamedTuple, Optional, Sequence, TypeVar
@@ -17,10 +16,10 @@ import numpy as np
 
 from bort.config import build
 from bort.errors import UserError
-from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
+from bort.tokenization import TOKENIZER_FOLDER
 from bort.types import JSONObject
 from data.masking import DynamicMasking, MaskingSettings, MaskingTable
-from data.shards import MaskedSequence, ShardSet
+from data.shards import MaskedSequence, ShardSet, shards_tokenizer
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -218,7 +217,10 @@ class PretrainingLoader:
         return self.sampler.batches_per_epoch
 
     def __call__(self, position: int) -> Batch:
-        """Return micro-batch `position`; raises `UserError` for ids that are out of range."""
+        """Return micro-batch `position`.
+
+        Raises `UserError` for ids that are out of range, and for rows that are not finite.
+        """
         indices = self.sampler(position)
         sequences = [self._shards.sequence(int(index)) for index in indices]
         if self._masking is not None:
@@ -231,8 +233,13 @@ class PretrainingLoader:
         if self._teacher_rows is None:
             return batch
         spans = map(self._shards.masked, indices)
-        hidden = [self._teacher_rows[shard][span] for shard, span in spans]
-        return batch._replace(teacher_hidden=np.concatenate(hidden))
+        hidden = np.concatenate([self._teacher_rows[shard][span] for shard, span in spans])
+        if not np.isfinite(hidden).all():
+            raise UserError(
+                "--teacher_cache: has rows with values that are not finite; find them with "
+                "scripts/verify.py, delete those files, run scripts/build_teacher_cache.py again"
+            )
+        return batch._replace(teacher_hidden=hidden)
 
 
 def open_dynamic_masking(folder: str, shards: ShardSet, seed: int) -> DynamicMasking:
@@ -240,12 +247,11 @@ def open_dynamic_masking(folder: str, shards: ShardSet, seed: int) -> DynamicMas
 
     Raises `UserError` when the folder does not hold the tokenizer of its shards.
     """
-    path = os.path.join(folder, TOKENIZER_FOLDER)
-    tokenizer = load_tokenizer_folder(path)
-    if tokenizer is None or tokenizer.fingerprint != shards.manifest.tokenizer_fingerprint:
+    tokenizer = shards_tokenizer(folder, shards.manifest)
+    if tokenizer is None:
         raise UserError(
-            f"--dynamic_masking: {path} does not hold the tokenizer of the shards; copy it there, "
-            "or make the shards again"
+            f"--dynamic_masking: {folder} does not hold the tokenizer of the shards; copy it there "
+            f"as {TOKENIZER_FOLDER}/, or make the shards again"
         )
     settings = _masking_settings(folder, shards.manifest.arguments)
     return DynamicMasking(settings, MaskingTable(tokenizer, settings.whole_word_mask), seed)

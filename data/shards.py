@@ -41,6 +41,7 @@ from bort.files import (
     sha256_of,
     write_json,
 )
+from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
 from bort.types import JSONObject
 from bort.verified import Verifiable, verify_changed
 from data.corpus import TextFile
@@ -164,6 +165,21 @@ class Manifest:
             if before.sha256 != now.sha256:
                 found.append(f"the text of {now.path} differs from that of {before.path} before")
         return found
+
+
+def shards_tokenizer(folder: str, manifest: Manifest) -> Optional[Tokenizer]:
+    """Return the tokenizer beside the shards of a folder; None when there is none.
+
+    Raises `UserError` when it is not the one that the shards were made with.
+    """
+    path = os.path.join(folder, TOKENIZER_FOLDER)
+    tokenizer = load_tokenizer_folder(path)
+    if tokenizer and tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"{path}: is not the tokenizer of the shards; restore the folder, or make the shards "
+            "again"
+        )
+    return tokenizer
 
 
 def write_manifest(folder: str, name: str, manifest: Manifest) -> None:

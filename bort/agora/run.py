@@ -40,6 +40,7 @@ from bort.errors import UserError
 from bort.files import lock_folder, read_json_as, write_json
 from bort.finetuning.classifier import (
     Classifier,
+    check_vocabulary,
     for_task,
     load_classifier,
     new_classifier,
@@ -246,6 +247,7 @@ class _Run:
         """Run all rounds under the folder's lock; returns the content of agora.json."""
         tau = make_tau(self.settings.tau, self.infill)
         timaeus, source = self.timaeus()
+        check_vocabulary(self.settings.classifier, self.settings.tokenizer)
         with lock_folder(self.folder, "--output_dir"):
             self.claim_folder()
             return self._rounds(tau, timaeus, source)

@@ -75,6 +75,7 @@ def build_classifier(
     if given.model_parameters:
         trained = not settings.run.only_inference
         classifier = load_classifier(given.model_parameters, task, devices, given.dropout, trained)
+        _check_flags(settings.tokenizer, classifier, given.model_parameters)
         if trained:
             classifier = for_task(classifier, task, max_len, details)
     else:
@@ -123,6 +124,15 @@ def load_classifier(
     return Classifier(network, model_config, tokenizer)
 
 
+def _check_flags(flags: TokenizerSettings, classifier: Classifier, path: str) -> None:
+    """Raise `UserError` when flags name another vocabulary than the one of a loaded model."""
+    if _is_named(flags) and load_tokenizer(flags).fingerprint != classifier.tokenizer.fingerprint:
+        raise UserError(
+            f"--model_parameters {path}: trained with another vocabulary than the one that the "
+            "flags name; leave them out: the model has its tokenizer"
+        )
+
+
 def for_task(classifier: Classifier, task: Task, max_len: int, details: JSONMapping) -> Classifier:
     """Return a loaded classifier as one that is trained further on a task."""
     model_config = dataclasses.replace(
@@ -143,9 +153,7 @@ def new_classifier(
     details: JSONMapping,
 ) -> Classifier:
     """Build a body, from pretrained weights if they are given, with a new head."""
-    pretrained = settings.pretrained_parameters
-    path = parameter_file(pretrained) if pretrained else None
-    origin = read_model_config(path) if path and os.path.exists(model_config_path(path)) else None
+    path, origin = _pretrained(settings)
     if origin and settings.model_name not in (None, origin.model):
         raise UserError(f"--model_name {settings.model_name}: the weights are of {origin.model}")
     tokenizer = _tokenizer(tokenizer_flags, path, origin)
@@ -177,9 +185,29 @@ def new_classifier(
     return Classifier(network, model_config, tokenizer)
 
 
+def check_vocabulary(settings: ClassifierSettings, flags: TokenizerSettings) -> None:
+    """Raise `UserError` when pretrained weights have another vocabulary than the flags name."""
+    _tokenizer(flags, *_pretrained(settings))
+
+
+def _pretrained(settings: ClassifierSettings) -> tuple[str | None, ModelConfig | None]:
+    """Return the path of the pretrained weights and their model config, where there are any."""
+    if not settings.pretrained_parameters:
+        return None, None
+    path = parameter_file(settings.pretrained_parameters)
+    return path, read_model_config(path) if os.path.exists(model_config_path(path)) else None
+
+
+def _is_named(flags: TokenizerSettings) -> bool:
+    return any(dataclasses.asdict(flags).values())
+
+
 def _tokenizer(flags: TokenizerSettings, path: str | None, origin: ModelConfig | None) -> Tokenizer:
-    """Return the tokenizer that the flags name, else the one beside the weights."""
-    named = any(dataclasses.asdict(flags).values())
+    """Return the tokenizer that the flags name, else the one beside the weights.
+
+    Raises `UserError` when it is not the one that the weights were trained with.
+    """
+    named = _is_named(flags)
     folder = os.path.join(os.path.dirname(path or ""), TOKENIZER_FOLDER)
     beside = load_tokenizer_folder(folder) if path and not named else None
     tokenizer = beside or load_tokenizer(flags)

@@ -134,6 +134,23 @@ class MXNetBackend(Backend):
         return self._network(*arrays).astype("float32", copy=False).asnumpy()
 
 
+class SymbolBackend(MXNetBackend):
+    """A classifier that MXNet exported, from its files; damage may show when it runs."""
+
+    def __init__(self, prefix: str, vocab_size: int) -> None:
+        """Load `<prefix>-symbol.json` and its parameters; raises `UserError` for damaged files."""
+        super().__init__(load_symbol_block(prefix), vocab_size)
+        self._symbol, _ = symbol_files(prefix)
+
+    def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        from mxnet.base import MXNetError
+
+        try:
+            return super()._forward(ids, lengths)
+        except MXNetError as error:
+            raise _unusable(self._symbol, "run", error) from None
+
+
 class OnnxBackend(Backend):
     """A graph written by bort.inference.onnx_graph, in ONNX Runtime."""
 
@@ -523,7 +540,7 @@ def int8_backend(
     """Load onnx-int8 or mxnet-int8 from its files, which may have been verified."""
     if name == "onnx-int8":
         return OnnxBackend(files.onnx, threads, verified)
-    return MXNetBackend(load_symbol_block(files.mxnet), vocab_size)
+    return SymbolBackend(files.mxnet, vocab_size)
 
 
 def symbol_files(prefix: str) -> tuple[str, str]:
@@ -546,11 +563,13 @@ def load_symbol_block(prefix: str) -> Block:
         block.collect_params().setattr("grad_req", "null")
         block.collect_params().load(parameters, cast_dtype=True, dtype_source="saved")
     except Exception as error:  # MXNet raises exceptions of many classes
-        reason = quoted(str(error).strip().splitlines()[-1:])
-        raise UserError(
-            f"{symbol}: MXNet cannot load it ({reason}); run scripts/quantize.py again"
-        ) from None
+        raise _unusable(symbol, "load", error) from None
     return block
+
+
+def _unusable(symbol: str, use: str, error: Exception) -> UserError:
+    reason = quoted(str(error).strip().splitlines()[-1:])
+    return UserError(f"{symbol}: MXNet cannot {use} it ({reason}); run scripts/quantize.py again")
 
 
 def metadata_of(path: str, model_config: ModelConfig) -> dict[str, str]:

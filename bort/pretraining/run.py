@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from typing import Any, NamedTuple, Optional, Sequence
 
 import mxnet as mx
@@ -44,7 +43,6 @@ from bort.reporter import FolderReporter, Reporter
 from bort.saved_model import ModelConfig, body_options_of, save_model, save_model_config
 from bort.seeds import mxnet_seed
 from bort.shapes import BORT_OPTIONS, MAX_LENGTH
-from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
 from bort.training.job import (
     Evaluation,
     Job,
@@ -60,7 +58,7 @@ from bort.training.optimization import linear_warmup_decay, make_trainer
 from bort.training.reporting import PhaseTimer
 from bort.types import Block, Context, JSONMapping, NDArray
 from data.batches import Batch, BucketSampler, PretrainingLoader, open_dynamic_masking
-from data.shards import Manifest, ShardSet, open_shards
+from data.shards import Manifest, ShardSet, open_shards, shards_tokenizer
 
 # What a resumed run cannot change. The micro-batch of a number depends on the first and the last.
 FIXED_FLAGS = {
@@ -218,7 +216,7 @@ def _evaluation(
 
 def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) -> SavePolicy:
     run, max_steps, manifest = settings.run, settings.optimizer.num_steps, inputs.manifest
-    tokenizer = os.path.join(settings.data.data, TOKENIZER_FOLDER)
+    tokenizer = shards_tokenizer(settings.data.data, manifest)
 
     def due(progress: Progress, best: bool) -> bool:
         return best or progress.step % run.ckpt_interval == 0 or progress.step == max_steps
@@ -246,7 +244,7 @@ def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) 
         )
 
     def write_model(path: str, progress: Progress) -> None:
-        save_model(path, student, model_config(progress), load_tokenizer_folder(tokenizer))
+        save_model(path, student, model_config(progress), tokenizer)
 
     return SavePolicy(
         folder=run.ckpt_dir,

@@ -203,6 +203,8 @@ def _read_projection(folder: str, manifest: CacheManifest) -> tuple[np.ndarray, 
     expected = (manifest.vocab_size, manifest.hidden)
     if weight.shape != expected or bias.shape != expected[:1]:
         raise UserError(f"{path}: holds {weight.shape}, its manifest says {expected}; {cure}")
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise UserError(f"{path}: has values that are not finite; {cure}")
     return weight, bias
 
 
@@ -213,8 +215,7 @@ def verify_cache(folder: str) -> tuple[int, int]:
     finite.
     """
     manifest = read_cache_manifest(folder)
-    for values in _read_projection(folder, manifest):
-        _check_finite(os.path.join(folder, PROJECTION_FILE), values)
+    _read_projection(folder, manifest)
     names = {name.rpartition(".")[0] for name in os.listdir(folder) if _ROWS.fullmatch(name)}
     paths = [os.path.join(folder, f"{name}.npy") for name in sorted(names)]
     count = 0

@@ -49,16 +49,13 @@ def check_json(folder: Path) -> None:
 
 def check_shards(folder: Path) -> Found:
     """Read every shard and compare its SHA-256, ids and positions; the tokenizer beside them."""
-    from bort.tokenization import TOKENIZER_FOLDER, load_tokenizer_folder
-    from data.shards import open_shards, read_manifest
+    from data.shards import open_shards, read_manifest, shards_tokenizer
 
     if not (folder / MANIFEST_FILE).exists():
         manifest = read_manifest(str(folder), UNFINISHED_FILE)
         return Found(False, f"{len(manifest.shards)} shards so far; run its command again")
     shards = open_shards(str(folder), remember=False)
-    tokenizer = load_tokenizer_folder(str(folder / TOKENIZER_FOLDER))
-    if tokenizer and tokenizer.fingerprint != shards.manifest.tokenizer_fingerprint:
-        raise UserError(f"{folder / TOKENIZER_FOLDER}: is not the tokenizer of the shards")
+    shards_tokenizer(str(folder), shards.manifest)
     return Found(True, f"{len(shards.shards)} shards, {shards.num_sequences:,} sequences")
 
 

@@ -23,6 +23,7 @@ from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.tasks import get_task
 from scripts import run_agora
 from tests.reference import redraw
+from tests.wordpieces import write_vocabulary
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -213,12 +214,14 @@ def test_every_kind_of_task(places, tmp_path, name):
         (["--regression_edges", "2,1"], "--regression_edges 2,1: must increase"),
         (["--regression_edges", "2;1"], "--regression_edges 2;1: must be numbers"),
         (["--tau_model", "absent"], "absent: not found"),
+        (["--vocab_file", "VOCABULARY"], "trained with another vocabulary than wordpiece of"),
         (["--task_name", "AX"], "--task_name AX: has no training set; run MNLI"),
         (["--task_name", "CB"], "whose labels are not those of CB"),
         (["--lower", "0.5"], "--lower 0.5: must not be above --upper 0.2"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(places, tmp_path, capsys, more, message):
+    more = [write_vocabulary(tmp_path) if one == "VOCABULARY" else one for one in more]
     with pytest.raises(SystemExit):
         run_agora.main([*arguments(places, "SST-2", tmp_path / "out"), *more])
     assert message in capsys.readouterr().err

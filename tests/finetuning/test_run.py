@@ -16,11 +16,14 @@ import pytest
 import finetune_classifier
 from bort.errors import Stopped, UserError
 from bort.files import read_json
+from bort.tokenization import SAMPLE_MODEL
 from data.submission import check_submission
 from data.tasks import get_task, task_names
 from tests.conftest import ROOT
 from tests.finetuning.helpers import SHAPE, arguments, finetuned, make_run, write_reviews
+from tests.fuzz.samples import write_classifier
 from tests.pretraining.helpers import assert_same_training, digest, metrics
+from tests.wordpieces import write_vocabulary
 
 TEST_DATA = ROOT / "test_data"
 # Losses of the first steps, made by this program on one OpenMP thread.
@@ -82,7 +85,7 @@ def test_the_head_starts_as_asked(reviews, tmp_path, init):
 
 def test_a_pretrained_body_supplies_weights_shape_and_vocabulary(reviews, tmp_path):
     from bort.saved_model import ModelConfig, build_network, save_model
-    from bort.tokenization import SAMPLE_MODEL, TokenizerSettings, load_tokenizer
+    from bort.tokenization import TokenizerSettings, load_tokenizer
 
     tokenizer = load_tokenizer(TokenizerSettings())
     model_config = ModelConfig(SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "masked_lm")
@@ -103,6 +106,18 @@ def test_a_pretrained_body_supplies_weights_shape_and_vocabulary(reviews, tmp_pa
     save_model(str(other), body, ModelConfig(SHAPE, 1000, "another", "masked_lm"), None)
     with pytest.raises(UserError, match="trained with another vocabulary"):
         make_run(reviews, tmp_path, pretrained_parameters=other, sentencepiece=SAMPLE_MODEL)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_flags_that_name_another_vocabulary_than_a_models_are_refused(reviews, tmp_path, trained):
+    write_classifier(tmp_path / "model")
+    flags = {"model_parameters": tmp_path / "model", "model_name": None,
+             "only_inference": not trained}  # fmt: skip
+    other = write_vocabulary(tmp_path)
+    with pytest.raises(UserError, match="trained with another vocabulary than the one that the fl"):
+        finetuned(reviews, tmp_path / "out", vocab_file=other, **flags)
+    assert not (tmp_path / "out").exists()
+    finetuned(reviews, tmp_path / "out", sentencepiece=SAMPLE_MODEL, epochs=1, **flags)
 
 
 def test_a_bert_body_keeps_epsilon_token_types_and_vocabulary(reviews, tmp_path):

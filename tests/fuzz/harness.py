@@ -65,6 +65,7 @@ class Format:
     has_sums: it carries checksums, so that flipped bits are looked for.
     writes: the reader may write into the sample.
     renews: the checksums in the sample are those of the damaged file.
+    shares: the format whose sample it shares; empty for its own.
     """
 
     name: str
@@ -76,6 +77,12 @@ class Format:
     writes: bool = False
     has_sums: bool = False
     renews: bool = False
+    shares: str = ""
+
+    @property
+    def sample(self) -> str:
+        """Return the name of the folder of its sample."""
+        return self.shares or self.name
 
 
 class Case(NamedTuple):
@@ -142,8 +149,8 @@ class CaseRunner:
 
     def __init__(self, form: Format, samples: Samples, seed: int, work: Path) -> None:
         self.form, self.work, self.seed = form, work, seed
-        self.sample = samples.folder / form.name
-        self.reference = samples.reference[form.name]
+        self.sample = samples.folder / form.sample
+        self.reference = samples.reference[form.sample]
         self.damage = samples.damage
         sample = self.sample
         self.files = files_of(form, sample)
@@ -342,14 +349,14 @@ def make_samples(
     is one flipped bit.
     """
     reference: Dict[str, str] = {}
-    waiting, running = list(formats), {}
+    waiting, running = list({form.sample: form for form in formats}.values()), {}
     while waiting or running:
         while waiting and len(running) < jobs:
             form = waiting.pop()
-            place = folder / form.name
+            place = folder / form.sample
             place.mkdir(parents=True)
             reader, pid = start_child(lambda f=form, p=place: _made(f, p))
-            running[reader] = form.name, pid
+            running[reader] = form.sample, pid
         for reader in select.select(list(running), [], [])[0]:
             name, pid = running.pop(reader)
             reference[name] = result_of(reader, pid, name)
@@ -456,11 +463,11 @@ def _record_end(
 def described(form: Format, samples: Samples, seed: int, number: int) -> Damage:
     """Return what a case does, without reading it."""
     generator = random.Random(f"{seed} {form.name} {number}")
-    name = generator.choice(files_of(form, samples.folder / form.name))
+    name = generator.choice(files_of(form, samples.folder / form.sample))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(samples.folder / form.name / name, path)
+        shutil.copyfile(samples.folder / form.sample / name, path)
         return samples.damage(generator, path, Path(folder))
 
 

@@ -479,6 +479,22 @@ def test_int8_files_of_before_the_sha256_are_read_with_care(quantized, tmp_path)
         assert f"{record}: " in refusal(folder, "mxnet-int8")
 
 
+def test_an_int8_graph_that_cannot_run_is_a_one_line_error(quantized, tmp_path, batch):
+    folder = tmp_path / "copy"
+    shutil.copytree(quantized, folder)
+    record, symbol = folder / "int8" / "best.json", folder / "int8" / "best-symbol.json"
+    content = runtime.read_json(str(record))
+    del content["sha256"]
+    record.write_text(json.dumps(content), "utf-8")
+    graph = json.loads(symbol.read_text("utf-8"))
+    added = next(one for one in graph["nodes"] if one["op"] == "_contrib_quantized_elemwise_add")
+    added["inputs"][1] = [0, 0, 0]
+    symbol.write_text(json.dumps(graph), "utf-8")
+    backend = load_runtime(str(folder), "mxnet-int8")
+    with pytest.raises(UserError, match=r"best-symbol.json: MXNet cannot run it \(.*; run "):
+        backend.logits(*batch)
+
+
 def test_an_onnx_file_of_another_program_is_a_one_line_error(tmp_path):
     path = tmp_path / "other.onnx"
     inputs = [helper.make_tensor_value_info(name, 7, ["n"]) for name in ("input_ids", "mask")]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bort.errors import Stopped, UserError
+from bort.tokenization import TokenizerSettings, load_tokenizer
 from tests import reference
 from tests.pretraining.helpers import (
     SHAPE,
@@ -604,6 +605,7 @@ def complaint(capsys, status: int, line: list[str]) -> str:
         ({"teacher_model": SHAPE}, "--teacher_ckpt_dir"),
         ({"teacher_ckpt_dir": "teacher.params"}, "--teacher_model"),
         ({"data": "absent"}, "absent"),
+        ({"data": "beside"}, "beside/tokenizer: is not the tokenizer of the shards; restore"),
         ({"data_eval": "absent"}, "absent"),
         ({"data_eval": "other"}, "--data_eval other: made with another tokenizer"),
         ({"teacher_model": SHAPE, "teacher_ckpt_dir": "absent"}, "absent"),
@@ -621,6 +623,8 @@ def complaint(capsys, status: int, line: list[str]) -> str:
 def test_a_mistake_is_named_in_one_line(data, tmp_path, monkeypatch, capsys, flags, named):
     monkeypatch.chdir(tmp_path)
     write_shards("other", sizes=(3,), seed=1, fingerprint="another")
+    write_shards("beside", sizes=(3,), seed=1)
+    load_tokenizer(TokenizerSettings()).save("beside/tokenizer")
     foreign = {"data": "other", "ckpt_dir": "foreign", "num_steps": 1}
     finished_run(data, **foreign)
     os.symlink(data / "teacher.params", "teacher.params")

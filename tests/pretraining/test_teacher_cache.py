@@ -422,6 +422,22 @@ def test_damaged_rows_are_named_with_the_cure(data, tmp_path, cache, capsys, dam
     assert contents(folder) == contents(cache), "the cure cures"
 
 
+def nan_projection(path: Path) -> None:
+    with np.load(path) as arrays:
+        weight, bias = arrays["weight"], arrays["bias"].copy()
+    bias[-1] = np.nan
+    np.savez(path, weight=weight, bias=bias)
+
+
+def test_rows_that_are_not_finite_are_refused_whatever_their_sums(data, tmp_path, cache):
+    folder = copy_of(cache, tmp_path / "cache")
+    for path in folder.glob("*.npy"):
+        np.save(path, np.full_like(np.load(path), np.inf))
+        path.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match="--teacher_cache: has rows with values that are not fin"):
+        one_step(data, tmp_path / "run", teacher_cache=folder)
+
+
 def test_pickled_rows_are_never_unpickled(data, tmp_path, cache, capsys):
     folder = copy_of(cache, tmp_path / "cache")
     np.save(rows_file(folder, data), np.array([{}], dtype=object), allow_pickle=True)
@@ -436,6 +452,7 @@ def test_pickled_rows_are_never_unpickled(data, tmp_path, cache, capsys):
         (lambda path: keep_bytes(path, 0), "cannot be read"),
         (lambda path: np.savez(path, weight=np.zeros((VOCAB_SIZE, 32))), "cannot be read"),
         (lambda path: np.savez(path, weight=np.zeros((9, 8)), bias=np.zeros(9)), "(9, 8)"),
+        (nan_projection, "has values that are not finite"),
     ],
 )
 def test_a_damaged_projection_is_named_with_the_cure(data, tmp_path, cache, capsys, damage, what):
