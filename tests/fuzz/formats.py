@@ -426,12 +426,10 @@ def read_parameters(folder: Path) -> Any:
 
 def read_model(folder: Path) -> Any:
     """Load a saved model and ask it."""
-    from mxnet import nd
-
     from bort.saved_model import load_model
 
     network, model_config, tokenizer = load_model(str(folder))
-    scores = require_finite(network(*map(nd.array, (IDS, LENGTHS))).asnumpy())
+    scores = _logits(network, model_config.vocab_size)
     if tokenizer is None:
         return Noticed("a model without tokenizer, which no program takes")
     return scores, model_config.task, model_config.labels, _used(tokenizer)
@@ -467,18 +465,24 @@ def runtime_reader(*runtimes: str) -> Callable[[Path], Any]:
 
 def read_huggingface(folder: Path) -> Any:
     """Read a folder of Hugging Face's and ask the network."""
-    from mxnet import nd
-
     from bort.huggingface.folder import read
+    from bort.inference.masked_lm import FillMaskPipeline
+    from bort.inference.pipelines import fill_mask
 
     network, model_config, tokenizer = read(str(folder / "hf"))
     if model_config.kind == "masked_lm":
-        from bort.bort import encode
-
-        scores = encode(network, *map(nd.array, (IDS, LENGTHS))).asnumpy()
+        pipeline = FillMaskPipeline(model_config, tokenizer, network)
+        scores: Any = list(fill_mask(pipeline, [f"the {tokenizer.special_tokens['mask']} fox"]))
     else:
-        scores = network(*map(nd.array, (IDS, LENGTHS))).asnumpy()
-    return require_finite(scores), model_config.labels, model_config.kind, _used(tokenizer)
+        scores = _logits(network, model_config.vocab_size)
+    return scores, model_config.labels, model_config.kind, _used(tokenizer)
+
+
+def _logits(network: Any, vocab_size: int) -> np.ndarray:
+    """Return the logits that predict.py takes: damage may make them overflow."""
+    from bort.inference.runtime import MXNetBackend
+
+    return MXNetBackend(network, vocab_size).logits(IDS % vocab_size, LENGTHS)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
