@@ -3,10 +3,10 @@
 #
 #   TEXT=textbooks.txt,wikipedia.txt,books.txt DATA_DIR=glue ./scripts/experiments/distillation.sh
 #
-# The teacher is that of teacher.sh; the text is every 20th of its documents. The student is a
-# BERT-tiny that is past the plateau of word frequencies: BERT-tiny's own weights, spoilt as a
-# masked LM by a fine-tuning for search. START=random takes a random bort_2_4_512_128, which needs
-# thousands of steps to leave that plateau. Each arm is run with the seeds 1, 2 and 3:
+# The teacher is that of teacher.sh. The student is a BERT-tiny that is past the plateau of word
+# frequencies, on every 20th of the teacher's documents: BERT-tiny's own weights, spoilt as a masked
+# LM by a fine-tuning for search. START=random takes a random bort_2_4_512_128, which needs a
+# thousand steps to leave that plateau, on every 5th. Each arm is run with the seeds 1, 2 and 3:
 #   mlm            masked-LM loss alone
 #   mlm-bfloat16   the same with products in bfloat16 (needs AVX512-BF16 or AMX)
 #   mlm-kd         0.1 x masked-LM loss + 0.5 x T² KL, T = 2, from the cached teacher
@@ -19,8 +19,9 @@
 # Besides the variables of common.sh and teacher.sh:
 #   START           bert-tiny (default) or random
 #   TEACHER_DTYPE   type of the teacher's products: float32 (default) or bfloat16
-#   STEPS           updates of 8 sequences (default 240)
-#   RATES           peak learning rates to choose from (default "1.25e-4 2.5e-4 5e-4")
+#   STEPS           updates of 8 sequences (default 240; 3000 from random weights)
+#   RATES           peak learning rates to choose from (default "1.25e-4 2.5e-4 5e-4", from random
+#                   weights "1e-3 2e-3")
 #   TASKS           tasks to fine-tune on (default "SST-2 MRPC STS-B CoLA RTE"; "": none)
 #   ROWS            rows of each task to train on, for two epochs (default 1000)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -28,30 +29,32 @@ need TEXT "files of English prose, separated by commas"
 TASKS=${TASKS-SST-2 MRPC STS-B CoLA RTE}
 [[ -z $TASKS ]] || need DATA_DIR "the folder of the official files of the tasks"
 scripts/experiments/teacher.sh
-start=${START:-bert-tiny} steps=${STEPS:-240} teacher_dtype=${TEACHER_DTYPE:-float32}
-data=$EXPERIMENTS/distillation folder=$data/$start teacher=$EXPERIMENTS/teacher
+start=${START:-bert-tiny} teacher_dtype=${TEACHER_DTYPE:-float32}
+folder=$EXPERIMENTS/distillation/$start teacher=$EXPERIMENTS/teacher
 teacher_flags=(--teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model"
     --teacher_dtype "$teacher_dtype")
 if [[ $start == random ]]; then
     pretrained all-MiniLM-L6-v2 # for its vocabulary
     student=(--student_model bort_2_4_512_128 --dropout 0)
     weights=(--model_name bort_2_4_512_128 --vocab_file "$saved/tokenizer/tokenizer.json")
+    steps=${STEPS:-3000} rates=${RATES:-1e-3 2e-3} every=5
 else
     pretrained bert-tiny
     student=(--student_model bort_2_2_512_128 --student_parameters "$saved")
     weights=(--pretrained_parameters "$saved")
+    steps=${STEPS:-240} rates=${RATES:-1.25e-4 2.5e-4 5e-4} every=20
 fi
 
 mkdir -p "$folder/times"
-once "$data/train.txt" awk -v train="$data/train.txt" \
-    'BEGIN { RS = ""; ORS = "\n\n" } NR % 20 == 0 { print > train }' "$teacher/train.txt"
-shards "$data/train.txt" "$data/train"
+once "$folder/train.txt" awk -v train="$folder/train.txt" -v every=$every \
+    'BEGIN { RS = ""; ORS = "\n\n" } NR % every == 0 { print > train }' "$teacher/train.txt"
+shards "$folder/train.txt" "$folder/train"
 build_cache() {
-    "$python" scripts/build_teacher_cache.py --data "$data/train,$teacher/test" \
-        --output_dir "$data/cache" "${teacher_flags[@]}"
-    touch "$data/cache-is-complete"
+    "$python" scripts/build_teacher_cache.py --data "$folder/train,$teacher/test" \
+        --output_dir "$folder/cache" "${teacher_flags[@]}"
+    touch "$folder/cache-is-complete"
 }
-once "$data/cache-is-complete" build_cache
+once "$folder/cache-is-complete" build_cache
 
 # student <arm> <rate> <seed> <run> [flags...]
 student() {
@@ -59,11 +62,11 @@ student() {
     case $1 in
         mlm) flags=(--mlm_weight 1) ;;
         mlm-bfloat16) flags=(--mlm_weight 1 --dtype bfloat16) ;;
-        mlm-kd) flags=(--teacher_cache "$data/cache" --mlm_weight 0.1 --teacher_ce_weight 0.5) ;;
-        kd) flags=(--teacher_cache "$data/cache" --mlm_weight 0 --teacher_ce_weight 1) ;;
+        mlm-kd) flags=(--teacher_cache "$folder/cache" --mlm_weight 0.1 --teacher_ce_weight 0.5) ;;
+        kd) flags=(--teacher_cache "$folder/cache" --mlm_weight 0 --teacher_ce_weight 1) ;;
         mlm-kd-live) flags=("${teacher_flags[@]}" --mlm_weight 0.1 --teacher_ce_weight 0.5) ;;
     esac
-    pretrain "$4" "$steps" --data "$data/train" --data_eval "$teacher/test" "${student[@]}" \
+    pretrain "$4" "$steps" --data "$folder/train" --data_eval "$teacher/test" "${student[@]}" \
         --batch_size 8 --lr "$2" --warmup_ratio 0.1 --seed "$3" --eval_interval $((steps / 4)) \
         --ckpt_interval "$steps" "${flags[@]}" "${@:5}"
 }
@@ -82,7 +85,7 @@ measure() {
 # best_rate <arm>: sets `rate` to the best one for the arm on seed 9.
 best_rate() {
     local tried=() best
-    for rate in ${RATES:-1.25e-4 2.5e-4 5e-4}; do
+    for rate in $rates; do
         student "$1" "$rate" 9 "$folder/rates/$1/$rate"
         tried+=("$folder/rates/$1/$rate")
     done
@@ -94,7 +97,7 @@ best_rate() {
 finetune() {
     once "$folder/tasks/$1/$2/$3/metrics.json" "$python" finetune_classifier.py --task_name "$3" \
         --data_dir "$DATA_DIR" --train_rows "${ROWS:-1000}" --epochs 2 --batch_size 16 --lr 5e-4 \
-        --max_len 64 --seed "$2" --cache_dir "$data/encoded" --output_dir "$folder/tasks/$1/$2" \
+        --max_len 64 --seed "$2" --cache_dir "$folder/encoded" --output_dir "$folder/tasks/$1/$2" \
         --resume "${@:4}"
 }
 
