@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import json
 import os
 import warnings
@@ -188,9 +189,7 @@ class OpenVinoBackend(Backend):
         name = model if isinstance(model, str) else "the ONNX graph"
         self.metadata = _metadata(name, model)
         super().__init__(self.metadata.vocab_size, self.metadata.positions)
-        import openvino  # after verifying the file: another thread may import it meanwhile
-
-        core = openvino.Core()
+        core = openvino_core()  # after verifying the file: another thread may import it meanwhile
         try:
             graph = _openvino_graph(core, model)
             inputs, outputs = (
@@ -208,6 +207,19 @@ class OpenVinoBackend(Backend):
         feed = {"input_ids": ids.astype(np.int64), "valid_length": lengths.astype(np.int64)}
         self._request.infer(feed)
         return self._request.get_output_tensor(0).data.copy()
+
+
+@functools.lru_cache(maxsize=1)
+def openvino_core() -> Any:
+    """Return OpenVINO's `Core`, one for the life of this process.
+
+    Each one replaces the stack on which signals are handled, and puts back the one before it when
+    it goes. Of two, the first to go leaves the second with a freed one: the next signal would crash
+    the process.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def openvino_options(precision: str, threads: int | None = None) -> dict[str, Any]:

@@ -134,11 +134,10 @@ class OpenVinoTeacher:
 
     def __init__(self, network: Block) -> None:
         """Take over the weights of a network on CPUs, which is not used later."""
-        import openvino
-
         from bort.inference.onnx_graph import build
+        from bort.inference.runtime import openvino_core
 
-        self._core = openvino.Core()
+        self._core = openvino_core()
         graph = build(network).SerializeToString()
         self._model = self._core.read_model(graph, b"")  # without a file for the weights
         self._compile("float32")

@@ -356,6 +356,23 @@ def test_the_parameters_in_a_file_are_mapped(quantized, tmp_path, batch, name):
     np.testing.assert_allclose(found, backend.logits(*batch), atol=1e-6)
 
 
+def test_a_signal_is_handled_after_two_openvino_runtimes(quantized):
+    """OpenVINO 2026.4 crashes there when each has a Core of its own."""
+    pytest.importorskip("openvino")
+    program = f"""
+        import os, signal
+        from bort.inference.runtime import load_runtime
+        signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+        first, second = (load_runtime({str(quantized)!r}, "openvino") for _ in range(2))
+        del first
+        del second
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
+
+
 def write_onnx_unaligned(model: Any, path: Path) -> None:
     """Write a model and its SHA-256, with constants where they come."""
     with pytest.MonkeyPatch.context() as patched:
