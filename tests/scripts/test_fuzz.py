@@ -23,14 +23,16 @@ def fuzz(*words: object) -> str:
     return ended.stdout
 
 
-def test_every_reader_with_2000_damaged_files():
-    """Take a quarter of a minute of two cores: the reason is the number of readers."""
-    assert "no problems" in fuzz("--cases", 2000, "--seed", 1)
-
-
-@pytest.mark.slow
-def test_every_reader_with_50000_damaged_files():
-    assert "no problems" in fuzz("--cases", 50_000, "--seed", 2)
+@pytest.mark.parametrize(
+    ("cases", "seed"),
+    [
+        (300, 1),
+        pytest.param(2000, 1, marks=pytest.mark.slow),
+        pytest.param(50_000, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_reader_with_damaged_files(cases, seed):
+    assert "no problems" in fuzz("--cases", cases, "--seed", seed)
 
 
 @pytest.mark.slow
