@@ -572,7 +572,7 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path, num_workers):
     text = tmp_path / "a.txt"
     text.write_bytes(SAMPLE.read_bytes() * 100)

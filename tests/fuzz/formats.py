@@ -712,5 +712,16 @@ def prepare_imports() -> None:
     # `bort` first: it prepares MXNet.
     for name in ("bort", "gluonnlp", "mxnet", "onnxruntime", "safetensors.numpy", "sentencepiece",
                  "tiktoken", "yaml", "bort.huggingface.folder", "bort.inference.pipelines",
-                 "bort.inference.runtime", "bort.pretraining.run"):  # fmt: skip
+                 "bort.inference.runtime", "bort.finetuning.run",
+                 "bort.pretraining.run"):  # fmt: skip
         importlib.import_module(name)
+    _compile_update()
+
+
+def _compile_update() -> None:
+    """Compile the optimizer's update, which each child that trains would compile for itself."""
+    from bort.training.bert_adam import compiled_update
+
+    update = compiled_update()
+    if update:
+        update(*np.zeros((4, 1), np.float32), tuple(np.zeros(8, np.float32)))

@@ -228,7 +228,7 @@ def test_micro_batches_are_averaged_by_their_masked_positions(data, tmp_path):
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=SLOW)])
 def test_two_devices_in_one_process_train_like_one_that_accumulates(data, tmp_path, accumulate):
     flags = {**teacher_flags(data), "data_eval": data / "test", "lr": 0.001, "num_steps": 6}
     folders = tmp_path / "one", tmp_path / "two"
@@ -262,7 +262,9 @@ def test_a_run_keeps_its_global_batches_on_another_number_of_devices(data, tmp_p
 # ---- what is used ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("accumulate", "use_avg_len"), [(1, False), (2, False), (3, True)])
+@pytest.mark.parametrize(
+    ("accumulate", "use_avg_len"), [pytest.param(1, False, marks=SLOW), (2, False), (3, True)]
+)
 def test_every_batch_of_every_shard_is_used(data, tmp_path, monkeypatch, accumulate, use_avg_len):
     from bort.pretraining import run as pretraining
     from data.shards import open_shards
@@ -424,9 +426,9 @@ def run_killed_at(data, folder, batches, **flags) -> None:
         ("teacher", 14),
         pytest.param("accumulating", 2 * 9, marks=SLOW),  # between two accumulation groups
         ("accumulating", 2 * 6 + 1),  # inside one
-        ("tokens", 11),
+        pytest.param("tokens", 11, marks=SLOW),
         ("bfloat16", 11),
-        pytest.param("openvino", 11, marks=NEEDS_OPENVINO),
+        pytest.param("openvino", 11, marks=[NEEDS_OPENVINO, SLOW]),
     ],
 )
 def test_a_killed_and_resumed_run_is_bit_identical_to_an_uninterrupted_one(
