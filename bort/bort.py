@@ -208,11 +208,15 @@ def get_bort_model(
     ctx = ctx or mx.cpu()
     initialize(model, ctx, random_init and not pretrained, trainable)
     if pretrained:
-        path = os.path.join(root, "bort.params")
-        if not os.path.exists(path):
-            raise UserError(f"{path}: not found; scripts/download_model.sh fetches it")
-        load_parameters(model, path, ignore_prefixes=() if use_decoder else ("decoder.",))
+        _load_released(model, root, use_decoder)
     return model, vocab
+
+
+def _load_released(model: BortModel, root: str, use_decoder: bool) -> None:
+    path = os.path.join(root, "bort.params")
+    if not os.path.exists(path):
+        raise UserError(f"{path}: not found; scripts/download_model.sh fetches it")
+    load_parameters(model, path, ignore_prefixes=() if use_decoder else ("decoder.",))
 
 
 def _vocabulary(dataset_name: str | None) -> Any:

@@ -278,6 +278,7 @@ class Cluster(Executor):
         killed: list[tuple[Item, BaseException]] = []
 
         def handled(item: Item, error: BaseException) -> Any:
+            """Put off the error of a job that kills its workers; `killed` stands for its result."""
             if isinstance(error, WorkerKilledError):
                 killed.append((item, error))
                 return killed

@@ -240,6 +240,7 @@ def cls_attention(cell: Block, hidden_states: NDArray, mask: NDArray) -> NDArray
     width = units // heads
 
     def of_heads(name: str) -> tuple[NDArray, NDArray]:
+        """Return weight [heads, width, units] and bias [heads, 1, width] of a projection."""
         weight, bias = (
             getattr(cell, f"{name}_{part}").data(hidden_states.context)
             for part in ("weight", "bias")

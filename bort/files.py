@@ -499,12 +499,14 @@ def _plain_loader() -> Any:
         """SafeLoader without aliases and repeated keys."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
+            """Read the next node; an alias is an error: a few lines could stand for gigabytes."""
             if self.check_event(yaml.AliasEvent):
                 line = self.peek_event().start_mark.line + 1
                 raise yaml.YAMLError(f"line {line}: aliases (*name) are not allowed")
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            """Make a dict; a key that is no string or stands twice is an error."""
             lines: dict[Any, int] = {}
             for key_node, _ in node.value:
                 key, line = key_node.value, key_node.start_mark.line + 1

@@ -139,6 +139,7 @@ class _BeforeMXNet(MetaPathFinder):
     """Finds nothing itself; the first search for MXNet is the moment to prepare."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Prepare when MXNet is searched for, then let the other finders find it."""
         if name == "mxnet":
             require_docstrings()
             sys.meta_path.remove(self)

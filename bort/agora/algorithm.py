@@ -535,10 +535,12 @@ class _Fit:
 
     @property
     def rank(self) -> tuple[float, int, int]:
+        """The score; of equal ones the later round, and in a round the first fit."""
         return self.score, self.step, -self.index
 
     @property
     def name(self) -> str:
+        """The name of its model in the store."""
         return fit_name(self.step, self.index)
 
 

@@ -260,6 +260,7 @@ class _Run:
             report.add_timaeus(self.metrics(timaeus.score(data.dev), timaeus.score))
 
         def on_round(record: Round) -> None:
+            """Report a round; after that of the grid, measure its best model."""
             report.add(record)
             if store.recall("best_of_grid") is None:  # later its model may be gone
                 model = store.load_model(agora.fit_name(0, record.best))

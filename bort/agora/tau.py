@@ -221,6 +221,7 @@ def masked_model(saved: Any, samples: int = 4) -> Infill:
     network = saved.network
 
     def logits(ids: np.ndarray, valid_length: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return [n, vocabulary] for ids [batch, length] at the flat positions [n]."""
         arrays = (nd.array(each, dtype="float32") for each in (ids, valid_length, positions))
         device_ids, lengths, device_positions = arrays
         sequence = encode(network, device_ids, lengths)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, Mapping, NamedTuple
+from typing import TYPE_CHECKING, Mapping, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,9 @@ from bort.saved_model import MASKED_LM, SavedModel, load_model
 from bort.shapes import CLS
 from bort.sums import write_sums
 from bort.types import TaskKind
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 ONNX_FOLDER = "onnx"
 # {precision: the name under which transformers.js and optimum look for it}
@@ -131,7 +134,7 @@ def write_graphs(
     return comparison
 
 
-def run(session: Any, kind: str, feed: Mapping[str, np.ndarray]) -> np.ndarray:
+def run(session: InferenceSession, kind: str, feed: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the logits of a graph for the inputs of ours: [batch, outputs] or [masks, vocabulary].
 
     feed: input_ids [batch, length], valid_length [batch], of a masked LM `positions` [masks], of a

@@ -8,11 +8,14 @@ begin at multiples of 64 bytes, as the runtimes align their own.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bort.inference.protobuf import Field, fields, integer, message, number_at, varint
+from bort.inference.protobuf import Buffer, Field, fields, integer, message, number_at, varint
+
+if TYPE_CHECKING:
+    import onnx
 
 # Fields of ModelProto, of GraphProto, and of TensorProto.
 _GRAPH, _INITIALIZER, _INPUT = 7, 5, 11
@@ -63,10 +66,8 @@ class Separated(NamedTuple):
         return self.head + message(_GRAPH, self.graph, *inputs)
 
 
-def separate(content: Any) -> Separated:
+def separate(content: Buffer) -> Separated:
     """Take the large constants out of an onnx.ModelProto; those that are not aligned stay.
-
-    content: bytes, or a file that is mapped into memory.
 
     Raises `ValueError` or `IndexError` where it is none.
     """
@@ -84,7 +85,7 @@ def separate(content: Any) -> Separated:
     return Separated(b"".join(head), b"".join(graph), constants)
 
 
-def _large_constant(content: Any, field: Field) -> Constant | None:
+def _large_constant(content: Buffer, field: Field) -> Constant | None:
     """Return the large constant that a field of a graph is, if it is aligned in the file."""
     if field.number != _INITIALIZER or field.end - field.start < LARGE_BYTES:
         return None
@@ -132,7 +133,7 @@ def _input(constant: Constant) -> bytes:
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def align_constants(model: Any) -> None:
+def align_constants(model: onnx.ModelProto) -> None:
     """Let the data of large constants begin at multiples of `ALIGNMENT` bytes in the file.
 
     What stands before one, another constant or the head of the model, gets blanks as description.
@@ -149,7 +150,9 @@ def align_constants(model: Any) -> None:
         before, size = tensor, constant.end - constant.start
 
 
-def _describe_with_blanks(part: Any, size: int | None, missing: int) -> int:
+def _describe_with_blanks(
+    part: onnx.ModelProto | onnx.TensorProto, size: int | None, missing: int
+) -> int:
     """Give a part of a model a description, so that it grows by `missing` and whole alignments.
 
     size: of the part, if it is a message in another. Returns by how much it grows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from bort.mxnet_setup import cpu_threads
 from bort.parameters import check_finite, parameter_file
 from bort.saved_model import load_model
 from bort.types import Block
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 TOLERANCE = 1e-4
 
@@ -55,7 +58,7 @@ def export_onnx(model: str, output: Optional[str] = None) -> Export:
     return Export(path, difference, largest, description)
 
 
-def compare_with_mxnet(network: Block, session: Any) -> tuple[float, float]:
+def compare_with_mxnet(network: Block, session: InferenceSession) -> tuple[float, float]:
     """Compare a graph in ONNX Runtime with its network in MXNet, on random batches with padding.
 
     Returns the largest difference and the largest absolute value of the outputs.

@@ -10,13 +10,17 @@ import hashlib
 import mmap
 import os
 from dataclasses import dataclass
-from typing import IO, Any, Callable, Mapping, TypeVar
+from typing import IO, TYPE_CHECKING, Callable, Mapping, TypeVar
 
 from bort.errors import UserError, quoted
 from bort.files import atomic_write, decode_json, open_regular, remove_left_overs_of
 from bort.inference.onnx_constants import Separated, align_constants, separate
-from bort.inference.protobuf import Field, fields
+from bort.inference.protobuf import Buffer, Field, fields
 from bort.shapes import MAX_LENGTH
+
+if TYPE_CHECKING:
+    import onnx
+    from onnxruntime import InferenceSession
 
 OUTPUT = "scores"  # the output of a classifier; part of the file format
 # Written into the metadata of files that end with a SHA-256; older files have neither.
@@ -118,12 +122,12 @@ def _parsed(name: str, parse: Callable[[], Parsed]) -> Parsed:
         raise UserError(f"{name}: is not an ONNX file, or damaged; write it again") from None
 
 
-def _metadata(content: Any) -> dict[str, str]:
+def _metadata(content: Buffer) -> dict[str, str]:
     entries = (field for field in fields(content) if field.number == METADATA_FIELD)
     return dict(_pair(content, entry) for entry in entries)
 
 
-def _pair(content: Any, entry: Field) -> tuple[str, str]:
+def _pair(content: Buffer, entry: Field) -> tuple[str, str]:
     """Return the key and the value of a StringStringEntryProto."""
     parts = {1: "", 2: ""}
     for field in fields(content, entry.start, entry.end):
@@ -133,7 +137,7 @@ def _pair(content: Any, entry: Field) -> tuple[str, str]:
     return parts[1], parts[2]
 
 
-def onnx_session(model: bytes | str, threads: int) -> Any:
+def onnx_session(model: bytes | str, threads: int) -> InferenceSession:
     """Load a file, or its content, into ONNX Runtime; raises `UserError` when it cannot be.
 
     The file is mapped into memory: it may be replaced later, but not be overwritten.
@@ -203,7 +207,7 @@ def _sha256(file: IO[bytes], size: int) -> str:
     return digest.hexdigest()
 
 
-def write_onnx(model: Any, path: str) -> None:
+def write_onnx(model: onnx.ModelProto, path: str) -> None:
     """Check an onnx.ModelProto as the onnx package does and write it, with its SHA-256.
 
     Descriptions are added to the model, so that its constants are aligned in the file.

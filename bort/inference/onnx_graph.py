@@ -14,7 +14,7 @@ The cost of this layer hardly depends on the length; the result differs by round
 
 from __future__ import annotations
 
-from typing import Any, Mapping, NamedTuple, Sequence, Union
+from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Sequence, Union
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from bort.parameters import read_arrays
 from bort.saved_model import ModelConfig
 from bort.shapes import CLS, MEAN, BodyOptions, array_shapes, body_shape
 from bort.types import Block
+
+if TYPE_CHECKING:
+    import onnx
 
 # Opset 17 is the first with LayerNormalization. Newer runtimes read both.
 OPSET, IR_VERSION = 17, 8
@@ -171,7 +174,7 @@ class _Graph:
         inputs: Mapping[str, Sequence[str]],
         outputs: Mapping[str, tuple[str, Sequence[Any]]],
         metadata: Mapping[str, str],
-    ) -> Any:
+    ) -> onnx.ModelProto:
         """Return the finished graph as an onnx.ModelProto.
 
         inputs: {name: shape}, all int64; outputs: {name: (value, shape)}, all float32.
@@ -439,7 +442,7 @@ def build(
     network: Block | NetworkDescription,
     precision: str = "float32",
     metadata: Mapping[str, str] | None = None,
-) -> Any:
+) -> onnx.ModelProto:
     """Return the onnx.ModelProto of a network: a Gluon block, as for `describe`, or a description.
 
     Inputs: `input_ids` int64 [batch, length], padded at the end, and `valid_length` int64 [batch];

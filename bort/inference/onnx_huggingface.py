@@ -10,13 +10,16 @@ A multiple choice takes [batch, choices, length] and returns [batch, choices].
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Mapping, Sequence
 
 import numpy as np
 
 from bort.inference.onnx_graph import MASK_VALUE, NetworkDescription, Writer, metadata_of_graph
 from bort.saved_model import MASKED_LM
 from bort.types import TaskKind
+
+if TYPE_CHECKING:
+    import onnx
 
 _INPUTS = ("input_ids", "attention_mask")
 _TEXT_AXES = ["batch_size", "sequence_length"]
@@ -61,7 +64,7 @@ class _HuggingFaceWriter(Writer):
 
 def build_huggingface(
     network: NetworkDescription, kind: str, precision: str, metadata: Mapping[str, str]
-) -> Any:
+) -> onnx.ModelProto:
     """Return the onnx.ModelProto of a network, with Hugging Face's inputs and outputs.
 
     kind: of the saved model (bort.saved_model.KINDS). `precision` is float32 or int8, as for
@@ -69,7 +72,7 @@ def build_huggingface(
     """
     has_choices = kind == TaskKind.MULTIPLE_CHOICE
     writer = _HuggingFaceWriter(network, precision, has_choices)
-    axes: Sequence[Any] = _CHOICE_AXES if has_choices else _TEXT_AXES
+    axes: Sequence[str] = _CHOICE_AXES if has_choices else _TEXT_AXES
     if kind == MASKED_LM:
         logits = writer.decoder(writer.encoder())
         shape = [*axes, len(network.parameters["word_embed.0.weight"])]

@@ -5,7 +5,10 @@ https://protobuf.dev/programming-guides/encoding/
 
 from __future__ import annotations
 
-from typing import Any, Iterator, NamedTuple
+import mmap
+from typing import Iterator, NamedTuple, Union
+
+Buffer = Union[bytes, mmap.mmap]  # a message, or a file that is mapped into memory
 
 _VARINT, _EIGHT_BYTES, _MESSAGE, _FOUR_BYTES = 0, 1, 2, 5  # how a field is encoded
 
@@ -19,7 +22,7 @@ class Field(NamedTuple):
     end: int
 
 
-def fields(content: Any, place: int = 0, end: int | None = None) -> Iterator[Field]:
+def fields(content: Buffer, place: int = 0, end: int | None = None) -> Iterator[Field]:
     """Yield the fields of the message between two places of a buffer.
 
     Raises `ValueError` or `IndexError` where there is none.
@@ -43,7 +46,7 @@ def fields(content: Any, place: int = 0, end: int | None = None) -> Iterator[Fie
         yield Field(tag >> 3, begin, start, place)
 
 
-def _varint(content: Any, place: int) -> tuple[int, int]:
+def _varint(content: Buffer, place: int) -> tuple[int, int]:
     """Return the number at a place, and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
@@ -55,7 +58,7 @@ def _varint(content: Any, place: int) -> tuple[int, int]:
     raise ValueError("a number of more than 64 bits")
 
 
-def number_at(content: Any, place: int) -> int:
+def number_at(content: Buffer, place: int) -> int:
     """Return the number at a place."""
     return _varint(content, place)[0]
 

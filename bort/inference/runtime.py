@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Callable, Mapping, NamedTuple, Union
+from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Union
 
 import numpy as np
 
@@ -40,6 +40,10 @@ from bort.processor import BFLOAT16_FLAGS, computes_bfloat16, multiplies_bfloat1
 from bort.saved_model import ModelConfig, load_model, read_model_config, verify_parameters
 from bort.shapes import MAX_LENGTH
 from bort.types import Block
+
+if TYPE_CHECKING:
+    import openvino
+    from numpy.typing import ArrayLike
 
 BACKENDS = (
     "mxnet",
@@ -89,7 +93,7 @@ class Backend(abc.ABC):
 
 
 def check_batch(
-    input_ids: Any, valid_length: Any, vocab_size: int, positions: int
+    input_ids: ArrayLike, valid_length: ArrayLike, vocab_size: int, positions: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids [batch, length] and lengths [batch] as int32.
 
@@ -210,7 +214,7 @@ class OpenVinoBackend(Backend):
 
 
 @functools.lru_cache(maxsize=1)
-def openvino_core() -> Any:
+def openvino_core() -> openvino.Core:
     """Return OpenVINO's `Core`, one for the life of this process.
 
     Each one replaces the stack on which signals are handled, and puts back the one before it when
@@ -222,7 +226,7 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
-def openvino_options(precision: str, threads: int | None = None) -> dict[str, Any]:
+def openvino_options(precision: str, threads: int | None = None) -> dict[str, str | int]:
     """Return OpenVINO's options for products in `precision` and answers as soon as possible."""
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
@@ -231,7 +235,7 @@ def openvino_options(precision: str, threads: int | None = None) -> dict[str, An
     }
 
 
-def _openvino_graph(core: Any, model: bytes | str) -> Any:
+def _openvino_graph(core: openvino.Core, model: bytes | str) -> openvino.Model:
     """Return the graph of a file, or of its content; a file's large constants stay in it."""
     import openvino
 

@@ -180,15 +180,12 @@ def extract(
         UserError: an empty space; a stride, a number of repeats or of sets of hyperparameters out
             of range; a T that is not the largest; no W above 0.
     """
+    if repeats < 1 or not hparams:
+        raise UserError("the search needs at least one repeat and one set of hyperparameters")
     members = ordered(space, parameter_size, inference_cost, tie_break)
     if not 1 <= stride <= len(members):
         raise UserError(f"stride {stride}: must be from 1 to {len(members)}, the space's size")
-    if repeats < 1 or not hparams:
-        raise UserError("the search needs at least one repeat and one set of hyperparameters")
-    top = largest(members)
-    if maximum_point is not None:
-        top = Member(maximum_point, parameter_size(maximum_point), inference_cost(maximum_point))
-    check_maximum_point(top, members)
+    top = _maximum_member(members, maximum_point, parameter_size, inference_cost)
 
     visited = members[::stride]
     trained = [m.architecture for m in visited if size_and_speed_gain(m, top) > 0]
@@ -201,10 +198,29 @@ def extract(
     for (index, member), chosen in itertools.product(enumerate(visited), hparams):
         measured = [next(found) for _ in range(repeats)] if member.architecture in trained else []
         table.append(_evaluation(index * stride, member, chosen, top, measured, lower_bound))
+    return OseResult(_best(table), tuple(table), top, len(members))
+
+
+def _maximum_member(
+    members: Sequence[Member],
+    given: Architecture | None,
+    parameter_size: Measure,
+    inference_cost: Measure,
+) -> Member:
+    """Return T, the largest member unless one is given; `UserError` when a member exceeds it."""
+    top = largest(members)
+    if given is not None:
+        top = Member(given, parameter_size(given), inference_cost(given))
+    check_maximum_point(top, members)
+    return top
+
+
+def _best(table: Sequence[Evaluation]) -> Evaluation:
+    """Return the row of the largest W; `UserError` when none is above 0."""
     best = max(table, key=lambda row: row.w)
     if best.w == 0:
         raise UserError("no visited architecture has a W above 0: no error is finite, or all are T")
-    return OseResult(best, tuple(table), top, len(members))
+    return best
 
 
 def check_maximum_point(top: Member, members: Sequence[Member]) -> None:
