@@ -27,13 +27,17 @@ from bort.shapes import (
     BodyOptions,
     body_shape,
 )
-from bort.tokenization import TOKENIZER_FOLDER, Tokenizer, load_tokenizer_folder
+from bort.tokenization import (
+    MAX_VOCABULARY,
+    TOKENIZER_FOLDER,
+    Tokenizer,
+    load_tokenizer_folder,
+)
 from bort.types import Block, Context, JSONObject, TaskKind
 
 FORMAT_VERSION = 1
 MASKED_LM = "masked_lm"
 KINDS = (MASKED_LM, *TaskKind)
-MAX_VOCABULARY = 10_000_000
 MAX_OUTPUTS = 100_000
 
 

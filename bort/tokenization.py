@@ -36,6 +36,8 @@ _RELEASED_FILES = (
     f"{RELEASED_DATASET}-2b804f8f.vocab",
     "openai_webtext_bpe_ranks-396d4d8e.json",
 )
+# Above the vocabularies of published models (XLM-V: a million); 4 million take a minute and 3 GB.
+MAX_VOCABULARY = 2_000_000
 # The folder of the tokenizer beside shards and saved models.
 TOKENIZER_FOLDER = "tokenizer"
 # The files of `Tokenizer.save`: SentencePiece's model, BPE's two under Hugging Face's names, or
@@ -215,7 +217,12 @@ class Vocabulary:
         word_starts: Sequence[bool],
         special_tokens: Mapping[str, str] = SPECIAL_TOKENS,
     ) -> None:
-        """Number the tokens in order; raises `ValueError` when a special token is missing."""
+        """Number the tokens in order.
+
+        Raises `ValueError` when there are too many, and when a special token is missing.
+        """
+        if len(spelling) > MAX_VOCABULARY:
+            raise ValueError(f"it has {len(spelling):,} tokens, the limit is {MAX_VOCABULARY:,}")
         ids = {token: index for index, token in enumerate(spelling)}
         missing = [token for token in special_tokens.values() if token not in ids]
         if missing:

@@ -31,6 +31,8 @@ from bort.tokenization import (
 )
 from scripts import train_sentencepiece
 from tests.conftest import ROOT
+from tests.fuzz.samples import write_bpe
+from tests.wordpieces import write_vocabulary
 
 SAMPLE_TEXT = ROOT / "test_data" / "sample_text.txt"
 AWKWARD = [
@@ -757,3 +759,19 @@ def test_roberta_equals_gluonnlp_on_random_unicode(roberta, roberta_gluon):
     for _ in range(10_000):
         text = random_text(generator)
         assert roberta.encode(text).tolist() == roberta_gluon(text), ascii(text)
+
+
+@pytest.mark.parametrize("name", ["sample.model", "vocab.json", "vocab.txt", "tokenizer.json"])
+def test_more_tokens_than_the_limit_are_refused(tmp_path, monkeypatch, name):
+    write_bpe(tmp_path)
+    wordpiece = load_tokenizer(TokenizerSettings(vocab_file=write_vocabulary(tmp_path)))
+    wordpiece.save(str(tmp_path))
+    path = str(tmp_path / name)
+    flags = {
+        "sample.model": {"sentencepiece": SAMPLE_MODEL},
+        "vocab.json": {"vocab_file": path, "bpe_ranks": str(tmp_path / "merges.txt")},
+    }.get(name, {"vocab_file": path})
+    size = load_tokenizer(TokenizerSettings(**flags)).vocab_size
+    monkeypatch.setattr(tokenization, "MAX_VOCABULARY", size - 1)
+    with pytest.raises(UserError, match=f"it has {size:,} tokens, the limit is {size - 1:,}"):
+        load_tokenizer(TokenizerSettings(**flags))

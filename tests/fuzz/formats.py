@@ -65,6 +65,20 @@ def read_tokenizer_flags(folder: Path) -> Any:
     return _used(load_tokenizer(TokenizerSettings(vocab_file=files[0], bpe_ranks=files[1])))
 
 
+def read_wordpiece_flag(folder: Path) -> Any:
+    """Load the WordPiece tokenizer that --vocab_file names."""
+    from bort.tokenization import TokenizerSettings, load_tokenizer
+
+    return _used(load_tokenizer(TokenizerSettings(vocab_file=str(folder / "vocab.txt"))))
+
+
+def read_tokenizer_json(folder: Path) -> Any:
+    """Load the tokenizer of another program's folder."""
+    from bort.huggingface.tokenizer import read_tokenizer
+
+    return _used(read_tokenizer(str(folder)))
+
+
 def read_sentencepiece_flag(folder: Path) -> Any:
     """Load the tokenizer that --sentencepiece names."""
     from bort.tokenization import TokenizerSettings, load_tokenizer
@@ -640,6 +654,10 @@ def _plain_formats() -> Sequence[Format]:
         Format("--sentencepiece", _sentencepiece, read_sentencepiece_flag),
         Format("bpe folder", samples.write_bpe, read_tokenizer),
         Format("--vocab_file", samples.write_bpe, read_tokenizer_flags),
+        Format("--vocab_file of WordPiece", samples.write_wordpiece, read_wordpiece_flag,
+               ("*.txt", "tokenizer_config.json")),
+        Format("wordpiece folder", samples.write_wordpiece, read_tokenizer, ("*.json",)),
+        Format("tokenizer.json of a BPE", samples.write_tokenizer_json, read_tokenizer_json),
         *map(task_format, _TASKS),
         Format("corpora", samples.write_corpora, read_corpora, share=2),
         Format("create_pretraining_data", lambda f: (f / "plain.txt").write_text(samples.text()),

@@ -74,6 +74,26 @@ def write_bpe(folder: Path) -> None:
     ByteLevelBPE(tokens, merges).save(str(folder))
 
 
+def write_wordpiece(folder: Path) -> None:
+    """Write a small WordPiece as vocab.txt with its configuration, and as tokenizer.json."""
+    from bort.tokenization import TokenizerSettings, load_tokenizer
+    from tests.wordpieces import write_vocabulary
+
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}', encoding="utf-8")
+    load_tokenizer(TokenizerSettings(vocab_file=write_vocabulary(folder))).save(str(folder))
+
+
+def write_tokenizer_json(folder: Path) -> None:
+    """Write a byte-level BPE as tokenizer.json alone."""
+    from bort.files import write_json
+    from bort.huggingface.tokenizer import JSON, describe
+
+    write_bpe(folder)
+    write_json(str(folder / JSON), describe(str(folder), 48, True)[JSON], with_sum=False)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+
+
 def write_corpora(folder: Path) -> None:
     """Write the same text plain and compressed."""
     import zstandard
