@@ -5,10 +5,12 @@ A check returns what it found; it raises `UserError` for damage. Nothing is writ
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -16,10 +18,11 @@ import numpy as np
 
 from bort import checkpoint
 from bort.errors import UserError, quoted
-from bort.files import read_json
+from bort.files import open_regular, read_json
 from bort.sums import listed
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE
 
+MAX_ROW = 1 << 20  # bytes
 ENCODED_PART = re.compile(r"[0-9a-f]{64}\.npz")
 
 
@@ -278,6 +281,18 @@ def submission_names() -> dict[str, tuple[Any, str]]:
     return {
         str(task.submission_file(split)): (task, split) for task in tasks for split in task.test
     }
+
+
+def is_task_data(path: Path) -> bool:
+    """Return whether a file holds a task's rows with their texts, not predictions.
+
+    SuperGLUE's AX-b and AX-g have one name for both.
+    """
+    with suppress(OSError, ValueError, RecursionError):
+        with open_regular(str(path)) as file:
+            row = json.loads(file.readline(MAX_ROW))
+        return isinstance(row, dict) and any(name in row for name in ("sentence1", "premise"))
+    return False
 
 
 def check_submissions(folder: Path) -> list[str]:

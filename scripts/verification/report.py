@@ -65,7 +65,8 @@ def _is_onnx_folder(folder: Path) -> bool:
 def _is_submission(folder: Path) -> bool:
     names = os.listdir(folder)
     answers = any(name.endswith("_predictions.jsonl") for name in names)
-    return answers or any(name in checks.submission_names() for name in names)
+    known = [name for name in names if name in checks.submission_names()]
+    return answers or any(not checks.is_task_data(folder / name) for name in known)
 
 
 # The first that matches names a folder; what it may match as well stands below it.
@@ -89,9 +90,9 @@ KINDS: Sequence[Kind] = (
     Kind("shards", _has(MANIFEST_FILE), checks.check_shards),
     Kind("encoded cache", _holds(ENCODED_PART.pattern), checks.check_encoded_cache),
     Kind("saved model", _holds(r".*\.params"), checks.check_models),
+    Kind("task data", _has("source.json"), checks.check_listed),
     Kind("submission", _is_submission, checks.check_submission_folder),
     Kind("tokenizer", _has("tokenizer.model", "vocab.json"), checks.check_tokenizer),
-    Kind("task data", _has("source.json"), checks.check_listed),
     Kind("files with sums", _has(SUMS), checks.check_listed),
 )  # fmt: skip
 # Folders that are checked with the one that holds them.

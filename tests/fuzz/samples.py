@@ -281,11 +281,11 @@ def write_plain_parameters(folder: Path, run: Path) -> None:
     called(main, run, "--output", folder / "bort.params")
 
 
-def write_task_data(folder: Path) -> None:
-    """Write a folder of task data as a download leaves it."""
+def write_task_data(folder: Path, source: str = "glue/CoLA") -> None:
+    """Write a folder of task data as a download leaves it; `source`: below test_data/."""
     from bort.files import write_json
 
-    shutil.copytree(TEST_DATA / "glue" / "CoLA", folder)
+    shutil.copytree(TEST_DATA / source, folder)
     write_sums(str(folder))
     write_json(str(folder / "source.json"), {"fetched": "", "sources": []})
 

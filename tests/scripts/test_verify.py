@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bort.errors import UserError
 from scripts import verify
+from scripts.verification.report import verify as verify_folder
 from tests.fuzz import samples
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -55,6 +57,7 @@ KINDS = {
     "answers/SST-2": ("submission", ["dev_predictions.jsonl"]),
     "plain": ("saved model", ["bort.params"]),
     "data/CoLA": ("task data", ["train.tsv"]),
+    "data/AX-b": ("task data", ["AX-b.jsonl"]),
 }  # fmt: skip
 EVERY_FILE = [(name, file) for name, (_, files) in KINDS.items() for file in files]
 
@@ -78,6 +81,7 @@ def intact(tmp_path_factory) -> Path:
     samples.write_answers(folder / "answers", folder / "tuned" / "SST-2" / "best.params")
     samples.write_plain_parameters(folder / "plain", folder / "run")
     samples.write_task_data(folder / "data" / "CoLA")
+    samples.write_task_data(folder / "data" / "AX-b", "superglue/AX-b")
     return folder
 
 
@@ -95,6 +99,12 @@ def test_every_valid_folder_is_named_and_complete(intact, capsys):
     assert status == 0
     for name, (kind, _) in KINDS.items():
         assert rows[str(intact / name)][:2] == [kind, "complete"], name
+
+
+def test_task_data_without_a_record_of_its_download_is_no_submission(tmp_path):
+    shutil.copytree(samples.TEST_DATA / "superglue" / "AX-g", tmp_path / "AX-g")
+    with pytest.raises(UserError, match="holds nothing that this project writes"):
+        verify_folder(str(tmp_path))
 
 
 @pytest.mark.parametrize(("name", "file"), EVERY_FILE)
