@@ -29,6 +29,8 @@ import numpy as np
 from bort.arrays import read_npz, write_npz
 from bort.errors import UserError
 from bort.files import (
+    MODEL_BYTES,
+    WHOLE_BYTES,
     json_sha256,
     open_regular,
     require_writable,
@@ -181,8 +183,10 @@ def load(path: str) -> Checkpoint:
     for file, expected in state["sha256"].items():
         full = os.path.join(path, file)
         try:
-            found = sha256_of(full)
+            found = sha256_of(full, MODEL_BYTES)
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise UserError(f"{full}: {error.strerror}; altered") from None
             if error.errno not in _ABSENT:
                 raise
             raise UserError(f"{full}: missing; the checkpoint is not complete") from None
@@ -195,10 +199,10 @@ def _read_state(path: str) -> JSONObject:
     """Return the content of state.json, verified by its own SHA-256, which is left out."""
     file = os.path.join(path, STATE)
     try:
-        with open_regular(file) as handle:
+        with open_regular(file, WHOLE_BYTES) as handle:
             content = handle.read()
     except OSError as error:
-        if error.errno not in _ABSENT:
+        if error.errno not in (*_ABSENT, errno.EFBIG):
             raise
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     try:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -28,6 +29,9 @@ _TEMPORARY = re.compile(r"\..+\.(?P<pid>[0-9a-f]{8})[0-9a-f]{8}\.tmp")
 _DESCRIPTOR = re.compile(r"/dev/(?:stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
 _LEVELS = 2  # of subfolders in which a run writes files: step-0001000/tokenizer/
 _COPY_BYTES = 1 << 20
+# The largest files that are read as a whole, such as JSON, tokenizers and tables; and those of
+# models and checkpoints, which are hashed.
+WHOLE_BYTES, MODEL_BYTES = 1 << 30, 1 << 35
 OWN_SUM = "content_sha256"  # the key under which a JSON file has the SHA-256 of its other content
 _LOCK_POLL = 0.2  # seconds between attempts to get a lock
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -355,31 +359,45 @@ def open_parents(path: str, top: str) -> None:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> IO[bytes]:
     """Open a regular file to be read; a FIFO or a device may never begin, or never end.
 
-    Raises `OSError` for anything else.
+    limit: bytes, for what is read or hashed as a whole: a damaged file may claim terabytes.
+
+    Raises `OSError` for anything else and for a larger file.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    kind = os.fstat(handle).st_mode
-    if stat.S_ISREG(kind):
+    status = os.fstat(handle)
+    kind = status.st_mode
+    if stat.S_ISREG(kind) and (limit is None or status.st_size <= limit):
         return open(handle, "rb")
     os.close(handle)
+    if stat.S_ISREG(kind):
+        raise OSError(errno.EFBIG, f"it is larger than {limit} bytes, the limit", os.fspath(path))
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
 
 
-def sha256_of(path: str) -> str:
-    """Return the SHA-256 of a regular file, in hexadecimal."""
+def sha256_of(path: str, limit: int | None = None) -> str:
+    """Return the SHA-256 of a regular file, in hexadecimal; `limit` as in `open_regular`."""
     digest = hashlib.sha256()
-    with open_regular(path) as file:
+    with open_regular(path, limit) as file:
         try:
             while piece := file.read(_COPY_BYTES):
                 digest.update(piece)
         except OSError as error:  # of a failing disk: it does not say of which file
             raise OSError(error.errno, error.strerror, path) from None
     return digest.hexdigest()
+
+
+def lines_of(path: str) -> list[bytes]:
+    """Return the lines of a file with their ends; of one above `WHOLE_BYTES` those it begins with.
+
+    For files whose damaged end must not stop a run.
+    """
+    with open_regular(path) as file:
+        return io.BytesIO(file.read(WHOLE_BYTES)).readlines()
 
 
 def is_lfs_pointer(path: str) -> bool:
@@ -393,7 +411,7 @@ def is_lfs_pointer(path: str) -> bool:
 
 def _content(path: str) -> bytes:
     try:
-        with open_regular(path) as handle:
+        with open_regular(path, WHOLE_BYTES) as handle:
             return handle.read()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)})") from None

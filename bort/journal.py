@@ -10,7 +10,7 @@ import zlib
 from typing import Any, Callable, Iterator
 
 from bort.errors import UserError, quoted
-from bort.files import atomic_write, open_regular
+from bort.files import atomic_write, lines_of
 from bort.types import JSONMapping
 
 DAMAGED = ".damaged"  # the suffix of the file that keeps damaged lines
@@ -110,8 +110,7 @@ def read_records(path: str, is_record: Callable[[Any], bool]) -> list[Any]:
 def _whole_lines(path: str) -> Iterator[bytes]:
     """Yield the lines that have their end."""
     if os.path.exists(path):
-        with open_regular(path) as handle:
-            yield from (line for line in handle if line.endswith(b"\n"))
+        yield from (line for line in lines_of(path) if line.endswith(b"\n"))
 
 
 def _decoded(line: bytes, is_record: Callable[[Any], bool]) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bort import checkpoint
 from bort.errors import UserError
-from bort.files import open_regular
+from bort.files import MODEL_BYTES, open_regular
 from bort.sums import check_sum
 from bort.types import Block, Parameter
 
@@ -53,7 +53,7 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
     Raises `UserError` when MXNet 1.5 or later did not write it.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular(path, MODEL_BYTES) as file:
             content = np.asarray(np.memmap(file, np.uint8, "r"))
         return _Reader(content).arrays()
     except (OSError, ValueError, KeyError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 from bort.arrays import write_npz
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.files import atomic_write, open_regular, write_json
+from bort.files import atomic_write, lines_of, write_json
 from bort.journal import line_of, record_of
 from bort.progress import ProgressBar
 from bort.types import JSONMapping, JSONObject
@@ -201,8 +201,7 @@ def cut_after(path: str, step: int, evaluate: bool) -> None:
     """
     if not os.path.exists(path):
         return
-    with open_regular(path) as file:
-        lines = file.readlines()
+    lines = lines_of(path)
     kept, foreign = [], []
     for line in lines:
         record = _record_of(line)
@@ -240,8 +239,7 @@ def _record_of(line: bytes) -> JSONObject | None:
 
 def read_records(path: str) -> list[JSONObject]:
     """Return the records of a metrics.jsonl; torn lines and those of other programs are skipped."""
-    with open_regular(path) as file:
-        return [record for record in map(_record_of, file) if record is not None]
+    return [record for record in map(_record_of, lines_of(path)) if record is not None]
 
 
 def _short(value: float) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Tuple
 
 from bort.errors import UserError, quoted
-from bort.files import atomic_path, read_json_as, sha256_of, write_json
+from bort.files import MODEL_BYTES, atomic_path, read_json_as, sha256_of, write_json
 from bort.parameters import load_parameters, parameter_file, save_parameters
 from bort.shapes import (
     BORT_OPTIONS,
@@ -170,7 +170,7 @@ def verify_parameters(path: str, model_config: ModelConfig) -> None:
     Costs one reading of the file: about 0.2 s for Bort. A config without a SHA-256 verifies
     nothing.
     """
-    if model_config.sha256 and sha256_of(path) != model_config.sha256:
+    if model_config.sha256 and sha256_of(path, MODEL_BYTES) != model_config.sha256:
         raise UserError(
             f"{path}: its SHA-256 is not that in {os.path.basename(model_config_path(path))}; the "
             "file is damaged or of another model: restore it"

@@ -7,7 +7,14 @@ import re
 from typing import Collection, Optional
 
 from bort.errors import UserError
-from bort.files import atomic_write, is_lfs_pointer, open_regular, sha256_of
+from bort.files import (
+    MODEL_BYTES,
+    WHOLE_BYTES,
+    atomic_write,
+    is_lfs_pointer,
+    open_regular,
+    sha256_of,
+)
 
 SUMS = "SHA256SUMS"
 
@@ -38,7 +45,7 @@ def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
             continue
         if is_lfs_pointer(found):  # its reader reports that
             continue
-        if not os.path.isfile(found) or sha256_of(found) != digest:
+        if not os.path.isfile(found) or sha256_of(found, MODEL_BYTES) != digest:
             raise UserError(
                 f"{found}: its SHA-256 is not that in {SUMS}; restore the file, or delete {SUMS} "
                 "if you have changed it"
@@ -61,7 +68,7 @@ def _read_sums(folder: str) -> list[tuple[str, str]]:
     path = os.path.join(folder, SUMS)
     if not os.path.exists(path):
         return []
-    with open_regular(path) as file:
+    with open_regular(path, WHOLE_BYTES) as file:
         lines = os.fsdecode(file.read()).split("\n")
     return [_parsed(line) for line in lines if line]
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from bort.config import option
 from bort.errors import UserError, quoted
-from bort.files import atomic_write, open_regular, read_json
+from bort.files import WHOLE_BYTES, atomic_write, open_regular, read_json
 from bort.sums import check_sum
 
 RELEASED_DATASET = "openwebtext_ccnews_stories_books_cased"
@@ -202,7 +202,7 @@ def write_files(folder: str, contents: dict[str, bytes]) -> None:
 
 def _holds(path: str, content: bytes) -> bool:
     try:
-        with open_regular(path) as handle:
+        with open_regular(path, WHOLE_BYTES) as handle:
             return handle.read() == content
     except OSError:
         return False
@@ -487,7 +487,7 @@ def read_lines(path: str) -> list[str]:
     Raises `UserError` when it cannot be read.
     """
     try:
-        with open_regular(path) as handle:
+        with open_regular(path, WHOLE_BYTES) as handle:
             return io.TextIOWrapper(handle, "utf-8").read().split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -498,7 +498,7 @@ def read_lines(path: str) -> list[str]:
 def _load_sentencepiece(path: str) -> SentencePiece:
     check_sum(path)
     try:
-        with open_regular(path) as handle:
+        with open_regular(path, WHOLE_BYTES) as handle:
             return SentencePiece(handle.read())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -524,7 +524,7 @@ def _released_files() -> tuple[str, str]:
 
 def _is_whole(path: str) -> bool:
     try:
-        with open_regular(path) as handle:
+        with open_regular(path, WHOLE_BYTES) as handle:
             digest = hashlib.sha1(handle.read()).hexdigest()
     except OSError:
         return False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, TypeVar
 
 from bort.errors import UserError, quoted
-from bort.files import open_regular
+from bort.files import WHOLE_BYTES, open_regular
 from bort.types import JSONMapping, JSONObject
 
 
@@ -49,7 +49,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     """
     blank: list[Line] = []
     try:
-        with open_regular(path) as handle:
+        with open_regular(path, WHOLE_BYTES) as handle:
             for number, raw in enumerate(handle, 1):
                 line = Line(f"{path}:{number}", number, line_content(raw, first=number == 1))
                 if not line.content:
@@ -71,7 +71,7 @@ def line_content(raw: bytes, first: bool) -> bytes:
 def read_submission_lines(path: Path) -> Iterator[Line]:
     """Yield the lines of a leaderboard's file without their LF; all else stays for the checks."""
     try:
-        with open_regular(path) as handle:
+        with open_regular(path, WHOLE_BYTES) as handle:
             for number, raw in enumerate(handle, 1):
                 content = raw[:-1] if raw.endswith(b"\n") else raw
                 yield Line(f"{path}:{number}", number, content)

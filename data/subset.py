@@ -19,7 +19,7 @@ import numpy as np
 
 from bort.config import option, required
 from bort.errors import UserError
-from bort.files import atomic_write, open_regular
+from bort.files import WHOLE_BYTES, atomic_write, open_regular
 from bort.generators import generator_for
 from bort.sums import write_sums
 from bort.types import TaskKind
@@ -108,7 +108,7 @@ def _is_there(path: str, content: bytes) -> bool:
     """Return whether a file is there; raises `UserError` when it has other content."""
     if not os.path.exists(path):
         return False
-    with open_regular(path) as handle:
+    with open_regular(path, WHOLE_BYTES) as handle:
         if handle.read() != content:
             raise UserError(f"{path}: is of another draw; name another --output_dir")
     return True

@@ -12,6 +12,7 @@ import lzma
 import os
 import re
 import zlib
+from functools import partial
 from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 from bort.errors import UserError, quoted
@@ -28,7 +29,8 @@ _ROWS_AT_ONCE = 64
 _OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
-    ".xz": lzma.open,
+    # Not of any format: zeros are empty archives of the older one.
+    ".xz": partial(lzma.open, format=lzma.FORMAT_XZ),
 }
 _COMPRESSED_SUFFIXES = (*_OPEN, ".zst")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import build, option, parser_for
 from bort.errors import UserError, entry_point
-from bort.files import open_regular
+from bort.files import WHOLE_BYTES, open_regular
 from bort.journal import record_of
 from bort.plots import figure_file
 from bort.types import JSONObject
@@ -98,7 +98,7 @@ def read_run(path: str) -> Run:
     """
     file = metrics_file(path)
     try:
-        with open_regular(file) as handle:
+        with open_regular(file, WHOLE_BYTES) as handle:
             lines = [line for line in handle if line.endswith(b"\n")]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error}); name the folder of a run") from None

@@ -11,17 +11,19 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+from bort import files
 from bort.agora.labellers import FileTimaeus
 from bort.arrays import map_npy, read_npz
-from bort.checkpoint import load
+from bort.checkpoint import load, save
 from bort.errors import UserError
 from bort.files import open_regular, read_json, read_json_as, read_yaml, sha256_of
 from bort.huggingface.tensors import read_tensors
 from bort.inference.onnx_file import read_metadata, verify_onnx_file
-from bort.journal import Journal
+from bort.journal import Journal, line_of
 from bort.ose.known_errors import read_errors
 from bort.parameters import read_arrays
-from bort.sums import check_sums
+from bort.reporter import cut_after, read_records
+from bort.sums import check_sums, write_sums
 from bort.tokenization import TokenizerSettings, load_tokenizer, load_tokenizer_folder
 from data.shards import Shard
 from data.submission import check_submission
@@ -125,6 +127,55 @@ def test_what_is_no_file_is_named_at_once(tmp_path, monkeypatch, name):
         with limited(), pytest.raises((UserError, OSError, ValueError)) as refused:
             read(str(place / file))
         assert file in str(refused.value), make.__name__
+
+
+def terabyte(path: Path) -> None:
+    """Write a sparse file, which takes no space."""
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+@pytest.mark.parametrize("name", sorted(READERS.keys() - {"SHA-256", "journal", "mapped array"}))
+def test_a_terabyte_of_zeros_is_named_at_once(tmp_path, name):
+    if name == "parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    if name == "words":
+        pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    file, read = READERS[name]
+    terabyte(tmp_path / file)
+    with limited(), pytest.raises((UserError, OSError, ValueError)) as refused:
+        read(str(tmp_path / file))
+    assert file in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["best.params", "int8.onnx"])
+def test_a_terabyte_that_is_listed_is_not_hashed(tmp_path, name):
+    (tmp_path / name).write_bytes(b"content")
+    write_sums(str(tmp_path), [name])
+    terabyte(tmp_path / name)
+    with limited(), pytest.raises(OSError, match=f"it is larger than .* bytes, the limit.*{name}"):
+        check_sums(str(tmp_path))
+
+
+def test_a_checkpoint_of_a_terabyte_is_damaged(tmp_path):
+    save(str(tmp_path), 2, lambda path: Path(path).touch(), {}, {})
+    terabyte(tmp_path / "step-0000002" / "trainer.npz")
+    with limited(), pytest.raises(UserError, match=r"trainer.npz: it is larger than .*; altered"):
+        load(str(tmp_path / "step-0000002"))
+
+
+def test_a_terabyte_behind_records_does_not_stop_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WHOLE_BYTES", 1 << 20)
+    records = [{"step": step, "phase": "train", "time": 1.0} for step in range(1, 4)]
+    for name in ("metrics.jsonl", "journal.jsonl"):
+        (tmp_path / name).write_bytes(b"".join(map(line_of, records)))
+        terabyte(tmp_path / name)
+    journal = Journal(str(tmp_path / "journal.jsonl"), bool)
+    assert journal.records == records
+    cut_after(str(tmp_path / "metrics.jsonl"), 3, evaluate=False)
+    for name in ("metrics.jsonl", "journal.jsonl"):
+        assert (tmp_path / name).stat().st_size < 1000
+    assert read_records(str(tmp_path / "metrics.jsonl")) == records
 
 
 @pytest.mark.parametrize("make", [fifo, zeros, noise, folder])

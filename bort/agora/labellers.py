@@ -14,7 +14,7 @@ from bort.agora.algorithm import input_key
 from bort.agora.tau import Inputs
 from bort.agora.text import predictions_of
 from bort.errors import UserError, quoted
-from bort.files import atomic_write, open_regular
+from bort.files import WHOLE_BYTES, atomic_write, open_regular
 from bort.types import JSONMapping, TaskKind
 from data.rows import BadRowError, parse_object, require_field
 from data.task import Example, Task
@@ -125,7 +125,7 @@ def _lines(path: str) -> Iterable[bytes]:
     """Return the lines of a file, without a byte order mark; none when it does not exist."""
     if not os.path.exists(path):
         return []
-    with open_regular(path) as handle:
+    with open_regular(path, WHOLE_BYTES) as handle:
         return handle.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
 
 

@@ -12,7 +12,7 @@ from typing import Mapping
 import numpy as np
 
 from bort.errors import UserError, quoted
-from bort.files import open_regular, read_json_as
+from bort.files import MODEL_BYTES, open_regular, read_json_as
 from bort.types import JSONMapping
 
 WEIGHTS, INDEX, TORCH_WEIGHTS = (
@@ -51,7 +51,7 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
 def refuse_lfs_pointer(path: str) -> None:
     """Raise `UserError` when git-lfs left a pointer in place of a file."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path, MODEL_BYTES) as file:
             start = file.read(len(_LFS_START))
     except OSError as error:
         raise UserError(f"{os.path.basename(path)}: cannot be read ({error.strerror})") from None
@@ -79,7 +79,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     refuse_lfs_pointer(path)
     name = os.path.basename(path)
     try:
-        with open_regular(path) as file:
+        with open_regular(path, MODEL_BYTES) as file:
             tensors = deserialize(file.read())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be read ({quoted(str(error))[1:-1]})") from None

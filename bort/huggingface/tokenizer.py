@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from bort.errors import UserError
-from bort.files import open_regular, read_json, read_json_as
+from bort.files import WHOLE_BYTES, open_regular, read_json, read_json_as
 from bort.huggingface.tensors import refuse_lfs_pointer
 from bort.tokenization import (
     SPECIAL_TOKENS,
@@ -251,7 +251,7 @@ def _sentencepiece_parts(path: str) -> JSONObject:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
-    with open_regular(path) as handle:
+    with open_regular(path, WHOLE_BYTES) as handle:
         proto.ParseFromString(handle.read())
     _require_plain(path, proto)
     return {

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Callable, Mapping, TypeVar
 
 from bort.errors import UserError, quoted
-from bort.files import atomic_write, decode_json, open_regular, remove_left_overs_of
+from bort.files import (
+    MODEL_BYTES,
+    atomic_write,
+    decode_json,
+    open_regular,
+    remove_left_overs_of,
+)
 from bort.inference.onnx_constants import Separated, align_constants, separate
 from bort.inference.protobuf import Buffer, Field, fields
 from bort.shapes import MAX_LENGTH
@@ -107,7 +113,7 @@ def read_separated(path: str) -> Separated | None:
 def _mapped(path: str) -> mmap.mmap:
     """Map a file into memory; an empty one cannot be, and is no ONNX file."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path, MODEL_BYTES) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -177,7 +183,7 @@ def _is_utf8(path: str) -> bool:
 def verify_onnx_file(path: str) -> bool:
     """Return whether a file ends with its SHA-256; raises `UserError` when that is wrong."""
     try:
-        with open_regular(path) as file:
+        with open_regular(path, MODEL_BYTES) as file:
             size = file.seek(0, os.SEEK_END) - _TRAILER_BYTES
             if size <= 0:
                 return False

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Union
 import numpy as np
 
 from bort.errors import UserError, quoted
-from bort.files import read_json, read_json_as, sha256_of
+from bort.files import MODEL_BYTES, read_json, read_json_as, sha256_of
 from bort.inference.onnx_file import (
     OUTPUT,
     OnnxMetadata,
@@ -518,7 +518,7 @@ def _parameters_sha256(parameters: str, model_config: ModelConfig, made: str) ->
     changed = os.stat(parameters).st_ctime_ns >= os.stat(made).st_ctime_ns
     if changed or not model_config.sha256:
         verify_parameters(parameters, model_config)
-    return model_config.sha256 or sha256_of(parameters)
+    return model_config.sha256 or sha256_of(parameters, MODEL_BYTES)
 
 
 def _load_int8(
@@ -543,7 +543,9 @@ def _verify_files(files: Int8Files, record: Int8Record, name: str) -> None:
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{path}: not found; run scripts/quantize.py again")
-        if record.sha256 and sha256_of(path) != record.sha256.get(os.path.basename(path)):
+        if record.sha256 and sha256_of(path, MODEL_BYTES) != record.sha256.get(
+            os.path.basename(path)
+        ):
             raise UserError(
                 f"{path}: its SHA-256 is not that in {os.path.basename(files.record)}: the file "
                 "is damaged; run scripts/quantize.py again"

@@ -10,7 +10,7 @@ from typing import Mapping, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError, quoted
-from bort.files import open_regular
+from bort.files import WHOLE_BYTES, open_regular
 from bort.ose.bert_family import synthetic_error
 from bort.ose.candidates import SurrogateError
 from bort.shapes import Shape, shape_of
@@ -42,7 +42,7 @@ def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], S
     measured: dict[Shape, list[float]] = {}
     check_sum(source)
     try:
-        with open_regular(source) as handle:
+        with open_regular(source, WHOLE_BYTES) as handle:
             reader = csv.DictReader(io.TextIOWrapper(handle, "utf-8-sig", newline=""))
             if not {"architecture", "error"} <= set(reader.fieldnames or ()):
                 raise UserError(f"{source}:1: needs the columns architecture and error")
