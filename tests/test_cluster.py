@@ -319,7 +319,7 @@ def test_a_lost_scheduler_is_reported(tmp_path, folder):
 
 def test_an_address_without_a_scheduler_is_refused(tmp_path, folder, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.2)
     for address, message in (
         ("tcp://localhost:1", "tcp://localhost:1: cannot be reached"),
         (str(tmp_path / "none.json"), "no such file; start a scheduler first"),

@@ -324,7 +324,7 @@ def test_a_process_whose_parent_died_before_it_looked_ends_itself():
 def test_the_parent_is_watched_where_the_system_sends_no_signal():
     code = (
         "import os, subprocess, sys, time; from bort import jobs\n"
-        "jobs._PR_SET_PDEATHSIG = 0\n"
+        "jobs._PR_SET_PDEATHSIG, jobs.PARENT_POLL = 0, 0.05\n"
         "if os.fork() == 0:\n"
         "    jobs.die_with_parent(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)\n"
         "time.sleep(60)"

@@ -56,7 +56,11 @@ print("a run says something")
 sys.stdout.flush()
 if os.path.exists(os.path.join(here, f"fail-{lr:g}")):
     sys.exit("error: --lr is not to the program's taste")
-time.sleep(float(os.environ.get("WAIT", 0)))
+for _ in range(int(100 * float(os.environ.get("WAIT", 0)))):
+    with open(os.path.join(here, "calls")) as calls:
+        if calls.read().count('"start"') >= int(os.environ.get("TOGETHER", 99)):
+            break
+    time.sleep(0.01)
 folder = os.path.join(flags["--output_dir"], "SST-2")
 os.makedirs(os.path.join(folder, "tokenizer"))
 for name in ("best.params", "best.json", "SST-2.tsv"):
@@ -189,7 +193,8 @@ def test_jobs_share_cores_and_gpus(tried, jobs, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("bort.jobs.usable_cores", lambda: 6)
     monkeypatch.setattr("bort.jobs.cpu_threads", lambda: 6)
-    monkeypatch.setenv("WAIT", "1.5" if jobs > 1 else "0")  # a busy machine starts them slowly
+    monkeypatch.setenv("WAIT", "30" if jobs > 1 else "0")
+    monkeypatch.setenv("TOGETHER", "2")  # runs that have started let the others end
     flags = ("--jobs", str(jobs), "--gpus", "4,5,6")
     sweep.main(tried.flags(*flags, seed=[0, 1, 2], lr=[0.01]))
     lines = [json.loads(line)["what"] for line in (tried.folder / "calls").read_text().splitlines()]

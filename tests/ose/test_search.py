@@ -405,7 +405,7 @@ def test_a_killed_search_continues(tmp_path):
         sys.path[:0] = [{ROOT!r}]
         from bort.ose import SearchJournal, extract
         def error(a, steps, hparams, generator):
-            time.sleep(0.02)
+            time.sleep(float(sys.argv[2]))
             return 1 + generator.random()
         result = extract([(k,) for k in range(1, 41)], lambda a: a[0], lambda a: a[0], error,
                          journal=SearchJournal(sys.argv[1], {{}}))
@@ -415,7 +415,8 @@ def test_a_killed_search_continues(tmp_path):
     )
     command = [sys.executable, "-c", program]
     journal = tmp_path / "killed" / "journal-0.jsonl"
-    with subprocess.Popen([*command, str(journal.parent)], stdout=subprocess.DEVNULL) as process:
+    slow = [*command, str(journal.parent), "0.05"]
+    with subprocess.Popen(slow, stdout=subprocess.DEVNULL) as process:
         while not journal.exists() or len(_lines(journal)) < 8:
             time.sleep(0.01)
             assert process.poll() is None
@@ -425,7 +426,7 @@ def test_a_killed_search_continues(tmp_path):
     with journal.open("a") as handle:
         handle.write('{"candidate": "torn')
     outputs = [
-        subprocess.run([*command, folder], check=True, capture_output=True, text=True).stdout
+        subprocess.run([*command, folder, "0"], check=True, capture_output=True, text=True).stdout
         for folder in (str(journal.parent), str(tmp_path / "uninterrupted"))
     ]
     continued, uninterrupted = (_without_seconds(text) for text in outputs)

@@ -200,18 +200,18 @@ def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path):
     assert state["best_score"] != best
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"[1]\n", b'{"step": "x"}\n', b"{}\n", b"\n"])
-def test_an_unknown_line_in_the_metrics_does_not_prevent_resuming(data, tmp_path, capsys, line):
+def test_unknown_lines_in_the_metrics_do_not_prevent_resuming(data, tmp_path, capsys):
+    unknown = b"".join([b"\xff\xfe\n", b"[1]\n", b'{"step": "x"}\n', b"{}\n", b"\n"])
     given = {"ckpt_dir": tmp_path, "num_steps": 10, "ckpt_interval": 5, "log_interval": 5}
     finished_run(data, **given)
     path = tmp_path / "metrics.jsonl"
     first, second = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first + line + second)
+    path.write_bytes(first + unknown + second)
     capsys.readouterr()
     finished_run(data, **{**given, "num_steps": 15}, resume=True)
     assert [record["step"] for record in metrics(tmp_path)] == [5, 10, 15]
-    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == line
-    assert "1 line(s) are no metrics; moved to" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == unknown
+    assert "5 line(s) are no metrics; moved to" in capsys.readouterr().err
 
 
 def test_a_state_of_another_type_is_refused(data, tmp_path):

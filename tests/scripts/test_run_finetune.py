@@ -289,7 +289,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
 print("started", flush=True)
 while not received:
     time.sleep(0.01)
-time.sleep(0.4)
+time.sleep(0.2)
 print("saved after", received, flush=True)
 sys.exit(7)
 """
