@@ -8,12 +8,12 @@
 #   $EXPERIMENTS/teacher/train, test   shards with the model's WordPiece, 128 tokens at most
 #   $EXPERIMENTS/teacher/model         the run; its held-out loss is that of the last eval line
 # An interrupted run resumes. Besides the variables of common.sh:
-#   TEACHER_STEPS   updates of 16 sequences (default 1200: 15 minutes of one core)
+#   TEACHER_STEPS   updates of 16 sequences (default 3000: 35 minutes of one core)
 #   DTYPE           type of the products (default auto)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 folder=$EXPERIMENTS/teacher
-steps=${TEACHER_STEPS:-1200}
+steps=${TEACHER_STEPS:-3000}
 pretrained all-MiniLM-L6-v2
 
 hold_out() {
