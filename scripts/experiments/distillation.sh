@@ -82,9 +82,11 @@ measure() {
     mv "$folder/timed-$1" "$folder/times/$1"
 }
 
-# best_rate <arm>: sets `rate` to the best one for the arm on seed 9.
+# best_rate <arm>: sets `rate` to the best one for the arm on seed 9, or to the only one.
 best_rate() {
     local tried=() best
+    rate=$rates
+    if [[ $rates != *" "* ]]; then return; fi
     for rate in $rates; do
         student "$1" "$rate" 9 "$folder/rates/$1/$rate"
         tried+=("$folder/rates/$1/$rate")
