@@ -29,8 +29,6 @@ check "lint" ruff check .
 check "format" ruff format --check .
 check "types" mypy
 check "quick tests" python -m pytest -n logical --maxprocesses 8 "$@"
-check "two-process tests" python -m pytest "$@" -m "distributed and not slow"
-if python -c "import distributed" 2>/dev/null; then
-    check "cluster tests" python -m pytest "$@" -m "cluster and not slow"
-fi
+check "two-process and cluster tests" \
+    python -m pytest -n 2 "$@" -m "(distributed or cluster) and not slow"
 exit "$worst"

@@ -33,6 +33,7 @@ from benchmarks._peers import (
     step_apart,
     units_of,
 )
+from benchmarks.workers import write_shards
 from bort import mxnet_setup
 from bort.config import option, parse
 from bort.mxnet_setup import cpu_threads, usable_cores
@@ -71,7 +72,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
             _answer_with_stock_steps(settings)
             return {}
         shards = os.path.join(folder, "shards")
-        write_random_shards(shards, settings)
+        write_shards(shards, 1, SEQUENCES, settings.length, settings.vocab_size)
         medians: dict[str, float] = {}
         # One teacher after the other: memory does not hold all of them several times.
         for teacher in settings.teachers.split(","):
@@ -196,32 +197,6 @@ def timed(step: Callable[[], None]) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return run
-
-
-def write_random_shards(folder: str, settings: DistillationBenchmarkSettings) -> None:
-    """Write shards of random tokens, all sequences full, 15 % of the tokens masked."""
-    from data.shards import (
-        Manifest,
-        ShardWriter,
-        TokenizerEntry,
-        id_type,
-        shard_name,
-        write_manifest,
-    )
-
-    generator = np.random.default_rng(0)
-    os.makedirs(folder)
-    masks = round(MASKED * settings.length)
-    with ShardWriter(os.path.join(folder, shard_name(0)), id_type(settings.vocab_size)) as writer:
-        for _ in range(SEQUENCES):
-            ids = generator.integers(5, settings.vocab_size, settings.length)
-            positions = np.sort(generator.choice(settings.length, masks, replace=False))
-            true = generator.integers(5, settings.vocab_size, masks)
-            lengths = np.array([settings.length]), np.array([masks])
-            writer.write(ids, lengths[0], positions, true, lengths[1])
-        entry = writer.finish(documents=SEQUENCES, sentences=SEQUENCES, unknown=0)
-    tokenizer = TokenizerEntry("random", settings.vocab_size, pad_id=1)
-    write_manifest(folder, "manifest.json", Manifest(tokenizer, {}, [], [entry]))
 
 
 def _our_step(

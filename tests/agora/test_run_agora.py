@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from bort.saved_model import ModelConfig, build_network, load_model, save_model
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.tasks import get_task
 from scripts import run_agora
+from tests.pretraining.helpers import horovodrun
 from tests.reference import redraw
 from tests.wordpieces import write_vocabulary
 
@@ -230,16 +229,11 @@ def test_mistakes_are_named_and_leave_nothing(places, tmp_path, capsys, more, me
 
 @pytest.mark.distributed
 def test_two_ranks_make_the_same_run(places, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "scripts" / "run_agora.py")]
-    horovodrun = os.path.join(os.path.dirname(sys.executable), "horovodrun")
+    run_agora.main(arguments(places, "SST-2", tmp_path / "one"))
+    program = ["python", "scripts/run_agora.py"]
+    horovodrun(2, *program, *arguments(places, "SST-2", tmp_path / "two"))
     contents = []
-    for name, launcher in (
-        ("one", []),
-        ("two", [horovodrun, "-np", "2", "-H", "localhost:2"]),
-    ):
-        command = [*launcher, *program, *arguments(places, "SST-2", tmp_path / name)]
-        subprocess.run(command, check=True, timeout=200, env=environment)
+    for name in ("one", "two"):
         content = read_json(str(tmp_path / name / "SST-2" / "agora.json"))
         del content["seconds"]
         for record in content["rounds"]:

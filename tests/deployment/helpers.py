@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -89,6 +90,22 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for script in (ROOT / "tests" / "deployment").glob("*.mjs"):
             shutil.copy(script, folder)
     return folder
+
+
+def node(place: Path, content: Any, *command: str, **environment: str) -> Any:
+    """Run a script under Node that reads and prints JSON."""
+    ended = subprocess.run(
+        ["node", *command],
+        cwd=place,
+        env={**os.environ, **environment},
+        input=json.dumps(content),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
 
 
 def archives(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -7,10 +7,8 @@ import functools
 import hashlib
 import http.server
 import json
-import os
 import re
 import shutil
-import subprocess
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +34,7 @@ from tests.deployment.helpers import (
     TEXTS,
     TOKENIZERS,
     archives,
+    node,
     node_folder,
     save,
 )
@@ -164,32 +163,22 @@ def served(folder: Path) -> Iterator[str]:
             thread.join()
 
 
-def browse(node: Path, url: str, inputs: list[list[str]], *flags: str) -> dict[str, Any]:
+def browse(folder: Path, url: str, inputs: list[list[str]], *flags: str) -> dict[str, Any]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("needs Chromium")
-    ended = subprocess.run(
-        ["node", "browse.mjs", url, str(node / "screenshot.png"), *flags],
-        cwd=node,
-        env={**os.environ, "CHROMIUM": chromium},
-        input=json.dumps(inputs),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+    command = "browse.mjs", url, str(folder / "screenshot.png"), *flags
+    return node(folder, inputs, *command, CHROMIUM=chromium)
 
 
 def seen_on(page: Path, tmp_path_factory: Any, inputs: list[list[str]], *flags: str) -> Any:
     """Type inputs into a page; it may use no other server and log no error."""
-    node = node_folder(tmp_path_factory)
+    folder = node_folder(tmp_path_factory)
     with served(page) as url:
-        seen = browse(node, url, inputs, *flags)
+        seen = browse(folder, url, inputs, *flags)
     assert seen["errors"] == []
     assert all(address.startswith(url) for address in seen["addresses"])
-    assert (node / "screenshot.png").stat().st_size > 10_000
+    assert (folder / "screenshot.png").stat().st_size > 10_000
     return seen
 
 

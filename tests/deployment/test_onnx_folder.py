@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from tests.deployment.helpers import (
     MAX_LEN,
     TEXTS,
     TOKENIZERS,
+    node,
     node_folder,
     save,
 )
@@ -241,18 +241,3 @@ def test_transformers_js_tokenizes_english_as_we_do(tokenizer, shared, tmp_path,
 def run_under_node(place: Path, folder: Path, dtype: str, pairs: list[list[Any]]) -> list[Any]:
     requests = [{"text": text, "pair": pair} for text, pair in pairs]
     return node(place, requests, "run_model.mjs", str(folder), dtype)
-
-
-def node(place: Path, content: Any, *command: str) -> list[Any]:
-    """Run a script under Node that reads and prints JSON."""
-    ended = subprocess.run(
-        ["node", *command],
-        cwd=place,
-        input=json.dumps(content),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)

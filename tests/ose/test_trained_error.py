@@ -493,7 +493,7 @@ def test_a_killed_search_continues(data, tmp_path, capsys):
 
 
 @pytest.mark.distributed
-def test_ranks_find_the_table_of_one_process(data, tmp_path):
+def test_ranks_find_the_table_of_one_process(data, tmp_path, in_process):
     command = ["python", "scripts/run_ose.py"]
     flags = flags_of(data, tmp_path / "2")
     at = flags.index("--workers")

@@ -72,6 +72,7 @@ def test_parts_of_benchmarks_are_no_benchmarks(capsys: pytest.CaptureFixture[str
     assert "invalid choice: '_peers'" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # 20 s: a text that is long enough to grow with
 @pytest.mark.cluster
 def test_memory_of_command_and_scheduler_does_not_grow_with_the_text() -> None:
     pytest.importorskip("distributed")

@@ -152,6 +152,12 @@ def leftovers(folder):
 PROGRAMS = ("shards", "cache", "sweep", "agora", "ose")
 
 
+def slow_but(*quick):
+    """Return the programs, all but these marked as slow: jobs are lost and repeated alike."""
+    marks = {True: (), False: pytest.mark.slow}
+    return [pytest.param(name, marks=marks[name in quick]) for name in PROGRAMS]
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_same_bytes_as_here(nodes, commands, local, tmp_path, name):
     finish(start(commands[name], tmp_path, nodes.address))
@@ -159,7 +165,7 @@ def test_the_same_bytes_as_here(nodes, commands, local, tmp_path, name):
     assert leftovers(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", slow_but("shards", "sweep"))
 def test_the_same_bytes_after_a_worker_and_a_node_were_killed(commands, local, tmp_path, name):
     pytest.importorskip("distributed")
     with Nodes(tmp_path / "nodes", count=2) as made:
@@ -174,7 +180,7 @@ def test_the_same_bytes_after_a_worker_and_a_node_were_killed(commands, local, t
     assert leftovers(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", slow_but("shards", "cache"))
 def test_the_same_bytes_after_the_driver_was_killed(nodes, commands, local, tmp_path, name):
     driver = start(commands[name], tmp_path, nodes.address)
     wait_until(nodes.jobs, "no jobs")
