@@ -8,13 +8,16 @@ import re
 import signal
 import sys
 from contextlib import suppress
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Callable, NoReturn, Optional, Sequence, TypeVar
 
 Result = TypeVar("Result")
 Main = Callable[[Optional[Sequence[str]]], Result]
 
 QUOTED_CHARACTERS = 200
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+_PROGRAMS = (_ROOT, os.path.join(_ROOT, "scripts"))
+_interrupts: list[int] = []  # the signals of Ctrl-C that came
 _LONG_WORD = re.compile(r"\S{400,}")
 
 
@@ -64,6 +67,7 @@ def entry_point(main: Main[Result]) -> Main[Result]:
     def wrapped(argv: Sequence[str] | None = None) -> Result:
         _open_closed_streams()
         try:
+            _note_interrupts()
             result = main(argv)
             sys.stdout.flush()
             return result
@@ -82,11 +86,15 @@ def entry_point(main: Main[Result]) -> Main[Result]:
             where = error.filename if error.filename is not None else "a file or standard output"
             _exit(1, f"error: {os.fsdecode(where)}: {reason}")
         except ImportError as error:
+            _exit_if_interrupted()
             if error.name != "mxnet":
                 raise
             _exit(1, f"error: {error}")
         except MemoryError:
             _exit(1, "error: out of memory; use smaller batches or fewer processes")
+        except Exception:
+            _exit_if_interrupted()
+            raise
 
     return wrapped
 
@@ -95,13 +103,36 @@ def install_interrupt_hook() -> None:
     """Let Ctrl-C during a program's imports, before its `main`, be one line as well."""
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _report
+    program = getattr(sys.modules.get("__main__"), "__file__", None)
+    if program and os.path.realpath(os.path.dirname(program)) in _PROGRAMS:
+        _note_interrupts()
+
+
+def _note_interrupts() -> None:
+    """Remember a Ctrl-C: a package that is interrupted while it is imported raises ImportError."""
+    with suppress(ValueError):  # not the main thread
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(signum: int, frame: Optional[FrameType]) -> None:
+    _interrupts.append(signum)
+    raise KeyboardInterrupt
+
+
+def _exit_if_interrupted() -> None:
+    if _interrupts:
+        _exit(128 + signal.SIGINT, "interrupted")
 
 
 def _report(
     kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]
 ) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+    if _interrupts or issubclass(kind, KeyboardInterrupt):
+        with suppress(OSError, ValueError):
+            print("interrupted", file=sys.stderr, flush=True)
+        # Nothing is to be cleaned up yet, and a package that is half imported may crash at the end.
+        os._exit(128 + signal.SIGINT)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -15,11 +15,12 @@ from typing import Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
-import numpy as np
-
 from bort.agora.toys import ToySettings, run_toys
 from bort.config import parse
 from bort.errors import entry_point
+
+# isort: split
+import numpy as np  # after bort: a Ctrl-C during the import is then one line
 
 
 @entry_point

@@ -15,8 +15,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Iterator, Optional, Sequence
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, check_limits, option, parser_for
@@ -29,6 +27,9 @@ from bort.tokenization import (
     load_tokenizer_folder,
 )
 from data.shards import Manifest, Shard, ShardSet, open_shards
+
+# isort: split
+import numpy as np  # after bort: a Ctrl-C during the import is then one line
 
 _SEQUENCES_AT_ONCE = 1 << 14
 

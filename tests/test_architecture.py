@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -62,3 +65,21 @@ def test_imports_follow_the_architecture() -> None:
 def test_every_subpackage_has_its_place_in_the_architecture() -> None:
     folders = {path.parent.name for path in ROOT.glob("bort/*/__init__.py")}
     assert folders == set(SUBPACKAGES) == set(MAY_IMPORT)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="no list of Python's own modules")
+def test_programs_import_bort_before_other_packages() -> None:
+    """What bort installs makes a Ctrl-C during all later imports one line."""
+    programs = [path for place in (ROOT, ROOT / "scripts") for path in place.glob("*.py")]
+    for path in programs:
+        names = [
+            name.partition(".")[0]
+            for node in ast.parse(path.read_text("utf-8")).body
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in (
+                [node.module or ""] if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+        ]  # fmt: skip
+        others = [name for name in names if name not in sys.stdlib_module_names]
+        assert not others or others[0] in ("bort", "benchmarks"), path

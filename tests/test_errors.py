@@ -3,7 +3,6 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -147,10 +146,32 @@ def test_ctrl_c_before_main_prints_one_line_and_a_bug_keeps_its_traceback(raised
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if raised == "KeyboardInterrupt":
-        assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "interrupted\n")
+        assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
     else:
         assert ended.returncode == 1
         assert "Traceback" in ended.stderr
+
+
+def test_an_import_that_ctrl_c_breaks_is_one_line():
+    """NumPy turns the exception of a Ctrl-C into an ImportError that does not tell."""
+    script = """
+import os, signal
+from bort.errors import entry_point
+
+@entry_point
+def main(argv=None):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    raise ImportError("Importing the numpy C-extensions failed")
+
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 def test_a_half_built_object_prints_nothing_after_ctrl_c():

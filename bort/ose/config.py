@@ -12,7 +12,7 @@ from bort.ose.bert_family import SPACES
 from bort.ose.search import MODES, hyperparameter_sets
 from bort.pretraining.config import OptimizerSettings
 from bort.processor import require_bfloat16
-from bort.shapes import MAX_BUCKETS, MAX_LENGTH
+from bort.shapes import MAX_BUCKETS, MAX_LENGTH, shape_of
 from bort.types import Hyperparameters
 
 # The peak rates where none is given: SGD's gradients are clipped to norm 1, so its steps are small.
@@ -32,7 +32,7 @@ class SpaceSettings:
     )
     max_length: int = option(MAX_LENGTH, "number of position embeddings", minimum=1)
     sequence_length: int = option(
-        512, "length of the input whose cost is counted, in tokens", minimum=1
+        512, "length of the input whose cost is counted, in tokens", minimum=1, maximum=1 << 16
     )
     effective: bool = option(False, "count the encoder's parameters only, without embeddings")
     all_operations: bool = option(False, "count every operation (default: multiply-accumulates)")
@@ -171,6 +171,11 @@ def check_request(
         raise UserError(
             "nothing to do: give --list, --explain, --errors, --data or --measure_latency"
         )
+    if settings.explain:
+        try:
+            shape_of(settings.explain)
+        except UserError as error:
+            raise UserError(f"--explain: {error}") from None
     if settings.errors and training.data:
         raise UserError("--errors replaces training: leave out --data or --errors")
     if settings.compare_strides and not (settings.errors or training.data):

@@ -175,8 +175,9 @@ def _finite(value: float | None) -> float | None:
 
 def on_front(table: Sequence[Evaluation]) -> np.ndarray:
     """Return which rows are on the Pareto front of size, cost and error: bool [rows]."""
-    points = [(row.size, row.cost, math.inf if row.error is None else row.error) for row in table]
-    return pareto_front(np.array(points)) & np.isfinite(np.array(points)).all(axis=1)
+    rows = [(row.size, row.cost, math.inf if row.error is None else row.error) for row in table]
+    points = np.array(rows, float)  # a cost may have more than 64 bits
+    return pareto_front(points) & np.isfinite(points).all(axis=1)
 
 
 def write_report(

@@ -74,8 +74,8 @@ def build_cache_on(
     pad_id = sets[0].manifest.pad_id
     job = CacheJob(os.path.abspath(folder), weights, gpus, manifest, pad_id, batch_size)
     with lock_folder(folder, "--output_dir"):
-        prepare_cache(folder, teacher, manifest)
         with Cluster(cluster, folder, gpus=gpus) as executor:
+            prepare_cache(folder, teacher, manifest)
             _cache_missing(executor, job, pairs)
         for _, entry in pairs:  # of machines that were lost
             rows = rows_path(folder, entry)

@@ -51,6 +51,19 @@ def test_explain_with_other_counts_and_maximum_points(capsys):
     assert "never wins: W is 0 whatever the error" in out
 
 
+def test_an_explained_name_that_is_none_stops_a_search_before_it_begins(capsys, tmp_path):
+    out = tmp_path / "out"
+    line = complaint(capsys, *SMALL, "--errors", "synthetic", "--explain", "x", "--output_dir", out)
+    assert "--explain: model name 'x': expected bort_" in line
+    assert not out.exists()
+
+
+def test_costs_of_more_than_64_bits(capsys, tmp_path):
+    flags = ["--errors", "synthetic", "--max_length", 9 * 10**18, "--output_dir", tmp_path / "out"]
+    _, out = call(capsys, *SMALL, *flags)
+    assert "selected: get_bort_model(" in out
+
+
 def test_list_shows_the_space_in_order_and_the_conditions(capsys):
     _, out = call(capsys, "--list", *SMALL)
     rows = [line.split() for line in out.splitlines()[1:37]]
