@@ -10,16 +10,17 @@ Examples:
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Sequence
 
 from bort.communicator import communicator_of_environment
 from bort.config import parse
 from bort.errors import entry_point
 from bort.finetuning.config import FINETUNING_CLASSES, ORIGINAL_FLAGS, FinetuningSettings
+from bort.types import JSONObject
 
 
 @entry_point
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> JSONObject:
     """Run the program; returns the content of metrics.json."""
     settings = FinetuningSettings(
         *parse(__doc__, argv, *FINETUNING_CLASSES, config=True, renamed=ORIGINAL_FLAGS)

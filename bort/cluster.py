@@ -37,7 +37,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Optional,
+    TypeVar,
+)
 
 from bort.config import option
 from bort.errors import UserError
@@ -54,6 +64,11 @@ from bort.jobs import (
     sendable,
 )
 from bort.mxnet_setup import asked_threads, usable_cores
+
+if TYPE_CHECKING:
+    import dask_jobqueue
+    import distributed
+    from dask.typing import Key
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -160,7 +175,7 @@ class Cluster(Executor):
         self._gpus = len(gpus.split(",")) if gpus else 0
         self._client, self._queue = _connect(address)
         self._lock = threading.Lock()
-        self._futures: dict[str, Any] = {}  # of Dask, by key
+        self._futures: dict[object, distributed.Future] = {}  # by key
         self._last: tuple[Any, bytes, str, str] = (None, b"", "", "")  # function, as it is sent
         self._counted, self._slots = -float("inf"), 0
         self._started = False
@@ -232,7 +247,7 @@ class Cluster(Executor):
             os.fsync(handle.fileno())
         return path
 
-    def _settle(self, mine: Future[Any], name: str, theirs: Any) -> None:
+    def _settle(self, mine: Future[Any], name: str, theirs: distributed.Future) -> None:
         """Give a future of Dask's outcome to ours; called in a thread of the client's."""
         try:
             value, error = self._outcome(name, theirs)
@@ -245,7 +260,9 @@ class Cluster(Executor):
         else:
             mine.set_exception(error)
 
-    def _outcome(self, name: str, theirs: Any) -> tuple[Any, Optional[BaseException]]:
+    def _outcome(
+        self, name: str, theirs: distributed.Future
+    ) -> tuple[Any, Optional[BaseException]]:
         from distributed.scheduler import KilledWorker
 
         if theirs.status == "finished":
@@ -324,7 +341,7 @@ def _count_slots(gpus: int, dask_scheduler: Any = None) -> int:
     )
 
 
-def _connect(address: str) -> tuple[Any, Any]:
+def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.JobQueueCluster]]:
     """Return a client of the scheduler, and the job queue that it belongs to, or None.
 
     Raises `UserError` when there is no scheduler, it admits no one without a certificate, or it
@@ -380,7 +397,7 @@ def _compare_versions(address: str, versions: Any) -> None:
                 )
 
 
-def _start_queue(kind: str, path: str) -> Any:
+def _start_queue(kind: str, path: str) -> dask_jobqueue.JobQueueCluster:
     """Submit workers to a job queue; the YAML file has `jobs`, and arguments of dask-jobqueue."""
     import dask_jobqueue
 
@@ -453,7 +470,7 @@ def run_job(job: Job) -> bytes:
         return pickle.dumps((None, sendable(error)))
 
 
-def _is_wanted(worker: Any, key: object) -> bool:
+def _is_wanted(worker: distributed.Worker, key: Key) -> bool:
     """Return whether a worker is to finish a task that it runs."""
     task = worker.state.tasks.get(key)
     return (

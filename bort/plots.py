@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import TYPE_CHECKING, Iterator
 
 from bort.errors import UserError
 from bort.files import atomic_path, remove_left_overs_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DPI = 120
 
 
 @contextmanager
-def figure_file(path: str, width: float, height: float) -> Iterator[Any]:
+def figure_file(path: str, width: float, height: float) -> Iterator[Figure]:
     """Give a Matplotlib figure of width x height inches that is saved as `path` at the end.
 
     The suffix of the path chooses the format (.png, .pdf, .svg). Nothing is written when the body

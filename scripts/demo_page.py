@@ -15,12 +15,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for, required
 from bort.errors import entry_point
+
+if TYPE_CHECKING:
+    from bort.deployment.demo_page import DemoPage
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class DemoPageSettings:
 
 
 @entry_point
-def main(argv: Optional[Sequence[str]] = None) -> Any:
-    """Write a page; returns a `bort.deployment.demo_page.DemoPage`."""
+def main(argv: Optional[Sequence[str]] = None) -> DemoPage:
+    """Write a page; returns what is known of it."""
     parser = parser_for(str(__doc__), DemoPageSettings)
     parser.add_argument("model", metavar="MODEL", help="a saved model, a checkpoint or a run")
     parsed = vars(parser.parse_args(argv))

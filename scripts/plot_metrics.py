@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
@@ -23,6 +23,10 @@ from bort.files import WHOLE_BYTES, open_regular
 from bort.journal import record_of
 from bort.plots import figure_file
 from bort.types import JSONObject
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FILE = "metrics.jsonl"
 # Name in the file, title, unit of the vertical axis.
@@ -143,7 +147,7 @@ def plot(runs: Sequence[Run], path: str) -> None:
         _add_legend(figure, runs)
 
 
-def _plot_run(axes: Any, run: Run, metric: str, colour: str) -> None:
+def _plot_run(axes: Axes, run: Run, metric: str, colour: str) -> None:
     trained, held_out = run.curve("train", metric), run.curve("eval", metric)
     # A single point has no line.
     axes.plot(*trained, color=colour, linewidth=1.2, marker="." if len(trained.steps) == 1 else "")
@@ -151,7 +155,7 @@ def _plot_run(axes: Any, run: Run, metric: str, colour: str) -> None:
     axes.plot(*held_out, color=colour, linestyle="", marker="o", markersize=4, markevery=every)
 
 
-def _add_legend(figure: Any, runs: Sequence[Run]) -> None:
+def _add_legend(figure: Figure, runs: Sequence[Run]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=f"C{n % 10}", label=run.name) for n, run in enumerate(runs)]

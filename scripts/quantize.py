@@ -13,12 +13,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import build, option, parser_for
 from bort.errors import entry_point
+
+if TYPE_CHECKING:
+    from bort.inference.quantization import Check, Quantization
 
 MAX_LOSS = 0.5  # points; more is marked
 
@@ -37,8 +40,8 @@ class QuantizeSettings:
 
 
 @entry_point
-def main(argv: Optional[Sequence[str]] = None) -> list[Any]:
-    """Quantize a classifier; returns a `bort.inference.quantization.Check` for each runtime."""
+def main(argv: Optional[Sequence[str]] = None) -> list[Check]:
+    """Quantize a classifier; returns the check of each runtime."""
     parser = parser_for(str(__doc__), QuantizeSettings)
     parser.add_argument("model", metavar="MODEL", help="a .params file or its folder")
     parsed = vars(parser.parse_args(argv))
@@ -52,7 +55,7 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Any]:
     return checks
 
 
-def print_checks(quantization: Any, checks: Sequence[Any]) -> None:
+def print_checks(quantization: Quantization, checks: Sequence[Check]) -> None:
     """Print a line per runtime: its score, the points lost, the similarity of its logits."""
     from bort.inference.runtime import int8_folder
 

@@ -27,6 +27,8 @@ from bort.tokenization import (
 from bort.types import JSONMapping, JSONObject
 from bort.wordpiece import WORDPIECE_TOKENS
 
+ModelProto = Any  # sentencepiece_model_pb2.ModelProto, which is made at import
+
 JSON = "tokenizer.json"
 
 _SPACE = "▁"  # how SentencePiece writes a space
@@ -265,7 +267,7 @@ def _sentencepiece_parts(path: str) -> JSONObject:
     }
 
 
-def _require_plain(path: str, proto: Any) -> None:
+def _require_plain(path: str, proto: ModelProto) -> None:
     """Raise `UserError` for a SentencePiece model that tokenizer.json cannot express."""
     rules = proto.normalizer_spec
     user_defined = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
@@ -310,11 +312,11 @@ def _metaspace() -> JSONObject:
     }
 
 
-def _has_bytes(proto: Any) -> bool:
+def _has_bytes(proto: ModelProto) -> bool:
     return any(piece.type == piece.BYTE for piece in proto.pieces)
 
 
-def _unigram(proto: Any) -> JSONObject:
+def _unigram(proto: ModelProto) -> JSONObject:
     return {
         "type": "Unigram",
         "unk_id": proto.trainer_spec.unk_id,
@@ -323,7 +325,7 @@ def _unigram(proto: Any) -> JSONObject:
     }
 
 
-def _merging(proto: Any) -> JSONObject:
+def _merging(proto: ModelProto) -> JSONObject:
     """Return a BPE model with the merges of a SentencePiece model, which does not list them.
 
     SentencePiece merges the two neighbours whose union has the best score, so every split of a
