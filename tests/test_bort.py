@@ -76,7 +76,7 @@ def shapes_in(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def test_bort_has_the_names_shapes_and_count_of_the_released_checkpoint() -> None:
-    model, _ = get_bort_model(vocab=range(50265))
+    model, _ = get_bort_model(vocab=range(50265), random_init=False)
     shapes = shapes_in(model)
     assert shapes == released_names(layers=4, intermediate=768, hidden=1024, vocabulary=50265)
     assert len(shapes) == 74
@@ -86,7 +86,7 @@ def test_bort_has_the_names_shapes_and_count_of_the_released_checkpoint() -> Non
 
 
 def test_the_second_predefined_shape_has_the_sizes_of_its_name() -> None:
-    model, _ = get_bort_model("bort_2_16_512_1024", vocab=range(10))
+    model, _ = get_bort_model("bort_2_16_512_1024", vocab=range(10), random_init=False)
     assert shapes_in(model) == released_names(2, intermediate=512, hidden=1024, vocabulary=10)
     assert {cell.attention_cell._num_heads for cell in model.encoder.transformer_cells} == {16}
     # 2 layers of 5,252,608; positions and their norm; the decoder's dense, norm and bias; tokens
