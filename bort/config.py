@@ -23,6 +23,7 @@ Settings = TypeVar("Settings")
 CONFIG_FLAG = "--config"
 # What NumPy and MXNet compute with: int64 and float32. A seed may be larger: it is hashed.
 _LARGEST = {int: 2**63 - 1, float: 3.4e38}
+MAX_PROCESSES = 1024  # or threads, at a time
 
 
 def option(

@@ -79,7 +79,7 @@ class CorpusSettings:
     dupe_factor: int = option(
         1, "number of copies of the text, each with different masks", minimum=1
     )
-    num_outputs: int = option(1, "number of shards", minimum=1)
+    num_outputs: int = option(1, "number of shards", minimum=1, maximum=1_000_000)
     random_seed: int = option(12345, "random seed of the masks and short sequences", minimum=0)
     num_workers: int = option(8, "number of processes, at most one per core", minimum=1)
     verbose: bool = option(False, "print a line for each finished shard")

@@ -38,7 +38,9 @@ _SEQUENCES_AT_ONCE = 1 << 14
 class InspectSettings:
     """Output."""
 
-    num: int = option(3, "number of sequences to print, spread over the folder", minimum=0)
+    num: int = option(
+        3, "number of sequences to print, spread over the folder", minimum=0, maximum=1_000_000
+    )
 
 
 @dataclass

@@ -259,6 +259,21 @@ def test_numbers_beyond_those_of_mxnet_are_refused(flag: str, value: str) -> Non
         parse("Counts.", [f"--{flag}={value}"], NumberSettings)
 
 
+@pytest.mark.parametrize(
+    ("program", "flag"),
+    [("run_agora", "workers"), ("run_agora", "tau_samples"), ("sweep", "jobs"),
+     ("run_ose", "workers"), ("run_ose", "threads"), ("run_ose", "repeats"),
+     ("run_ose", "sequence_length"), ("inspect_shards", "num")],
+)  # fmt: skip
+def test_counts_that_would_fill_memory_are_refused(capsys: Any, program: str, flag: str) -> None:
+    main = importlib.import_module(f"scripts.{program}").main
+    needed = {"run_agora": ["--task_name=x", "--search_space=x", "--timaeus=x"],
+              "sweep": ["--task_name=x", "--grid=x"], "inspect_shards": ["x"]}  # fmt: skip
+    with pytest.raises(SystemExit):
+        main([*needed.get(program, []), f"--{flag}=1000000000"])
+    assert f"--{flag} 1000000000: must be at most " in capsys.readouterr().err
+
+
 def test_a_seed_may_have_any_number_of_digits() -> None:
     (numbers,) = parse("Counts.", ["--random_seed", "9" * 40], NumberSettings)
     assert numbers.random_seed == int("9" * 40)

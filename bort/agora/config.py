@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 
 from bort.agora.algorithm import AgoraSettings
 from bort.agora.tau import TauSettings
-from bort.config import option, required
+from bort.config import MAX_PROCESSES, option, required
 from bort.errors import UserError
 from bort.finetuning.config import (
     ClassifierSettings,
@@ -37,7 +37,10 @@ class AgoraRunSettings:
         0, "random seed of the augmentation; that of fits is a hyperparameter", minimum=0
     )
     workers: int = option(
-        1, "fits at a time; each has its share of the cores and of --gpus", minimum=1
+        1,
+        "fits at a time; each has its share of the cores and of --gpus",
+        minimum=1,
+        maximum=MAX_PROCESSES,
     )
     gpus: Optional[str] = option(None, "device numbers such as 0,1 (default: the CPU)")
 

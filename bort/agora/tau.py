@@ -271,7 +271,9 @@ class TauSettings:
         None,
         "pretrained model for infilling: a checkpoint or a run (default: --pretrained_parameters)",
     )
-    tau_samples: int = option(4, "texts of which infilling takes the most likely", minimum=1)
+    tau_samples: int = option(
+        4, "texts of which infilling takes the most likely", minimum=1, maximum=1000
+    )
     lower: float = option(0.1, "minimum share of words that are changed", minimum=0, maximum=1)
     upper: float = option(
         0.2, "maximum share of words that are changed (at least one word)", minimum=0, maximum=1

@@ -26,7 +26,7 @@ import numpy as np
 
 from bort import jobs
 from bort.cluster import Cluster, WorkerKilledError, refuse_with_cluster
-from bort.config import as_dict, command_of, option, required
+from bort.config import MAX_PROCESSES, as_dict, command_of, option, required
 from bort.errors import UserError
 from bort.files import (
     atomic_write,
@@ -61,7 +61,10 @@ class SweepSettings:
 
     grid: str = required("YAML file: each line a numeric flag and the list of its values")
     jobs: int = option(
-        1, "runs at a time; each has its share of the cores and of --gpus", minimum=1
+        1,
+        "runs at a time; each has its share of the cores and of --gpus",
+        minimum=1,
+        maximum=MAX_PROCESSES,
     )
 
 

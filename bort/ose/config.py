@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Optional
 
-from bort.config import check_limits, option
+from bort.config import MAX_PROCESSES, check_limits, option
 from bort.errors import UserError, quoted
 from bort.grids import check_size
 from bort.ose.bert_family import SPACES
@@ -78,7 +78,7 @@ class TrainingSettings:
     )
     steps: int = option(200, "training steps of each candidate", minimum=1)
     repeats: int = option(
-        1, "training runs of each candidate; their errors are averaged", minimum=1
+        1, "training runs of each candidate; their errors are averaged", minimum=1, maximum=1000
     )
     mode: str = option(
         "practical",
@@ -108,9 +108,12 @@ class TrainingSettings:
     teacher_steps: int = option(2000, "training steps of T", minimum=1)
     teacher_lr: float = option(5e-4, "peak learning rate of T", minimum=0.0)
     workers: Optional[int] = option(
-        None, "candidates trained at once (default: cores / threads)", minimum=1
+        None,
+        "candidates trained at once (default: cores / threads)",
+        minimum=1,
+        maximum=MAX_PROCESSES,
     )
-    threads: int = option(1, "OpenMP threads of a candidate", minimum=1)
+    threads: int = option(1, "OpenMP threads of a candidate", minimum=1, maximum=MAX_PROCESSES)
     max_seconds: Optional[float] = option(
         None, "a candidate that takes more seconds has an infinite error", minimum=0.0
     )
