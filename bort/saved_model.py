@@ -13,7 +13,7 @@ import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 from bort.errors import UserError, quoted
 from bort.files import MODEL_BYTES, atomic_path, read_json_as, sha256_of, write_json
@@ -235,7 +235,7 @@ def build_network(
     dropout: float = 0.0,
     draw: bool = True,
     gradients: bool = True,
-) -> Any:
+) -> Block:
     """Build the network of a model config, with random weights or, without `draw`, zeros.
 
     Without `gradients` it cannot be trained.

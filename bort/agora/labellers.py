@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import numpy as np
 
-from bort.agora.algorithm import input_key
+from bort.agora.algorithm import Label, input_key
 from bort.agora.tau import Inputs
 from bort.agora.text import predictions_of
 from bort.errors import UserError, quoted
@@ -43,7 +43,7 @@ class LabelsMissingError(UserError):
 
 
 class _Known(NamedTuple):
-    label: Any
+    label: Label
     line: int
     shape: tuple[int, ...]
 
@@ -73,7 +73,7 @@ class FileTimaeus:
                 f"{where}: another label than on line {before.line} for the same input; keep one"
             )
 
-    def _checked(self, where: str, label: Any) -> Any:
+    def _checked(self, where: str, label: Label) -> Label:
         """Return a class number, or the value of a regression."""
         if self.task.kind != TaskKind.REGRESSION:
             if label not in self.task.labels:
@@ -129,7 +129,7 @@ def _lines(path: str) -> Iterable[bytes]:
         return handle.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
 
 
-def _parsed(where: str, line: bytes) -> tuple[Any, Any]:
+def _parsed(where: str, line: bytes) -> tuple[Any, Label]:
     try:
         row = parse_object(line)
         inputs = require_field(row, "inputs", list)

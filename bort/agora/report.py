@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Mapping, NamedTuple, Optional, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.agora.algorithm import Best, Round
+from bort.agora.algorithm import Best, Label, Round
 from bort.agora.tau import Inputs
 from bort.agora.text import TextData
 from bort.files import atomic_write, write_json
@@ -127,7 +127,7 @@ def write_augmented(path: str, rounds: Sequence[Round], data: TextData) -> None:
     write_sums(os.path.dirname(path), [os.path.basename(path)])
 
 
-def label_text(data: TextData, label: Any) -> str:
+def label_text(data: TextData, label: Label) -> str:
     """Return the name of a class, or a value with three decimals."""
     return data.task.labels[int(label)] if data.task.labels else f"{float(label):.3f}"
 

@@ -317,7 +317,7 @@ class _Run:
             raise UserError(
                 f"{path}: is not a pretrained model with its tokenizer, which --tau infill needs"
             )
-        return masked_model(saved, self.settings.tau.tau_samples)
+        return masked_model(saved.network, saved.tokenizer, self.settings.tau.tau_samples)
 
     def timaeus(self) -> tuple[agora.Timaeus, str]:
         """Return the labeller and its path."""

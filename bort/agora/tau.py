@@ -17,13 +17,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Optional, Protocol, Sequence, Tuple
+from typing import Callable, Mapping, Optional, Protocol, Sequence, Tuple
 
 import numpy as np
 
 from bort.config import option
 from bort.errors import UserError
 from bort.tokenization import Tokenizer
+from bort.types import Block
 
 Inputs = Tuple[Tuple[str, ...], ...]
 ROUNDING = 1e-9  # 0.1 * 30 is a little more than 3
@@ -212,13 +213,11 @@ class Infill:
         return tokens
 
 
-def masked_model(saved: Any, samples: int = 4) -> Infill:
-    """Return the tau-function of a pretrained model (`bort.saved_model.SavedModel`)."""
+def masked_model(network: Block, tokenizer: Tokenizer, samples: int = 4) -> Infill:
+    """Return the tau-function of a pretrained model."""
     from mxnet import nd
 
     from bort.bort import decode, encode, masked_hidden
-
-    network = saved.network
 
     def logits(ids: np.ndarray, valid_length: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Return [n, vocabulary] for ids [batch, length] at the flat positions [n]."""
@@ -227,7 +226,7 @@ def masked_model(saved: Any, samples: int = 4) -> Infill:
         sequence = encode(network, device_ids, lengths)
         return decode(network, masked_hidden(network, sequence, device_positions)).asnumpy()
 
-    return Infill(logits, saved.tokenizer, network.encoder._max_length, samples)
+    return Infill(logits, tokenizer, network.encoder._max_length, samples)
 
 
 CHANGES: Mapping[str, Change] = {

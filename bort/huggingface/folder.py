@@ -13,7 +13,7 @@ Needs NumPy and safetensors; torch only for weights in pytorch_model.bin.
 from __future__ import annotations
 
 import os
-from typing import Any, Mapping, NamedTuple, Optional
+from typing import Mapping, NamedTuple, Optional
 
 import numpy as np
 
@@ -40,7 +40,7 @@ from bort.saved_model import MASKED_LM, MAX_OUTPUTS, ModelConfig, SavedModel, bu
 from bort.shapes import BORT_OPTIONS, MAX_LENGTH, MEAN, TOKEN_TYPES, BodyOptions, body_shape
 from bort.sums import check_sums, write_sums
 from bort.tokenization import Tokenizer
-from bort.types import JSONObject, TaskKind
+from bort.types import Block, JSONObject, TaskKind
 from bort.wordpiece import TOKENIZER_CONFIG, WordPiece
 
 CONFIG, README = "config.json", "README.md"
@@ -245,7 +245,7 @@ def _checked_arrays(
     return converted
 
 
-def _network(model_config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Any:
+def _network(model_config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Block:
     from mxnet import nd
 
     network = build_network(model_config)

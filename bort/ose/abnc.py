@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 
+from bort.ose.candidates import Architecture
 from bort.ose.search import Member, largest
 
 
@@ -39,7 +40,9 @@ class Condition(NamedTuple):
         )
 
 
-def check_abnc(members: Sequence[Member], layers: Callable[[Any], Layers]) -> list[Condition]:
+def check_abnc(
+    members: Sequence[Member], layers: Callable[[Architecture], Layers]
+) -> list[Condition]:
     """Check the conditions of the AB^nC property on a space of numeric architectures.
 
     The paper requires A and C to grow more slowly than any middle layer, in size and operations.

@@ -19,7 +19,7 @@ from bort.journal import Journal
 from bort.types import Hyperparameters, JSONMapping
 
 Architecture = Any  # a tuple of plain values; a named one, such as Shape, keeps its names
-SurrogateError = Callable[[Any, int, Hyperparameters, np.random.Generator], float]
+SurrogateError = Callable[[Architecture, int, Hyperparameters, np.random.Generator], float]
 
 JOURNAL_FORMAT = 2
 TIME_CAP, MEMORY_CAP = "time cap", "memory cap"

@@ -43,7 +43,7 @@ from bort.ose.candidates import (
 )
 from bort.types import Hyperparameters
 
-Measure = Callable[[Any], int]
+Measure = Callable[[Architecture], int]
 
 MINIMUM_ERROR = 1e-7
 # What a set of hyperparameters holds besides the values of the grid, for `surrogate_error` to use.
@@ -111,7 +111,7 @@ def ordered(
     space: Iterable[Architecture],
     parameter_size: Measure,
     inference_cost: Measure,
-    tie_break: Callable[[Any], Any] = tuple,
+    tie_break: Callable[[Architecture], Any] = tuple,
 ) -> list[Member]:
     """Return the distinct members of the space in the order of the search.
 
@@ -152,7 +152,7 @@ def extract(
     repeats: int = 1,
     seed: int = 0,
     lower_bound: float = 0.0,
-    tie_break: Callable[[Any], Any] = tuple,
+    tie_break: Callable[[Architecture], Any] = tuple,
     map: Map = builtins.map,
     journal: SearchJournal | None = None,
 ) -> OseResult:

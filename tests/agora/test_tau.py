@@ -292,13 +292,7 @@ def test_a_pretrained_bort_infills(tokenizer):
 
     network, _ = get_bort_model("bort_2_2_16_16", vocab=tokenizer, max_length=32)
     redraw(network, seed=3)
-
-    class Saved:
-        pass
-
-    saved = Saved()
-    saved.network, saved.tokenizer = network, tokenizer
-    infill = tau.masked_model(saved, samples=3)
+    infill = tau.masked_model(network, tokenizer, samples=3)
     assert (infill.max_len, infill.samples) == (32, 3)
     ids = np.array([[0, 7, tokenizer.mask_id, 9, 2]])
     sequence_logits = network(mx.nd.array(ids), mx.nd.array([5]), mx.nd.array([[2]]))[1].asnumpy()
