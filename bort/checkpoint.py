@@ -101,7 +101,7 @@ def save(
         write_npz(os.path.join(temporary, TRAINER), arrays)
         files = [file for file in _files(temporary) if not (unfinished and file == MODEL_CONFIG)]
         sums = {file: _flushed_sha256(os.path.join(temporary, file)) for file in files}
-        _write_state(temporary, {"step": step, **state, "sha256": sums})
+        write_state(temporary, {"step": step, **state, "sha256": sums})
         _fsync_folder(temporary)
         _move(temporary, os.path.join(folder, name))
         _fsync_folder(folder)
@@ -125,12 +125,13 @@ def amend(path: str, write_config: Callable[[str], None], state: JSONMapping) ->
         if os.path.exists(os.path.join(path, MODEL_CONFIG)):
             sums[MODEL_CONFIG] = sha256_of(os.path.join(path, MODEL_CONFIG))
         sums = {file: sums[file] for file in sorted(sums)}
-        _write_state(path, {"step": step, **state, "sha256": sums})
+        write_state(path, {"step": step, **state, "sha256": sums})
     except (OSError, UserError) as error:
         raise _not_saved(os.path.dirname(path), step, error, path) from None
 
 
-def _write_state(path: str, content: JSONMapping) -> None:
+def write_state(path: str, content: JSONMapping) -> None:
+    """Write the state.json of a checkpoint's folder, with the SHA-256 of its content."""
     summed = {**content, OWN_SUM: json_sha256(content)}
     write_json(os.path.join(path, STATE), summed, with_sum=False)
 

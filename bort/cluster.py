@@ -370,7 +370,7 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
                 f"--cluster {address}: is none of tcp://host:8786, tls://host:8786, "
                 "scheduler.json and slurm:FILE.yaml"
             )
-        _compare_versions(address, client.get_versions())
+        compare_versions(address, client.get_versions())
         return client, queue
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -380,7 +380,7 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
         ) from None
 
 
-def _compare_versions(address: str, versions: Any) -> None:
+def compare_versions(address: str, versions: Any) -> None:
     """Raise `UserError` for the first machine whose Python or Dask is another than here.
 
     `versions` are those that Dask collects.

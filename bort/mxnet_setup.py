@@ -58,12 +58,13 @@ def preload_cuda() -> None:
     waiting = [path for path in waiting if not os.path.basename(path).startswith(_NOT_NEEDED)]
     progress = True
     while waiting and progress:
-        failed = [path for path in waiting if not _load(path)]
+        failed = [path for path in waiting if not load_library(path)]
         progress = len(failed) < len(waiting)
         waiting = failed
 
 
-def _load(path: str) -> bool:
+def load_library(path: str) -> bool:
+    """Load a shared library for all that are loaded later; returns whether that worked."""
     try:
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     except OSError:

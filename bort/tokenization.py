@@ -262,7 +262,7 @@ class ByteLevelBPE(Vocabulary):
         """
         import tiktoken
 
-        space = _BYTE_TO_CHARACTER[ord(" ")]
+        space = BYTE_TO_CHARACTER[ord(" ")]
         super().__init__(spelling, [token.startswith(space) for token in spelling])
         made = _tokens_made(merges)
         ids = {token: index for index, token in enumerate(spelling)}
@@ -420,7 +420,7 @@ def _byte_alphabet() -> dict[int, str]:
     }
 
 
-_BYTE_TO_CHARACTER = _byte_alphabet()
+BYTE_TO_CHARACTER = _byte_alphabet()
 
 
 def _tokens_made(merges: Sequence[str]) -> dict[str, bytes]:
@@ -428,7 +428,7 @@ def _tokens_made(merges: Sequence[str]) -> dict[str, bytes]:
 
     Raises `ValueError` for a merge that does not make a new token out of two earlier ones.
     """
-    made = {character: bytes((byte,)) for byte, character in _BYTE_TO_CHARACTER.items()}
+    made = {character: bytes((byte,)) for byte, character in BYTE_TO_CHARACTER.items()}
     for number, merge in enumerate(merges, start=1):
         left, _, right = merge.partition(" ")
         token = left + right

@@ -181,7 +181,7 @@ def _encoded_part(
     rows = encode_inputs(tokenizer, inputs, max_len)
     ids, lengths = np.concatenate(rows), np.array([len(row) for row in rows], np.int64)
     if path:
-        _write(path, ids, lengths)
+        write_part(path, ids, lengths)
     return ids, lengths
 
 
@@ -219,7 +219,11 @@ def _sha256(ids: np.ndarray, lengths: np.ndarray) -> bytes:
     return hashlib.sha256(lengths.tobytes() + ids.tobytes()).digest()
 
 
-def _write(path: str, ids: np.ndarray, lengths: np.ndarray) -> None:
+def write_part(path: str, ids: np.ndarray, lengths: np.ndarray) -> None:
+    """Write a file of the cache, with its SHA-256: token ids of all rows, lengths [rows].
+
+    Raises `UserError` when it cannot be written.
+    """
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         sha256 = np.frombuffer(_sha256(ids, lengths), np.uint8)

@@ -103,10 +103,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         left = settings.num_steps - _steps_saved(killed)
         share = 2 * SHARE * left / (settings.kills - number + 2)
         moment = draw_moment(generator, share, timing)
-        _kill_at(moment, [*_command(settings, killed), "--resume"])
+        kill_at(moment, [*_command(settings, killed), "--resume"])
         print(f"kill {number:>3}: {moment!s:<29} leaves {_left_behind(killed)}", flush=True)
     _to_the_end([*_command(settings, killed), "--resume"], settings.num_steps)
-    _compare(uninterrupted, killed)
+    compare(uninterrupted, killed)
     print(
         f"{settings.kills} of {settings.kills}: weights and optimiser state are those of the "
         f"uninterrupted run, bit for bit ({time.monotonic() - begun:.0f} s)"
@@ -152,7 +152,7 @@ def _started(command: list[str]) -> Any:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _kill_at(moment: Moment, command: list[str]) -> None:
+def kill_at(moment: Moment, command: list[str]) -> None:
     """Start a command and kill it; raises `UserError` when it ends by itself before."""
     last = ""
     with _started(command) as process:
@@ -183,7 +183,7 @@ def _left_behind(folder: str) -> str:
     return f"step {_steps_saved(folder)}" + f" and {half_written} half-written" * bool(half_written)
 
 
-def _compare(uninterrupted: str, killed: str) -> None:
+def compare(uninterrupted: str, killed: str) -> None:
     """Raise `UserError` unless both runs ended with the same bits."""
     sums = [
         checkpoint.load(os.path.join(folder, checkpoint.LAST)).state["sha256"]

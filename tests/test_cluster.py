@@ -99,13 +99,13 @@ def test_machines_with_other_versions_are_named():
         }
 
     same = {"client": versions(), "scheduler": versions(), "workers": {"tcp://a:1": versions()}}
-    cluster._compare_versions("tcp://s:1", same)
+    cluster.compare_versions("tcp://s:1", same)
     for name, other in (
         ("the scheduler tcp://s:1 has python 3.9.1", {"scheduler": versions(python="3.9.1")}),
         ("tcp://b:1 has distributed 2", {"workers": {"tcp://b:1": versions(distributed="2")}}),
     ):
         with pytest.raises(UserError, match=f"{name}, this machine .*; install the same versions"):
-            cluster._compare_versions("tcp://s:1", {**same, **other})
+            cluster.compare_versions("tcp://s:1", {**same, **other})
 
 
 # ---- jobs ----------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_cuda_libraries_are_loaded_in_the_order_they_need(
     packages("liba.so.1", "libb.so.1", "libc.so.1")
     loaded: list[str] = []
     needs = {"liba.so.1": {"libb.so.1"}, "libb.so.1": {"libc.so.1"}}
-    monkeypatch.setattr(mxnet_setup, "_load", loader(needs, loaded))
+    monkeypatch.setattr(mxnet_setup, "load_library", loader(needs, loaded))
     mxnet_setup.preload_cuda()
     assert loaded == ["libc.so.1", "libb.so.1", "liba.so.1"]
 
@@ -191,7 +191,9 @@ def test_cuda_libraries_that_cannot_be_loaded_are_skipped(
 ) -> None:
     packages("liba.so.1", "libb.so.1", "libOpenCL.so.1", "libnvblas.so.11")
     loaded: list[str] = []
-    monkeypatch.setattr(mxnet_setup, "_load", loader({"liba.so.1": {"libmissing.so"}}, loaded))
+    monkeypatch.setattr(
+        mxnet_setup, "load_library", loader({"liba.so.1": {"libmissing.so"}}, loaded)
+    )
     mxnet_setup.preload_cuda()
     assert loaded == ["libb.so.1"]
 
@@ -199,5 +201,5 @@ def test_cuda_libraries_that_cannot_be_loaded_are_skipped(
 def test_loading_returns_whether_it_succeeded(tmp_path: Path) -> None:
     broken = tmp_path / "libbroken.so.1"
     broken.write_text("not a library")
-    assert not mxnet_setup._load(str(broken))
-    assert mxnet_setup._load("libc.so.6")
+    assert not mxnet_setup.load_library(str(broken))
+    assert mxnet_setup.load_library("libc.so.6")

@@ -55,7 +55,7 @@ def lines_of(path: Path) -> list[str]:
 
 def train_bpe(lines: list[str], merges: int) -> list[str]:
     """Return merges ("a b") learned in the slow, direct way (Sennrich et al. 2016, algorithm 1)."""
-    spelling = tokenization._BYTE_TO_CHARACTER
+    spelling = tokenization.BYTE_TO_CHARACTER
     counts = Counter(re.findall(r" ?\S+", "\n".join(lines)))
     words = {tuple(spelling[b] for b in word.encode()): n for word, n in counts.items()}
     learned = []
@@ -90,7 +90,7 @@ def merges() -> list[str]:
 @pytest.fixture(scope="session")
 def spelling(merges) -> list[str]:
     """Return a vocabulary laid out as RoBERTa's: specials, tokens by no rule, the mask last."""
-    tokens = [*tokenization._BYTE_TO_CHARACTER.values(), *(one.replace(" ", "") for one in merges)]
+    tokens = [*tokenization.BYTE_TO_CHARACTER.values(), *(one.replace(" ", "") for one in merges)]
     random.Random(0).shuffle(tokens)
     return ["<s>", "<pad>", "</s>", "<unk>", *tokens, "<|endoftext|>", "<mask>"]
 
@@ -258,7 +258,7 @@ def test_time_of_a_long_line_is_not_quadratic(tokenizer, unit):
 
 
 def test_merges_by_hand():
-    alphabet = list(tokenization._BYTE_TO_CHARACTER.values())
+    alphabet = list(tokenization.BYTE_TO_CHARACTER.values())
     made = ["ab", "Ġab", "abc"]
     spelling = ["<s>", "<pad>", "</s>", "<unk>", *made, *alphabet, "<mask>"]
     encoder = ByteLevelBPE(spelling, ["a b", "Ġ ab", "ab c"])
@@ -270,7 +270,7 @@ def test_merges_by_hand():
 
 
 def test_words_are_letters_digits_or_others_after_one_space():
-    alphabet = list(tokenization._BYTE_TO_CHARACTER.values())
+    alphabet = list(tokenization.BYTE_TO_CHARACTER.values())
     within = ["Ġ a", "Ġ 1", "Ġ !"]
     across = ["a 1", "1 !", "! a", "Ġ Ġa"]  # of two words, so never merged
     merges = [*across[:3], *within, across[3]]
@@ -285,7 +285,7 @@ def test_words_are_letters_digits_or_others_after_one_space():
 
 @pytest.mark.parametrize("ending", ["s", "t", "re", "ve", "m", "ll", "d"])
 def test_contractions_are_words(ending):
-    alphabet = list(tokenization._BYTE_TO_CHARACTER.values())
+    alphabet = list(tokenization.BYTE_TO_CHARACTER.values())
     merges = [f"{ending[:-1]} {ending[-1]}"] if len(ending) > 1 else []
     merges.append(f"' {ending}")
     made = [merge.replace(" ", "") for merge in merges]
@@ -332,7 +332,7 @@ def test_sentences_with_blanks_at_their_ends_still_join(bpe, sentences):
 
 
 def test_a_token_of_several_blanks_goes_to_the_later_sentence():
-    alphabet = list(tokenization._BYTE_TO_CHARACTER.values())
+    alphabet = list(tokenization.BYTE_TO_CHARACTER.values())
     encoder = ByteLevelBPE([*SPECIAL_TOKENS.values(), "ĠĠ", *alphabet], ["Ġ Ġ"])
     encoded = encoder.encode_sentences(["a ", " b"])
     assert [encoder.tokens(ids) for ids in encoded] == [["a"], ["ĠĠ", "Ġ", "b"]]

@@ -137,7 +137,7 @@ class Infill:
         ids = filled[np.argmax(self._likelihood(masked, positions, filled))]
         changed = list(words)
         for index, token in zip(chosen, ids.tolist()):
-            changed[index] = self._word(token)
+            changed[index] = self.word(token)
         return changed
 
     def _masked(
@@ -161,7 +161,7 @@ class Infill:
         logits = self._logits(masked[None], positions[None])[0]
         drawn = []
         for row, unwanted in zip(logits, banned):
-            allowed = self._words.copy()
+            allowed = self.words.copy()
             allowed[unwanted] = False
             scores = np.where(allowed, row, -np.inf)
             odds = np.exp(scores - scores.max())
@@ -191,16 +191,17 @@ class Infill:
         found = self.logits(ids, np.full(rows, length), flat)
         return np.asarray(found, np.float64).reshape(*positions.shape, -1)
 
-    def _word(self, token: int) -> str:
+    def word(self, token: int) -> str:
+        """Return the text of a token without the space before it."""
         return self.tokenizer.decode([token]).strip()
 
     @functools.cached_property
-    def _words(self) -> np.ndarray:
+    def words(self) -> np.ndarray:
         """Return which tokens are readable words: bool [vocabulary]."""
         readable = np.array(self.tokenizer.word_starts, bool)
         readable[self.tokenizer.special_ids] = False
         for token in np.flatnonzero(readable).tolist():
-            word = self._word(token)
+            word = self.word(token)
             readable[token] = word.isprintable() and word.split() == [word] and "\ufffd" not in word
         return readable
 
@@ -208,8 +209,8 @@ class Infill:
     def _tokens_by_word(self) -> Mapping[str, list[int]]:
         """Return the tokens whose text is a word."""
         tokens: dict[str, list[int]] = {}
-        for token in np.flatnonzero(self._words).tolist():
-            tokens.setdefault(self._word(token), []).append(token)
+        for token in np.flatnonzero(self.words).tolist():
+            tokens.setdefault(self.word(token), []).append(token)
         return tokens
 
 

@@ -225,7 +225,7 @@ class Writer:
         """
         if not self.int8:
             return self.graph("MatMul", values, matrix)
-        rounded, scales = _quantize(matrix, axis=0)
+        rounded, scales = quantize_matrix(matrix, axis=0)
         return self._integer_product(values, rounded, scales[0], matrix.shape[1])
 
     def _integer_product(self, values: Value, matrix: Value, scales: Value, columns: int) -> str:
@@ -289,7 +289,7 @@ class Writer:
         """
         if not self._table:
             table = self.parameters["word_embed.0.weight"]
-            parts = _quantize(table, axis=1) if self.int8 else (table,)
+            parts = quantize_matrix(table, axis=1) if self.int8 else (table,)
             self._table = [self.graph.constant(part) for part in parts]
         return self._table
 
@@ -432,7 +432,7 @@ class Writer:
         return self.graph("Add", self._vocabulary_product(inner), self.parameters["decoder.3.bias"])
 
 
-def _quantize(matrix: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+def quantize_matrix(matrix: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Return int8 values and their scales; the largest value along the axis becomes 127."""
     scales = np.maximum(np.abs(matrix).max(axis=axis, keepdims=True) / 127, 1e-30)
     return np.rint(matrix / scales).astype(np.int8), scales.astype(np.float32)

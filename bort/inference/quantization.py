@@ -176,7 +176,7 @@ class Quantization:
         """Write the models; return their record and the comparison."""
         split = str(self.task.train)
         pad_id = self.tokenizer.pad_id
-        ids, lengths = calibration_batch(self._encode(split)[0], calibration_inputs, pad_id)
+        ids, lengths = calibration_batch(self.encode(split)[0], calibration_inputs, pad_id)
         metadata = metadata_of(self.path, self.model_config)
         write_onnx(build(self.network, "int8", metadata), files.onnx)
         quantized = quantize_in_mxnet(self.network, ids, lengths)
@@ -203,7 +203,7 @@ class Quantization:
 
     def _compare(self, files: Int8Files, batch_size: int) -> list[Check]:
         """Score the (first) development set in every backend, MXNet in float32 first."""
-        encoded, examples = self._encode(self.task.dev[0])
+        encoded, examples = self.encode(self.task.dev[0])
         loader = ClassifierLoader(encoded, batch_size, NUM_BUCKETS, self.tokenizer.pad_id, None)
         kind = self.model_config.kind
         checks: list[Check] = []
@@ -220,6 +220,7 @@ class Quantization:
             checks.append(Check(name, points, _cosine(logits, reference)))
         return checks
 
-    def _encode(self, split: str) -> tuple[EncodedSet, list[Example]]:
+    def encode(self, split: str) -> tuple[EncodedSet, list[Example]]:
+        """Read and tokenize a split of the task's data."""
         examples = self.task.read(self._data_dir, split).examples
         return encode_examples(examples, self.tokenizer, self.model_config.max_len), examples

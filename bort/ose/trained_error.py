@@ -189,7 +189,7 @@ def _prepare(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -
     else:
         weights = settings.teacher_ckpt_dir or os.path.join(folder, "teacher")
         if not settings.teacher_ckpt_dir:
-            _train_teacher(teacher_run(settings, shape, seed, weights))
+            train_teacher(teacher_run(settings, shape, seed, weights))
         cache, sha256 = _cached(weights, shape, sets, folder)
     return TrainedTeacher(cache, sha256, teacher_bounds(cache, *sets))
 
@@ -224,7 +224,8 @@ def _cached(weights: str, shape: Shape, sets: Sequence[ShardSet], folder: str) -
     return cache, sha256
 
 
-def _train_teacher(run: PretrainingSettings) -> None:
+def train_teacher(run: PretrainingSettings) -> None:
+    """Train T, or resume its training; raises `UserError` for a folder of another training."""
     config = os.path.join(run.run.ckpt_dir, "config.json")
     if os.path.exists(config):
         recorded: JSONObject = {}

@@ -81,7 +81,7 @@ class BERTAdam(nlp.optimizer.BERTAdam):
         nd.waitall()  # nothing else may read or write the weights during the update
         chunks = list(self._chunks(index, weight, grad, state))
         compiled = compiled_update()  # here: in the threads it could be compiled twice
-        on_threads(partial(self._update_chunks, factor=factor, compiled=compiled), chunks)
+        on_threads(partial(self.update_chunks, factor=factor, compiled=compiled), chunks)
 
     def _chunks(
         self,
@@ -97,9 +97,10 @@ class BERTAdam(nlp.optimizer.BERTAdam):
                 w, g, mean, variance = (values[start : start + CHUNK] for values in views)
                 yield Chunk(w, g, mean, variance, rate, decay)
 
-    def _update_chunks(
+    def update_chunks(
         self, chunks: Sequence[Chunk], factor: float, compiled: CompiledUpdate | None
     ) -> None:
+        """Update chunks in place; gradients are multiplied by `factor`."""
         if compiled:
             shared = (factor, self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2, self.epsilon)
             for *arrays, rate, decay in chunks:
@@ -107,11 +108,9 @@ class BERTAdam(nlp.optimizer.BERTAdam):
             return
         scratch = np.empty((2, CHUNK), np.float32)
         for chunk in chunks:
-            self._update_chunk(chunk, factor, *scratch[:, : len(chunk.mean)])
+            self.update_chunk(chunk, factor, *scratch[:, : len(chunk.mean)])
 
-    def _update_chunk(
-        self, chunk: Chunk, factor: float, buf0: np.ndarray, buf1: np.ndarray
-    ) -> None:
+    def update_chunk(self, chunk: Chunk, factor: float, buf0: np.ndarray, buf1: np.ndarray) -> None:
         """Update one chunk, with two buffers [n] for results."""
         weight, gradient, mean, variance, rate, decay = chunk
         np.multiply(gradient, np.float32(factor), out=buf0)
@@ -140,7 +139,7 @@ def update_in_one_loop(
     variance: np.ndarray,
     constants: tuple[np.float32, ...],
 ) -> None:
-    """Update arrays [n] as `BERTAdam._update_chunk` does, to be compiled.
+    """Update arrays [n] as `BERTAdam.update_chunk` does, to be compiled.
 
     The operations and their order are the same, and so are the bits: Numba contracts no product and
     sum into one operation unless it is told to.

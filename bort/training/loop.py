@@ -207,7 +207,7 @@ class Loop:
             with self._timer("data"):
                 number, device, batch = next(batches)
                 if not len(batch.labels):  # a batch of sequences without masks
-                    self._add_empty(batch, device)
+                    self.add_empty(batch, device)
                     continue
                 on_device = job.step.to_device(batch, device)
             self._seed_dropout(number, device)
@@ -226,7 +226,7 @@ class Loop:
         self._wait_for_updates(waiting=0 if self.trainer.loss_scale else 1)
         self.reporter.advance()
 
-    def _add_empty(self, batch: Batch, device: Context) -> None:
+    def add_empty(self, batch: Batch, device: Context) -> None:
         """Count a micro-batch that has nothing to learn from: its gradient is zero."""
         self._accumulator.tokens += batch.tokens
         if not self._accumulates:  # no backward pass overwrites the gradient of the last update

@@ -105,7 +105,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[tuple[Way, str, Cell], fl
         _answer()
         return {}
     threads = settings.threads.split(",")
-    rows = _rows(settings.networks.split(","), threads)
+    rows = rows_of(settings.networks.split(","), threads)
     cells = [Cell(*map(int, one)) for one in itertools.product(*_lists(settings))]
     peaks = _peaks_of([*threads, DEFAULT])
     _print_peaks(peaks)
@@ -113,11 +113,11 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[tuple[Way, str, Cell], fl
     sizes: dict[Way, float] = {}
     for cell in cells:
         short = [row for row in rows if _floor(*row, cell, peaks) <= settings.longest]
-        found = _measure_cell(cell, short, settings.rounds)
+        found = measure_cell(cell, short, settings.rounds)
         medians |= {(*row, cell): one.seconds for row, one in found.items()}
         sizes |= {way: one.megabytes for (way, _), one in found.items()}
-    _print_table(medians, rows, cells, peaks, sizes)
-    _print_goals(medians, threads)
+    print_table(medians, rows, cells, peaks, sizes)
+    print_goals(medians, threads)
     if settings.plot:
         draw(medians, sizes, settings.plot)
     return medians
@@ -127,7 +127,7 @@ def _lists(settings: InferenceBenchmarkSettings) -> tuple[list[str], list[str]]:
     return settings.batch_sizes.split(","), settings.lengths.split(",")
 
 
-def _rows(networks: list[str], threads: list[str]) -> list[tuple[Way, str]]:
+def rows_of(networks: list[str], threads: list[str]) -> list[tuple[Way, str]]:
     """Return what is measured: ways with numbers of threads, stock ones also on the default."""
     unknown = set(networks) - SHAPES.keys()
     if unknown:
@@ -168,7 +168,7 @@ class Measured(NamedTuple):
     megabytes: float
 
 
-def _measure_cell(
+def measure_cell(
     cell: Cell, rows: list[tuple[Way, str]], rounds: int
 ) -> dict[tuple[Way, str], Measured]:
     """Let rows take turns; those that differ in nothing but the name of their threads are one."""
@@ -210,11 +210,11 @@ def _count(threads: str) -> int:
 @contextlib.contextmanager
 def _workers(counts: set[int]) -> Iterator[dict[int, Ask]]:
     with contextlib.ExitStack() as stack:
-        yield {count: stack.enter_context(_worker(count)) for count in sorted(counts)}
+        yield {count: stack.enter_context(start_worker(count)) for count in sorted(counts)}
 
 
 @contextlib.contextmanager
-def _worker(count: int) -> Iterator[Ask]:
+def start_worker(count: int) -> Iterator[Ask]:
     """Start a process on a number of threads; yield a function that asks it something."""
     script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmark.py")
     process = subprocess.Popen(
@@ -449,13 +449,14 @@ def _print_peaks(peaks: dict[str, dict[str, float]]) -> None:
         )
 
 
-def _print_table(
+def print_table(
     medians: dict[tuple[Way, str, Cell], float],
     rows: list[tuple[Way, str]],
     cells: list[Cell],
     peaks: dict[str, dict[str, float]],
     sizes: dict[Way, float],
 ) -> None:
+    """Print a line for each way and number of threads: MB, then ms by size of the batch."""
     print("\nmilliseconds for a batch, as sequences x tokens; in brackets the share of the floor")
     heading = "".join(f"{cell!s:>16}" for cell in cells)
     print(f"{'network':<12}{'runtime':<18}{'threads':>8}{'MB':>8}{heading}")
@@ -472,7 +473,7 @@ def _print_table(
         print(line)
 
 
-def _print_goals(medians: dict[tuple[Way, str, Cell], float], threads: list[str]) -> None:
+def print_goals(medians: dict[tuple[Way, str, Cell], float], threads: list[str]) -> None:
     """Say how many times as fast as stock BERT each runtime is at the size of the goals."""
     most = max(threads, key=int)
     stock = [Way(name, GLUONNLP) for name in ("BERT-base", "BERT-large")]

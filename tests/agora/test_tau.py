@@ -228,19 +228,19 @@ def test_infilling_draws_from_the_models_distribution(tokenizer):
     """One sample: a masked word is drawn by the table's row, over whole words, the old one out."""
     table = Table(tokenizer.vocab_size)
     infill = tau.Infill(table, tokenizer, 64, samples=1)
-    old = infill._word(np.flatnonzero(infill._words)[5])
+    old = infill.word(np.flatnonzero(infill.words)[5])
     draw, counts = generator(), collections.Counter()
     for _ in range(3000):
         counts[infill([old], 1, draw)[0]] += 1
-    odds = np.exp(table.rows[tokenizer.bos_id]) * infill._words
-    for token in np.flatnonzero(infill._words):
-        if infill._word(token) == old:
+    odds = np.exp(table.rows[tokenizer.bos_id]) * infill.words
+    for token in np.flatnonzero(infill.words):
+        if infill.word(token) == old:
             odds[token] = 0
     odds /= odds.sum()
     likely = np.argsort(odds)[-5:]
     assert old not in counts
     for token in likely:
-        assert counts[infill._word(token)] / 3000 == pytest.approx(odds[token], abs=0.03)
+        assert counts[infill.word(token)] / 3000 == pytest.approx(odds[token], abs=0.03)
 
 
 def test_infilling_returns_the_most_likely_sample(tokenizer):
@@ -268,7 +268,7 @@ def test_infilling_returns_the_most_likely_sample(tokenizer):
         for row in drawn[0].tolist()
     ]
     best = drawn[0][int(np.argmax(scores))]
-    assert [changed[at] for at in chosen] == [infill._word(token) for token in best]
+    assert [changed[at] for at in chosen] == [infill.word(token) for token in best]
     assert len(set(np.round(scores, 6))) > 3
 
 
@@ -306,7 +306,7 @@ def test_the_vocabulary_of_roberta(shared, monkeypatch):
     monkeypatch.setenv("MXNET_HOME", str(shared / "mxnet_home"))
     roberta = load_tokenizer(TokenizerSettings("openwebtext_ccnews_stories_books_cased"))
     infill = tau.Infill(lambda ids, _, places: np.zeros((len(places), 50265)), roberta, 64)
-    assert 30000 < infill._words.sum() < 50265
+    assert 30000 < infill.words.sum() < 50265
     changed = text_tau("infill", infill)((("a quite remarkable film , really",),), generator())
     ids = roberta.encode(changed[0][0])
     assert roberta.decode(ids) == changed[0][0]

@@ -85,7 +85,7 @@ from data import encoding
 path = sys.argv[1]
 ids, lengths = np.arange(50_000, dtype=np.int32), np.full(5_000, 10)
 for _ in range(30):
-    encoding._write(path, ids, lengths)
+    encoding.write_part(path, ids, lengths)
     found = encoding.read_part(path)
     assert found is not None, "a half-written file was seen"
     assert (found[0] == ids).all() and (found[1] == lengths).all()

@@ -39,10 +39,10 @@ TEXTS = [
 
 def byte_level_bpe() -> ByteLevelBPE:
     """Return a small byte-level BPE laid out as RoBERTa's, `<mask>` last."""
-    from bort.tokenization import _BYTE_TO_CHARACTER
+    from bort.tokenization import BYTE_TO_CHARACTER
 
     merges = ["h e", "Ġ t", "i n", "Ġt he", "e r", "Ġ a", "o n", "Ġ s", "r e", "a t", "Ġs he"]
-    tokens = [*_BYTE_TO_CHARACTER.values(), *(one.replace(" ", "") for one in merges)]
+    tokens = [*BYTE_TO_CHARACTER.values(), *(one.replace(" ", "") for one in merges)]
     np.random.default_rng(0).shuffle(tokens)
     return ByteLevelBPE(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], merges)
 

@@ -65,11 +65,11 @@ def write_shards(folder: Path, seed: int = 0, shards: int = 2) -> None:
 
 def write_bpe(folder: Path) -> None:
     """Write a small byte-level BPE in Hugging Face's layout and in GluonNLP's."""
-    from bort.tokenization import _BYTE_TO_CHARACTER, SPECIAL_TOKENS, ByteLevelBPE
+    from bort.tokenization import BYTE_TO_CHARACTER, SPECIAL_TOKENS, ByteLevelBPE
 
-    space = _BYTE_TO_CHARACTER[ord(" ")]
+    space = BYTE_TO_CHARACTER[ord(" ")]
     merges = ["t h", "th e", f"{space} the", "o n", f"{space} a", "e r", "i n", "a t"]
-    tokens = [*SPECIAL_TOKENS.values(), *_BYTE_TO_CHARACTER.values()]
+    tokens = [*SPECIAL_TOKENS.values(), *BYTE_TO_CHARACTER.values()]
     tokens += [one.replace(" ", "") for one in merges]
     ByteLevelBPE(tokens, merges).save(str(folder))
 

@@ -67,10 +67,10 @@ def sample() -> Any:
 @pytest.fixture(scope="module")
 def bpe() -> ByteLevelBPE:
     """Return a small byte-level BPE laid out as RoBERTa's, `<mask>` last."""
-    from bort.tokenization import _BYTE_TO_CHARACTER
+    from bort.tokenization import BYTE_TO_CHARACTER
 
     merges = ["h e", "Ġ t", "i n", "Ġt he", "e r", "Ġ a", "o n", "Ġ s", "r e", "a t", "Ġs he"]
-    tokens = [*_BYTE_TO_CHARACTER.values(), *(one.replace(" ", "") for one in merges)]
+    tokens = [*BYTE_TO_CHARACTER.values(), *(one.replace(" ", "") for one in merges)]
     np.random.default_rng(0).shuffle(tokens)
     return ByteLevelBPE(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], merges)
 
@@ -841,7 +841,7 @@ def test_transformers_reads_the_same_tokens(tmp_path, kind, request, transformer
         tokenizer = load_tokenizer(TokenizerSettings(sentencepiece=str(model)))
     else:
         tokenizer = request.getfixturevalue(kind)
-    # Room for an even number of tokens: of an odd one, the last goes to another text there.
+    # Space for an even number of tokens: of an odd one, the last goes to another text there.
     saved(tmp_path / "model", "classification", tokenizer, max_len=41)
     convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "there"))

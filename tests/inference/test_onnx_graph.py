@@ -191,7 +191,7 @@ def test_int8_is_a_quarter_of_the_size_and_close():
 
 def test_a_matrix_is_rounded_to_half_a_step_of_each_column():
     matrix = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32) * [1, 10, 0, 3, 1e-3]
-    rounded, scales = onnx_graph._quantize(matrix, axis=0)
+    rounded, scales = onnx_graph.quantize_matrix(matrix, axis=0)
     assert rounded.dtype == np.int8
     assert scales.shape == (1, 5)
     assert (np.abs(rounded * scales - matrix) <= scales / 2 * (1 + 1e-6)).all()

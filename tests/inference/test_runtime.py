@@ -556,7 +556,7 @@ def test_the_comparison_is_printed_and_true(tmp_path, capsys):
     assert lines[0] == "SST-2, dev: accuracy in points"
     assert [line.split()[0] for line in lines[2:-1]] == list(available_backends())
     work = Quantization(str(parameters), str(ROOT / "test_data" / "glue"))
-    encoded, examples = work._encode("dev")
+    encoded, examples = work.encode("dev")
     ids, lengths = calibration_batch(encoded, 100, work.tokenizer.pad_id)
     assert len(ids) == len(examples)
     labels = np.array([example.label for example in examples])
@@ -582,7 +582,7 @@ def test_other_kinds_of_tasks(tmp_path, kind, task):
 
 def test_calibration_inputs_are_spread_over_the_set(tmp_path):
     work = Quantization(str(save_classifier(tmp_path)), str(ROOT / "test_data" / "glue"))
-    encoded, examples = work._encode("train")
+    encoded, examples = work.encode("train")
     ids, lengths = calibration_batch(encoded, 2, pad_id=7)
     expected = work.tokenizer.encode_batch([one.inputs[0][0] for one in examples])
     for row, length, text in zip(ids, lengths, (expected[0], expected[-1])):

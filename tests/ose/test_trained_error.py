@@ -312,7 +312,7 @@ def test_the_training_of_t_resumes_where_it_was_killed(data, tmp_path, in_proces
         stopped = lambda loop: loop.progress.step == 4  # noqa: E731
         patch.setattr(Loop, "_stop_agreed", stopped)
         with pytest.raises(Stopped):
-            ose_training._train_teacher(begun)
+            ose_training.train_teacher(begun)
     continued = prepare_teacher(settings, TOP, 1, str(tmp_path / "b"))
     assert continued.sha256 == uninterrupted.sha256
     assert continued.bounds.entropy == uninterrupted.bounds.entropy

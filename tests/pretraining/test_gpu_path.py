@@ -190,7 +190,7 @@ def test_a_batch_without_masks_leaves_no_gradient_of_the_update_before(data, tmp
     assert all(parameter.grad().asnumpy().any() for parameter in parameters)
     batch = run.job.stream.source(1)
     empty = batch._replace(labels=batch.labels[:0], masked_positions=batch.masked_positions[:0])
-    run._add_empty(empty, run.devices[0])
+    run.add_empty(empty, run.devices[0])
     assert not any(parameter.grad().asnumpy().any() for parameter in parameters)
 
 

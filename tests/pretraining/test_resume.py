@@ -219,7 +219,7 @@ def test_a_state_of_another_type_is_refused(data, tmp_path):
     path = str(tmp_path / "step-0000001")
     state = checkpoint.load(path).state
     state["interval"] = "none"
-    checkpoint._write_state(path, state)
+    checkpoint.write_state(path, state)
     with pytest.raises(UserError, match=r"state\.json: is not the state of a run .*interval"):
         finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True)
 

@@ -33,22 +33,22 @@ def test_operations_are_those_of_the_closed_form(way, macs):
 
 def test_stock_networks_also_run_on_the_default_threads(monkeypatch):
     monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: None)
-    rows = inference._rows(["Bort", "BERT-base"], ["1", "2"])
+    rows = inference.rows_of(["Bort", "BERT-base"], ["1", "2"])
     assert (BASE, DEFAULT) in rows
     assert [way for way, threads in rows if threads == DEFAULT] == [BASE]
     assert {way.network for way, _ in rows} == {"Bort", "BERT-base"}
     assert len(rows) == len(available_backends()) * 2 + 3
     monkeypatch.setattr(inference, "available_backends", lambda: ("mxnet", "onnx"))
-    ours = {way.engine for way, _ in inference._rows(["Bort"], ["1"])}
+    ours = {way.engine for way, _ in inference.rows_of(["Bort"], ["1"])}
     assert ours == {"mxnet", "onnx"}
     monkeypatch.setattr(inference.importlib.util, "find_spec", lambda name: object())
     for fast in (False, True):
         monkeypatch.setattr(inference, "multiplies_bfloat16", lambda fast=fast: fast)
-        rows = inference._rows(["BERT-base"], ["1"])
+        rows = inference.rows_of(["BERT-base"], ["1"])
         assert (Way("BERT-base", PYTORCH), "1") in rows
         assert ((Way("BERT-base", PYTORCH_BFLOAT16), "1") in rows) == fast
     with pytest.raises(UserError, match="--networks: GPT unknown; Bort, "):
-        inference._rows(["GPT"], ["1"])
+        inference.rows_of(["GPT"], ["1"])
 
 
 MEDIANS = {
@@ -63,7 +63,7 @@ MEDIANS = {
 
 
 def test_goals_are_measured_against_both_columns(capsys):
-    inference._print_goals(MEDIANS, ["1", "2"])
+    inference.print_goals(MEDIANS, ["1", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert "BERT-base, default" in lines[2]
     shown = "Bort onnx 16.0 (goal 7.9) 60.0 (goal 20) 8.0 (goal 7.9) 30.0 (goal 20)"
@@ -76,7 +76,7 @@ def test_the_table_shows_the_share_of_the_floor(capsys):
     rates = {"float32": 924.0, "bfloat16": 1158.0, "int8": 1848.0}
     peaks = dict.fromkeys(("2", DEFAULT), rates)
     sizes = {way: 100.0 for way, _ in rows if way != LARGE}
-    inference._print_table(MEDIANS, rows, [Cell(1, 128), Cell(8, 512)], peaks, sizes)
+    inference.print_table(MEDIANS, rows, [Cell(1, 128), Cell(8, 512)], peaks, sizes)
     lines = capsys.readouterr().out.splitlines()
     # 4.63 x 10^9 operations at 924 x 10^9 a second are 5 ms of the 10.
     assert lines[3].split() == ["Bort", "onnx", "2", "100", "10.0", "(", "50%)", "-"]
@@ -115,10 +115,10 @@ def test_equal_numbers_of_threads_are_measured_once_in_one_process(monkeypatch):
 
         yield ask
 
-    monkeypatch.setattr(inference, "_worker", worker)
+    monkeypatch.setattr(inference, "start_worker", worker)
     monkeypatch.setattr(inference.os, "cpu_count", lambda: 2)
     rows = [(BASE, "1"), (BASE, "2"), (BASE, DEFAULT)]
-    found = inference._measure_cell(Cell(1, 128), rows, rounds=2)
+    found = inference.measure_cell(Cell(1, 128), rows, rounds=2)
     assert found == dict.fromkeys(rows, inference.Measured(0.2, 438.0))
     # To make it, and two turns.
     assert sorted(asked) == [(1, BASE)] * 3 + [(2, BASE)] * 3
@@ -129,5 +129,5 @@ def test_a_process_that_ends_before_it_answers_is_a_one_line_error(monkeypatch, 
     silent.write_text("#!/bin/sh\nexit 0\n")
     silent.chmod(0o755)
     monkeypatch.setattr(inference.sys, "executable", str(silent))
-    with pytest.raises(UserError, match="for lack of memory"), inference._worker(1) as ask:
+    with pytest.raises(UserError, match="for lack of memory"), inference.start_worker(1) as ask:
         ask({})

@@ -45,10 +45,10 @@ def end_of_run(folder, value: float) -> str:
 
 def test_one_changed_bit_is_detected(tmp_path, capsys):
     first = end_of_run(tmp_path / "first", 1.0)
-    kill_test._compare(first, end_of_run(tmp_path / "same", 1.0))
+    kill_test.compare(first, end_of_run(tmp_path / "same", 1.0))
     other = end_of_run(tmp_path / "other", np.nextafter(1.0, 2.0))
     with pytest.raises(kill_test.UserError, match=r"other: trainer\.npz differ from those of"):
-        kill_test._compare(first, other)
+        kill_test.compare(first, other)
 
 
 @pytest.mark.parametrize("moment", [(None, 30.0), (1000, 0.0), (0, 30.0)])
@@ -65,7 +65,7 @@ def test_a_run_that_ends_by_itself_is_not_taken_for_killed(monkeypatch, moment):
     process = None
     monkeypatch.setattr(kill_test, "_started", keeping)
     with pytest.raises(kill_test.UserError, match="status 1 before it was killed"):
-        kill_test._kill_at(kill_test.Moment(*moment), command)
+        kill_test.kill_at(kill_test.Moment(*moment), command)
 
 
 @pytest.mark.slow

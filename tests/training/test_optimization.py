@@ -186,9 +186,9 @@ def test_the_compiled_update_has_the_bits_of_numpys(decay: float) -> None:
     optimizer = bert_adam.BERTAdam(epsilon=EPSILON)
     compiled, plain = draws.copy(), draws.copy()
     for factor in (0.37, 1.0):
-        optimizer._update_chunks([bert_adam.Chunk(*compiled, 1e-3, decay)], factor, one_loop)
+        optimizer.update_chunks([bert_adam.Chunk(*compiled, 1e-3, decay)], factor, one_loop)
         buffers = np.empty((2, draws.shape[1]), np.float32)
-        optimizer._update_chunk(bert_adam.Chunk(*plain, 1e-3, decay), factor, *buffers)
+        optimizer.update_chunk(bert_adam.Chunk(*plain, 1e-3, decay), factor, *buffers)
     assert (plain[[0, 2, 3]] != draws[[0, 2, 3]]).mean() > 0.9
     np.testing.assert_array_equal(compiled, plain)
 
