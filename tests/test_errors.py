@@ -158,6 +158,8 @@ def test_an_import_that_ctrl_c_breaks_is_one_line():
 import os, signal
 from bort.errors import entry_point
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
+
 @entry_point
 def main(argv=None):
     try:
