@@ -23,6 +23,7 @@ Settings = TypeVar("Settings")
 CONFIG_FLAG = "--config"
 # What NumPy and MXNet compute with: int64 and float32. A seed may be larger: it is hashed.
 _LARGEST = {int: 2**63 - 1, float: 3.4e38}
+_SMALLEST = 1.2e-38  # MXNet's parser refuses a float32 below, except 0
 MAX_PROCESSES = 1024  # or threads, at a time
 
 
@@ -227,6 +228,8 @@ def check_limits(settings: Any) -> None:
         largest = _LARGEST.get(type(value))
         if largest and abs(value) > largest and "seed" not in field.name:
             raise UserError(f"--{field.name} {value}: must be at most {largest:g}")
+        if isinstance(value, float) and 0 < abs(value) < _SMALLEST:
+            raise UserError(f"--{field.name} {value}: must be 0 or at least {_SMALLEST:g}")
 
 
 def as_dict(*settings: Any) -> dict[str, JSONObject]:

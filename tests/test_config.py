@@ -105,6 +105,7 @@ def test_errors_of_the_parser_are_one_line_with_status_2(
         ("salt", "-0.1", "--salt -0.1: must be at least 0.0"),
         ("salt", "1.01", "--salt 1.01: must be at most 1.0"),
         ("salt", "inf", "--salt inf: must be at most 1.0"),
+        ("salt", "1e-320", "--salt 1e-320: must be 0 or at least 1.2e-38"),
         ("salt", "nan", "--salt nan: must be at least 0.0"),
         ("minutes", "4", "--minutes 4: must be at least 5"),
     ],
