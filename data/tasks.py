@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from data.glue import GLUE_TASKS
 from data.race import RACE_TASKS, Race
 from data.super_glue import SUPER_GLUE_TASKS
@@ -29,7 +29,8 @@ def get_task(name: str, *, race_cast: str = "choices") -> Task:
     for cls in _CLASSES:
         if _plain(name) in map(_plain, (cls.name, *cls.aliases)):
             return cls(race_cast) if issubclass(cls, Race) else cls()
-    raise UserError(f"--task_name {name}: unknown; the tasks are {', '.join(task_names())}")
+    shown = quoted(name)[1:-1]
+    raise UserError(f"--task_name {shown}: unknown; the tasks are {', '.join(task_names())}")
 
 
 def check_inputs_version(task: Task, inputs_version: int, path: str) -> None:
