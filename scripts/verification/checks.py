@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -167,16 +167,25 @@ def check_pretraining(folder: Path) -> Found:
     for link in (checkpoint.LAST, checkpoint.BEST):
         if os.path.islink(folder / link) and not (folder / link).exists():
             raise UserError(f"{folder / link}: leads to a checkpoint that is missing")
-    wanted = _setting(folder / "config.json", "OptimizerSettings", "num_steps")
+    wanted = setting(folder / "config.json", "OptimizerSettings", "num_steps", int)
     return Found(bool(steps) and max(steps) >= wanted, f"step {max(steps, default=0)} of {wanted}")
 
 
-def _setting(path: Path, concern: str, name: str) -> Any:
+Value = TypeVar("Value", int, str)
+
+
+def setting(path: Path, concern: str, name: str, kind: type[Value]) -> Value:
+    """Return a value of a run's config.json; raises `UserError` when it is of another type."""
     content = read_json(str(path))
     try:
-        return content[concern][name]
+        value = content[concern][name]
     except (KeyError, TypeError):
-        raise UserError(f"{path}: has no {concern}.{name}; it is not a run's") from None
+        value = None
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{path}: has no {concern}.{name} of type {kind.__name__}; it is not a run's"
+        )
+    return value
 
 
 def check_metrics(path: Path) -> None:
@@ -193,7 +202,7 @@ def check_finetuning(folder: Path) -> Found:
     from data.tasks import get_task
 
     check_metrics(folder / "metrics.jsonl")
-    _setting(folder / "config.json", "TaskSettings", "task_name")
+    setting(folder / "config.json", "TaskSettings", "task_name", str)
     if not (folder / "metrics.json").exists():
         return Found(False, "not finished; --resume continues it")
     run = read_run(folder / "metrics.json")
@@ -236,7 +245,7 @@ def check_sweep(folder: Path) -> Found:
 
 def check_agora(folder: Path) -> Found:
     """Read the record of Agora's rounds, its journal, its images and its model."""
-    _setting(folder / "config.json", "AgoraRunSettings", "search_space")
+    setting(folder / "config.json", "AgoraRunSettings", "search_space", str)
     fits = check_journal(folder / "journal.jsonl", "name")
     if not (folder / "agora.json").exists():
         return Found(False, f"{fits} records; run its command again")

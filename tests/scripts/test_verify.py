@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from bort.errors import UserError
 from scripts import verify
+from scripts.verification import checks
 from scripts.verification.report import verify as verify_folder
 from tests.fuzz import samples
 
@@ -180,3 +182,11 @@ def test_files_of_other_programs_are_a_one_line_error(tmp_path, capsys, name):
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert name in line
+
+
+@pytest.mark.parametrize("steps", [{}, "8", None])
+def test_a_number_of_steps_of_another_type_is_refused(tmp_path, steps):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"OptimizerSettings": {"num_steps": steps}}))
+    with pytest.raises(UserError, match=r"has no OptimizerSettings.num_steps of type int"):
+        checks.setting(path, "OptimizerSettings", "num_steps", int)
