@@ -17,7 +17,7 @@ from typing import IO, Any, Mapping
 
 import numpy as np
 
-from bort.errors import UserError
+from bort.errors import UserError, reasons
 from bort.files import atomic_write, open_regular
 
 # The header that NumPy and the writers here give an array of numbers.
@@ -58,8 +58,7 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise
     except (OSError, *_DAMAGED) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as arrays ({reason[:200]})") from None
+        raise UserError(f"{path}: cannot be read as arrays ({reasons(error)[0]})") from None
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:

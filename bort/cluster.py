@@ -50,7 +50,7 @@ from typing import (
 )
 
 from bort.config import option
-from bort.errors import UserError
+from bort.errors import UserError, reasons
 from bort.files import LOCK_FILE, read_yaml, remove_temporaries, temporary_name
 from bort.jobs import (
     SLOT_VARIABLE,
@@ -373,9 +373,8 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
         compare_versions(address, client.get_versions())
         return client, queue
     except (OSError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"--cluster {address}: cannot be reached ({reason}); scripts/README.md says how to "
+            f"--cluster {address}: cannot be reached ({reasons(error)[0]}); scripts/README.md says how to "
             "start a scheduler, and how to use certificates"
         ) from None
 
@@ -412,7 +411,7 @@ def _start_queue(kind: str, path: str) -> dask_jobqueue.JobQueueCluster:
     try:
         queue = getattr(dask_jobqueue, _JOB_QUEUES[kind])(**arguments, scheduler_options=options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--cluster {kind}:{path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--cluster {kind}:{path}: {reasons(error)[0]}") from None
     queue.scale(jobs=content["jobs"])
     return queue
 

@@ -42,6 +42,12 @@ def quoted(value: object, characters: int = QUOTED_CHARACTERS) -> str:
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
 
 
+def reasons(error: BaseException) -> list[str]:
+    """Return the lines of an exception's message, shortened; its class where it has no message."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return [quoted(line)[1:-1] for line in lines if line] or [type(error).__name__]
+
+
 def shortened(text: str) -> str:
     """Return a message with its longest words shortened: a flag's value, a path, a token."""
     return _LONG_WORD.sub(lambda found: f"{found[0][:200]}...{found[0][-100:]}", text)
@@ -82,7 +88,7 @@ def entry_point(main: Main[Result]) -> Main[Result]:
         except BrokenPipeError:
             _exit(128 + signal.SIGPIPE)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = error.strerror or reasons(error)[0]
             where = error.filename if error.filename is not None else "a file or standard output"
             _exit(1, f"error: {os.fsdecode(where)}: {reason}")
         except ImportError as error:

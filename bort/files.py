@@ -18,7 +18,7 @@ import sys
 import time
 from typing import IO, Any, Iterator, TypeVar
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, quoted, reasons
 
 Value = TypeVar("Value")
 
@@ -172,7 +172,7 @@ def _sync(path: str) -> None:
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror or str(error).strip().splitlines()[0]
+    return error.strerror or reasons(error)[0]
 
 
 def write_json(path: str, content: Any, with_sum: bool = True) -> None:

@@ -21,7 +21,7 @@ from typing import Iterator, Optional, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
 from bort.config import option, parse, required
-from bort.errors import UserError, entry_point
+from bort.errors import UserError, entry_point, reasons
 from bort.files import atomic_write, is_stream, remove_left_overs_of
 from bort.sums import write_sums
 from bort.tokenization import SPECIAL_TOKENS
@@ -112,7 +112,7 @@ def train(settings: SentencePieceSettings, sentences: Sequence[str]) -> bytes:
             minloglevel=2,  # errors are exceptions
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2].strip() or str(error)
+        reason = reasons(error)[-1].rpartition("] ")[2]
         raise UserError(f"--vocab_size {settings.vocab_size}: {reason}") from None
     return model.getvalue()
 

@@ -11,7 +11,7 @@ from typing import Any, Sequence
 import pytest
 
 from bort.config import option, parse
-from bort.errors import Stopped, UserError, entry_point, quoted
+from bort.errors import Stopped, UserError, entry_point, quoted, reasons
 from tests.conftest import ROOT
 
 
@@ -247,3 +247,16 @@ def test_a_message_repeats_no_long_value_of_a_flag(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["--path", path])
     assert f"--path {path}: not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "lines"),
+    [
+        ("", ["ValueError"]),  # as ONNX Runtime's may be
+        (" \n\t\n", ["ValueError"]),
+        ("\nCheck failed:\n  wrong rank\n", ["Check failed:", "wrong rank"]),
+        ("x" * 500, [f"'{'x' * 199}... (502 characters)"[1:-1]]),
+    ],
+)
+def test_an_exception_without_a_message_gives_its_class(message: str, lines: list[str]) -> None:
+    assert reasons(ValueError(message)) == lines

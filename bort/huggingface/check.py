@@ -10,7 +10,7 @@ import numpy as np
 from mxnet import nd
 
 from bort.bort import decode, encode, masked_hidden, options_of, types_of
-from bort.errors import UserError, quoted
+from bort.errors import UserError, quoted, reasons
 from bort.files import read_json_as
 from bort.huggingface.config import HuggingFaceConfig, parse_config
 from bort.huggingface.families import CHOICE_HEAD, Architecture
@@ -63,8 +63,9 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of many classes
-        reason = quoted(str(error).strip().splitlines()[:1])
-        raise UserError(f"{folder}: transformers cannot load its tokenizer ({reason})") from None
+        raise UserError(
+            f"{folder}: transformers cannot load its tokenizer ({reasons(error)[0]})"
+        ) from None
     for text in _texts(tokenizer):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         if ids != tokenizer.encode(text).tolist():

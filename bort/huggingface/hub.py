@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple, Optional, Sequence
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, reasons
 from bort.huggingface.tensors import INDEX, TORCH_WEIGHTS, WEIGHTS
 
 _NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
@@ -90,5 +90,4 @@ def _refused(name: str, revision: Optional[str], error: Any) -> UserError:
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{type(error).__name__}: {quoted(lines[0])[1:-1]}"
+    return f"{type(error).__name__}: {reasons(error)[0]}"

@@ -11,7 +11,7 @@ from typing import Mapping
 
 import numpy as np
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, quoted, reasons
 from bort.files import MODEL_BYTES, open_regular, read_json_as
 from bort.types import JSONMapping
 
@@ -111,9 +111,8 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises exceptions of many classes for damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name}: cannot be read as weights alone ({quoted(reason)[1:-1]})"
+            f"{name}: cannot be read as weights alone ({reasons(error)[0]})"
         ) from None
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f"{name}: holds no weights: expected a dictionary of tensors")

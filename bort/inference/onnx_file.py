@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Callable, Mapping, TypeVar
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, reasons
 from bort.files import (
     MODEL_BYTES,
     atomic_write,
@@ -164,7 +164,7 @@ def onnx_session(model: bytes | str, threads: int) -> InferenceSession:
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no class
-        reason = quoted(str(error).strip().splitlines()[-1])[1:-1]
+        reason = reasons(error)[-1]
         raise UserError(f"{name}: ONNX Runtime cannot load it ({reason})") from None
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Union
 
 import numpy as np
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, quoted, reasons
 from bort.files import MODEL_BYTES, read_json, read_json_as, sha256_of
 from bort.inference.onnx_file import (
     OUTPUT,
@@ -203,7 +203,7 @@ class OpenVinoBackend(Backend):
                 raise UserError(f"{name}: is not a classifier; it has no output `{OUTPUT}` alone")
             compiled = core.compile_model(graph, "CPU", openvino_options(precision, threads))
         except RuntimeError as error:
-            reason = quoted(str(error).strip().splitlines()[-1])[1:-1]
+            reason = reasons(error)[-1]
             raise UserError(f"{name}: OpenVINO cannot load it ({reason})") from None
         self._request = compiled.create_infer_request()
 
@@ -586,8 +586,9 @@ def load_symbol_block(prefix: str) -> Block:
 
 
 def _unusable(symbol: str, use: str, error: Exception) -> UserError:
-    reason = quoted(str(error).strip().splitlines()[-1:])
-    return UserError(f"{symbol}: MXNet cannot {use} it ({reason}); run scripts/quantize.py again")
+    return UserError(
+        f"{symbol}: MXNet cannot {use} it ({reasons(error)[-1]}); run scripts/quantize.py again"
+    )
 
 
 def metadata_of(path: str, model_config: ModelConfig) -> dict[str, str]:
