@@ -3,23 +3,28 @@
 #
 #   TEXT=textbooks.txt,wikipedia.txt,books.txt DATA_DIR=glue ./scripts/experiments/agora.sh
 #
-# Socrates is BERT-tiny on 100, 200 and 500 rows of SST-2, five draws of each. Timaeus is MiniLM-L6,
-# fine-tuned on rows that no draw contains. Methods, some of them on 200 rows only:
+# Socrates is BERT-tiny on 100, 200 and 500 rows of SST-2, and on 500 of MRPC and RTE, five draws of
+# each. Timaeus is MiniLM-L6, fine-tuned on rows that no draw contains. Methods, some of them on 200
+# rows of SST-2 only:
 #   mistakes   Agora: two augmented examples per mistake, by the four cheap tau-functions
 #   random     the same number of examples from random rows of dev
-#   infill     tau is the masked LM of teacher.sh
+#   infill     tau is the masked LM of teacher.sh, which needs TEXT
 #   eight      eight augmented examples per mistake
+#   replay     each round is done again once on its augmented data (--replay 1)
 #   real       the grid on as many real rows as `mistakes` has augmented ones, labelled by Timaeus
 #   longer     the grid on the scarce rows, with as many updates as the last fits of `mistakes`
 #   plain      one fine-tuning run
 # Results, in $EXPERIMENTS/agora: the drawn sets, the runs, and table.md. An interrupted experiment
-# resumes. Besides the variables of common.sh: OMP_NUM_THREADS (default 1).
+# resumes. Besides the variables of common.sh: OMP_NUM_THREADS (default 1), and, to choose a part,
+#   TASKS     of SST-2 MRPC RTE (default all)
+#   METHODS   of the above (default all); the table needs `mistakes`
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-need TEXT "files of English prose, separated by commas"
-need DATA_DIR "the folder of the official files of SST-2"
+need DATA_DIR "the folder of the official files of the tasks"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-scripts/experiments/teacher.sh
+TASKS=${TASKS:-SST-2 MRPC RTE}
+METHODS=${METHODS:-mistakes real replay longer random plain infill eight}
 out=$EXPERIMENTS/agora teacher=$EXPERIMENTS/teacher/model draws=5
+if [[ " $METHODS " == *" infill "* ]]; then scripts/experiments/teacher.sh; fi
 mkdir -p "$out"
 printf 'lr: [5e-4, 2e-4]\n' >"$out/grid.yaml" # chosen on draw 10 of SST-2, which is not reported
 pretrained bert-tiny
@@ -27,73 +32,108 @@ socrates=$saved
 pretrained all-MiniLM-L6-v2
 labeller=$saved
 
-sets=$out/SST-2/sets timaeus=$out/SST-2/timaeus/SST-2
-once "$sets/draw-10/glue/SST-2/test.tsv" "$python" scripts/draw_subset.py --task_name SST-2 \
-    --data_dir "$DATA_DIR" --output_dir "$sets" --draws 11 --train 2500 --dev 200 --test 1000 \
-    --timaeus_train 20000 --timaeus_dev 500
-once "$timaeus/metrics.json" "$python" finetune_classifier.py --task_name SST-2 \
-    --data_dir "$sets/timaeus" --output_dir "${timaeus%/*}" --cache_dir "$out/encoded" \
-    --pretrained_parameters "$labeller" --pooling mean --batch_size 32 --lr 1e-4 --epochs 1 \
-    --max_len 48 --dtype bfloat16 --resume
-for ((draw = 0; draw < draws; draw++)); do # labels for all rows; those from 500 on are used
-    once "$sets/draw-$draw/labels.tsv" "$python" scripts/predict.py --batch_size 100 \
-        --model_parameters "$timaeus" --input "$sets/draw-$draw/glue/SST-2/train.tsv" \
-        --output "$sets/draw-$draw/labels.tsv"
-done
-
-# The flags of Socrates' fits, for both programs.
-flags=(--task_name SST-2 --pretrained_parameters "$socrates" --epochs 8 --batch_size 32
-    --dev_batch_size 100 --num_buckets 4 --max_len 48 --cache_dir "$out/encoded")
-
-# agora_run <method> <rows> <draw> <flags...>: Agora on one draw.
-agora_run() {
-    local run=$out/SST-2/$2/$1/draw-$3
-    once "$run/SST-2/agora.png" "$python" scripts/run_agora.py "${flags[@]}" \
-        --output_dir "$run" --timaeus "$timaeus" --search_space "$out/grid.yaml" \
-        --tau dropout,swap,crop,noise --images_per_mistake 2 "${@:4}"
+# prepare <task>: draws the sets, fine-tunes Timaeus and labels the draws' rows once. Sets `sets`,
+# `timaeus`, and `flags`, those of Socrates' fits for both programs.
+prepare() {
+    local task=$1 draw draw_flags timaeus_flags max_len=128
+    case $task in
+        SST-2)
+            draw_flags=(--draws 11 --train 2500 --test 1000 --timaeus_train 20000 --timaeus_dev 500)
+            timaeus_flags=(--epochs 1)
+            max_len=48
+            ;;
+        MRPC)
+            draw_flags=(--draws $draws --train 1000 --test 700 --timaeus_train 1900 --timaeus_dev 200)
+            timaeus_flags=(--epochs 5 --bias_correction)
+            ;;
+        RTE)
+            draw_flags=(--draws $draws --train 750 --test 400 --timaeus_train 1200 --timaeus_dev 150)
+            timaeus_flags=(--epochs 5 --bias_correction)
+            ;;
+        *)
+            echo "error: TASKS: $task is none of SST-2 MRPC RTE" >&2
+            exit 2
+            ;;
+    esac
+    sets=$out/$task/sets timaeus=$out/$task/timaeus/$task
+    once "$sets/draw-$((draws - 1))/glue/$task/test.tsv" "$python" scripts/draw_subset.py \
+        --task_name "$task" --data_dir "$DATA_DIR" --output_dir "$sets" --dev 200 "${draw_flags[@]}"
+    once "$timaeus/metrics.json" "$python" finetune_classifier.py --task_name "$task" \
+        --data_dir "$sets/timaeus" --output_dir "${timaeus%/*}" --cache_dir "$out/encoded" \
+        --pretrained_parameters "$labeller" --pooling mean --batch_size 32 --lr 1e-4 \
+        --max_len $max_len --dtype bfloat16 --resume "${timaeus_flags[@]}"
+    for ((draw = 0; draw < draws; draw++)); do # labels for all rows; those from 500 on are used
+        once "$sets/draw-$draw/labels.tsv" "$python" scripts/predict.py --batch_size 100 \
+            --model_parameters "$timaeus" --input "$sets/draw-$draw/glue/$task/train.tsv" \
+            --output "$sets/draw-$draw/labels.tsv"
+    done
+    flags=(--task_name "$task" --pretrained_parameters "$socrates" --epochs 8 --batch_size 32
+        --dev_batch_size 100 --num_buckets 4 --max_len $max_len --cache_dir "$out/encoded")
 }
 
-# agora <method> <rows> <flags...>: Agora on every draw.
+# agora_run <task> <method> <rows> <draw> <flags...>: Agora on one draw.
+agora_run() {
+    local run=$out/$1/$3/$2/draw-$4
+    once "$run/$1/agora.png" "$python" scripts/run_agora.py "${flags[@]}" \
+        --output_dir "$run" --timaeus "$timaeus" --search_space "$out/grid.yaml" \
+        --tau dropout,swap,crop,noise --images_per_mistake 2 "${@:5}"
+}
+
+# agora <task> <method> <rows> <flags...>: Agora on every draw, if METHODS has this method.
 agora() {
     local draw
+    [[ " $METHODS " == *" $2 "* ]] || return 0
     for ((draw = 0; draw < draws; draw++)); do
-        agora_run "$1" "$2" "$draw" --data_dir "$sets/draw-$draw" --train_rows "$2" "${@:3}"
+        agora_run "$1" "$2" "$3" "$draw" --data_dir "$sets/draw-$draw" --train_rows "$3" "${@:4}"
     done
 }
 
-# plain <rows>: one fine-tuning run on every draw.
+# plain <task> <rows>: one fine-tuning run on every draw.
 plain() {
     local draw run
+    [[ " $METHODS " == *" plain "* ]] || return 0
     for ((draw = 0; draw < draws; draw++)); do
-        run=$out/SST-2/$1/plain/draw-$draw
-        once "$run/SST-2/metrics.json" "$python" finetune_classifier.py "${flags[@]}" \
-            --data_dir "$sets/draw-$draw" --train_rows "$1" --output_dir "$run" --lr 5e-4 \
+        run=$out/$1/$2/plain/draw-$draw
+        once "$run/$1/metrics.json" "$python" finetune_classifier.py "${flags[@]}" \
+            --data_dir "$sets/draw-$draw" --train_rows "$2" --output_dir "$run" --lr 5e-4 \
             --ckpt_interval 10000 --resume
     done
 }
 
-# real <rows>: the grid on the scarce rows with as many real ones, labelled by Timaeus, as the last
-# fits of `mistakes` had augmented ones.
+# real <task> <rows>: the grid on the scarce rows with as many real ones, labelled by Timaeus, as
+# the last fits of `mistakes` had augmented ones.
 real() {
     local draw data
+    [[ " $METHODS " == *" real "* ]] || return 0
     for ((draw = 0; draw < draws; draw++)); do
-        data=$out/SST-2/$1/real/sets-$draw
-        once "$data/glue/SST-2/train.tsv" "$python" scripts/experiments/label_real_rows.py \
-            --task_name SST-2 --data_dir "$sets/draw-$draw" \
-            --labels "$sets/draw-$draw/labels.tsv" --rows "$1" --first_real 500 \
-            --agora "$out/SST-2/$1/mistakes/draw-$draw" --output_dir "$data"
-        agora_run real "$1" "$draw" --data_dir "$data" --max_rounds 1
+        data=$out/$1/$2/real/sets-$draw
+        once "$data/glue/$1/train.tsv" "$python" scripts/experiments/label_real_rows.py \
+            --task_name "$1" --data_dir "$sets/draw-$draw" \
+            --labels "$sets/draw-$draw/labels.tsv" --rows "$2" --first_real 500 \
+            --agora "$out/$1/$2/mistakes/draw-$draw" --output_dir "$data"
+        agora_run "$1" real "$2" "$draw" --data_dir "$data" --max_rounds 1
     done
 }
 
-for rows in 100 200 500; do
-    agora mistakes "$rows"
-    real "$rows"
+tables=()
+for task in $TASKS; do
+    prepare "$task"
+    sizes=500
+    if [[ $task == SST-2 ]]; then sizes="100 200 500"; fi
+    for rows in $sizes; do
+        agora "$task" mistakes "$rows"
+        real "$task" "$rows"
+        tables+=("$out/$task/$rows")
+    done
+    if [[ $task == SST-2 ]]; then
+        agora SST-2 longer 100 --epochs 19 --max_rounds 1
+        agora SST-2 longer 200 --epochs 13 --max_rounds 1
+        agora SST-2 replay 100 --replay 1
+        agora SST-2 replay 200 --replay 1
+        agora SST-2 random 200 --images_from random
+        plain SST-2 200
+        agora SST-2 infill 200 --tau infill --tau_model "$teacher"
+        agora SST-2 eight 200 --images_per_mistake 8
+    fi
 done
-agora longer 100 --epochs 19 --max_rounds 1
-agora longer 200 --epochs 13 --max_rounds 1
-agora random 200 --images_from random
-plain 200
-agora infill 200 --tau infill --tau_model "$teacher"
-agora eight 200 --images_per_mistake 8
-"$python" scripts/experiments/agora_table.py "$out"/SST-2/{100,200,500} | tee "$out/table.md"
+"$python" scripts/experiments/agora_table.py "${tables[@]}" | tee "$out/table.md"
