@@ -219,9 +219,13 @@ def spelled(value: float) -> str:
 
 
 def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> None:
-    """Record the flags that all runs share; raises `UserError` when others are recorded."""
+    """Record the flags that all runs share; raises `UserError` when others are recorded.
+
+    What an earlier grid left to the flags stays recorded: its runs are there still.
+    """
     free = {*hparams, *FREE}
     path = os.path.join(folder, "sweep.json")
+    recorded: JSONObject = {}
     if os.path.exists(path):
         recorded = read_json_as(path, JSONObject)
         changed = changed_flags(recorded, base, free)
@@ -236,7 +240,7 @@ def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> No
         for name, value in group.items()
         if name not in {*free} - {"output_dir"}
     }
-    write_json(path, shared)
+    write_json(path, {**recorded, **shared})
 
 
 def set_damaged_aside(runs: Sequence[SweepRun]) -> None:

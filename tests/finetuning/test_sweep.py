@@ -354,6 +354,15 @@ def test_another_sweep_is_refused(in_process, capsys):
     assert len(in_process.calls("start")) == 1
 
 
+def test_a_grid_in_between_does_not_hide_the_flags_of_the_first(in_process, capsys):
+    sweep.main(in_process.flags("--epochs", "1", lr=[0.01]))
+    sweep.main(in_process.flags("--epochs", "1", lr=[0.01], epochs=[2]))
+    with pytest.raises(SystemExit):  # 10 epochs, which is the default
+        sweep.main(in_process.flags(lr=[0.01]))
+    assert "contains a sweep with another --epochs" in capsys.readouterr().err
+    sweep.main(in_process.flags("--epochs", "1", lr=[0.01, 0.02]))
+
+
 def test_published_space():
     sets = read_space(str(PUBLISHED), *DEFAULTS)
     assert len(sets) == 480  # README of the original
