@@ -374,8 +374,8 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
         return client, queue
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--cluster {address}: cannot be reached ({reasons(error)[0]}); scripts/README.md says how to "
-            "start a scheduler, and how to use certificates"
+            f"--cluster {address}: cannot be reached ({reasons(error)[0]}); scripts/README.md says "
+            "how to start a scheduler, and how to use certificates"
         ) from None
 
 

@@ -111,9 +111,7 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises exceptions of many classes for damaged files
-        raise UserError(
-            f"{name}: cannot be read as weights alone ({reasons(error)[0]})"
-        ) from None
+        raise UserError(f"{name}: cannot be read as weights alone ({reasons(error)[0]})") from None
     if not isinstance(loaded, dict) or not loaded:
         raise UserError(f"{name}: holds no weights: expected a dictionary of tensors")
     for key, value in loaded.items():
