@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import read_json
+from bort.files import read_json_as
 from bort.tables import markdown_table, spread
-from bort.types import JSONMapping, JSONObject
 from data.task import Task
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    metrics: Optional[dict[str, float]] = None
+
+
+@dataclass(frozen=True)
+class _PlainRun:
+    """What the comparison reads of metrics.json."""
+
+    answers: dict[str, _Predicted]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Tested:
+    test: Optional[dict[str, float]] = None
+
+
+@dataclass(frozen=True)
+class _Round:
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _AgoraRun:
+    """What the comparison reads of agora.json of a run that has finished."""
+
+    rounds: list[_Round]
+    timaeus: _Tested
+    best_of_grid: _Tested
+    best: _Tested
 
 
 class Column(NamedTuple):
@@ -31,16 +64,17 @@ def columns_of(
     """
     if not len(plain) == len(agora) == len(random or agora):
         raise UserError("--plain, --agora and --random: give as many runs of each, one per draw")
-    plain_runs = _contents(task, plain, "metrics.json")
-    agora_runs = _contents(task, agora, "agora.json")
-    random_runs = _contents(task, random, "agora.json")
-    fine_tuned = [run["answers"][task.test[0]].get("metrics") for run in plain_runs]
-    enumerated = [run["best_of_grid"]["test"] for run in agora_runs]
-    grid_seconds = [run["rounds"][0]["seconds"] for run in agora_runs]
-    labeller = [run["timaeus"].get("test") for run in agora_runs]
+    plain_runs = [_plain_run(task, folder) for folder in plain]
+    agora_runs = [_agora_run(task, folder) for folder in agora]
+    random_runs = [_agora_run(task, folder) for folder in random]
+    fine_tuned = [run.answers.get(task.test[0], _Predicted()).metrics for run in plain_runs]
+    enumerated = [run.best_of_grid.test for run in agora_runs]
+    plain_seconds = float(np.mean([run.seconds for run in plain_runs]))
+    grid_seconds = float(np.mean([run.rounds[0].seconds for run in agora_runs]))
+    labeller = [run.timaeus.test for run in agora_runs]
     columns = [
-        Column("plain", _scores(task, plain, fine_tuned), _mean(plain_runs)),
-        Column("best of grid", _scores(task, agora, enumerated), float(np.mean(grid_seconds))),
+        Column("plain", _scores(task, plain, fine_tuned), plain_seconds),
+        Column("best of grid", _scores(task, agora, enumerated), grid_seconds),
     ]
     for name, folders, runs in (
         ("Agora", agora, agora_runs),
@@ -48,16 +82,23 @@ def columns_of(
     ):
         if not runs:
             continue
-        best = [run["best"]["test"] for run in runs]
-        seconds = [sum(record["seconds"] for record in run["rounds"]) for run in runs]
+        best = [run.best.test for run in runs]
+        seconds = [sum(record.seconds for record in run.rounds) for run in runs]
         columns.append(Column(name, _scores(task, folders, best), float(np.mean(seconds))))
     if all(labeller):
         columns.append(Column("Timaeus", _scores(task, agora, labeller)))
     return columns
 
 
-def _contents(task: Task, folders: Sequence[str], name: str) -> list[JSONObject]:
-    return [read_json(os.path.join(folder, task.name, name)) for folder in folders]
+def _plain_run(task: Task, folder: str) -> _PlainRun:
+    return read_json_as(os.path.join(folder, task.name, "metrics.json"), _PlainRun)
+
+
+def _agora_run(task: Task, folder: str) -> _AgoraRun:
+    path = os.path.join(folder, task.name, "agora.json")
+    if "best" not in read_json_as(path, dict):
+        raise UserError(f"{path}: the run has not finished; rerun its command to resume it")
+    return read_json_as(path, _AgoraRun)
 
 
 def _scores(
@@ -66,13 +107,9 @@ def _scores(
     scores = []
     for folder, on_test in zip(folders, metrics):
         if not on_test:
-            raise UserError(f"{folder}: has no metrics of a test set: its test file had no labels")
+            raise UserError(f"{folder}: has no metrics of a test set: there was none with labels")
         scores.append(task.score(dict(on_test)))
     return np.array(scores)
-
-
-def _mean(runs: Sequence[JSONMapping]) -> float:
-    return float(np.mean([run["seconds"] for run in runs]))
 
 
 def comparison_table(name: str, columns: Sequence[Column]) -> str:

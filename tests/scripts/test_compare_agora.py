@@ -64,3 +64,28 @@ def test_mistakes_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare_agora.main(["SST-2", *given])
     assert f"{tmp_path / 'agora' / '1'}: has no metrics of a test set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("agora", "agora.json", "agora.json: the run has not finished; rerun its command"),
+        ("random", "agora.json", "agora.json: the run has not finished; rerun its command"),
+        ("plain", "metrics.json", "1: has no metrics of a test set"),
+    ],
+)
+def test_runs_without_results_are_named(tmp_path, capsys, name, file, message):
+    given = write_runs(tmp_path)
+    path = tmp_path / name / "1" / "SST-2" / file
+    content = read_json(str(path))
+    content.pop("best", None)  # written at the end of a run of Agora
+    content.pop("best_of_grid", None)
+    content.get("answers", {}).pop("test", None)  # there was no test file
+    write_json(str(path), content)
+    with pytest.raises(SystemExit):
+        compare_agora.main(["SST-2", *given])
+    assert message in capsys.readouterr().err
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        compare_agora.main(["SST-2", *given])
+    assert f"error: {path}: " in capsys.readouterr().err
