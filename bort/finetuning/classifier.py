@@ -75,7 +75,7 @@ def build_classifier(
     if given.model_parameters:
         trained = not settings.run.only_inference
         classifier = load_classifier(given.model_parameters, task, devices, given.dropout, trained)
-        _check_flags(settings.tokenizer, classifier, given.model_parameters)
+        _check_flags(given, settings.tokenizer, classifier)
         if trained:
             classifier = for_task(classifier, task, max_len, details)
     else:
@@ -124,9 +124,26 @@ def load_classifier(
     return Classifier(network, model_config, tokenizer)
 
 
-def _check_flags(flags: TokenizerSettings, classifier: Classifier, path: str) -> None:
-    """Raise `UserError` when flags name another vocabulary than the one of a loaded model."""
-    if _is_named(flags) and load_tokenizer(flags).fingerprint != classifier.tokenizer.fingerprint:
+def _check_flags(
+    given: ClassifierSettings, tokenizer_flags: TokenizerSettings, classifier: Classifier
+) -> None:
+    """Raise `UserError` when flags name another network or vocabulary than a loaded model has.
+
+    A default does not count: it cannot be told from a flag that was left out.
+    """
+    path, loaded, defaults = given.model_parameters, classifier.model_config, ClassifierSettings()
+    for name, own in (
+        ("model_name", loaded.model),
+        ("pooling", loaded.pooling),
+        ("extra_layer", loaded.extra_layer),
+    ):
+        value = getattr(given, name)
+        if value not in (getattr(defaults, name), own):
+            shown = f"--{name}" if value is True else f"--{name} {value}"
+            has = f"has {'none' if value is True else own}"
+            raise UserError(f"{shown}: the model in {path} {has}; leave the flag out")
+    fingerprint = classifier.tokenizer.fingerprint
+    if _is_named(tokenizer_flags) and load_tokenizer(tokenizer_flags).fingerprint != fingerprint:
         raise UserError(
             f"--model_parameters {path}: trained with another vocabulary than the one that the "
             "flags name; leave them out: the model has its tokenizer"

@@ -120,6 +120,27 @@ def test_flags_that_name_another_vocabulary_than_a_models_are_refused(reviews, t
     finetuned(reviews, tmp_path / "out", sentencepiece=SAMPLE_MODEL, epochs=1, **flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"model_name": "bort_1_4_32_32"},
+            f"--model_name bort_1_4_32_32: the model .* has {SHAPE}",
+        ),
+        ({"pooling": "mean"}, "--pooling mean: the model in .* has cls; leave the flag out"),
+        ({"extra_layer": True}, "--extra_layer: the model in .* has none; leave the flag out"),
+    ],
+)
+def test_flags_that_name_another_network_than_a_models_are_refused(
+    reviews, tmp_path, flags, message
+):
+    write_classifier(tmp_path / "model")
+    given = {"model_name": None, **flags, "model_parameters": tmp_path / "model"}
+    with pytest.raises(UserError, match=message):
+        finetuned(reviews, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bert_body_keeps_epsilon_token_types_and_vocabulary(reviews, tmp_path):
     from bort.saved_model import ModelConfig, build_network, read_model_config, save_model
     from bort.shapes import BodyOptions
