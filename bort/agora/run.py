@@ -198,6 +198,11 @@ def run_agora(settings: AgoraTextSettings, cluster: Optional[str] = None) -> JSO
     if cluster and communicator.size > 1:
         raise UserError("--cluster: horovodrun spreads the fits over its ranks; leave it out")
     refuse_with_cluster(cluster, "--workers", settings.run.workers, 1)
+    if settings.classifier.model_parameters:
+        raise UserError(
+            "--model_parameters: every fit gets a new head; name its body by "
+            "--pretrained_parameters, or the labeller by --timaeus"
+        )
     if communicator.rank > 0:
         jobs.serve(communicator)
         return {}

@@ -213,6 +213,7 @@ def test_every_kind_of_task(places, tmp_path, name):
         (["--regression_edges", "2,1"], "--regression_edges 2,1: must increase"),
         (["--regression_edges", "2;1"], "--regression_edges 2;1: must be numbers"),
         (["--tau_model", "absent"], "absent: not found"),
+        (["--model_parameters", "x"], "--model_parameters: every fit gets a new head"),
         (["--vocab_file", "VOCABULARY"], "trained with another vocabulary than wordpiece of"),
         (["--task_name", "AX"], "--task_name AX: has no training set; run MNLI"),
         (["--task_name", "CB"], "whose labels are not those of CB"),
