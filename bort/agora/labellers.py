@@ -77,8 +77,7 @@ class FileTimaeus:
         """Return a class number, or the value of a regression."""
         if self.task.kind != TaskKind.REGRESSION:
             if label not in self.task.labels:
-                names = ", ".join(self.task.labels)
-                raise UserError(f"{where}: label {quoted(label)} is none of {names}")
+                raise UserError(f"{where}: label {quoted(label)} is none of {self._names()}")
             return self.task.labels.index(label)
         if isinstance(label, bool) or not isinstance(label, (int, float)):
             raise UserError(f"{where}: label {quoted(label)} is not a number")
@@ -86,6 +85,10 @@ class FileTimaeus:
         if not low <= label <= high:  # NaN is in no range
             raise UserError(f"{where}: label {quoted(label)} is not from {low:g} to {high:g}")
         return label
+
+    def _names(self) -> str:
+        """Return the labels as the file spells them: in quotes, numbers too."""
+        return " or ".join(json.dumps(name) for name in self.task.labels)
 
     def label(self, inputs: Sequence[Inputs]) -> np.ndarray:
         """Return the labels of inputs.
@@ -99,7 +102,7 @@ class FileTimaeus:
             write_lines(self.to_label, ({"inputs": each, "label": None} for each in missing))
             raise LabelsMissingError(
                 f"{self.path}: {len(missing)} inputs have no label; replace null in "
-                f"{self.to_label} by one of {', '.join(self.task.labels) or 'the values'}, append "
+                f"{self.to_label} by {self._names() or 'the value'}, append "
                 "its lines to the file of labels, and rerun the same command to resume"
             )
         with contextlib.suppress(FileNotFoundError):
