@@ -301,6 +301,8 @@ def parse_weights(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, colon, weight = part.strip().partition(":")
+        if name in weights:
+            raise UserError(f"--tau {text}: names {name} twice; give it one weight")
         try:
             weights[name] = float(weight) if colon else 1.0
         except ValueError:

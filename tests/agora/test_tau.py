@@ -178,6 +178,7 @@ def test_ways_are_drawn_by_their_weights():
         ({"tau": "swap:x"}, "--tau swap:x: 'x' is not a number"),
         ({"tau": "swap:0"}, "weight of swap must be above 0"),
         ({"tau": "swap:nan"}, "weight of swap must be above 0"),
+        ({"tau": "swap:3,noise,swap"}, "--tau swap:3,noise,swap: names swap twice; give it one"),
         ({"tau": ""}, "'' is unknown"),
         ({"lower": 0.3}, "--lower 0.3: must not be above --upper 0.2"),
     ],
