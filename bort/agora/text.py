@@ -38,9 +38,10 @@ from data.task import Example, Task, is_labelled
 class TextData(NamedTuple):
     """The rows of a task.
 
-    `test` is empty unless it has labels. `kept_out` are the inputs of the test file, with or
-    without labels, which must not get into train. `dropped` counts the rows of train that were
-    dropped because they are in dev or test.
+    `dev` and `test` are its first sets of these (MNLI has two of each). `test` is empty unless it
+    has labels. `kept_out` are the inputs of all test sets, with or without labels, and of the other
+    dev sets, which must not get into train. `dropped` counts the rows of train that were dropped
+    because a dev or test set has them.
     """
 
     task: Task
@@ -57,7 +58,7 @@ def read_text_data(
     skip_bad_rows: bool = False,
     train_rows: Optional[int] = None,
 ) -> TextData:
-    """Read train, dev and, if present, test; rows of train that are in dev or test are dropped.
+    """Read train, dev and the test sets that are there; rows of train that these have are dropped.
 
     `train_rows` keeps the first of the remaining rows.
 
@@ -74,9 +75,11 @@ def read_text_data(
 
     train, dev = rows(task.train), rows(task.dev[0])
     name = next(iter(task.test), None)
-    test = rows(name) if name and task.find(data_dir, name) else []
-    kept_out = [example.inputs for example in test]
-    shared = set(kept_out).intersection(example.inputs for example in dev)
+    others = [each for each in (*task.test, *task.dev[1:]) if task.find(data_dir, each)]
+    sets = {each: rows(each) for each in others}
+    test = sets.get(str(name), [])
+    kept_out = [example.inputs for examples in sets.values() for example in examples]
+    shared = {example.inputs for example in test}.intersection(each.inputs for each in dev)
     if shared and is_labelled(test):
         raise UserError(
             f"{task.find(data_dir, str(name))}: {len(shared)} of its inputs are also in dev: a "

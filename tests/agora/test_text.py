@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def test_rows_of_train_that_dev_or_test_holds_are_left_out(tmp_path):
 def test_a_test_set_without_labels_only_keeps_its_rows_out():
     data = agora_text.read_text_data(TASK, TEST_DATA)
     assert (data.test, len(data.kept_out)) == ([], 3)
+
+
+@pytest.mark.parametrize("split", ["dev_mismatched", "test_mismatched"])
+def test_the_second_dev_and_test_sets_are_kept_out_too(tmp_path, split):
+    task, folder = get_task("MNLI"), tmp_path / "glue" / "MNLI"
+    shutil.copytree(os.path.join(TEST_DATA, "glue", "MNLI"), folder)
+    row = task.read(TEST_DATA, split).examples[0]
+    lines = (folder / "train.tsv").read_text().splitlines()
+    fields = lines[-1].split("\t")
+    for name, text in zip(task.text_columns, row.inputs[0]):
+        fields[lines[0].split("\t").index(name)] = text
+    (folder / "train.tsv").write_text("\n".join([*lines, "\t".join(fields), ""]))
+    data = agora_text.read_text_data(task, str(tmp_path))
+    assert row.inputs in data.kept_out
+    assert row.inputs not in [each.inputs for each in data.train]
+    assert data.dropped == 1
 
 
 def test_a_labelled_test_set_that_shares_rows_with_dev_is_refused(tmp_path):
