@@ -60,7 +60,7 @@ def read_text_data(
 ) -> TextData:
     """Read train, dev and the test sets that are there; rows of train that these have are dropped.
 
-    `train_rows` keeps the first of the remaining rows.
+    `train_rows` keeps the first of the remaining rows (of ReCoRD's queries).
 
     Raises `UserError` for a task without training data, and when test has rows of dev.
     """
@@ -88,7 +88,8 @@ def read_text_data(
     known = set(kept_out).union(example.inputs for example in dev)
     fresh = [example for example in train if example.inputs not in known]
     labelled = test if is_labelled(test) else []
-    return TextData(task, fresh[:train_rows], dev, labelled, kept_out, len(train) - len(fresh))
+    kept = list(task.first_rows(fresh, train_rows))
+    return TextData(task, kept, dev, labelled, kept_out, len(train) - len(fresh))
 
 
 def examples_of(rows: Sequence[Example]) -> Examples:

@@ -86,6 +86,12 @@ def test_the_second_dev_and_test_sets_are_kept_out_too(tmp_path, split):
     assert data.dropped == 1
 
 
+def test_train_rows_of_record_are_queries():
+    data = agora_text.read_text_data(get_task("ReCoRD"), TEST_DATA, train_rows=2)
+    assert {row.uid[0] for row in data.train} == {0, 1}
+    assert len(data.train) == 6
+
+
 def test_a_labelled_test_set_that_shares_rows_with_dev_is_refused(tmp_path):
     folder = write_task(tmp_path, train=[("one", 1)], dev=[("two", 0)], test=[("two", 0)])
     with pytest.raises(UserError, match=r"test.tsv: 1 of its inputs are also in dev"):
