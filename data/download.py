@@ -463,7 +463,7 @@ def split_mrpc(folder: Path) -> None:
 
 
 def _raw_rows(path: Path) -> list[list[str]]:
-    rows, _ = collect(read_lines(path), _fields, False, "it is not the official file")
+    rows, _ = collect(read_lines(path), _fields, None, "it is not the official file")
     if not rows:
         raise UserError(f"{path}: is empty")
     return rows

@@ -43,7 +43,7 @@ class GlueTask(Task):
     text_columns: tuple[str, ...] = ("sentence1", "sentence2")
     label_column = "label"
 
-    def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+    def _read(self, path: Path, split: str, skip_bad_rows: Optional[bool], seed: int) -> Split:
         lines = read_lines(path)
         columns, first = self._columns(path, split, lines)
         self._check_columns(path, split, columns)
@@ -118,7 +118,7 @@ class GlueTask(Task):
         self, path: Path, examples: Optional[Sequence[Example]] = None
     ) -> list[Uid]:
         """Check header, columns and labels, and return the indices."""
-        return collect(read_submission_lines(path), self._parse_prediction, False, REWRITE)[0]
+        return collect(read_submission_lines(path), self._parse_prediction, None, REWRITE)[0]
 
     def _parse_prediction(self, line: Line) -> list[Uid]:
         text = submission_text(line)

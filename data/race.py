@@ -81,7 +81,7 @@ class Race(Task):
         choices = cast == "choices"
         self.kind = TaskKind.MULTIPLE_CHOICE if choices else TaskKind.CLASSIFICATION
 
-    def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+    def _read(self, path: Path, split: str, skip_bad_rows: Optional[bool], seed: int) -> Split:
         is_test = split in self.test
         answer = _test_answer if is_test else _answer
         places: dict[tuple[str, str], str] = {}  # of articles, by level and id
@@ -165,7 +165,7 @@ class RaceMiddle(Race):
     files = (File("train", "train", 25421), File("dev", "dev", 1436), File("test", "test", 1436))
 
 
-_MOVE_AWAY = "move it away or give --skip_bad_rows"
+_MOVE_AWAY = "move it away"
 
 
 def _is_numbered(path: Path) -> bool:

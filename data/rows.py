@@ -10,7 +10,7 @@ import codecs
 import json
 import re
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, TypeVar
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Protocol, TypeVar
 
 from bort.errors import UserError, quoted
 from bort.files import WHOLE_BYTES, open_regular
@@ -172,14 +172,16 @@ def require_index(row: JSONMapping, key: str = "idx") -> int:
 def collect(
     rows: Iterable[Row],
     cast: Callable[[Row], list[Item]],
-    skip_bad_rows: bool,
-    cure: str = "fix the row or give --skip_bad_rows",
+    skip_bad_rows: Optional[bool],
+    cure: str = "fix the row",
 ) -> tuple[list[Item], list[str]]:
     """Cast each row to its items.
 
     Returns the items and one message per skipped row. Without `skip_bad_rows` the first broken
-    row raises a `UserError` that names file, line, what is wrong, and the cure.
+    row raises a `UserError` that names file, line, what is wrong, and the cure: that flag too, but
+    for None, which stands for a program without it.
     """
+    cure = cure if skip_bad_rows is None else f"{cure} or give --skip_bad_rows"
     items: list[Item] = []
     skipped: list[str] = []
     for row in rows:

@@ -59,7 +59,7 @@ class SuperGlueTask(Task):
     values: tuple[Union[int, bool], ...] = ()
     answers: tuple[int, ...] = ()
 
-    def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+    def _read(self, path: Path, split: str, skip_bad_rows: Optional[bool], seed: int) -> Split:
         fields = self._fields(split)
         lines: dict[Uid, int] = {}
 
@@ -118,7 +118,7 @@ class SuperGlueTask(Task):
             """Return the indices that one line predicts."""
             return self._parse_prediction(submission_object(line))
 
-        return collect(read_submission_lines(path), parse, False, REWRITE)[0]
+        return collect(read_submission_lines(path), parse, None, REWRITE)[0]
 
     def _parse_prediction(self, row: JSONObject) -> list[Uid]:
         require_keys(row, "idx", "label")
@@ -493,7 +493,7 @@ class ReCoRD(SuperGlueTask):
         queries = set(self.submission_index(examples)[:rows])
         return [example for example in examples if _parts(example)[0] in queries]
 
-    def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+    def _read(self, path: Path, split: str, skip_bad_rows: Optional[bool], seed: int) -> Split:
         answers = _test_answers if split in self.test else _right_answers
         lines: dict[Uid, int] = {}
 
@@ -570,7 +570,7 @@ class ReCoRD(SuperGlueTask):
                 raise BadRowError(f"label {quoted(answer)} is not an entity of query {query}")
             return [query]
 
-        return collect(read_submission_lines(path), parse, False, REWRITE)[0]
+        return collect(read_submission_lines(path), parse, None, REWRITE)[0]
 
 
 def _query_index(query: JSONObject, position: int) -> int:

@@ -189,14 +189,15 @@ class Task:
         data_dir: Union[str, Path, None],
         split: str,
         *,
-        skip_bad_rows: bool = False,
+        skip_bad_rows: Optional[bool] = None,
         seed: int = 0,
     ) -> Split:
         """Read one split. A label in a test file that is not one of the task's counts as absent.
 
         seed: decides the draw of ReCoRD's training candidates; no other task draws.
         Raises `UserError` when the file is missing, has no valid rows or is not the one that was
-        downloaded (`bort.sums`), and for the first broken row unless `skip_bad_rows`.
+        downloaded (`bort.sums`), and for the first broken row unless `skip_bad_rows` (None: False,
+        and the message does not name the flag of it).
         """
         path = self.find(data_dir, split)
         if path is None:
@@ -227,7 +228,7 @@ class Task:
         within = ", ".join(folder for folder in folders if folder != ".")
         return f"searched {quoted(str(root))} and in it {within} for {' or '.join(names)}"
 
-    def _read(self, path: Path, split: str, skip_bad_rows: bool, seed: int) -> Split:
+    def _read(self, path: Path, split: str, skip_bad_rows: Optional[bool], seed: int) -> Split:
         raise NotImplementedError
 
     def cast_row(self, row: JSONMapping, number: int) -> list[Example]:

@@ -76,10 +76,12 @@ QQP = "id\tquestion1\tquestion2\n0\tA?\tB?\n1\tA?\n2\tC?\tD?\n"
 
 
 def test_broken_row_stops_and_is_named(tmp_path):
-    with pytest.raises(
-        UserError, match=r"test\.tsv:3: expected 3 columns, found 2; .*--skip_bad_rows"
-    ):
-        read(tmp_path, "QQP", "test", QQP)
+    """With the flag that skips it, where the program has that."""
+    for flags, cure in (({}, ""), ({"skip_bad_rows": False}, " or give --skip_bad_rows")):
+        with pytest.raises(UserError) as raised:
+            read(tmp_path, "QQP", "test", QQP, **flags)
+        message = "test.tsv:3: expected 3 columns, found 2; fix the row"
+        assert str(raised.value).endswith(f"{message}{cure}")
 
 
 def test_skipped_row_is_counted_and_no_index_shifts(tmp_path):
