@@ -91,11 +91,13 @@ def read_scores(folders: Sequence[Path]) -> dict[str, list[float]]:
 
 
 def metrics_files(folders: Sequence[Path]) -> list[Path]:
-    """Return every metrics.json under the folders; raises `UserError` where there is none."""
-    paths = sorted({path for folder in folders for path in folder.rglob("metrics.json")})
+    """Return every metrics.json under the folders, each once; `UserError` where there is none."""
+    paths: dict[Path, Path] = {}  # as given, by the file that they name
+    for path in sorted(path for folder in folders for path in folder.rglob("metrics.json")):
+        paths.setdefault(path.resolve(), path)
     if not paths:
         raise UserError(f"{', '.join(map(str, folders))}: no metrics.json found")
-    return paths
+    return [*paths.values()]
 
 
 def read_run(path: Path) -> RunMetrics:

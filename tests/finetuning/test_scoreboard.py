@@ -58,6 +58,14 @@ def test_runs_of_a_task_are_averaged_first(tmp_path, capsys):
     assert "CoLA              3   63.90    3.00   66.90" in capsys.readouterr().out
 
 
+def test_a_run_under_two_spellings_of_its_path_counts_once(tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "CoLA", "CoLA", {"dev": [63.9]})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("runs")
+    folders = ["runs", str(tmp_path), "runs/../link", "runs/CoLA"]
+    assert score.main(folders)["glue"].tasks[0].runs == pytest.approx([63.9])
+
+
 def test_no_average_of_half_a_benchmark(tmp_path, capsys):
     write_run(tmp_path / "CoLA", "CoLA", {"dev": [60.0]})
     write_run(tmp_path / "RACE-H", "RACE-H", {"dev": [70.0]})
