@@ -333,7 +333,7 @@ class _Run:
         try:
             classifier, scoring = self.tuner.load(str(run.timaeus))
         except UserError as error:
-            raise UserError(f"--timaeus {run.timaeus}: {error}") from None
+            raise UserError(f"--timaeus: {error}") from None
 
         def score(rows: Sequence[Example]) -> np.ndarray:
             return logits_of(classifier, rows, scoring)

@@ -26,6 +26,7 @@ from bort.tokenization import (
     load_tokenizer_folder,
 )
 from bort.types import Block, Context, JSONMapping
+from data.race import Race
 from data.task import Task
 from data.tasks import check_inputs_version, get_task
 
@@ -108,17 +109,21 @@ def load_classifier(
 ) -> Classifier:
     """Load a fine-tuned classifier whose labels are those of a task; `trained`: with gradients."""
     network, model_config, tokenizer = load_model(path, devices, dropout, trained)
+    if isinstance(task, Race) and model_config.race_cast not in ("", task.cast):
+        raise UserError(
+            f"{path}: a model for --race_cast {model_config.race_cast}; give this flag, or a model "
+            f"for --race_cast {task.cast}"
+        )
     if (model_config.kind, model_config.labels, model_config.num_outputs) != (
         task.kind,
         task.labels,
         task.num_outputs,
     ):
         raise UserError(
-            f"--model_parameters {path}: a model of "
-            f"{model_config.task or model_config.kind}, whose labels are not "
+            f"{path}: a model of {model_config.task or model_config.kind}, whose labels are not "
             f"those of {task.name}; give one of {task.model_task or task.name}"
         )
-    check_inputs_version(task, model_config.inputs_version, f"--model_parameters {path}")
+    check_inputs_version(task, model_config.inputs_version, path)
     if tokenizer is None:
         raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
     return Classifier(network, model_config, tokenizer)

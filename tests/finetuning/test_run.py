@@ -479,6 +479,12 @@ def test_races_joined_cast_is_one_input_of_four_classes(tmp_path):
             **flags,
         )
         assert answers["dev"]["metrics"] == found["answers"]["dev"]["metrics"]
+    import mxnet as mx
+
+    from bort.finetuning.classifier import load_classifier
+
+    with pytest.raises(UserError, match=r"RACE-H: a model for --race_cast joined; give this flag"):
+        load_classifier(str(tmp_path / "RACE-H"), get_task("RACE-H"), [mx.cpu()])
 
 
 def test_diagnostics_are_predicted_with_the_model_of_their_task(tmp_path):
