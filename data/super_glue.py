@@ -198,6 +198,10 @@ class COPA(SuperGlueTask):
         options = [require_field(row, key, str).strip() for key in ("choice1", "choice2")]
         return tuple((premise, f"{link} {option}") for option in options)
 
+    def fixed_part(self, place: int, text: str) -> str:
+        """Return the word before an option: without it nobody knows which way to look."""
+        return text.partition(" ")[0] if place else ""
+
     def source_texts(self, row: JSONMapping) -> list[str]:
         """Return the premise and both options."""
         return [row["premise"], row["choice1"], row["choice2"]]
@@ -229,9 +233,17 @@ class WiC(SuperGlueTask):
     def _inputs(self, row: JSONObject) -> tuple[tuple[str, ...], ...]:
         return (tuple(_marked(row, number) for number in "12"),)
 
+    def fixed_part(self, place: int, text: str) -> str:
+        """Return the marked word with its marks."""
+        return _marked_parts(text)
+
     def source_texts(self, row: JSONMapping) -> list[str]:
         """Return both sentences."""
         return [row["sentence1"], row["sentence2"]]
+
+
+def _marked_parts(text: str) -> str:
+    return " ".join(found.group() for found in re.finditer(r"\S*([*#]) .+? \1\S*", text))
 
 
 def _marked(row: JSONObject, number: str) -> str:
@@ -269,6 +281,10 @@ class WSC(SuperGlueTask):
                 words[span.start] = f"{mark} {words[span.start]}"
                 words[span.end - 1] = f"{words[span.end - 1]} {mark}"
         return ((" ".join(words), f"{pronoun.text} means {noun.text}"),)
+
+    def fixed_part(self, place: int, text: str) -> str:
+        """Return both spans with their marks, and the whole of what names them again."""
+        return text if place else _marked_parts(text)
 
 
 class Span(NamedTuple):

@@ -246,6 +246,13 @@ class Task:
         """
         return [row[column] for column in self.text_columns]
 
+    def fixed_part(self, place: int, text: str) -> str:
+        """Return the part of a text that asks the question and stays when the text is augmented.
+
+        `place` is the number of the text in its input.
+        """
+        return ""
+
     def predict(self, logits: np.ndarray) -> np.ndarray:
         """Turn logits [n, classes or options] into class indices [n]."""
         return best_classes(logits)

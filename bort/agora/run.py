@@ -250,7 +250,7 @@ class _Run:
 
     def run(self) -> JSONObject:
         """Run all rounds under the folder's lock; returns the content of agora.json."""
-        tau = make_tau(self.settings.tau, self.infill)
+        tau = make_tau(self.settings.tau, self.infill, self.data.task)
         timaeus, source = self.timaeus()
         check_vocabulary(self.settings.classifier, self.settings.tokenizer)
         with lock_folder(self.folder, "--output_dir"):

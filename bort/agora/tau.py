@@ -25,6 +25,7 @@ from bort.config import option
 from bort.errors import UserError
 from bort.tokenization import Tokenizer
 from bort.types import Block
+from data.task import Task
 
 Inputs = Tuple[Tuple[str, ...], ...]
 ROUNDING = 1e-9  # 0.1 * 30 is a little more than 3
@@ -320,10 +321,12 @@ class TextTau:
 
     A text that several inputs share (the passage of a multiple choice) is changed once, for all of
     them. An example that cannot be changed within the bounds, such as a single word that may only
-    be dropped, is returned unchanged, and Agora skips it.
+    be dropped, is returned unchanged, and Agora skips it. So is one whose `fixed` part, given place
+    and text, would be another: the marked words of WiC and WSC, COPA's "because" and "so".
     """
 
     changes: Sequence[Tuple[Change, float]]
+    fixed: Callable[[int, str], str]
     lower: float = 0.1
     upper: float = 0.2
     all_sides: bool = False
@@ -337,14 +340,15 @@ class TextTau:
         for texts in example:
             for side, text in enumerate(texts):
                 if side in sides and text not in changed:
-                    changed[text] = self.change(text, generator)
+                    changed[text] = self.change(side, text, generator)
         return tuple(
             tuple(changed[text] if side in sides else text for side, text in enumerate(texts))
             for texts in example
         )
 
-    def change(self, text: str, generator: np.random.Generator) -> str:
+    def change(self, place: int, text: str, generator: np.random.Generator) -> str:
         """Return another text within the bounds, or the same text after `attempts` failures."""
+        fixed = self.fixed(place, text)
         words = text.split()
         least, most = word_bounds(len(words), self.lower, self.upper)
         weights = np.array([weight for _, weight in self.changes])
@@ -352,8 +356,10 @@ class TextTau:
             change = self.changes[generator.choice(len(weights), p=weights / weights.sum())][0]
             count = int(generator.integers(least, most, endpoint=True))
             changed = change(words, count, generator)
-            if changed and least <= distance(words, changed) <= most:
-                return " ".join(changed)
+            joined = " ".join(changed)
+            near = bool(changed) and least <= distance(words, changed) <= most
+            if near and self.fixed(place, joined) == fixed:
+                return joined
         return text
 
 
@@ -363,10 +369,11 @@ def word_bounds(words: int, lower: float, upper: float) -> tuple[int, int]:
     return least, max(least, math.floor(upper * words + ROUNDING))
 
 
-def make_tau(settings: TauSettings, infill: Callable[[], Change]) -> TextTau:
+def make_tau(settings: TauSettings, infill: Callable[[], Change], task: Task) -> TextTau:
     """Return the tau-function of the settings; `infill` is called only if they name it."""
     changes = [
         (infill() if name == INFILL else CHANGES[name], weight)
         for name, weight in settings.weights.items()
     ]
-    return TextTau(changes, settings.lower, settings.upper, settings.sides == "all")
+    all_sides = settings.sides == "all"
+    return TextTau(changes, task.fixed_part, settings.lower, settings.upper, all_sides)

@@ -12,6 +12,7 @@ import pytest
 from bort.agora import tau
 from bort.errors import UserError
 from bort.tokenization import TokenizerSettings, load_tokenizer
+from data.tasks import get_task
 
 TEXT = "the small boat came back to the harbour before the storm had reached it"
 WORDS = TEXT.split()
@@ -112,8 +113,8 @@ def test_word_bounds():
     assert tau.word_bounds(10, 0.0, 0.0) == (1, 1)
 
 
-def text_tau(names="dropout,swap,crop,noise", infill=None, **settings):
-    return tau.make_tau(tau.TauSettings(tau=names, **settings), lambda: infill)
+def text_tau(names="dropout,swap,crop,noise", infill=None, task="SST-2", **settings):
+    return tau.make_tau(tau.TauSettings(tau=names, **settings), lambda: infill, get_task(task))
 
 
 def test_distances_stay_within_the_bounds_and_reach_them():
@@ -157,6 +158,38 @@ def test_inputs_of_unequal_numbers_of_texts():
         image = text_tau(sides="all")(example, generator(seed))
         assert [len(texts) for texts in image] == [1, 2]
         assert image != example
+
+
+@pytest.mark.parametrize(
+    ("task", "parts"),
+    [
+        ("WSC", ("# Amy 's parents # are unhappy about it , because * they * are snobs .",
+                 "they means Amy 's parents")),
+        ("WSC", ("Only # a man who sold * his * car # came back to us", "his means a man")),
+        ("WiC", ("She said : \"* place *, place\" and went away", "We come to a * place *.")),
+    ],
+)  # fmt: skip
+def test_the_words_that_a_question_is_about_keep_their_marks(task, parts):
+    marked = {"WSC": ("# Amy 's parents #", "* they *", "# a man who sold * his * car #"),
+              "WiC": ('"* place *,', "* place *.")}[task]  # fmt: skip
+    kept = [[part for part in marked if part in text] for text in parts]
+    images = set()
+    for seed in range(200):
+        ((*image,),) = text_tau(task=task, upper=0.5)((parts,), generator(seed))
+        assert [[part for part in marked if part in text] for text in image] == kept
+        assert task != "WSC" or image[1] == parts[1]
+        images.add(tuple(image))
+    assert len(images) > 10
+
+
+def test_copas_options_keep_the_word_before_them():
+    choice = (("I cast a shadow .", "because it rose"), ("I cast a shadow .", "because it fell"))
+    seen = set()
+    for seed in range(100):
+        image = text_tau(task="COPA", sides="all")(choice, generator(seed))
+        assert {option.split()[0] for _, option in image} == {"because"}
+        seen.update(option for _, option in image)
+    assert len(seen) > 10
 
 
 def test_an_example_without_image_is_returned_unchanged():

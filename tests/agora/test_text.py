@@ -155,7 +155,7 @@ def run(folder, settings=None, tuner=None, map_fits=SERIAL, **more):
     dev = [row.inputs for row in DEV]
     arguments = {
         "search_space": SPACE,
-        "tau": tau.make_tau(tau.TauSettings(tau="dropout,swap,noise"), None),
+        "tau": tau.make_tau(tau.TauSettings(tau="dropout,swap,noise"), None, TASK),
         "store": agora_text.open_store(str(folder)),
         "timaeus": ModelTimaeus(TASK, rule),
         **more,
