@@ -23,11 +23,13 @@ classify() {
         ${DATA_DIR:+--data_dir "$DATA_DIR"} --output_dir "${OUTPUT_DIR:-runs/finetuning}" "${@:2}"
 }
 
-# finetune <task> <flags...>: trains from the released model or from PRETRAINED_PARAMETERS.
+# finetune <task> <flags...>: trains from the released model or from PRETRAINED_PARAMETERS; with
+# --model_parameters from a fine-tuned model, which contains a body.
 finetune() {
     local weights flags=()
     weights=$(flag_value --pretrained_parameters "$@")
     weights=${weights:-${PRETRAINED_PARAMETERS:-model/bort.params}}
+    [[ -z $(flag_value --model_parameters "$@") ]] || weights=none
     if [[ $weights == model/bort.params ]]; then
         # Only the released weights come without a vocabulary.
         flags=(--dataset_name openwebtext_ccnews_stories_books_cased)

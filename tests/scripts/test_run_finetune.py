@@ -163,6 +163,17 @@ def test_random_weights_and_another_model(project):
     assert predicted.model_parameters == "my/model"
 
 
+@pytest.mark.parametrize("variables", [{}, {"PRETRAINED_PARAMETERS": "runs/a body"}])
+def test_a_fine_tuned_model_needs_no_body(project, variables):
+    (project.folder / "model/bort.params").unlink()
+    settings = project.settings(
+        "CoLA", "--only_inference", "--model_parameters=runs/finetuning/CoLA", **variables
+    )
+    assert settings.classifier.model_parameters == "runs/finetuning/CoLA"
+    assert settings.classifier.pretrained_parameters is None
+    assert settings.tokenizer.dataset_name is None
+
+
 def test_without_the_released_model(project):
     (project.folder / "model/bort.params").unlink()
     run = project.run("cola")
