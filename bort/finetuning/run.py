@@ -56,7 +56,7 @@ from bort.finetuning.task_data import (
     read_prediction_sets,
     read_task_data,
 )
-from bort.parameters import load_parameters
+from bort.parameters import load_parameters, parameter_file
 from bort.reporter import FolderReporter, Reporter
 from bort.resume import same_value
 from bort.saved_model import save_model, save_model_config
@@ -546,12 +546,26 @@ def infer(
             f"--model_parameters {settings.classifier.model_parameters}: a model of "
             f"{classifier.model_config.task}; give one of {task.model_task or task.name}"
         )
+    refuse_answers_of_another(settings, task)
     with explained_memory_errors():
         scoring = scoring_of(settings, communicator, devices)
         results = predict_sets(classifier, task, sets, scoring, settings.run.output_dir)
     if communicator.rank == 0:
         print("\n".join([task.name, *prediction_lines(results, {})]))
     return results
+
+
+def refuse_answers_of_another(settings: FinetuningSettings, task: Task) -> None:
+    """Raise `UserError` when predictions would replace those of a run with another model."""
+    model = parameter_file(str(settings.classifier.model_parameters))
+    for name in filter(None, (task.name, task.model_task)):
+        folder = os.path.join(settings.run.output_dir, name)
+        own = os.path.realpath(os.path.join(folder, BEST)) == os.path.realpath(model)
+        if os.path.exists(os.path.join(folder, METRICS)) and not own:
+            raise UserError(
+                f"{folder}: has a run with another model than {model}, whose predictions would "
+                "be replaced; name another --output_dir"
+            )
 
 
 def refuse_other_run(folder: str) -> None:

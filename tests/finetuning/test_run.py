@@ -612,6 +612,21 @@ def test_train_rows_of_record_are_queries(tmp_path):
         assert found["train_examples"] == len(task.first_rows(train, rows)) >= 2 * rows
 
 
+def test_the_answers_of_another_model_are_not_replaced(reviews, tmp_path, capsys):
+    finetuned(reviews, tmp_path / "a", epochs=1)
+    answers = tmp_path / "a" / "SST-2" / "dev_predictions.jsonl"
+    before = answers.stat().st_mtime_ns
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    flags = {"only_inference": True, "model_name": None}
+    other, own = (tmp_path / name / "SST-2" for name in "ba")
+    line = arguments(reviews, tmp_path / "a", model_parameters=other, **flags)
+    assert "SST-2: has a run with another model than" in complaint(capsys, line)
+    assert answers.stat().st_mtime_ns == before
+    finetuned(reviews, tmp_path / "a", model_parameters=own, **flags)
+    (own / "best.params").rename(tmp_path / "kept.params")  # a sweep keeps the best run's alone
+    assert "SST-2: has a run with another model than" in complaint(capsys, line)
+
+
 def test_a_model_of_other_inputs_is_refused(tmp_path, capsys):
     finetuned(TEST_DATA / "superglue", tmp_path, task_name="WSC", epochs=1)
     path = tmp_path / "WSC" / "best.json"
