@@ -108,11 +108,18 @@ def explanation(space: OrderedSpace, shape: Shape, result: OseResult | None) -> 
     ]
     if gain == 0:
         return [*lines, "  never wins: W is 0 whatever the error"]
-    lines.append(
-        f"  wins over {best.name} (g = {gains[best]:.3f}) when its error is at least "
-        f"{gains[best] / gain:.2f} times lower"
-    )
+    lines.append(_winning_error(shape, gain, best, gains[best]))
     return lines + (_standing(member, space.maximum_point, result) if result else [])
+
+
+def _winning_error(shape: Shape, gain: float, best: Shape, best_gain: float) -> str:
+    """Return the line on the error at which a shape wins over the best by size and speed."""
+    if shape == best:
+        return "  the best by size and speed: another one needs a lower error to win"
+    over = f"  wins over {best.name} (g = {best_gain:.3f}) "
+    if gain > best_gain:
+        return over + f"unless its error is {gain / best_gain:.2f} times higher"
+    return over + f"when its error is at least {best_gain / gain:.2f} times lower"
 
 
 def _cost_lines(family: BertFamily, member: Member) -> list[str]:

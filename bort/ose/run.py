@@ -88,6 +88,9 @@ def run_ose(
     refuse_with_cluster(cluster, "--workers", training.workers, None)
     manifests = open_manifests(training) if training.data else []
     space = load_ordered_space(space_settings, manifests)
+    if settings.explain:  # now, not after the search
+        explained = member_of(space.family, shape_of(settings.explain))
+        check_maximum_point(space.maximum_point, [explained])
     if communicator.rank > 0:
         jobs.serve(communicator)
         return None

@@ -227,9 +227,10 @@ def check_maximum_point(top: Member, members: Sequence[Member]) -> None:
     """Raise `UserError` when a member exceeds T: W would reward it, as it takes absolute values."""
     beyond = [m for m in members if m.size > top.size or m.cost > top.cost]
     if beyond:
+        names = [getattr(m.architecture, "name", m.architecture) for m in (top, beyond[-1])]
         raise UserError(
-            f"maximum point {top.architecture}: {beyond[-1].architecture} has more parameters or "
-            "operations; give a maximum point that no member exceeds"
+            f"maximum point {names[0]}: {names[1]} has more parameters or operations; give a "
+            "maximum point that it does not exceed"
         )
 
 

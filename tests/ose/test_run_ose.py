@@ -47,6 +47,10 @@ def test_explain_with_other_counts_and_maximum_points(capsys):
     assert "at least 1.26 times lower" in call(capsys, *explain, *roberta)[1]
     assert "at least 1.16 times lower" in call(capsys, *explain, *roberta, "--effective")[1]
     assert " operations for 512 tokens" in call(capsys, *explain, "--all_operations")[1]
+    best = call(capsys, "--explain", "bort_2_4_256_512")[1]
+    assert "the best by size and speed: another one needs a lower error to win" in best
+    smaller = call(capsys, "--explain", "bort_1_1_1_1")[1]
+    assert "(g = 0.817) unless its error is 1.22 times higher" in smaller
     _, out = call(capsys, "--explain", "bort_12_16_3072_1024")
     assert "never wins: W is 0 whatever the error" in out
 
@@ -198,7 +202,11 @@ def test_other_invalid_input(capsys, tmp_path):
         (["--errors", "synthetic", "--compare_strides", "0"], "must be from 1 to 36"),
         (["--errors", "synthetic", "--stride", "37"], "stride 37: must be from 1 to 36"),
         (["--list", "--maximum_point", "bort_1_2_128_64"], "maximum point"),
-        (["--explain", "bort_9_4_512_256"], "maximum point"),
+        (
+            ["--explain", "bort_9_4_512_256"],
+            "maximum point bort_4_4_512_256: bort_9_4_512_256 has more",
+        ),
+        (["--errors", "synthetic", "--explain", "bort_9_4_512_256"], "maximum point"),
         (["--explain", "bort"], "model name 'bort'"),
     ]
     for argv, message in wrong:
