@@ -145,7 +145,7 @@ class TrainingSettings:
 
 
 def read_grid(text: str) -> dict[str, list[float]]:
-    """Return the values of each hyperparameter of `name=value,value name=value`.
+    """Return the values of each hyperparameter of `name=value,value name=value`, each once.
 
     Raises `UserError` for another form, a repeated or unknown name, and too many combinations.
     """
@@ -158,7 +158,7 @@ def read_grid(text: str) -> dict[str, list[float]]:
         if name in grid:
             raise UserError(f"--grid: names {name} twice; give one list of values")
         try:
-            grid[name] = [float(value) for value in values.split(",")]
+            grid[name] = [*dict.fromkeys(float(value) for value in values.split(","))]
         except ValueError:
             raise UserError(f"--grid {quoted(part)}: must be numbers, as in lr=5e-4,1e-3") from None
     check_size("--grid", grid)

@@ -101,6 +101,7 @@ def flags_of(root, folder, **more):
 
 
 def test_the_grid_is_read():
+    assert read_grid("lr=5e-4,1e-3,0.001,5e-4") == {"lr": [5e-4, 1e-3]}
     assert read_grid("lr=5e-4,1e-3 weight_decay=0") == {"lr": [5e-4, 1e-3], "weight_decay": [0.0]}
     wrong = {
         "rate=1": "must name one of .*lr, .*weight_bound",
