@@ -99,11 +99,11 @@ def _is_record(line: Any) -> bool:
 
 
 def _is_fit(content: JSONMapping) -> bool:
-    number = (int, float)
+    number, label = (int, float), (int, float, str)
     return (
         isinstance(content["data"], str)
         and isinstance(content["predictions"], list)
-        and all(isinstance(value, number) for value in content["predictions"])
+        and all(isinstance(value, label) for value in content["predictions"])
         and isinstance(content["seconds"], number)
     )
 

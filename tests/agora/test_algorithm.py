@@ -441,6 +441,43 @@ class Mortal(DiskStore):
         super().drop_model(name)
 
 
+class Threshold:
+    """A candidate and a labeller whose labels are text; a model is a threshold."""
+
+    def __init__(self, labeller=0.1):
+        self.fits, self.labeller = 0, labeller
+
+    def fit(self, dataset, hparams, start=None):
+        self.fits += 1
+        return hparams["threshold"]
+
+    def predict(self, model, inputs):
+        return np.where(np.array(inputs)[:, 0] > model, "yes", "no")
+
+    def label(self, inputs):
+        return self.predict(self.labeller, inputs)
+
+
+def test_fits_whose_labels_are_text_are_recalled(tmp_path, capsys):
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    labels = np.where(points[:, 0] > 0, "yes", "no")
+    train, dev = (Examples(list(points[part]), labels[part]) for part in (slice(20), slice(20, 40)))
+    space = [{"threshold": each} for each in (-0.5, 0.5, 0.3)]
+
+    def resume():
+        candidate = Threshold()
+        path = str(tmp_path / "run")
+        store = DiskStore(path, lambda path, model: Path(path).write_text(str(model)), str)
+        result = agora(candidate, candidate, train, dev, space, Jitter(0.1, 0.2), store=store)
+        return comparable(result)[1], candidate.fits
+
+    (expected, fits), (again, more) = resume(), resume()
+    assert fits >= len(space)
+    assert more == 0
+    assert again == expected
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "settings",
     [
