@@ -92,6 +92,9 @@ def read_scores(folders: Sequence[Path]) -> dict[str, list[float]]:
 
 def metrics_files(folders: Sequence[Path]) -> list[Path]:
     """Return every metrics.json under the folders, each once; `UserError` where there is none."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: is not a folder; name one that has runs in it")
     paths: dict[Path, Path] = {}  # as given, by the file that they name
     for path in sorted(path for folder in folders for path in folder.rglob("metrics.json")):
         paths.setdefault(path.resolve(), path)

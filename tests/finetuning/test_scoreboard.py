@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.tasks import get_task
-from scripts import score
+from scripts import report_runs, score
 
 # Published test scores: README of the original.
 GLUE = {
@@ -88,3 +88,12 @@ def test_no_run_is_a_user_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         score.main([str(tmp_path)])
     assert "no metrics.json found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [score, report_runs])
+def test_a_folder_that_does_not_exist_is_named(tmp_path, capsys, program):
+    write_run(tmp_path / "CoLA", "CoLA", {"dev": [63.9]})
+    for wrong in (tmp_path / "absent", tmp_path / "CoLA" / "metrics.json"):
+        with pytest.raises(SystemExit):
+            program.main([str(tmp_path), str(wrong)])
+        assert f"error: {wrong}: is not a folder" in capsys.readouterr().err
