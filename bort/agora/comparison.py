@@ -60,10 +60,14 @@ def columns_of(
 ) -> list[Column]:
     """Read the test scores and times of the runs.
 
-    Raises `UserError` for a run without metrics of a test set, and for unequal numbers of runs.
+    Raises `UserError` for a run without metrics of a test set, for unequal numbers of runs, and
+    for one that is given twice.
     """
     if not len(plain) == len(agora) == len(random or agora):
         raise UserError("--plain, --agora and --random: give as many runs of each, one per draw")
+    for flag, folders in (("--plain", plain), ("--agora", agora), ("--random", random)):
+        if len(set(map(os.path.realpath, folders))) < len(folders):
+            raise UserError(f"{flag}: names a run twice; give one run of each draw")
     plain_runs = [_plain_run(task, folder) for folder in plain]
     agora_runs = [_agora_run(task, folder) for folder in agora]
     random_runs = [_agora_run(task, folder) for folder in random]

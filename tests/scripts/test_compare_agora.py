@@ -57,6 +57,10 @@ def test_mistakes_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare_agora.main(["SST-2", *given, str(tmp_path / "random" / "0")])
     assert "give as many runs of each" in capsys.readouterr().err
+    twice = [word.replace(f"{tmp_path}/agora/1", f"{tmp_path}/agora/../agora/0") for word in given]
+    with pytest.raises(SystemExit):
+        compare_agora.main(["SST-2", *twice])
+    assert "--agora: names a run twice; give one run of each draw" in capsys.readouterr().err
     path = str(tmp_path / "agora" / "1" / "SST-2" / "agora.json")
     content = read_json(path)
     content["best"]["test"] = None
