@@ -84,6 +84,7 @@ Label = Any  # a class as str or int; a float in regression
 Model = Any  # what `Socrates.fit` returns
 MapFits = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 TIMAEUS_ACCURACY = 2 / 3  # the author's bound: a labeller must be better than this
+FIT = "fit-"  # begins the name of a fit in a store
 IMBALANCE = 0.5  # a class share this far from an equal share, relatively, is worth a warning
 
 
@@ -361,6 +362,7 @@ def agora(
     store = store or Store()
     _check_store(store, seed, settings, search_space, train, dev)
     fitting = _Fitting(socrates, dev, search_space, objective, store, map_fits, settings.warm_start)
+    _check_max_rounds(fitting, settings)
     augmentation = _Augmentation(timaeus, dev, tau, objective, settings, seed, test_inputs)
     rounds = []
     for record in _rounds(fitting, augmentation, train, settings):
@@ -477,6 +479,20 @@ def _check_store(
         )
 
 
+def _check_max_rounds(fitting: _Fitting, settings: AgoraSettings) -> None:
+    """Raise `OtherRunError` when fewer rounds are asked for and their best model is gone."""
+    passes, recorded = settings.replay + 1, fitting.recorded()
+    rounds = 1 + max((fit.step // passes for fit in recorded), default=-1)
+    if settings.max_rounds is None or rounds <= settings.max_rounds:
+        return
+    wanted = [fit for fit in recorded if fit.step // passes < settings.max_rounds]
+    if wanted and not fitting.store.has_model(max(wanted, key=lambda fit: fit.rank).name):
+        raise OtherRunError(
+            f"max_rounds {settings.max_rounds}: the run has {rounds} rounds, and a later one has "
+            "replaced the best model of the first; give at least as many, or use a new folder"
+        )
+
+
 def _digest(examples: Examples) -> str:
     digest = hashlib.sha256()
     for example, label in zip(examples.inputs, examples.labels.tolist()):
@@ -546,7 +562,7 @@ class _Fit:
 
 def fit_name(step: int, index: int) -> str:
     """Return the name under which a store keeps the fit of a set in a step."""
-    return f"fit-{step:04d}-{index:04d}"
+    return f"{FIT}{step:04d}-{index:04d}"
 
 
 @dataclasses.dataclass
@@ -583,6 +599,15 @@ class _Fitting:
         if before and before is not self.leader:  # not sooner: the warm start may still need it
             self.store.drop_model(before.name)
         return sorted(fits, key=lambda fit: fit.rank)
+
+    def recorded(self) -> list[_Fit]:
+        """Return the fits in the store, in any order."""
+        found = []
+        for name, record in self.store.records.items():
+            if name.startswith(FIT) and len(record["predictions"]) == len(self.dev):
+                step, index = map(int, name[len(FIT) :].split("-"))
+                found.append(self._scored(step, index, record["predictions"], record["seconds"]))
+        return found
 
     def _recalled(self, step: int, index: int, record: JSONMapping, digest: str) -> _Fit:
         if record["data"] != digest:

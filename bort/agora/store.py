@@ -35,6 +35,10 @@ class Store:
         """Keep a model under `name`, instead of a former one."""
         self.models[name] = model
 
+    def has_model(self, name: str) -> bool:
+        """Return whether a model is kept under `name`."""
+        return name in self.models
+
     def load_model(self, name: str) -> Any:
         """Return the model kept under `name`."""
         return self.models[name]
@@ -81,6 +85,10 @@ class DiskStore(Store):
             os.replace(temporary, path)
         finally:
             _remove(temporary)
+
+    def has_model(self, name: str) -> bool:
+        """Return whether a model is kept under `name`."""
+        return os.path.exists(os.path.join(self.folder, name))
 
     def load_model(self, name: str) -> Any:
         """Read the model kept under `name`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import os
@@ -294,6 +295,18 @@ def test_a_cold_start_needs_no_start_argument():
         predict = staticmethod(lambda model, inputs: np.full(len(inputs), model % 2))
 
     assert run(socrates=Plain()).best.model in (1, 2, 3)
+
+
+def test_fewer_rounds_than_a_run_has_need_their_best_model(tmp_path):
+    one = AgoraSettings(max_rounds=1)
+    for store in (lambda: Mortal(tmp_path), functools.partial(lambda kept: kept, Store())):
+        everything = run(seed=3, store=store())
+        assert everything.best.round == 2
+        seen = []
+        with pytest.raises(UserError, match=r"max_rounds 1: the run has 7 rounds, and a later one"):
+            run(one, seed=3, store=store(), on_round=seen.append)
+        assert not seen
+        assert run(AgoraSettings(max_rounds=3), seed=3, store=store()).best == everything.best
 
 
 def test_max_rounds_counts_rounds_not_replays():
