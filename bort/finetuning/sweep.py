@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Optional, Sequence
@@ -81,6 +81,13 @@ class RunMetrics:
 
     best: BestEpoch
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """What sweep.json has besides the flags: the names of those that grids have varied."""
+
+    varied: list[str] = field(default_factory=list)
 
 
 class SweepRun(NamedTuple):
@@ -221,13 +228,18 @@ def spelled(value: float) -> str:
 def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> None:
     """Record the flags that all runs share; raises `UserError` when others are recorded.
 
-    What an earlier grid left to the flags stays recorded: its runs are there still.
+    What an earlier grid left to the flags stays recorded: its runs are there still. A flag that all
+    earlier grids varied may have any value.
     """
     free = {*hparams, *FREE}
     path = os.path.join(folder, "sweep.json")
     recorded: JSONObject = {}
+    varied = set(hparams)
     if os.path.exists(path):
         recorded = read_json_as(path, JSONObject)
+        earlier = read_json_as(path, _Grids).varied
+        free.update(name for name in earlier if name not in recorded)
+        varied.update(earlier)
         changed = changed_flags(recorded, base, free)
         if changed:
             raise UserError(
@@ -238,9 +250,9 @@ def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> No
         name: value
         for group in as_dict(*base).values()
         for name, value in group.items()
-        if name not in {*free} - {"output_dir"}
+        if name not in {*hparams, *FREE} - {"output_dir"}
     }
-    write_json(path, {**recorded, **shared})
+    write_json(path, {**recorded, **shared, "varied": sorted(varied)})
 
 
 def set_damaged_aside(runs: Sequence[SweepRun]) -> None:

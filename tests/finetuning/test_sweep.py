@@ -363,6 +363,15 @@ def test_a_grid_in_between_does_not_hide_the_flags_of_the_first(in_process, caps
     sweep.main(in_process.flags("--epochs", "1", lr=[0.01, 0.02]))
 
 
+def test_a_flag_that_was_varied_may_be_given_later(in_process, capsys):
+    sweep.main(in_process.flags(lr=[0.01], epochs=[1, 2]))
+    sweep.main(in_process.flags("--epochs", "2", lr=[0.01]))
+    sweep.main(in_process.flags(lr=[0.01], epochs=[1, 2]))
+    with pytest.raises(SystemExit):
+        sweep.main(in_process.flags("--epochs", "1", lr=[0.01]))
+    assert "contains a sweep with another --epochs" in capsys.readouterr().err
+
+
 def test_published_space():
     sets = read_space(str(PUBLISHED), *DEFAULTS)
     assert len(sets) == 480  # README of the original
