@@ -17,6 +17,7 @@ from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 from bort.errors import UserError, quoted
 from bort.files import is_lfs_pointer, open_regular
+from bort.types import JSONObject
 from data.remote import is_remote, open_remote, remote_errors, remote_size
 
 READ_BYTES = 1 << 20
@@ -35,6 +36,7 @@ _OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
 _COMPRESSED_SUFFIXES = (*_OPEN, ".zst")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
+_OBJECT_BEGINS = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*["\[{\w-]')
 # The first bytes of compressed data, for names that do not say it.
 _COMPRESSED = {
     ".gz": re.compile(rb"\x1f\x8b\x08"),
@@ -232,17 +234,32 @@ def _kind_of_binary(piece: bytes) -> Optional[str]:
 
 
 def is_json_lines(source: TextSource, first_piece: bytes) -> bool:
-    """Tell JSON lines by their name, or by a first line that is an object with the text field."""
+    """Tell JSON lines by their name or their first rows.
+
+    Those are an object with the text field, or two objects; of a row longer than a piece, the
+    beginning of an object.
+    """
     name = suffixes(source.path)
     if any(name.startswith(suffix) for suffix in _JSON_SUFFIXES):
         return True
-    line = first_piece.removeprefix(BYTE_ORDER_MARK).lstrip().partition(b"\n")[0]
-    if not line.startswith(b"{"):
-        return False
+    lines = first_piece.removeprefix(BYTE_ORDER_MARK).lstrip().split(b"\n")
+    if len(lines) == 1 and len(first_piece) >= READ_BYTES:
+        return bool(_OBJECT_BEGINS.match(lines[0]))
+    row, following, *_ = *filter(bytes.strip, lines), b"", b""
+    first = _object_of(row)
+    if isinstance(first.get(source.text_field, 0), (str, type(None))):
+        return True
+    return bool(first) and bool(_object_of(following))
+
+
+def _object_of(line: bytes) -> JSONObject:
+    """Return the JSON object on a line; an empty one where there is none."""
+    if not line.lstrip().startswith(b"{"):
+        return {}
     try:
-        return isinstance(json.loads(line.decode()).get(source.text_field), str)
+        return json.loads(line.decode())
     except (ValueError, RecursionError):
-        return False
+        return {}
 
 
 def json_texts(

@@ -246,6 +246,22 @@ def test_json_lines_under_another_name_are_told_by_their_first_line(tmp_path, na
         assert documents_of(path) == [text]
 
 
+def test_json_lines_without_a_name_are_not_taken_for_text(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_text('{"text": null}\n{"text": "One."}\n')
+    assert documents_of(path) == ["One."]
+    path.write_text('{"body": "One."}\n\n{"body": "Two."}\n')
+    with pytest.raises(UserError, match=r"line 1: has no field 'text'; name .* by --text_field: b"):
+        scan(TextSource(str(path)))
+    monkeypatch.setattr(text_formats, "READ_BYTES", 64)  # a first row longer than a piece
+    long = "One." * 40
+    for row in ({"text": long}, {"id": 1, "text": long}, {"meta": {}, "text": long}):
+        path.write_text(f'{json.dumps(row)}\n{{"text": "Two."}}\n')
+        assert documents_of(path) == [long, "Two."]
+    path.write_text("{ is a brace." * 40)
+    assert documents_of(path) == [path.read_text()]
+
+
 BAD_ROWS = {
     "no JSON": (
         '{"text": "a"}\n{"text": ',
