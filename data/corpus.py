@@ -67,25 +67,31 @@ class TextFile:
 def find_inputs(patterns: str) -> list[str]:
     r"""Return the files that a comma-separated list of paths, globs and folders names, each once.
 
+    A file that is named in several ways, such as `a` and `./a`, has the first spelling.
     `**` in a glob matches any number of folders; a folder stands for all files in it and below it,
     except hidden ones; `\,` is a comma in a name; `-` is standard input. The order is that of the
     list, sorted within a glob or a folder.
 
     Raises `UserError` for a part of the list that matches no file.
     """
-    paths: dict[str, None] = {}
+    paths: dict[str, str] = {}
     for pattern in (part.replace("\\,", ",").strip() for part in _COMMA.split(patterns)):
         found = _files_of(pattern) if pattern else []
         if pattern and not found:
             reason = "the folder holds no files" if os.path.isdir(pattern) else "no such file"
             cure = "; write \\, for a comma in a name" if os.path.exists(patterns) else ""
             raise UserError(f"--input_file {pattern}: {reason}{cure}")
-        paths.update(dict.fromkeys(found))
+        for path in found:
+            paths.setdefault(_one_spelling(path), path)
     if not paths:
         raise UserError(f"--input_file {patterns!r}: names no file")
-    for path in paths:
+    for path in paths.values():
         _require_utf8_name(path)
-    return list(paths)
+    return list(paths.values())
+
+
+def _one_spelling(path: str) -> str:
+    return path if path == STANDARD_INPUT or is_remote(path) else os.path.abspath(path)
 
 
 def _files_of(pattern: str) -> list[str]:

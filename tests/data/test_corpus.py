@@ -186,6 +186,8 @@ def test_folders_and_recursive_globs(tmp_path, monkeypatch):
         names[0],
     ]
     assert find_inputs("-,tree/a.txt") == ["-", "tree/a.txt"]
+    other_spellings = f"tree/a.txt,./tree/a.txt,tree//a.txt,{tmp_path}/tree/*.txt,tree/b/../a.txt"
+    assert find_inputs(other_spellings) == ["tree/a.txt"]
 
 
 def test_a_comma_in_a_name_is_escaped(tmp_path, monkeypatch):
