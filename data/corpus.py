@@ -64,19 +64,22 @@ class TextFile:
 # ---- which files ---------------------------------------------------------------------------------
 
 
-def find_inputs(patterns: str) -> list[str]:
+def find_inputs(patterns: str, is_output: Callable[[str], bool] = lambda path: False) -> list[str]:
     r"""Return the files that a comma-separated list of paths, globs and folders names, each once.
 
     A file that is named in several ways, such as `a` and `./a`, has the first spelling.
     `**` in a glob matches any number of folders; a folder stands for all files in it and below it,
     except hidden ones; `\,` is a comma in a name; `-` is standard input. The order is that of the
-    list, sorted within a glob or a folder.
+    list, sorted within a glob or a folder. Of globs and folders, files for which `is_output` holds
+    are left out: what an earlier run has made of the text.
 
     Raises `UserError` for a part of the list that matches no file.
     """
     paths: dict[str, str] = {}
     for pattern in (part.replace("\\,", ",").strip() for part in _COMMA.split(patterns)):
         found = _files_of(pattern) if pattern else []
+        if found != [pattern]:
+            found = [path for path in found if not is_output(path)]
         if pattern and not found:
             reason = "the folder holds no files" if os.path.isdir(pattern) else "no such file"
             cure = "; write \\, for a comma in a name" if os.path.exists(patterns) else ""
@@ -124,7 +127,11 @@ def _require_utf8_name(path: str) -> None:
 
 
 @contextlib.contextmanager
-def open_sources(patterns: str, text_field: str = TEXT_FIELD) -> Iterator[list[TextSource]]:
+def open_sources(
+    patterns: str,
+    text_field: str = TEXT_FIELD,
+    is_output: Callable[[str], bool] = lambda path: False,
+) -> Iterator[list[TextSource]]:
     """Give the files that `find_inputs` finds, as sources that can be read several times.
 
     Standard input and FIFOs are copied to temporary files, which are removed at the end.
@@ -133,7 +140,7 @@ def open_sources(patterns: str, text_field: str = TEXT_FIELD) -> Iterator[list[T
     """
     with contextlib.ExitStack() as stack:
         sources = []
-        for path in find_inputs(patterns):
+        for path in find_inputs(patterns, is_output):
             if path == STANDARD_INPUT or not _is_regular(path):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bort-text-"))
                 copy = os.path.join(folder, f"text{suffixes(path)}")

@@ -48,6 +48,7 @@ from data.shards import (
     ShardWriter,
     TokenizerEntry,
     id_type,
+    is_output,
     read_manifest,
     shard_name,
     write_manifest,
@@ -130,7 +131,8 @@ def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
     """
     start = time.perf_counter()
     require_writable(corpus.output_dir, "--output_dir")
-    with open_sources(corpus.input_file, corpus.text_field) as sources:
+    own = functools.partial(is_output, corpus.output_dir)
+    with open_sources(corpus.input_file, corpus.text_field, own) as sources:
         # More blocks if the text is compressed.
         blocks = -(-sum(map(size_of, sources)) // BLOCK_BYTES)
         with workers(maker, min(corpus.num_workers, usable_cores(), blocks)) as make:

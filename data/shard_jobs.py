@@ -45,7 +45,14 @@ from data.preparation import (
     sized,
     write_shard,
 )
-from data.shards import UNFINISHED_FILE, Manifest, ShardEntry, shard_name, write_manifest
+from data.shards import (
+    UNFINISHED_FILE,
+    Manifest,
+    ShardEntry,
+    is_output,
+    shard_name,
+    write_manifest,
+)
 from data.text_formats import TextSource, size_of
 
 GROUP_BYTES = 256 << 20  # small files are surveyed together
@@ -149,7 +156,7 @@ def _index_folder(output_dir: str) -> Iterator[str]:
 
 
 def _readable_everywhere(corpus: CorpusSettings) -> list[TextSource]:
-    paths = find_inputs(corpus.input_file)
+    paths = find_inputs(corpus.input_file, partial(is_output, corpus.output_dir))
     for path in paths:
         if path == STANDARD_INPUT or (os.path.exists(path) and not _is_regular(path)):
             raise UserError(

@@ -52,6 +52,7 @@ MANIFEST_FILE = "manifest.json"
 UNFINISHED_FILE = "manifest.unfinished.json"
 VERIFIED_FILE = ".verified.json"
 
+_SHARD = re.compile(r"part-[0-9]{5,}\.npz")
 _COPY_BYTES = 1 << 20
 _ALIGNMENT = 64
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -73,6 +74,14 @@ MaskedSequence = tuple[np.ndarray, np.ndarray, np.ndarray]
 def shard_name(index: int) -> str:
     """Return the file name of shard `index`."""
     return f"part-{index:05d}.npz"
+
+
+def is_output(folder: str, path: str) -> bool:
+    """Return whether a path is that of a shard, a manifest or the tokenizer of a folder."""
+    name, *below = os.path.relpath(path, folder).split(os.sep)
+    if below:
+        return name == TOKENIZER_FOLDER
+    return name in (MANIFEST_FILE, UNFINISHED_FILE) or bool(_SHARD.fullmatch(name))
 
 
 def id_type(vocab_size: int) -> np.dtype:
@@ -220,7 +229,7 @@ def read_manifest(folder: str, name: str = MANIFEST_FILE) -> Manifest:
 def _check_manifest(path: str, manifest: Manifest) -> None:
     """Raise `UserError` for values that would lead out of the folder or out of the vocabulary."""
     for entry in manifest.shards:
-        if not re.fullmatch(r"part-[0-9]{5,}\.npz", entry.file):
+        if not _SHARD.fullmatch(entry.file):
             raise UserError(
                 f"{path}: {quoted(entry.file)} is not the name of a shard in its folder"
             )

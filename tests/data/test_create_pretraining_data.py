@@ -629,6 +629,18 @@ def test_a_complete_folder_is_left_as_it_is(tmp_path, capsys):
     assert before == after
 
 
+@pytest.mark.parametrize(("output", "texts"), [("shards", ""), ("shards", "**/*"), (".", "")])
+def test_shards_below_the_folder_of_the_text_are_no_text(tmp_path, capsys, output, texts):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_bytes(SAMPLE.read_bytes())
+    first = create(text / output, text / texts, max_seq_length=64)
+    assert create(text / output, text / texts, max_seq_length=64) == first
+    assert "is complete, nothing to do" in capsys.readouterr().out
+    (text / output / MANIFEST_FILE).rename(text / output / UNFINISHED_FILE)
+    assert create(text / output, text / texts, max_seq_length=64) == first
+
+
 @pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 100)])
 def test_missing_and_damaged_shards_are_rebuilt(tmp_path, damage):
     create(tmp_path / "out", num_outputs=3)
