@@ -5,10 +5,10 @@
 #       [teacher checkpoint] [flags of run_pretraining_distillation.py]
 #   ./run_pretraining_distillation.sh <num workers> TEST [flags]
 #
-# The data are folders of shards made by create_pretraining_data.py. Without a teacher checkpoint,
-# the loss is masked language modelling only. On a machine without a GPU, the number is the number
-# of CPU workers. TEST runs the whole pipeline on the text in test_data/: it makes shards, trains a
-# small teacher and distils Bort from it; the flags go to the distillation.
+# The data are folders of shards made by create_pretraining_data.py. Without a teacher checkpoint or
+# --teacher_cache, the loss is masked language modelling only. On a machine without a GPU, the
+# number is the number of CPU workers. TEST runs the whole pipeline on the text in test_data/: it
+# makes shards, trains a small teacher and distils Bort from it; the flags go to the distillation.
 #
 # The defaults are the recipe of the released model, as far as it is known. Flags override them:
 #   ./run_pretraining_distillation.sh 8 train test teacher.params --num_steps 500000 --resume
@@ -45,9 +45,12 @@ pretrain() {
     fi
     teacher=${teacher:-$(flag_value --teacher_ckpt_dir "$@")}
     if [[ -n $teacher ]]; then
-        weight=0.1
         teacher_flags=(--teacher_model "${TEACHER_MODEL:-roberta_24_1024_16}"
-            --teacher_ckpt_dir "$teacher" --teacher_ce_weight 0.5 --distillation_temperature 2)
+            --teacher_ckpt_dir "$teacher")
+    fi
+    if [[ -n $teacher || -n $(flag_value --teacher_cache "$@") ]]; then
+        weight=0.1
+        teacher_flags+=(--teacher_ce_weight 0.5 --distillation_temperature 2)
     fi
     folder=$(flag_value --ckpt_dir "$@")
     folder=${folder:-${CKPT_DIR:-runs/pretraining}}

@@ -261,6 +261,14 @@ def test_pretraining_with_a_teacher_flags_and_variables(project):
     assert (project.folder / "out/train.log").exists()
 
 
+def test_pretraining_weighs_the_losses_alike_with_a_teacher_and_its_cache(project):
+    live = pretraining_settings(project, "1", "train", "test", "teacher")
+    cached = pretraining_settings(project, "1", "train", "test", "--teacher_cache", "cache")
+    assert cached.loss == live.loss
+    assert cached.teacher.teacher_cache == "cache"
+    assert cached.teacher.teacher_model is None
+
+
 def test_the_log_is_in_the_folder_of_the_flag(project):
     settings = pretraining_settings(
         project, "1", "train", "test", "--ckpt_dir", "my run", "--teacher_ckpt_dir", "t",
