@@ -112,6 +112,7 @@ else
 fi
 refuse_variables NUM_STEPS ACCUMULATE NUM_BUCKETS LR WARMUP_RATIO MLM_WEIGHT TEACHER_CE_WEIGHT \
     TEMPERATURE CKPT_INTERVAL EVAL_INTERVAL LOG_INTERVAL SEED EXTRA_FLAGS
+refuse_config "$@"
 supervise group scripts/setup_env.sh
 if [[ $2 == TEST ]]; then
     run_pipeline "$1" "${@:3}"

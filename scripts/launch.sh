@@ -158,3 +158,12 @@ refuse_variables() {
         fi
     done
 }
+
+# refuse_config <flags...>: the defaults of a script are flags, which override those of the file.
+refuse_config() {
+    if [[ -n $(flag_value --config "$@") ]]; then
+        echo "error: --config: the defaults of this script would override the file; give it to the" \
+            "Python program itself" >&2
+        exit 2
+    fi
+}

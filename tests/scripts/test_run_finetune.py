@@ -299,6 +299,18 @@ def test_pretraining_refuses_a_variable_that_is_no_longer_read(project):
     assert not (project.folder / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("run_finetune", ("cola",)), ("run_pretraining_distillation", ("1", "train", "test"))],
+)
+@pytest.mark.parametrize("flag", [("--config", "config.json"), ("--config=config.json",)])
+def test_the_config_of_a_run_is_refused(project, script, arguments, flag):
+    run = project.run(*arguments, *flag, script=script)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: --config: the defaults of this script would override")
+    assert not (project.folder / "runs").exists()
+
+
 # Reports its start, counts the signals it gets, and takes a while to end after the first.
 STOPPABLE = """
 import signal, sys, time
