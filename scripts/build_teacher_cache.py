@@ -87,9 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _shards(folders: str) -> list[ShardSet]:
-    names = folders.split(",")
+    from bort.pretraining.run import require_positions
+
+    names = [name.strip() for name in folders.split(",")]
+    if not all(names):
+        raise UserError(f"--data {folders}: has an empty name; give folders separated by commas")
     sets = [open_shards(folder) for folder in names]
     for name, one in zip(names, sets):
+        require_positions(one, f"--data {name}")
         if one.manifest.tokenizer_fingerprint != sets[0].manifest.tokenizer_fingerprint:
             raise UserError(f"--data {name}: made with another tokenizer than {names[0]}")
     return sets

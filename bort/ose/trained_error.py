@@ -183,7 +183,11 @@ def prepare_teacher(
 
 
 def _prepare(settings: TrainingSettings, shape: Shape, seed: int, folder: str) -> TrainedTeacher:
+    from bort.pretraining.run import require_positions
+
     sets = [open_shards(str(path)) for path in (settings.data, settings.data_eval)]
+    require_positions(sets[0], f"--data {settings.data}")
+    require_positions(sets[1], f"--data_eval {settings.data_eval}")
     if settings.teacher_cache:
         cache, sha256 = settings.teacher_cache, _checked_cache(settings.teacher_cache, shape)
     else:

@@ -502,6 +502,18 @@ def test_a_cache_of_another_tokenizer_or_for_other_shards_is_refused(data, tmp_p
     assert f"--data {tmp_path}/foreign: made with another tokenizer than" in said
 
 
+def test_a_build_names_the_folders_that_it_cannot_use(data, tmp_path, capsys, monkeypatch):
+    for given, what in (
+        (f"{data}/train,", "--data .*: has an empty name"),
+        (f"{data}/train, {data}/none", r"error: /.*/none: holds no complete set of shards"),
+        (f"{data}/test, {data}/train", r"--data /.*/test: holds sequences of \d+ tokens, but the"),
+    ):
+        said = complaint(capsys, build, build_line(data, tmp_path / "cache", data=given))
+        assert re.search(what, said)
+        monkeypatch.setattr("bort.pretraining.run.MAX_LENGTH", 8)
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "what"),
     [({"teacher_ckpt_dir": "other.params"}, "teacher_sha256"), ({"dtype": "float16"}, "dtype")],
