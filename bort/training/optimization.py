@@ -181,8 +181,10 @@ class Trainer:
             return self._positions
         # Means are sent: sums over thousands of positions would overflow float16.
         self._communicator.allreduce_([self._positions], name="positions")
+        # In float32, which holds a number above 65,504, too. Without any the gradients are zero.
+        positions = nd.maximum(self._positions, 1)
         for gradient in self._gradients():
-            gradient[:] = nd.broadcast_div(gradient, self._positions.astype(gradient.dtype))
+            gradient[:] = nd.broadcast_div(gradient.astype("float32", copy=False), positions)
         self._communicator.allreduce_(self._gradients(), compression=self._compression)
         return nd.ones_like(self._positions)
 

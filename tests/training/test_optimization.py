@@ -439,6 +439,19 @@ def test_compressed_gradients_are_means_that_float16_holds() -> None:
         np.testing.assert_allclose(values_of(two)[name], values, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("positions", "mean"), [(0, 0.0), (100, 0.5), (200_000, 2.5e-4)])
+def test_compressed_gradients_are_means_over_any_number(
+    dtype: str, positions: int, mean: float
+) -> None:
+    parameter = gluon.Parameter("model0_weight", shape=(4,), dtype=dtype)
+    parameter.initialize()
+    trainer = Trainer([parameter], SingleProcess(), DECAY, EPSILON, 1.0, compression="fp16")
+    parameter.list_grad()[0][:] = mean * positions
+    assert trainer.sum_gradients(positions).asscalar() == 1
+    np.testing.assert_allclose(parameter.list_grad()[0].asnumpy(), mean, rtol=1e-3)
+
+
 def test_two_devices_update_as_one_with_their_summed_gradients() -> None:
     one, two = fresh_parameters(), fresh_parameters([mx.cpu(0), mx.cpu(1)])
     alone, joined = trainer_of(one), trainer_of(two)
