@@ -204,7 +204,7 @@ def cut_after(path: str, step: int, evaluate: bool) -> None:
     lines = lines_of(path)
     kept, foreign = [], []
     for line in lines:
-        record = _record_of(line)
+        record = metric_record(line)
         if record is None:
             foreign.append(line)
         elif record["step"] < step or (
@@ -222,7 +222,7 @@ def cut_after(path: str, step: int, evaluate: bool) -> None:
         handle.writelines(kept)
 
 
-def _record_of(line: bytes) -> JSONObject | None:
+def metric_record(line: bytes) -> JSONObject | None:
     """Return a metric line as a record; None for any other line and for a torn one."""
     try:
         record = record_of(line)
@@ -234,12 +234,17 @@ def _record_of(line: bytes) -> JSONObject | None:
     if isinstance(step, bool) or not isinstance(step, int) or not isinstance(phase, str):
         return None
     numbers = (value for name, value in record.items() if name != "phase")
-    return record if all(isinstance(value, (int, float)) for value in numbers) else None
+    return record if all(map(_is_number, numbers)) else None
+
+
+def _is_number(value: object) -> bool:
+    # JSON's whole numbers may have any number of digits.
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def read_records(path: str) -> list[JSONObject]:
     """Return the records of a metrics.jsonl; torn lines and those of other programs are skipped."""
-    return [record for record in map(_record_of, lines_of(path)) if record is not None]
+    return [record for record in map(metric_record, lines_of(path)) if record is not None]
 
 
 def _short(value: float) -> str:

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from bort.config import build, option, parser_for
 from bort.errors import UserError, entry_point
 from bort.files import WHOLE_BYTES, open_regular
-from bort.journal import record_of
 from bort.plots import figure_file
+from bort.reporter import metric_record
 from bort.types import JSONObject
 
 if TYPE_CHECKING:
@@ -110,12 +110,8 @@ def read_run(path: str) -> Run:
         raise UserError(f"{file}: holds no metrics yet; wait for the run's first line")
     records = []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = record_of(line)
-            known = {"step", "phase"} <= record.keys()
-        except (ValueError, AttributeError, RecursionError):
-            known = False
-        if not known:
+        record = metric_record(line)
+        if record is None:
             raise UserError(f"{file}:{number}: is damaged or no metric line; delete it")
         records.append(record)
     return Run(os.path.normpath(path), records)

@@ -107,7 +107,16 @@ def test_missing_metrics_are_a_one_line_error(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize("line", ["text", "[1]", "{}", "3"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("text", "[1]", "{}", "3"),
+        '{"step": "1", "phase": "train", "loss": 2.0}',
+        '{"step": 1, "phase": "train", "loss": "2"}',
+        '{"step": 1, "phase": "train", "lr": null}',
+        f'{{"step": 1, "phase": "train", "loss": 1{"0" * 400}}}',
+    ],
+)
 def test_a_line_that_is_no_metrics_is_named(tmp_path, capsys, line):
     folder = write_metrics(tmp_path / "run", steps=1)
     with open(folder / "metrics.jsonl", "a") as handle:
