@@ -13,6 +13,7 @@ from bort.types import JSONMapping
 # Flags that name a model: its file, its folder, or a run.
 MODELS = {
     *("pretrained_parameters", "model_parameters", "teacher_ckpt_dir", "tau_model", "timaeus"),
+    "student_parameters",
 }
 # Flags that name another file or folder.
 PATHS = {

@@ -40,6 +40,7 @@ from bort.pretraining.teacher import (
 )
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.reporter import FolderReporter, Reporter
+from bort.resume import same_value
 from bort.saved_model import ModelConfig, body_options_of, save_model, save_model_config
 from bort.seeds import mxnet_seed
 from bort.shapes import BORT_OPTIONS, MAX_LENGTH
@@ -281,7 +282,7 @@ def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMappi
             given = now[concern][flag]
             # A flag that the checkpoint does not know had its default.
             made_with = then.get(concern, {}).get(flag, _default(concern, flag))
-            same = given == made_with
+            same = same_value(flag, made_with, given)
             if flag == "dtype":
                 same = stored_dtype(given) == stored_dtype(made_with)
             if not same:

@@ -159,6 +159,18 @@ def test_what_a_resumed_run_cannot_change_is_refused_by_name(
         finished_run(data, ckpt_dir=tmp_path, num_steps=2, resume=True, **changed)
 
 
+@pytest.mark.parametrize("spelled", ["./teacher.params", "{data}/teacher.params", "run/../start"])
+def test_a_resumed_run_may_spell_its_first_weights_in_another_way(
+    data, tmp_path, monkeypatch, spelled
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher.params", "start"):
+        os.symlink(data / "teacher.params", name)
+    finished_run(data, ckpt_dir="run", num_steps=1, student_parameters="teacher.params")
+    given = {"num_steps": 2, "resume": True, "student_parameters": spelled.format(data=data)}
+    assert finished_run(data, ckpt_dir="run", **given).progress.step == 2
+
+
 @pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("auto", "float32")])
 def test_checkpoints_are_float32_for_every_type_of_product(data, tmp_path, bfloat16, before, after):
     run = finished_run(data, ckpt_dir=tmp_path, num_steps=2, dtype=before)
