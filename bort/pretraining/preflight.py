@@ -89,14 +89,21 @@ class Preflight:
         return data_rows(inputs, per_update, settings.optimizer.num_steps)
 
     def _folder_rows(self) -> list[Row]:
-        self._start = start_of(self.settings.run)
-        return [Row("checkpoints", f"{self.settings.run.ckpt_dir}, from step {self._start}")]
+        run = self.settings.run
+        self._found = checkpoint_of(run)
+        self._start = self._found.state["step"] if self._found else 0
+        return [Row("checkpoints", f"{run.ckpt_dir}, from step {self._start}")]
 
     def _network_rows(self) -> list[Row]:
-        """Build the run, which verifies that teacher, student and shards have one vocabulary."""
+        """Build the run, which verifies that teacher, student and shards have one vocabulary.
+
+        Compares it with the checkpoint that it is to resume.
+        """
         self._loop = pretraining_loop(
             self.settings, self.communicator, self._devices, NullReporter()
         )
+        if self._found:
+            self._loop.check_resume(self._found)
         name = self.settings.student.student_model
         parameters = parameter_count(self._loop.job.network)
         teacher = self.settings.teacher
@@ -196,16 +203,14 @@ def data_rows(inputs: Inputs, micro_batches: int, num_steps: int) -> list[Row]:
     return rows
 
 
-def start_of(run: RunSettings) -> int:
-    """Return the step a run would start from; raises the same errors as the run."""
-    found = None
+def checkpoint_of(run: RunSettings) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint that a run would start from; raises the same errors as the run."""
     if run.start_step:
-        found = checkpoint.at_step(run.ckpt_dir, run.start_step)
-    elif run.resume:
-        found = checkpoint.latest(run.ckpt_dir)
-    else:
-        checkpoint.require_none(run.ckpt_dir)
-    return found.state["step"] if found else 0
+        return checkpoint.at_step(run.ckpt_dir, run.start_step)
+    if run.resume:
+        return checkpoint.latest(run.ckpt_dir)
+    checkpoint.require_none(run.ckpt_dir)
+    return None
 
 
 def disk_row(folder: str, size: int, checkpoints: int) -> Row:

@@ -25,7 +25,7 @@ from bort.dropout import dropout
 from bort.errors import Stopped, UserError
 from bort.parameters import load_parameters
 from bort.reporter import Reporter
-from bort.training.job import Batch, Interrupted, Job, Metrics, Progress
+from bort.training.job import Batch, Interrupted, Job, Metrics, Progress, Resumed
 from bort.training.optimization import Trainer
 from bort.training.reporting import MetricAccumulator, PhaseTimer, Stopwatch
 from bort.types import Context, JSONObject, NDArray
@@ -118,28 +118,39 @@ class Loop:
         found = self._requested_checkpoint() if self._is_first else None
         if found is None:
             return
-        if found.state.get("order") != SAMPLER_VERSION:
-            raise UserError(
-                f"{saving.folder}: its batches were drawn in the order of another version; start "
-                "a new run from its parameters, in another folder"
-            )
+        resumed = self.check_resume(found)
+        micro_batches = self.micro_batches
         if found.state.get("arithmetic") != ARITHMETIC_VERSION:
             print(
                 f"warning: {saving.folder}: made by a version with other dropout masks and "
                 "rounding; the result is not bit-identical to an uninterrupted run",
                 file=sys.stderr,
             )
-        _require_state(found)
-        resumed = saving.check_resume(found.state)
         load_parameters(self.job.network, found.model_path)
         self.trainer.load_state(found.trainer_arrays())
         self.load_state(found.state)
-        if resumed.accumulate != self._accumulate:
-            self.micro_batches = self._accumulate * self._workers
+        self.micro_batches = micro_batches
         if not resumed.best_counts:
             self.progress.best_score, self.progress.best_step = -math.inf, None
         later = bool(saving.start_step)
         checkpoint.rewind(saving.folder, self.progress.step, self.progress.best_step, later)
+
+    def check_resume(self, found: checkpoint.Checkpoint) -> Resumed:
+        """Take over the number of micro-batches of an update from a checkpoint to be resumed.
+
+        Raises `UserError` when this run cannot resume it.
+        """
+        if found.state.get("order") != SAMPLER_VERSION:
+            raise UserError(
+                f"{self.job.saving.folder}: its batches were drawn in the order of another "
+                "version; start a new run from its parameters, in another folder"
+            )
+        _require_state(found)
+        resumed = self.job.saving.check_resume(found.state)
+        self.micro_batches = found.state["micro_batches"]
+        if resumed.accumulate != self._accumulate:
+            self.micro_batches = self._accumulate * self._workers
+        return resumed
 
     def broadcast_state(self) -> None:
         """Give every rank the progress, the parameters and the optimizer state of rank 0."""

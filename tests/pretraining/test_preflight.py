@@ -157,6 +157,14 @@ def test_the_disk_row_counts_the_bytes_of_real_checkpoints(data, tmp_path, monke
     assert everything(folder) == before
 
 
+def test_what_a_resumed_run_would_refuse_fails(data, tmp_path, capsys):
+    finished_run(data, ckpt_dir=tmp_path, num_steps=1, accumulate=2)
+    rows = checked(capsys, data, tmp_path, status=1, resume=True, seed=5, accumulate=2)
+    assert rows["networks"].startswith("FAIL --seed 5: the checkpoint was made with 0")
+    rows = checked(capsys, data, tmp_path, status=1, resume=True, accumulate=2, cpu_contexts=3)
+    assert rows["speed"].startswith("FAIL an update of this run takes 2 micro-batches, too few for")
+
+
 def test_a_resumed_run_has_less_to_do_and_loses_nothing(data, tmp_path, capsys):
     folder = tmp_path / "run"
     finished_run(data, ckpt_dir=folder, num_steps=8, ckpt_interval=4)
