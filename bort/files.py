@@ -108,6 +108,15 @@ def is_stream(path: str) -> bool:
     return not stat.S_ISREG(kind) and not stat.S_ISDIR(kind)
 
 
+def require_place(path: str) -> None:
+    """Raise `UserError` when there can be no file of this name.
+
+    Writes nothing: for programs that compute for long before they call `atomic_write`.
+    """
+    if not is_stream(path):
+        _refuse_special_file(path, os.path.realpath(path))
+
+
 def _refuse_special_file(path: str, target: str) -> None:
     if os.path.isdir(target):
         raise UserError(f"{path}: is a folder; name a file")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point, reasons
-from bort.files import atomic_write, is_stream, remove_left_overs_of
+from bort.files import atomic_write, is_stream, remove_left_overs_of, require_place
 from bort.sums import write_sums
 from bort.tokenization import SPECIAL_TOKENS
 from data.corpus import MAX_DOCUMENT_BYTES, open_sources, read_documents, scan
@@ -40,10 +40,15 @@ class SentencePieceSettings:
     text_field: str = option(
         TEXT_FIELD, "field of JSON lines, or column of parquet, that holds the text"
     )
-    vocab_size: int = option(8000, "number of tokens, special tokens and 256 bytes included")
+    vocab_size: int = option(
+        8000,
+        "number of tokens, special tokens and 256 bytes included",
+        minimum=1,
+        maximum=2**31 - 1,
+    )
     model_type: str = option("bpe", "algorithm", choices=("bpe", "unigram"))
     character_coverage: float = option(
-        0.9995, "share of the characters that get tokens", minimum=0.0, maximum=1.0
+        0.9995, "share of the characters that get tokens", minimum=0.98, maximum=1.0
     )
     input_sentence_size: int = option(
         1_000_000, "maximum number of sentences to train on, drawn at random", minimum=1
@@ -55,6 +60,7 @@ class SentencePieceSettings:
 def main(argv: Optional[Sequence[str]] = None) -> str:
     """Train the model that the flags describe; returns the path of its file."""
     (settings,) = parse("Train a SentencePiece model.", argv, SentencePieceSettings)
+    require_place(settings.model_file)
     with open_sources(settings.input_file, settings.text_field) as sources:
         for source in sources:
             scan(source)

@@ -467,8 +467,12 @@ def test_long_lines_are_used_for_training(tmp_path):
     [
         ({"vocab_size": 50_000}, "--vocab_size 50000: Vocabulary size too high"),
         ({"vocab_size": 10}, "--vocab_size 10: Vocabulary size is smaller"),
+        ({"vocab_size": 0}, "--vocab_size 0: must be at least 1"),
+        ({"vocab_size": 2**31}, "--vocab_size 2147483648: must be at most 2147483647"),
+        ({"character_coverage": 0.5}, "--character_coverage 0.5: must be at least 0.98"),
         ({"input_file": "/missing/*.txt"}, "--input_file /missing/*.txt: no such file"),
         ({"model_file": "/missing/a.model"}, "/missing/a.model: there is no folder /missing"),
+        ({"model_file": "/missing/a.model", "input_file": "/missing"}, "/missing/a.model: there"),
     ],
 )
 def test_training_names_what_is_wrong(tmp_path, capsys, flags, says):
