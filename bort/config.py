@@ -209,6 +209,7 @@ def build(cls: type[Settings], values: JSONMapping) -> Settings:
 def check_limits(settings: Any) -> None:
     """Raise `UserError` for the first field outside the limits that its `option` declares.
 
+    No text may be empty, as a variable of the shell that is not set is: it would count as no flag.
     No number may be infinite, nan, or beyond what MXNet computes with.
     """
     for field in dataclasses.fields(settings):
@@ -216,6 +217,8 @@ def check_limits(settings: Any) -> None:
         choices = field.metadata.get("choices")
         if choices and value is not None and value not in choices:
             raise UserError(f"--{field.name} {quoted(value)}: must be one of {', '.join(choices)}")
+        if value == "" and field.default != "":
+            raise UserError(f"--{field.name}: is empty; give a value, or leave the flag out")
         if value is None or isinstance(value, str):
             continue
         low, high = field.metadata.get("minimum"), field.metadata.get("maximum")

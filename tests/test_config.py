@@ -108,6 +108,7 @@ def test_errors_of_the_parser_are_one_line_with_status_2(
         ("salt", "1e-320", "--salt 1e-320: must be 0 or at least 1.2e-38"),
         ("salt", "nan", "--salt nan: must be at least 0.0"),
         ("minutes", "4", "--minutes 4: must be at least 5"),
+        ("dish", "", "--dish: is empty; give a value, or leave the flag out"),
     ],
 )
 def test_values_outside_the_limits_are_refused(flag: str, value: str, complaint: str) -> None:

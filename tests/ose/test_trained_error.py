@@ -94,7 +94,8 @@ def flags_of(root, folder, **more):
         "output_dir": folder,
         **more,
     }
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    given = {name: value for name, value in flags.items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
 # ---- what is asked for -------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def test_the_modes_set_optimiser_and_rate():
 def test_invalid_requests_are_refused(data, tmp_path, capsys):
     write_shards(tmp_path / "other", [4], seed=3, fingerprint="two")
     wrong = [
-        ({"data_eval": ""}, "--data and --data_eval go together"),
+        ({"data_eval": None}, "--data and --data_eval go together"),
         ({"data_eval": tmp_path / "other"}, "made with another tokenizer"),
         (
             {"loss": "mlm", "teacher_ckpt_dir": "x"},
