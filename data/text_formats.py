@@ -26,6 +26,9 @@ MAX_ROW_BYTES = 64 << 20
 TEXT_FIELD = "text"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
+# Bytes of text that a .zst file may refer back to, which memory then holds: as many as the program
+# zstd takes, for large dumps that were made with --long=31. The package takes 128 MiB by default.
+_ZSTD_WINDOW = 1 << 31
 _ROWS_AT_ONCE = 64
 _OPEN: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": gzip.open,
@@ -184,7 +187,9 @@ def _decompress_zstd(file: Any) -> Iterator[bytes]:
     for piece in _pieces_of(file, 512):
         rest = piece
         while rest:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = (
+                frame or zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+            )
             try:
                 ready += frame.decompress(rest)
             except zstandard.ZstdError as error:

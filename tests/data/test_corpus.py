@@ -391,6 +391,14 @@ def test_a_stream_is_copied_and_the_copy_removed(tmp_path, monkeypatch):
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def test_zstd_with_a_long_window_is_read(tmp_path):
+    long = zstandard.ZstdCompressionParameters(window_log=31, write_content_size=False)
+    compress = zstandard.ZstdCompressor(compression_params=long).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compress.compress(b'{"text": "One."}\n') + compress.flush())
+    assert documents_of(path) == ["One."]
+
+
 def test_zstd_expands_a_little_at_a_time(tmp_path):
     path, text = tmp_path / "a.zst", LONG_TEXT * 50
     path.write_bytes(zstandard.ZstdCompressor().compress(text))
