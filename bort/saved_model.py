@@ -32,6 +32,7 @@ from bort.tokenization import (
     TOKENIZER_FOLDER,
     Tokenizer,
     load_tokenizer_folder,
+    save_tokenizer,
 )
 from bort.types import Block, Context, JSONObject, TaskKind
 
@@ -122,7 +123,7 @@ def _save_config(
     path: str, model_config: ModelConfig, tokenizer: Optional[Tokenizer], sha256: str
 ) -> None:
     if tokenizer is not None:
-        tokenizer.save(os.path.join(os.path.dirname(path), TOKENIZER_FOLDER))
+        save_tokenizer(tokenizer, os.path.join(os.path.dirname(path), TOKENIZER_FOLDER))
     content = dataclasses.asdict(dataclasses.replace(model_config, sha256=sha256))
     write_json(model_config_path(path), {"format": FORMAT_VERSION, **content})
 

@@ -57,6 +57,7 @@ _ENDLESS_BLANKS = re.compile(r"\s{65536}(?=\s)")
 class Tokenizer(Protocol):
     """A vocabulary and its encoder.
 
+    `files` are the names of those that `save` writes.
     `special_tokens` maps bos, pad, eos, unk and mask to their spelling: bos begins a sequence and
     eos ends each of its texts, `<s>` and `</s>`, in BERT [CLS] and [SEP].
     `special_ids` are sorted and never masked; `word_starts[id]` is True for a token that begins a
@@ -64,6 +65,7 @@ class Tokenizer(Protocol):
     """
 
     name: str
+    files: Sequence[str]
     vocab_size: int
     pad_id: int
     bos_id: int
@@ -178,6 +180,17 @@ def _wordpiece_of(folder: str) -> Optional[Tokenizer]:
     return _load_wordpiece(vocab_file) if os.path.exists(vocab_file) else None
 
 
+def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
+    """Write a tokenizer to a folder of its own, from which `load_tokenizer_folder` loads it.
+
+    Files that a tokenizer of another kind has left there are removed: they would be loaded instead.
+    """
+    tokenizer.save(folder)
+    for name in {*_SAVED_FILES, TOKENIZER_JSON}.difference(tokenizer.files):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+
+
 def is_wordpiece_file(path: str) -> bool:
     """Return whether the name of a file is that of a WordPiece: .txt, or tokenizer.json."""
     return path.endswith(".txt") or os.path.basename(path) == TOKENIZER_JSON
@@ -253,6 +266,7 @@ class ByteLevelBPE(Vocabulary):
     """
 
     name = "byte_level_bpe"
+    files: Sequence[str] = _SAVED_FILES[1:]
 
     def __init__(self, spelling: Sequence[str], merges: Sequence[str]) -> None:
         """Build from the tokens in the order of their ids and the merges ("a b") by rank.
@@ -344,6 +358,7 @@ class SentencePiece(Vocabulary):
     """A SentencePiece model (Kudo and Richardson 2018), unigram or BPE."""
 
     name = "sentencepiece"
+    files: Sequence[str] = _SAVED_FILES[:1]
 
     def __init__(self, model: bytes) -> None:
         """Build from the content of a .model file.

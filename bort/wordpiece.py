@@ -65,6 +65,7 @@ class WordPiece(Vocabulary):
     """
 
     name = "wordpiece"
+    files: Sequence[str] = (TOKENIZER_JSON,)
 
     def __init__(
         self, spelling: Sequence[str], normalizer: Normalizer, max_word: int = _MAX_WORD

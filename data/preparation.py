@@ -28,7 +28,12 @@ from bort.files import lock_folder, require_writable, sha256_of
 from bort.jobs import ProcessDiedError, WorkerPool
 from bort.mxnet_setup import usable_cores
 from bort.progress import ProgressBar
-from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings, load_tokenizer
+from bort.tokenization import (
+    TOKENIZER_FOLDER,
+    TokenizerSettings,
+    load_tokenizer,
+    save_tokenizer,
+)
 from data.corpus import TextFile, open_sources, read_documents, scan
 from data.masking import (
     SENTENCE_PAIRS,
@@ -142,7 +147,7 @@ def make_shards(corpus: CorpusSettings, maker: InstanceMaker) -> Manifest:
             with lock_folder(corpus.output_dir, "--output_dir"):
                 plan = plan_of(maker, corpus, files)
                 size = _make_missing_shards(corpus, make, sources, plan)
-                maker.tokenizer.save(os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
+                save_tokenizer(maker.tokenizer, os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
                 complete(corpus.output_dir, plan)
     report(plan, maker.settings, size, time.perf_counter() - start)
     return plan

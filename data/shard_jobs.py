@@ -28,7 +28,7 @@ from bort.errors import UserError
 from bort.files import lock_folder, temporary_name
 from bort.jobs import Executor, Failures
 from bort.progress import ProgressBar
-from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
+from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings, save_tokenizer
 from data.corpus import STANDARD_INPUT, TextFile, documents_from, find_inputs, scan
 from data.masking import MaskingSettings, SequenceSettings
 from data.preparation import (
@@ -138,7 +138,7 @@ def make_shards_on(cluster: str, corpus: CorpusSettings, maker: InstanceMaker) -
             plan = plan_of(maker, corpus, files)
             index = DocumentIndex(sources, plan.inputs, surveys)
             size = _make_missing_shards(executor, corpus, maker, index, plan)
-        maker.tokenizer.save(os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
+        save_tokenizer(maker.tokenizer, os.path.join(corpus.output_dir, TOKENIZER_FOLDER))
         complete(corpus.output_dir, plan)
     report(plan, maker.settings, size, time.perf_counter() - start)
     return plan

@@ -650,6 +650,17 @@ def test_missing_and_damaged_shards_are_rebuilt(tmp_path, damage):
     assert content(tmp_path / "out") == before
 
 
+def test_the_tokenizer_of_removed_shards_is_replaced(tmp_path):
+    output = tmp_path / "out"
+    for kind in ({}, {"vocab_file": write_vocabulary(tmp_path)}, {}):
+        for path in output.glob("*.*"):
+            path.unlink()
+        manifest = create(output, **kind)
+        saved = load_tokenizer_folder(str(output / "tokenizer"))
+        assert saved.fingerprint == manifest.tokenizer_fingerprint
+        assert len(list((output / "tokenizer").iterdir())) == 1
+
+
 def test_other_arguments_are_refused(tmp_path, capsys):
     create(tmp_path / "out")
     before = content(tmp_path / "out")
