@@ -11,6 +11,7 @@
 # Environment variables: see scripts/finetune/common.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/launch.sh
 
 # Task names are compared as --task_name does: without case, dots, dashes and underscores.
 normalise() { tr -cd '[:alnum:]' <<<"${1,,}"; }
@@ -29,7 +30,7 @@ script_of() {
 # run_test <test> <task> <suite> [flags...]: a small network, from random weights.
 run_test() {
     export DATA_DIR=test_data/$3 OUTPUT_DIR=runs/$1 PRETRAINED_PARAMETERS=none
-    rm -rf "${OUTPUT_DIR:?}"
+    start_folder "$OUTPUT_DIR"
     exec "scripts/finetune/$2.sh" --model_name bort_2_4_128_64 --epochs 5 "${@:4}"
 }
 

@@ -85,8 +85,7 @@ make_shards() {
 run_pipeline() {
     local workers=$1 folder=runs/TEST start=$SECONDS
     shift
-    rm -rf "$folder"
-    mkdir -p "$folder"
+    start_folder "$folder"
     echo "== 1/3 make shards from text"
     split test_data/sample_text.txt "$folder"
     make_shards "$folder/train.txt" "$folder/train" 10

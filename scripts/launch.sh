@@ -127,6 +127,21 @@ launch() {
     fi
 }
 
+# start_folder <folder>: makes a folder empty, unless a run that began with it is still active. The
+# lock is a file beside it that this shell and all programs it starts hold open.
+start_folder() {
+    local lock status=0
+    mkdir -p "$(dirname "$1")"
+    exec {lock}>"$(dirname "$1")/.$(basename "$1").lock"
+    flock --nonblock --conflict-exit-code 9 "$lock" || status=$? # any other: there are no locks
+    if ((status == 9)); then
+        echo "error: $1: another run of this script is writing there; wait for its end" >&2
+        exit 1
+    fi
+    rm -rf "${1:?}"
+    mkdir "$1"
+}
+
 # flag_value <flag> <flags...>: prints the last value that a flag has among others, if any.
 flag_value() {
     local flag=$1 value=

@@ -454,6 +454,34 @@ def test_no_step_of_the_pipeline_follows_a_signal(project):
     assert "started" not in output
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "folder"),
+    [
+        ("run_pretraining_distillation", ("1", "TEST"), "runs/TEST"),
+        ("run_finetune", ("TEST1",), "runs/TEST1"),
+    ],
+)
+def test_an_active_run_is_not_deleted_by_a_second_one(project, script, arguments, folder):
+    (project.folder / "test_data").mkdir()
+    (project.folder / "test_data/sample_text.txt").write_text("One.\n\nTwo.\n")
+    make_stoppable(project, ".venv/bin/python")
+    running = Running(project, script, *arguments)
+    running.wait_for("started")
+    result = project.folder / folder / "result"
+    result.touch()
+    second = project.run(*arguments, script=script)
+    assert second.returncode == 1
+    assert second.stderr == (
+        f"error: {folder}: another run of this script is writing there; wait for its end\n"
+    )
+    running.process.send_signal(signal.SIGTERM)
+    running.end()
+    assert result.exists()
+    project.program(".venv/bin/python", "exit 3")
+    assert project.run(*arguments, script=script).returncode == 3
+    assert not result.exists()
+
+
 TWO_WORKERS = ("run_pretraining_distillation", ("2", "train", "test"), "runs/pretraining")
 
 
