@@ -80,7 +80,8 @@ def main(argv: Optional[Sequence[str]] = None) -> Statistics:
     statistics = measure(shards, tokenizer)
     for what, value in [*_manifest_rows(shards), *statistics.rows()]:
         print(f"{what:<28}{value:>16}")
-    for index in np.linspace(0, shards.num_sequences - 1, settings.num).astype(int):
+    places = np.linspace(0, shards.num_sequences - 1, settings.num).astype(int)
+    for index in np.unique(places):  # once each, where there are fewer
         print(f"\nsequence {index}, {shards.lengths[index]} tokens")
         print(in_words(tokenizer, *shards.sequence(int(index))))
     return statistics

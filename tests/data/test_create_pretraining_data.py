@@ -783,6 +783,18 @@ def test_inspection_shows_words_and_statistics(tmp_path, capsys):
     assert inspect_shards.main([str(tmp_path / "out"), "--num", "0"]) == statistics
 
 
+def test_inspection_shows_a_sequence_once(tmp_path, capsys):
+    from scripts import inspect_shards
+
+    text = tmp_path / "a.txt"
+    text.write_text("One.\n\nTwo.\n")
+    create(tmp_path / "out", text)
+    capsys.readouterr()
+    inspect_shards.main([str(tmp_path / "out"), "--num", "5"])
+    shown = [line for line in capsys.readouterr().out.split("\n") if line.startswith("sequence ")]
+    assert [line.split(",")[0] for line in shown] == ["sequence 0", "sequence 1"]
+
+
 def test_inspection_requires_the_vocabulary_of_the_shards(tmp_path, capsys):
     from scripts import inspect_shards
 
