@@ -319,6 +319,9 @@ def test_verified_shards_are_not_read_again_until_they_change(tmp_path, monkeypa
         "data.shards.sha256_of", lambda path: read.append(os.path.basename(path)) or sha256_of(path)
     )
     names = [shard_name(index) for index in range(3)]
+    open_shards(str(tmp_path), remember=False)
+    assert not (tmp_path / VERIFIED_FILE).exists(), "what only looks writes nothing"
+    read.clear()
     open_shards(str(tmp_path))
     assert sorted(read) == names
     open_shards(str(tmp_path))
