@@ -20,6 +20,7 @@ from bort.progress import ProgressBar
 from bort.types import JSONMapping, JSONObject
 
 FILE = "metrics.jsonl"
+CONFIG = "config.json"
 BOARD_SECONDS = 10.0  # between writes of TensorBoard's file to the disk
 
 
@@ -92,7 +93,7 @@ class FolderReporter:
         if not self._enabled:
             return
         os.makedirs(self._folder, exist_ok=True)
-        write_json(os.path.join(self._folder, "config.json"), config)
+        write_json(os.path.join(self._folder, CONFIG), config)
         cut_after(self._path, step or -1, evaluate)
         with self._explained():
             self._lines = open(self._path, "ab")  # noqa: SIM115 (stays open)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from typing import Any, NamedTuple, Optional, Sequence
 
 import mxnet as mx
@@ -16,6 +17,7 @@ from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict, command_of
 from bort.devices import devices_of, resolve_dtype, stored_dtype
 from bort.errors import UserError
+from bort.files import read_json
 from bort.parameters import load_parameters, parameter_file
 from bort.pretraining.config import (
     SETTINGS_CLASSES,
@@ -39,7 +41,7 @@ from bort.pretraining.teacher import (
     round_teacher,
 )
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
-from bort.reporter import FolderReporter, Reporter
+from bort.reporter import CONFIG, FolderReporter, Reporter
 from bort.resume import same_value
 from bort.saved_model import ModelConfig, body_options_of, save_model, save_model_config
 from bort.seeds import mxnet_seed
@@ -95,7 +97,24 @@ def checked_devices(settings: PretrainingSettings, communicator: Communicator) -
     if settings.teacher.teacher_runtime == "openvino":
         require_openvino(devices)
     checkpoint.require_usable(run.ckpt_dir, "--ckpt_dir")
+    _refuse_other_program(run.ckpt_dir)
     return devices
+
+
+def _refuse_other_program(folder: str) -> None:
+    """Raise `UserError` when a folder's config.json, which a new run replaces, is no run's."""
+    path = os.path.join(folder, CONFIG)
+    if checkpoint.steps(folder) or not os.path.exists(path):
+        return
+    try:
+        content = read_json(path, verify=False)
+    except UserError:  # damaged; nothing is lost with it
+        return
+    if not isinstance(content, dict) or not content.keys() & {c.__name__ for c in SETTINGS_CLASSES}:
+        raise UserError(
+            f"--ckpt_dir {folder}: holds the {CONFIG} of something else, which a run would "
+            "replace; name another folder"
+        )
 
 
 def pretraining_loop(

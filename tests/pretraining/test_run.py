@@ -636,6 +636,25 @@ def test_a_mistake_is_named_in_one_line(data, tmp_path, monkeypatch, capsys, fla
     assert not os.path.exists("run"), "nothing is left behind"
 
 
+@pytest.mark.parametrize("content", ['{"TaskSettings": {}}', '{"vocab_size": 3}', "[]"])
+def test_the_config_of_something_else_is_not_replaced(data, tmp_path, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    said = complaint(capsys, 1, arguments(data, ckpt_dir=tmp_path))
+    assert said.startswith(f"error: --ckpt_dir {tmp_path}: holds the config.json of something else")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_start_again(data, tmp_path):
+    from run_pretraining_distillation import main
+
+    for content in ('{"LossSettings": {}}', "torn"):
+        folder = tmp_path / str(len(content))
+        folder.mkdir()
+        (folder / "config.json").write_text(content)
+        main(arguments(data, ckpt_dir=folder, num_steps=1))
+        assert "StudentSettings" in (folder / "config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("line", "named"), [(["--lr", "1"], "--data"), (["--data", "x", "--lr", "fast"], "--lr")]
 )
