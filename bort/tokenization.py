@@ -183,12 +183,13 @@ def _wordpiece_of(folder: str) -> Optional[Tokenizer]:
 def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
     """Write a tokenizer to a folder of its own, from which `load_tokenizer_folder` loads it.
 
-    Files that a tokenizer of another kind has left there are removed: they would be loaded instead.
+    Files of a tokenizer of another kind, which would be loaded instead, are renamed: `<name>.old`.
     """
     tokenizer.save(folder)
     for name in {*_SAVED_FILES, TOKENIZER_JSON}.difference(tokenizer.files):
+        path = os.path.join(folder, name)
         with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, name))
+            os.replace(path, f"{path}.old")
 
 
 def is_wordpiece_file(path: str) -> bool:
