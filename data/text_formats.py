@@ -367,7 +367,8 @@ def parquet_texts(source: TextSource, start: int = 0) -> Iterator[tuple[int, str
             _require_text_column(file.schema_arrow, source)
             row, groups = _row_groups_from(file.metadata, start)
             for batch in file.iter_batches(_ROWS_AT_ONCE, groups, [source.text_field]):
-                for text in batch.column(0).to_pylist():
+                # By its name: a dot in it reads a field of a structure, too.
+                for text in batch.column(source.text_field).to_pylist():
                     if row >= start:
                         yield row, text or ""
                     row += 1
@@ -393,6 +394,10 @@ def _require_text_column(schema: Any, source: TextSource) -> None:
     if source.text_field not in schema.names:
         raise UserError(
             f"{source.shown}: has no column {source.text_field!r}; {_other_fields(schema.names)}"
+        )
+    if schema.names.count(source.text_field) > 1:
+        raise UserError(
+            f"{source.shown}: has several columns {source.text_field!r}; rename all but one"
         )
     column = schema.field(source.text_field).type
     if not re.match(r"(dictionary<values=)?(large_)?string\b", str(column)):

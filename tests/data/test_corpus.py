@@ -317,6 +317,19 @@ def test_parquet(tmp_path, name):
         scan(TextSource(str(tmp_path / name)))
 
 
+def test_parquet_with_columns_of_one_name_and_of_a_name_with_a_dot(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    texts, others = pa.array(["One.", "Two."]), pa.array([{"b": "x"}, {"b": "y"}])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([others, texts], names=["a", "a.b"]), path)
+    assert documents_of(path, "a.b") == ["One.", "Two."]
+    pq.write_table(pa.Table.from_arrays([texts, texts], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"has several columns 'text'; rename all but one"):
+        scan(TextSource(str(path)))
+
+
 def test_invalid_parquet_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, [1, 2])
