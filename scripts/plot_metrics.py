@@ -154,10 +154,14 @@ def _plot_run(axes: Axes, run: Run, metric: str, colour: str) -> None:
 def _add_legend(figure: Figure, runs: Sequence[Run]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=f"C{n % 10}", label=run.name) for n, run in enumerate(runs)]
+    # Matplotlib leaves out what begins with an underscore.
+    names = [f"./{run.name}" if run.name.startswith("_") else run.name for run in runs]
+    handles = [Line2D([], [], color=f"C{n % 10}", label=name) for n, name in enumerate(names)]
     if any(record["phase"] == "eval" for run in runs for record in run.records):
         handles.append(Line2D([], [], color="grey", linestyle="", marker="o", label="held out"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    place = {"loc": "outside lower center", "ncols": 3, "fontsize": 9, "frameon": False}
+    for text in figure.legend(handles=handles, **place).get_texts():
+        text.set_parse_math(False)  # a $ in a folder's name begins no formula
 
 
 if __name__ == "__main__":

@@ -88,6 +88,15 @@ def test_values_that_are_not_finite_and_an_unfinished_line_are_left_out(tmp_path
     assert list(panels["accuracy at masked positions"].lines[0].get_xdata()) == [10, 20, 30]
 
 
+def test_any_name_of_a_run_is_in_the_legend(tmp_path, figures, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("_run", "a$b{$c"):
+        write_metrics(tmp_path / name, steps=2)
+    main(["_run", "a$b{$c"])
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels[:2] == ["./_run", "a$b{$c"]
+
+
 def test_missing_metrics_are_a_one_line_error(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path}/empty/metrics.jsonl: cannot be read" in complaint(
