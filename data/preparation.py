@@ -338,9 +338,12 @@ def masked_share_report(totals: dict[str, int], settings: InstanceSettings) -> O
     The share is that of the tokens that may be masked: neither special nor unknown.
     """
     masking, sequences = settings.masking, settings.sequences
-    specials = 3 if sequences.format == SENTENCE_PAIRS else 2  # of a sequence
-    maskable = totals["tokens"] - specials * totals["sequences"] - totals["unknown"]
-    wanted, share = masking.masked_lm_prob, totals["masked"] / max(maskable, 1)
+    wanted = masking.masked_lm_prob
+    # Special tokens of a sequence: a pair has three, but a single sentence in its place has two.
+    specials = (2, 3) if sequences.format == SENTENCE_PAIRS else (2,)
+    maskable = [totals["tokens"] - n * totals["sequences"] - totals["unknown"] for n in specials]
+    shares = [totals["masked"] / max(count, 1) for count in maskable]
+    share = min(shares, key=lambda share: abs(share - wanted))
     if abs(share - wanted) <= _TOLERATED_PART * wanted:
         return None
     if share < wanted and wanted * sequences.max_text_tokens > masking.max_predictions_per_seq:

@@ -373,6 +373,11 @@ def test_a_masked_share_far_from_what_was_asked_is_reported(tmp_path, capsys, mo
     short = tmp_path / "short.txt"
     short.write_text("Yes.\n\nNo.\n\n" * 20)
     assert "the sequences are short, and each has a whole number" in reported(short)
+    # One mask of seven tokens, in a single sentence where pairs are asked for, is near enough.
+    seven = tmp_path / "seven.txt"
+    seven.write_text("a , a , a , a\n\n" * 20)
+    words = {"vocab_file": write_vocabulary(tmp_path), "short_seq_prob": 0}
+    assert reported(seven, **words) == reported(seven, format="sentence_pairs", **words) == ""
     # Words of 300 letters: two of them are above the masks of a sequence, the third is not.
     words = tmp_path / "words.txt"
     words.write_text("\n\n".join(f"{'qxz' * 100} and {'zqx' * 100} so" for _ in range(5)))
