@@ -266,19 +266,26 @@ def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) 
     def write_model(path: str, progress: Progress) -> None:
         save_model(path, student, model_config(progress), tokenizer)
 
+    identity = {
+        "model": settings.student.student_model,
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+        "shards_sha256": shards_sha256(manifest),
+        "held_out_sha256": inputs.held_out_sha256,
+    }
+
+    def resume(state: JSONMapping) -> Resumed:
+        if inputs.held_out is None:  # what the best score that is kept was measured on
+            identity["held_out_sha256"] = state.get("held_out_sha256")
+        return check_resume(settings, inputs, state)
+
     return SavePolicy(
         folder=run.ckpt_dir,
         due=due,
         write_model=write_model,
         write_config=lambda path, progress: save_model_config(path, model_config(progress), None),
-        identity={
-            "model": settings.student.student_model,
-            "vocab_size": manifest.vocab_size,
-            "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
-            "shards_sha256": shards_sha256(manifest),
-            "held_out_sha256": inputs.held_out_sha256,
-        },
-        check_resume=lambda state: check_resume(settings, inputs, state),
+        identity=identity,
+        check_resume=resume,
         settings=as_dict(*settings),
         keep=run.keep_checkpoints,
         resume=run.resume,
@@ -309,7 +316,9 @@ def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMappi
                     f"--{flag} {given}: the checkpoint was made with {made_with}; {cure}"
                 )
     data = then.get("DataSettings", {})
-    if "held_out_sha256" in state:
+    if inputs.held_out is None:  # nothing replaces the best checkpoint
+        best_counts = True
+    elif "held_out_sha256" in state:
         best_counts = state["held_out_sha256"] == inputs.held_out_sha256
     else:
         best_counts = data.get("data_eval") == settings.data.data_eval

@@ -200,6 +200,19 @@ def test_another_accumulation_is_applied_on_resume(data, tmp_path):
     assert recorded["DataSettings"]["accumulate"] == 3
 
 
+def test_the_best_checkpoint_outlives_training_without_held_out_data(data, tmp_path):
+    given = {"ckpt_dir": tmp_path, "eval_interval": 2, "ckpt_interval": 1, "keep_checkpoints": 1}
+    finished_run(data, **given, data_eval=data / "test", num_steps=2, lr=0.0)
+    before = checkpoint.load(str(tmp_path / "checkpoint_best")).state
+    finished_run(data, **given, num_steps=4, resume=True)
+    assert checkpoint.load(str(tmp_path / "checkpoint_best")).state == before
+    # And the score is still compared with that of the same data later.
+    after = checkpoint.load(str(tmp_path / "checkpoint_last")).state
+    assert after["step"] == 4
+    for name in ("best_step", "best_score", "held_out_sha256"):
+        assert after[name] == before[name]
+
+
 def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path):
     write_shards(tmp_path / "other", sizes=(5,), seed=8)
     folder = tmp_path / "run"
