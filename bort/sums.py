@@ -22,14 +22,16 @@ SUMS = "SHA256SUMS"
 def write_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
     """Write the sums of the named files; without names, of all files in a folder and below it.
 
-    Sums of other files that are there stay.
+    Sums of other files that are there stay, and lines that are no sums.
     """
     if names is None:
         paths = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
         names = [os.path.relpath(path, folder) for path in paths]
+    others = [text for name, text in _read_sums(folder) if not name]
     sums = {name: digest for name, digest in _read_sums(folder) if _is_file(folder, name)}
     sums.update({name: sha256_of(os.path.join(folder, name)) for name in names if name != SUMS})
     with atomic_write(os.path.join(folder, SUMS), "wb") as file:
+        file.writelines(os.fsencode(f"{line}\n") for line in others)
         file.writelines(os.fsencode(_line(name, digest)) for name, digest in sorted(sums.items()))
 
 
@@ -54,7 +56,7 @@ def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
 
 def listed(folder: str) -> list[str]:
     """Return the names in a folder's list; none where there is no list."""
-    return [name for name, _ in _read_sums(folder)]
+    return [name for name, _ in _read_sums(folder) if name]
 
 
 def check_sum(path: str) -> None:
@@ -64,7 +66,10 @@ def check_sum(path: str) -> None:
 
 
 def _read_sums(folder: str) -> list[tuple[str, str]]:
-    """Return (name, SHA-256) of each line of the list; none where there is no list."""
+    """Return (name, SHA-256) of each line of the list; none where there is no list.
+
+    A line that is no sum gives ("", line).
+    """
     path = os.path.join(folder, SUMS)
     if not os.path.exists(path):
         return []
@@ -80,7 +85,11 @@ def _line(name: str, digest: str) -> str:
 
 
 def _parsed(line: str) -> tuple[str, str]:
-    digest, _, name = line.partition("  ")
+    digest, separator, name = line.partition("  ")
+    if not separator:  # of sha256sum --binary
+        digest, _, name = line.partition(" *")
+    if not name:
+        return "", line
     if digest.startswith("\\"):
         name = re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], name)
     return name, digest.lstrip("\\")
