@@ -135,7 +135,16 @@ def parse(
         )
         _use_config(parser, argv, classes)
     parsed = vars(parser.parse_args(argv))
+    _refuse_empty(parsed, classes)
     return tuple(build(cls, parsed) for cls in classes)
+
+
+def _refuse_empty(parsed: JSONMapping, classes: Sequence[type]) -> None:
+    """Raise `UserError` for an empty text, as of an unset shell variable, which meant no flag."""
+    for cls in classes:
+        for field in dataclasses.fields(cls):
+            if parsed[field.name] == "" and field.default != "":
+                raise UserError(f"--{field.name}: is empty; give a value, or leave the flag out")
 
 
 def _refuse_renamed(parser: OneLineParser, argv: Sequence[str], renamed: Mapping[str, str]) -> None:
@@ -209,7 +218,6 @@ def build(cls: type[Settings], values: JSONMapping) -> Settings:
 def check_limits(settings: Any) -> None:
     """Raise `UserError` for the first field outside the limits that its `option` declares.
 
-    No text may be empty, as a variable of the shell that is not set is: it would count as no flag.
     No number may be infinite, nan, or beyond what MXNet computes with.
     """
     for field in dataclasses.fields(settings):
@@ -217,8 +225,6 @@ def check_limits(settings: Any) -> None:
         choices = field.metadata.get("choices")
         if choices and value is not None and value not in choices:
             raise UserError(f"--{field.name} {quoted(value)}: must be one of {', '.join(choices)}")
-        if value == "" and field.default != "":
-            raise UserError(f"--{field.name}: is empty; give a value, or leave the flag out")
         if value is None or isinstance(value, str):
             continue
         low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
