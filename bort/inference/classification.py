@@ -85,8 +85,14 @@ class ClassificationPipeline:
 
     @property
     def num_texts(self) -> int:
-        """Return the number of texts of an input; candidates may be more."""
+        """Return the number of texts of an input; there may be more if `takes_more`."""
         return num_texts(self.model_config, self.task)
+
+    @property
+    def takes_more(self) -> bool:
+        """Return whether an input may have more texts: candidates, or options without labels."""
+        kind, labels = self.model_config.kind, self.model_config.labels
+        return kind == TaskKind.CANDIDATES or (kind == TaskKind.MULTIPLE_CHOICE and not labels)
 
     @property
     def schema(self) -> InputSchema:
@@ -130,14 +136,16 @@ class ClassificationPipeline:
     def _query(self, texts: Sequence[str]) -> Query:
         kind, labels = self.model_config.kind, self.model_config.labels
         expected = self.num_texts
-        if len(texts) < expected or (len(texts) > expected and kind != TaskKind.CANDIDATES):
-            more = " or more" if kind == TaskKind.CANDIDATES else ""
+        if len(texts) < expected or (len(texts) > expected and not self.takes_more):
+            more = " or more" if self.takes_more else ""
             raise BadRowError(
                 f"has {len(texts)} texts, expected {expected}{more} (tabs separate texts)"
             )
         check_texts(texts)
         if kind == TaskKind.MULTIPLE_CHOICE:
-            return Query([(texts[0], option) for option in texts[1:]], labels)
+            first, *options = texts
+            names = labels or [str(number) for number in range(len(options))]
+            return Query([(first, option) for option in options], names)
         if kind != TaskKind.CANDIDATES:
             return Query([texts], labels)
         passage, query, *candidates = texts
@@ -192,9 +200,12 @@ class ClassificationPipeline:
 
 
 def num_texts(model_config: ModelConfig, task: Optional[Task]) -> int:
-    """Return the number of texts of an input of a classifier; candidates may be more."""
+    """Return the number of texts of an input of a classifier; some take more than that.
+
+    A multiple choice that was converted from another program has no labels: it takes any options.
+    """
     if model_config.kind == TaskKind.MULTIPLE_CHOICE:
-        return 1 + len(model_config.labels)
+        return 1 + (len(model_config.labels) or 2)
     if model_config.kind == TaskKind.CANDIDATES:
         return 3
     if model_config.race_cast == "joined":

@@ -200,6 +200,30 @@ def test_choices_and_candidates_as_plain_texts(tmp_path, tokenizer):
     assert set(first.probabilities) == {"Ann", "Bob"}
 
 
+def test_a_choice_without_labels_takes_any_number_of_options(tmp_path, tokenizer, capfdbinary):
+    """One that another program has trained: transformers does not record how many there are."""
+    model_config = ModelConfig(
+        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "multiple_choice", num_outputs=1
+    )
+    model = _saved(tmp_path / "best.params", model_config, tokenizer)
+    texts = ("It rained.", "so it got wet", "so I ran", "no")
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("\t".join(f"text{number}" for number in range(1, 5)) + "\n" + "\t".join(texts))
+    scores = []
+    for option in texts[1:]:
+        first, second = (tokenizer.encode(text) for text in (texts[0], option))
+        ids = [tokenizer.bos_id, *first, tokenizer.eos_id, *second, tokenizer.eos_id]
+        scores.append(model.network(nd.array([ids]), nd.array([len(ids)])).asnumpy().item())
+    expected = reference.softmax(np.array(scores, np.float64))
+    (found,) = predict(str(tmp_path), [texts])
+    assert list(found.probabilities) == ["0", "1", "2"]
+    assert list(found.probabilities.values()) == pytest.approx(expected, abs=1e-6)
+    (line,) = run(capfdbinary, tmp_path, "--input", rows)
+    assert line == f"{expected.argmax()}\t{expected.max():.4f}"
+    with pytest.raises(UserError, match="has 2 texts, expected 3 or more"):
+        list(predict(str(tmp_path), [texts[:2]]))
+
+
 def test_a_model_predicts_the_task_that_depends_on_it(tmp_path, tokenizer, capfdbinary):
     model, task = saved(tmp_path, tokenizer, "SuperGLUERTE"), get_task("AX-b")
     lines = run(capfdbinary, tmp_path, "--task", "AX-b", "--input", task.find(DATA, "test"))
