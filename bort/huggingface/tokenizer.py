@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.files import WHOLE_BYTES, open_regular, read_json, read_json_as
 from bort.huggingface.tensors import refuse_lfs_pointer
 from bort.tokenization import (
@@ -207,11 +207,32 @@ class _TokenizerFile:
     added_tokens: Sequence[_AddedToken] = ()
 
 
+@dataclass(frozen=True)
+class _AnyTokenizerFile:
+    """What is read of a tokenizer.json of any kind."""
+
+    added_tokens: Sequence[_AddedToken] = ()
+
+
 def read_tokenizer(folder: str) -> Tokenizer:
     """Return the tokenizer of a folder: from its own files, or from tokenizer.json alone.
 
-    Raises `UserError` when the folder has neither, or a tokenizer of another kind.
+    Raises `UserError` when the folder has neither, a tokenizer of another kind, or one that finds
+    further tokens in a text before it splits it.
     """
+    tokenizer = _read_tokenizer(folder)
+    path = os.path.join(folder, JSON)
+    added = read_json_as(path, _AnyTokenizerFile).added_tokens if os.path.exists(path) else ()
+    for token in added:
+        if token.content not in tokenizer.special_tokens.values():
+            raise UserError(
+                f"{JSON}: transformers finds the added token {quoted(token.content)} in a text, "
+                "and the tokenizers here do not; if no text has it, delete it from added_tokens"
+            )
+    return tokenizer
+
+
+def _read_tokenizer(folder: str) -> Tokenizer:
     path = os.path.join(folder, JSON)
     for name in ("tokenizer.model", "vocab.json", "merges.txt", JSON, "vocab.txt"):
         if os.path.exists(os.path.join(folder, name)):

@@ -383,6 +383,21 @@ def test_a_byte_level_tokenizer_is_restored_from_its_json_alone(tmp_path, bpe, m
     assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_that_transformers_finds_in_texts_are_refused(tmp_path, bpe, special):
+    """Such as markers of entities: here they would be split, and get other ids in silence."""
+    content = saved_tokenizer(bpe, tmp_path)["tokenizer.json"]
+    token = {"content": "Ann", "id": len(content["model"]["vocab"]), "special": special}
+    added = [*content["added_tokens"], {**content["added_tokens"][0], **token}]
+    edit(tmp_path / "tokenizer.json", added_tokens=added)
+    with pytest.raises(UserError, match=r"tokenizer\.json: transformers finds the added token"):
+        read_tokenizer(str(tmp_path))
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="added token 'Ann'"):
+        read_tokenizer(str(tmp_path))
+
+
 def test_a_sentencepiece_vocabulary_is_restored_from_its_own_file(tmp_path, sample):
     saved_tokenizer(sample, tmp_path)
     assert read_tokenizer(str(tmp_path)).fingerprint == sample.fingerprint
