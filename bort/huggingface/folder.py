@@ -324,4 +324,8 @@ def _labels(id2label: Optional[Mapping[str, str]]) -> tuple[str, ...]:
     numbers = [str(number) for number in range(len(named))]
     if not 1 <= len(named) <= MAX_OUTPUTS or named.keys() != set(numbers):
         raise UserError(f"{CONFIG}: id2label does not number its labels from 0 on")
-    return tuple(named[number] for number in numbers)
+    labels = tuple(named[number] for number in numbers)
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise UserError(f"{CONFIG}: id2label has the label {quoted(twice)} twice; rename one")
+    return labels

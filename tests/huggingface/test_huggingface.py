@@ -640,6 +640,8 @@ def test_what_cannot_be_imported_is_a_one_line_error(tmp_path, folder, capsys):
     assert "hidden size 32 is not divisible by 5 heads" in said(num_attention_heads=5)
     assert "id2label does not number its labels" in said(id2label={"1": "a", "x": "b"})
     assert "id2label does not number its labels" in said(id2label={})
+    twice = said(id2label={"0": "a", "1": "b", "2": "a"})
+    assert "id2label has the label 'a' twice; rename one" in twice
     multi = said(problem_type="multi_label_classification")
     assert "problem_type is 'multi_label_classification' with 3 labels; supported are" in multi
     assert "problem_type is 'regression' with 3 labels" in said(problem_type="regression")
