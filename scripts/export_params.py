@@ -49,11 +49,14 @@ def export(path: str, output: str, dtype: str) -> list[str]:
     original's, whose LayerNorms and embeddings are Bort's, when a parameter is NaN or infinite in
     `dtype`, and when the file cannot be written.
     """
-    from bort.parameters import check_finite
-    from bort.saved_model import load_model
+    from bort.files import refuse_overwriting
+    from bort.parameters import check_finite, parameter_file
+    from bort.saved_model import load_model, model_config_path
     from bort.shapes import BORT_OPTIONS
 
-    model, model_config, _ = load_model(path)
+    found = parameter_file(path)
+    refuse_overwriting(output, found, model_config_path(found))
+    model, model_config, _ = load_model(found)
     if model_config.body_options != BORT_OPTIONS:
         raise UserError(
             f"{path}: a bare parameter file cannot say that the model has token types or the "

@@ -66,9 +66,11 @@ class PredictSettings:
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Predict every line of the input; returns the number of predictions."""
+    from bort.files import refuse_overwriting
     from bort.inference.prediction_files import predict_file
 
     (settings,) = parse(str(__doc__), argv, PredictSettings)
+    refuse_overwriting(settings.output, settings.input)
     return predict_file(
         lambda: load(settings),
         settings.input,
@@ -80,13 +82,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def load(settings: PredictSettings) -> Any:
     """Load the model that the flags name."""
+    from bort.files import refuse_overwriting
     from bort.inference.pipelines import load_classifier, load_mask_filler
+    from bort.parameters import parameter_file
+    from bort.saved_model import model_config_path
 
+    found = parameter_file(settings.model_parameters)
+    refuse_overwriting(settings.output, found, model_config_path(found))
     if settings.fill_mask:
-        return load_mask_filler(settings.model_parameters, settings.batch_size)
-    return load_classifier(
-        settings.model_parameters, settings.task, settings.runtime, settings.batch_size
-    )
+        return load_mask_filler(found, settings.batch_size)
+    return load_classifier(found, settings.task, settings.runtime, settings.batch_size)
 
 
 if __name__ == "__main__":

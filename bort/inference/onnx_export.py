@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 import numpy as np
 
 from bort.errors import UserError
+from bort.files import refuse_overwriting
 from bort.inference.onnx_file import onnx_session, write_onnx
 from bort.inference.onnx_graph import OPSET, build
 from bort.inference.runtime import metadata_of, onnx_path
 from bort.mxnet_setup import cpu_threads
 from bort.parameters import check_finite, parameter_file
-from bort.saved_model import load_model
+from bort.saved_model import load_model, model_config_path
 from bort.types import Block
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ def export_onnx(model: str, output: Optional[str] = None) -> Export:
     model: a .params file, its folder, a checkpoint or a run.
 
     Raises `UserError` when the model cannot be loaded, when ONNX Runtime's outputs differ from
-    MXNet's by more than `TOLERANCE`, and when the file cannot be written.
+    MXNet's by more than `TOLERANCE`, and when the file cannot be written or is the model's own.
     """
     source = parameter_file(model)
     path = output or onnx_path(source)
+    refuse_overwriting(path, source, model_config_path(source))
     saved = load_model(source)
     check_finite(source, saved.network)
     graph = build(saved.network, metadata=metadata_of(source, saved.model_config))

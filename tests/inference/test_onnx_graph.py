@@ -263,6 +263,9 @@ def test_mistakes_are_reported_in_one_line_and_leave_nothing(saved, tmp_path, ca
     assert "folder: is a folder" in complaint(capsys, saved, "--output", tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert not list((tmp_path / "folder").iterdir())
+    before = saved.read_bytes()
+    assert "would overwrite what it is made from" in complaint(capsys, saved, "--output", saved)
+    assert saved.read_bytes() == before
 
 
 def test_an_output_that_is_a_link_or_a_fifo_stays_one(saved, tmp_path):

@@ -538,6 +538,21 @@ def test_outputs_that_are_links_devices_and_fifos_stay_so(tmp_path, tokenizer):
     assert Path(os.devnull).is_char_device()
 
 
+def test_an_output_never_replaces_what_is_read(tmp_path, tokenizer, capsys):
+    saved(tmp_path, tokenizer)
+    source, link = tmp_path / "in.txt", tmp_path / "link"
+    source.write_text("a fine film\n")
+    link.symlink_to(source)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for output in (source, link, tmp_path / "best.params", tmp_path / "best.json"):
+        line = ["--model_parameters", tmp_path, "--input", source, "--output", output]
+        with pytest.raises(SystemExit):
+            program.main([str(word) for word in line])
+        message = f"error: --output {output}: would overwrite what it is made from; name another"
+        assert capsys.readouterr().err.startswith(message)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_an_interrupt_leaves_no_output(tmp_path, tokenizer, capsys, monkeypatch):
     saved(tmp_path, tokenizer)
     path = first_line(tmp_path, "a film\n")

@@ -240,6 +240,15 @@ def test_an_output_that_cannot_be_written_is_a_one_line_error(run, tmp_path, cap
     assert not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("name", ["model.params", "model.json"])
+def test_an_output_never_replaces_the_model(run, capsys, name):
+    own = run / "step-0000012" / name
+    before = own.read_bytes()
+    said = complaint(capsys, run, "--output", own, "--dtype", "float16")
+    assert said == f"error: --output {own}: would overwrite what it is made from; name another file"
+    assert own.read_bytes() == before
+
+
 def test_an_output_that_is_a_link_or_a_fifo_stays_one(run, tmp_path):
     target, link, fifo = tmp_path / "target", tmp_path / "link", tmp_path / "fifo"
     link.symlink_to(target)
