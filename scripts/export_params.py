@@ -46,13 +46,13 @@ def export(path: str, output: str, dtype: str) -> list[str]:
     """Write the parameters of a saved model to a file; returns their names.
 
     Raises `UserError` when the model cannot be loaded or is not one of GluonNLP's and the
-    original's, whose LayerNorms and embeddings are Bort's, when a parameter is NaN or infinite in
-    `dtype`, and when the file cannot be written.
+    original's, whose LayerNorms, embeddings and pooling are Bort's, when a parameter is NaN or
+    infinite in `dtype`, and when the file cannot be written.
     """
     from bort.files import refuse_overwriting
     from bort.parameters import check_finite, parameter_file
     from bort.saved_model import load_model, model_config_path
-    from bort.shapes import BORT_OPTIONS
+    from bort.shapes import BORT_OPTIONS, CLS
 
     found = parameter_file(path)
     refuse_overwriting(output, found, model_config_path(found))
@@ -61,6 +61,12 @@ def export(path: str, output: str, dtype: str) -> list[str]:
         raise UserError(
             f"{path}: a bare parameter file cannot say that the model has token types or the "
             f"layer_norm_eps {model_config.layer_norm_eps}; use scripts/convert_to_huggingface.py"
+        )
+    if model_config.pooling != CLS:
+        raise UserError(
+            f"{path}: a bare parameter file cannot say that the classifier was trained with "
+            f"--pooling {model_config.pooling}, and the original's takes the first token; use "
+            "scripts/export_onnx.py"
         )
     model.cast(dtype)
     check_finite(f"{path} in {dtype}", model)

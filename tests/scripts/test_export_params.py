@@ -283,3 +283,12 @@ def test_a_model_with_other_options_is_refused(tmp_path, capsys):
         capsys.readouterr().err
     )
     assert not (tmp_path / "bort.params").exists()
+
+
+def test_a_classifier_of_the_mean_over_the_tokens_is_refused(classifier, tmp_path, capsys):
+    path = str(tmp_path / "run" / "best.params")
+    model_config = dataclasses.replace(read_model_config(path), pooling="mean")
+    save_model(path, build_network(model_config), model_config, None)
+    said = complaint(capsys, path, "--output", tmp_path / "exported.params")
+    assert "was trained with --pooling mean, and the original's takes the first token" in said
+    assert not (tmp_path / "exported.params").exists()
