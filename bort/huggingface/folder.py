@@ -13,6 +13,7 @@ Needs NumPy and safetensors; torch only for weights in pytorch_model.bin.
 from __future__ import annotations
 
 import os
+from types import MappingProxyType
 from typing import Mapping, NamedTuple, Optional
 
 import numpy as np
@@ -24,6 +25,7 @@ from bort.huggingface import weights as huggingface
 from bort.huggingface.config import (
     Description,
     HuggingFaceConfig,
+    OurEntries,
     configuration,
     parse_config,
 )
@@ -51,6 +53,10 @@ READ_FILES = (
 )
 OURS = "bort"  # the key of our own entries in config.json
 KEEP, FOLD = "keep", "fold"  # what is done with a body's two token types
+# {kind of a saved model: the head that computes it}; CLASSIFIER_HEAD for the others.
+_HEADS: Mapping[str, str] = MappingProxyType(
+    {MASKED_LM: MASKED_LM_HEAD, TaskKind.MULTIPLE_CHOICE: CHOICE_HEAD}
+)
 _OUR_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inputs_version")
 
 
@@ -72,8 +78,7 @@ def architecture_for(model_config: ModelConfig, family: str) -> Architecture:
             "the classifier was trained with --pooling mean: the classifiers of transformers take "
             "the first token; fine-tune with --pooling cls to convert the model"
         )
-    heads: dict[str, str] = {MASKED_LM: MASKED_LM_HEAD, TaskKind.MULTIPLE_CHOICE: CHOICE_HEAD}
-    return Architecture(family, heads.get(model_config.kind, CLASSIFIER_HEAD))
+    return Architecture(family, _HEADS.get(model_config.kind, CLASSIFIER_HEAD))
 
 
 def usual_family(tokenizer: Tokenizer) -> str:
@@ -263,19 +268,20 @@ def _model_config(
     origin: str,
 ) -> ModelConfig:
     """Return the model config of a folder, from config.json and our own entries in it."""
-    ours, architecture, shape = config.bort, description.architecture, description.shape
+    architecture, shape = description.architecture, description.shape
     size, pad_id = tokenizer.vocab_size, tokenizer.pad_id
     if (config.vocab_size, description.pad_id) != (size, pad_id):
         raise UserError(
             f"{CONFIG} has {config.vocab_size} tokens and pads with {description.pad_id}, its "
             f"tokenizer has {size} and pads with {pad_id}"
         )
-    labels, kind, outputs = ours.labels, MASKED_LM, 0
+    named = _labels(config.id2label) if architecture.head == CLASSIFIER_HEAD else ()
+    ours = _own_entries(config.bort, architecture, len(named))
+    labels, kind, outputs = named or ours.labels, MASKED_LM, 0
     if architecture.head == CHOICE_HEAD:
         kind, outputs = TaskKind.MULTIPLE_CHOICE.value, 1
     elif architecture.head == CLASSIFIER_HEAD:
-        labels = _labels(config.id2label)
-        kind, outputs = _classifier_kind(config, len(labels)), len(labels)
+        kind, outputs = _classifier_kind(config.problem_type, len(labels), ours.kind), len(labels)
     name = ours.model
     if not name or body_shape(name) != shape:
         is_roberta = architecture.family == "roberta" and options == BORT_OPTIONS
@@ -299,12 +305,24 @@ def _model_config(
     )
 
 
-def _classifier_kind(config: HuggingFaceConfig, num_labels: int) -> str:
+def _own_entries(ours: OurEntries, architecture: Architecture, num_labels: int) -> OurEntries:
+    """Return our entries; of a model whose head was replaced since, those of its body.
+
+    transformers keeps the entries when it gives a model a head of another kind or size.
+    """
+    is_same = _HEADS.get(ours.kind, CLASSIFIER_HEAD) == architecture.head
+    if architecture.head == CLASSIFIER_HEAD:
+        is_same = is_same and num_labels == (len(ours.labels) or 1)  # a regression has none
+    return ours if is_same else OurEntries(model=ours.model, max_len=ours.max_len)
+
+
+def _classifier_kind(problem: Optional[str], num_labels: int, own_kind: str) -> str:
     """Return the kind of a classifier of single texts or pairs.
+
+    problem: its problem_type; own_kind: in our entries.
 
     Raises `UserError` for labels that do not exclude each other and for several scores.
     """
-    problem = config.problem_type
     if problem is None:  # as transformers decides
         problem = "regression" if num_labels == 1 else "single_label_classification"
     if problem == "regression" and num_labels == 1:
@@ -314,8 +332,8 @@ def _classifier_kind(config: HuggingFaceConfig, num_labels: int) -> str:
             f"{CONFIG}: problem_type is {quoted(problem)} with {num_labels} labels; supported are "
             "single_label_classification, and regression with one"
         )
-    candidates = config.bort.kind == TaskKind.CANDIDATES
-    return TaskKind.CANDIDATES.value if candidates else TaskKind.CLASSIFICATION.value
+    is_candidates = own_kind == TaskKind.CANDIDATES
+    return TaskKind.CANDIDATES.value if is_candidates else TaskKind.CLASSIFICATION.value
 
 
 def _labels(id2label: Optional[Mapping[str, str]]) -> tuple[str, ...]:

@@ -679,6 +679,25 @@ def test_what_cannot_be_imported_is_a_one_line_error(tmp_path, folder, capsys):
     assert not (tmp_path / "back").exists()
 
 
+def test_a_model_with_another_head_is_not_of_its_former_task(tmp_path, sample, folder):
+    """transformers keeps our entries in config.json when it replaces a head."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    saved(tmp_path / "other", "masked_lm", sample)
+    convert([str(tmp_path / "other"), "--output", str(tmp_path / "new")])
+    former = config["bort"]
+    assert (former["kind"], len(former["labels"])) == ("classification", 3)
+    (tmp_path / "new" / "SHA256SUMS").unlink()
+    edit(tmp_path / "new" / "config.json", bort={**former, "task": "MNLI"})
+    found = huggingface_folder.read_folder(str(tmp_path / "new")).saved.model_config
+    assert (found.kind, found.task, found.labels) == ("masked_lm", "", ())
+    assert (found.model, found.max_len) == (former["model"], former["max_len"])
+    (folder / "SHA256SUMS").unlink()
+    for labels, task in ((("x", "y", "z"), "MNLI"), (("x", "y"), "")):  # renamed; replaced
+        edit(folder / "config.json", bort={**former, "task": "MNLI", "labels": labels})
+        found = huggingface_folder.read_folder(str(folder)).saved.model_config
+        assert (found.task, found.labels) == (task, tuple(config["id2label"].values()))
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
 
 
