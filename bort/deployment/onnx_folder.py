@@ -74,8 +74,9 @@ def export_folder(model: str, output: str) -> FolderExport:
     saved = load_model(source)
     check_finite(source, saved.network)
     architecture = onnx_architecture(saved)
+    special_tokens = require_tokenizer(saved).special_tokens
     with new_folder(output) as folder:
-        card = model_card(saved.model_config, architecture, is_onnx=True)
+        card = model_card(saved.model_config, architecture, special_tokens, is_onnx=True)
         write_description(folder, saved, architecture, card)
         comparison = write_graphs(os.path.join(folder, ONNX_FOLDER), source, saved, tuple(FILES))
         write_sums(folder)

@@ -106,7 +106,8 @@ def write(folder: str, saved: SavedModel, family: Optional[str] = None) -> Archi
     )
     # transformers refuses a file without the format.
     save_file(arrays, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-    write_description(folder, saved, architecture, model_card(saved.model_config, architecture))
+    card = model_card(saved.model_config, architecture, tokenizer.special_tokens)
+    write_description(folder, saved, architecture, card)
     write_sums(folder)
     return architecture
 

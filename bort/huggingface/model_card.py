@@ -9,6 +9,7 @@ from typing import Any, Iterator, Mapping, Sequence, Union
 
 from bort.huggingface.families import Architecture
 from bort.saved_model import ModelConfig
+from bort.tokenization import SPECIAL_TOKENS
 
 _PIPELINES = {"MaskedLM": "fill-mask", "MultipleChoice": "multiple-choice"}
 _NOT_RECORDED = "not recorded"
@@ -47,9 +48,10 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = {architecture}.from_pretrained("FOLDER")
 ```
 
-Load the tokenizer with `AutoTokenizer`: it puts one `</s>` between two texts, as in training;
-RoBERTa's own tokenizer classes put two. Inputs of more than two texts, `<s> A </s> B </s> C </s>`,
-have to be joined from ids."""
+Load the tokenizer with `AutoTokenizer`: it puts one `{eos}` between two texts, as in
+training{others}. Inputs of more than two texts,
+`{bos} A {eos} B {eos} C {eos}`, have to be joined from ids."""
+_OTHER_CLASSES = "; RoBERTa's own tokenizer classes put two"
 _OPTIMUM = """\
 With optimum:
 
@@ -79,9 +81,15 @@ const model = await AutoModelFor{head}.from_pretrained("FOLDER", {{ dtype: "fp32
 give it texts of at most {max_len} tokens."""
 
 
-def model_card(model_config: ModelConfig, architecture: Architecture, is_onnx: bool = False) -> str:
+def model_card(
+    model_config: ModelConfig,
+    architecture: Architecture,
+    special_tokens: Mapping[str, str] = SPECIAL_TOKENS,
+    is_onnx: bool = False,
+) -> str:
     """Return README.md: what the model is, its data, metrics and command, and how to load it.
 
+    special_tokens: of its tokenizer.
     is_onnx: the folder holds ONNX files, not weights for PyTorch.
 
     Paths are cut to their last component: a card is uploaded, local folders are private.
@@ -105,16 +113,26 @@ def model_card(model_config: ModelConfig, architecture: Architecture, is_onnx: b
         command=_command(command),
         details=f"## Details\n\n{_table(details)}\n" if details else "",
         library="transformers.js" if is_onnx else "transformers",
-        use=_use(model_config, architecture, is_onnx),
+        use=_use(model_config, architecture, special_tokens, is_onnx),
     )
 
 
-def _use(model_config: ModelConfig, architecture: Architecture, is_onnx: bool) -> str:
+def _use(
+    model_config: ModelConfig,
+    architecture: Architecture,
+    special_tokens: Mapping[str, str],
+    is_onnx: bool,
+) -> str:
     template = _PYTORCH
     if is_onnx:  # transformers.js has no class for a multiple choice
         template = _OPTIMUM + ("" if architecture.head == "MultipleChoice" else _TRANSFORMERS_JS)
     return template.format(
-        architecture=architecture.name, head=architecture.head, max_len=model_config.max_len
+        architecture=architecture.name,
+        head=architecture.head,
+        max_len=model_config.max_len,
+        bos=special_tokens["bos"],
+        eos=special_tokens["eos"],
+        others=_OTHER_CLASSES if special_tokens == SPECIAL_TOKENS else "",
     )
 
 

@@ -356,6 +356,9 @@ def test_import_export_and_import_again_keep_the_model(tmp_path, kind, family):
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert described["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
     assert (described["cls_token"], described["pad_token"]) == ("[CLS]", "[PAD]")
+    card = (tmp_path / "README.md").read_text()
+    assert "it puts one `[SEP]` between two texts, as in\ntraining. Inputs" in card
+    assert "</s>" not in card
     network, model_config, tokenizer = read(str(tmp_path))
     assert model_config.body_options == model.model_config.body_options
     assert model_config.labels == model.model_config.labels
