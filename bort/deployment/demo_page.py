@@ -158,11 +158,12 @@ def _describe(saved: SavedModel, megabytes: int) -> JSONObject:
 
 
 def _fields(model_config: ModelConfig) -> list[str]:
-    """Return the labels of the fields: the names of the task's texts, if it has any."""
+    """Return the labels of the fields: the names of the task's texts, if it has words for them."""
     count, task = _num_texts(model_config), _task(model_config)
     columns = task.text_columns if task and model_config.kind != MASKED_LM else ()
-    named = [re.sub(r"(\d+)$", r" \1", name.capitalize()) for name in columns]
-    return named or list(_FIELDS[:count])  # sentence1 -> Sentence 1
+    if not columns or not all(name[0].isalpha() for name in columns):  # MRPC: #1 String
+        return list(_FIELDS[:count])
+    return [re.sub(r"(\d+)$", r" \1", name.capitalize()) for name in columns]  # Sentence 1
 
 
 def _range(model_config: ModelConfig) -> tuple[Optional[float], Optional[float]]:

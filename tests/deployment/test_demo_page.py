@@ -90,6 +90,9 @@ def test_the_page_names_the_kind_of_model(tmp_path, packages):  # noqa: F811
     found = description(write_page(tmp_path / "b", "regression", "sentencepiece", *flags))
     assert (found["low"], found["high"], found["labels"]) == (0, 5, [])
     assert found["fields"] == ["Sentence 1", "Sentence 2"]
+    # MRPC's own columns are #1 String and #2 String.
+    page = write_page(tmp_path / "e", "classification", "sentencepiece", *flags, task="MRPC")
+    assert description(page)["fields"] == ["Text", "Second text"]
     found = description(write_page(tmp_path / "c", "regression", "byte_level_bpe", *flags, task=""))
     assert (found["low"], found["title"], found["fields"]) == (None, "regression", ["Text"])
     found = description(write_page(tmp_path / "d", "masked_lm", "byte_level_bpe", *flags))
