@@ -82,7 +82,12 @@ class Pipeline(Protocol[Prepared, Result]):
 
 
 def locate(inputs: Iterable[Input]) -> Iterator[Located]:
-    """Number inputs that come from Python."""
+    """Number inputs that come from Python.
+
+    Raises `UserError` for one text or one row in place of a list: it would be taken apart.
+    """
+    if isinstance(inputs, (str, bytes, Mapping)):
+        raise UserError("inputs: expected a list of inputs, found a single one; put it into a list")
     for number, content in enumerate(inputs, 1):
         yield Located(f"input {number}", number, content)
 

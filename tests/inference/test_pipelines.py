@@ -230,6 +230,14 @@ def test_a_model_predicts_the_task_that_depends_on_it(tmp_path, tokenizer, capfd
     assert [line.split("\t")[0] for line in lines] == expected_answers(task, model, "test")
 
 
+@pytest.mark.parametrize("single", ["a fine film", {"sentence": "a fine film"}])
+def test_a_single_input_is_not_taken_for_a_list(tmp_path, tokenizer, single):
+    """Its letters or its keys would be predicted."""
+    saved(tmp_path, tokenizer)
+    with pytest.raises(UserError, match="expected a list of inputs, found a single one"):
+        list(predict(str(tmp_path), single))
+
+
 def test_windows_grow():
     sizes = [len(window) for window in windows(locate([""] * 2000), lambda: True)]
     assert sizes == [*(2**power for power in range(10)), WINDOW, 2000 - 1023 - WINDOW]
