@@ -42,6 +42,7 @@ from bort.saved_model import (
 )
 from bort.tokenization import Tokenizer
 from bort.types import TaskKind
+from bort.wordpiece import WordPiece
 from data.encoding import encode_inputs
 from data.rows import BadRowError, require_field
 from data.task import Example, Task
@@ -85,21 +86,33 @@ class ClassificationPipeline:
 
     @property
     def num_texts(self) -> int:
-        """Return the number of texts of an input; there may be more if `takes_more`."""
+        """Return the number of texts of an input; see `most_texts`."""
         return num_texts(self.model_config, self.task)
 
     @property
-    def takes_more(self) -> bool:
-        """Return whether an input may have more texts: candidates, or options without labels."""
+    def most_texts(self) -> Optional[int]:
+        """Return the largest number of texts of an input; None: any, of candidates and options.
+
+        A classifier that another program has trained does not say whether it takes pairs. A BERT
+        may: its pairs have our form, [CLS] A [SEP] B [SEP] with token types. Those of RoBERTa have
+        two separators between the texts.
+        """
         kind, labels = self.model_config.kind, self.model_config.labels
-        return kind == TaskKind.CANDIDATES or (kind == TaskKind.MULTIPLE_CHOICE and not labels)
+        if kind == TaskKind.CANDIDATES or (kind == TaskKind.MULTIPLE_CHOICE and not labels):
+            return None
+        has_types = self.model_config.type_separator is not None
+        may_take_pairs = has_types and self.tokenizer.name == WordPiece.name
+        if self.task is None and self.num_texts == 1 and may_take_pairs:
+            return 2
+        return self.num_texts
 
     @property
     def schema(self) -> InputSchema:
         """Return the names of an input's texts."""
         columns = numbered_columns(self.num_texts)
         if self.task is None:
-            return InputSchema(columns)
+            pairs = numbered_columns(2) if self.most_texts == 2 else ()
+            return InputSchema(columns, pairs)
         task = self.task
         return InputSchema(columns, task.text_columns, task.headerless_columns, task.column_aliases)
 
@@ -112,20 +125,22 @@ class ClassificationPipeline:
         if isinstance(content, Mapping):
             schema = self.schema
             row = {schema.aliases.get(key, key): value for key, value in content.items()}
-            if schema.columns[0] not in row:
-                return self._official(row)
-            texts = _own_texts(row, schema.columns)
+            columns = schema.columns
+            if columns[0] not in row:
+                if self.task:
+                    return self._official(self.task, row)
+                if schema.official and schema.official[0] in row:
+                    columns = schema.official  # text1, text2
+            texts = _own_texts(row, columns)
         else:
             texts = [content] if isinstance(content, str) else list(content)
         return [self._query([text.strip() for text in texts])]
 
-    def _official(self, row: Mapping[str, object]) -> list[Query]:
-        if self.task is None:
-            raise BadRowError(f"has no {self.schema.columns[0]!r}")
-        examples = self.task.cast_row(row, 0)
+    def _official(self, task: Task, row: Mapping[str, object]) -> list[Query]:
+        examples = task.cast_row(row, 0)
         if not examples:
             raise BadRowError("has no question to answer")
-        check_texts(self.task.source_texts(row))
+        check_texts(task.source_texts(row))
         if self.model_config.kind != TaskKind.CANDIDATES:
             return [Query(example.inputs, self.model_config.labels) for example in examples]
         groups = [list(group) for _, group in groupby(examples, _query_number)]
@@ -135,9 +150,9 @@ class ClassificationPipeline:
 
     def _query(self, texts: Sequence[str]) -> Query:
         kind, labels = self.model_config.kind, self.model_config.labels
-        expected = self.num_texts
-        if len(texts) < expected or (len(texts) > expected and not self.takes_more):
-            more = " or more" if self.takes_more else ""
+        expected, most = self.num_texts, self.most_texts
+        if not expected <= len(texts) <= (most or len(texts)):
+            more = " or more" if most is None else f" or {most}" if most > expected else ""
             raise BadRowError(
                 f"has {len(texts)} texts, expected {expected}{more} (tabs separate texts)"
             )

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -198,6 +199,39 @@ def test_choices_and_candidates_as_plain_texts(tmp_path, tokenizer):
     first, *others = predict(str(record), [row, texts, numbered])
     assert_same(others, [first, first])
     assert set(first.probabilities) == {"Ann", "Bob"}
+
+
+def test_a_bert_of_another_program_takes_single_texts_and_pairs(tmp_path, capfdbinary):
+    """It does not say which it was trained with; RoBERTa's pairs have another form."""
+    tokenizer = WordPiece(VOCABULARY, Normalizer())
+    model_config = ModelConfig(
+        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "regression", num_outputs=1
+    )
+    bert = replace(model_config, type_separator=tokenizer.eos_id)
+    model = _saved(tmp_path / "bert.params", bert, tokenizer)
+    rows = ["the man", "the man\tran", {"text": "the man"}, {"text1": "the man", "text2": "ran"}]
+    inputs = [row.split("\t") if isinstance(row, str) else row for row in rows]
+    values = [one.value for one in predict(str(tmp_path), inputs)]
+    expected = []
+    for texts in (["the man"], ["the man", "ran"]):
+        ends = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+        ids = [tokenizer.bos_id, *itertools.chain(*ends)]
+        expected.append(model.network(nd.array([ids]), nd.array([len(ids)])).asnumpy().item())
+    assert values == pytest.approx(2 * expected, abs=1e-6)
+    assert expected[0] != pytest.approx(expected[1], abs=1e-3)
+    table = tmp_path / "rows"  # whose header is recognized
+    table.write_text("text1\ttext2\nthe man\tran\n")
+    assert run(capfdbinary, tmp_path, "--input", table) == [f"{expected[1]:.4f}"]
+    for row, message in (
+        (["the", "man", "ran"], "has 3 texts, expected 1 or 2"),
+        ({"text1": "the"}, "has no 'text2'"),
+        ({"sentence": "the"}, "has no 'text'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(predict(str(tmp_path), [row]))
+    _saved(tmp_path / "other" / "bert.params", model_config, tokenizer)  # without types
+    with pytest.raises(UserError, match="has 2 texts, expected 1 "):
+        list(predict(str(tmp_path / "other"), [["the man", "ran"]]))
 
 
 def test_a_choice_without_labels_takes_any_number_of_options(tmp_path, tokenizer, capfdbinary):
