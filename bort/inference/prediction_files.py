@@ -25,7 +25,8 @@ INPUT_FORMATS = ("auto", "text", "tsv", "jsonl")
 OUTPUT_FORMATS = ("tsv", "json")
 EXTENSIONS: Mapping[str, str] = {".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}
 STDIN = "-"
-_JSON = re.compile(rb'\s*\[?\s*\{\s*"')  # how JSON begins, also as a list, which is refused
+# How JSON begins; as a list or over several lines it is refused.
+_JSON = re.compile(rb'\s*(?:\[?\s*\{\s*"|(?:\[|\[?\s*\{)\s*$)')
 
 
 def predict_file(
