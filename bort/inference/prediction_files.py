@@ -194,7 +194,13 @@ class InputReader:
         fields = first.content.decode("utf-8", "replace").split("\t")
         guessed = file_format == "auto"
         if guessed:
-            extension = os.path.splitext(first.where.rpartition(":")[0])[1].lower()
+            path = first.where.rpartition(":")[0]
+            extension = os.path.splitext(path)[1].lower()
+            if extension == ".csv":  # each line would be taken for a text, its header too
+                raise UserError(
+                    f"{path}: CSV is not read; convert it to TSV or JSON lines, or give "
+                    "--input_format text if each line is a text"
+                )
             guessed = extension not in EXTENSIONS
             file_format = EXTENSIONS.get(extension) or self._guess(first, fields)
         if file_format == "jsonl":

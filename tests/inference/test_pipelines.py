@@ -547,6 +547,16 @@ def test_a_smiley_is_text_where_the_flag_asks_for_it(tmp_path, tokenizer, capfdb
     assert line.split("\t")[0] in "01"
 
 
+def test_csv_is_not_taken_for_text(tmp_path, tokenizer, capfdbinary):
+    saved(tmp_path, tokenizer)
+    path = first_line(tmp_path, 'sentence,label\n"a fine, good film",1\n', "in.csv")
+    with pytest.raises(SystemExit):
+        run(capfdbinary, tmp_path, "--input", str(path))
+    said = capfdbinary.readouterr().err.decode()
+    assert said.startswith(f"error: {path}: CSV is not read; convert it to TSV or JSON lines")
+    assert len(run(capfdbinary, tmp_path, "--input", str(path), "--input_format", "text")) == 2
+
+
 def test_a_long_line_is_read_in_linear_time(tmp_path, monkeypatch):
     """Reading joins each line once, however many pieces it comes in."""
     path = first_line(tmp_path, b"x" * (1 << 20) + b"\nshort")
