@@ -155,12 +155,14 @@ def onnx_session(model: bytes | str, threads: int) -> InferenceSession:
     options.log_severity_level = 3  # no warnings
     name, content = "the ONNX graph", model
     if isinstance(model, str):
-        name, folder = model, os.path.dirname(os.path.abspath(model))
-        if not _is_utf8(os.path.abspath(model)):
+        # Links are followed here: the runtime refuses constants that lie outside of its folder.
+        name, path = model, os.path.realpath(model)
+        content = path
+        if not _is_utf8(path):
             raise UserError(f"{model}: its path is not UTF-8, which ONNX Runtime needs; rename it")
-        if maps_constants(onnxruntime.__version__) and (separated := read_separated(model)):
-            content = separated.with_external_data(os.path.basename(model))
-            options.add_session_config_entry(_EXTERNAL_FOLDER, folder)
+        if maps_constants(onnxruntime.__version__) and (separated := read_separated(path)):
+            content = separated.with_external_data(os.path.basename(path))
+            options.add_session_config_entry(_EXTERNAL_FOLDER, os.path.dirname(path))
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no class

@@ -90,6 +90,10 @@ def test_other_readers_find_the_constants_in_the_file(tmp_path):
         np.testing.assert_array_equal(values[one.name], numpy_helper.to_array(one))
     expected = sum(numpy_helper.to_array(one).sum() for one in model.graph.initializer)
     assert onnx_session(str(path), 1).run(None, {})[0] == pytest.approx(expected, abs=1e-3)
+    link = tmp_path / "links" / "best.onnx"  # as git-annex and caches have files
+    link.parent.mkdir()
+    link.symlink_to(path)
+    assert onnx_session(str(link), 1).run(None, {})[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_constants_that_are_not_aligned_stay_in_the_graph(tmp_path):
