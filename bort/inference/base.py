@@ -24,7 +24,7 @@ from typing import (
 
 import numpy as np
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.tokenization import TOKENIZER_FOLDER, Tokenizer
 from bort.types import JSONMapping
 from data.batches import pad
@@ -146,6 +146,19 @@ def windows(inputs: Iterable[Located], ready: Callable[[], bool]) -> Iterator[li
 def numbered_columns(count: int) -> tuple[str, ...]:
     """Return text, or text1, text2, ..."""
     return ("text",) if count == 1 else tuple(f"text{number}" for number in range(1, count + 1))
+
+
+def texts_of(content: Any) -> list[str]:
+    """Return the texts of an input that is no row: one, or a sequence of several.
+
+    Raises `BadRowError` for what is not a text, such as the NaN of an empty cell in pandas.
+    """
+    one = isinstance(content, (str, bytes)) or not isinstance(content, Iterable)
+    texts: list[Any] = [content] if one else list(content)
+    for text in texts:
+        if not isinstance(text, str):
+            raise BadRowError(f"is {quoted(text)}, expected text")
+    return texts
 
 
 def check_texts(texts: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ from bort.inference.base import (
     numbered_columns,
     require_tokenizer,
     softmax,
+    texts_of,
     token_batches,
 )
 from bort.inference.runtime import (
@@ -133,7 +134,7 @@ class ClassificationPipeline:
                     columns = schema.official  # text1, text2
             texts = _own_texts(row, columns)
         else:
-            texts = [content] if isinstance(content, str) else list(content)
+            texts = texts_of(content)
         return [self._query([text.strip() for text in texts])]
 
     def _official(self, task: Task, row: Mapping[str, object]) -> list[Query]:

@@ -19,6 +19,7 @@ from bort.inference.base import (
     check_texts,
     numbered_columns,
     require_tokenizer,
+    texts_of,
     token_batches,
 )
 from bort.parameters import check_finite, parameter_file
@@ -61,15 +62,14 @@ class FillMaskPipeline:
         """
         if isinstance(content, Mapping):
             content = require_field(content, "text", str)
-        if not isinstance(content, str):
-            if len(content) != 1:
-                raise BadRowError(f"has {len(content)} texts, expected 1")
-            content = content[0]
+        texts = texts_of(content)
+        if len(texts) != 1:
+            raise BadRowError(f"has {len(texts)} texts, expected 1")
         mask = self.tokenizer.special_tokens["mask"]
-        if mask not in content:
+        if mask not in texts[0]:
             raise BadRowError(f"has no {mask} where a word is missing")
-        check_texts([content])
-        ids = mask_ids(self.tokenizer, content.strip())
+        check_texts(texts)
+        ids = mask_ids(self.tokenizer, texts[0].strip())
         if len(ids) > self.model_config.max_len:
             raise BadRowError(f"has {len(ids)} tokens, the model takes {self.model_config.max_len}")
         return ids

@@ -272,6 +272,16 @@ def test_a_single_input_is_not_taken_for_a_list(tmp_path, tokenizer, single):
         list(predict(str(tmp_path), single))
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), None, b"a", ["a", 5]])
+def test_what_is_no_text_is_named(tmp_path, tokenizer, wrong):
+    """Empty cells of pandas are NaN."""
+    saved(tmp_path / "a", tokenizer, "MNLI")
+    saved_masked_lm(tmp_path / "b", tokenizer)
+    for answer, model in ((predict, "a"), (fill_mask, "b")):
+        with pytest.raises(UserError, match=r"^input 1: is .*, expected text; fix"):
+            list(answer(str(tmp_path / model), [wrong]))
+
+
 def test_windows_grow():
     sizes = [len(window) for window in windows(locate([""] * 2000), lambda: True)]
     assert sizes == [*(2**power for power in range(10)), WINDOW, 2000 - 1023 - WINDOW]
