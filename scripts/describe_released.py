@@ -19,7 +19,9 @@ from bort.errors import entry_point
 from bort.saved_model import MASKED_LM, ModelConfig, save_model_config
 from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
 
-MODEL, SHAPE = "model/bort.params", "bort_4_8_768_1024"
+# Of this checkout, from whatever folder the program is started.
+MODEL = str(Path(__file__).resolve().parents[1] / "model" / "bort.params")
+SHAPE = "bort_4_8_768_1024"
 
 
 @entry_point

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import mxnet as mx
@@ -174,6 +175,7 @@ def test_bodies_are_built_with_and_without_decoder():
 
 
 def test_the_released_model_gets_a_card(tmp_path, tokenizer, monkeypatch):
+    assert os.path.isabs(describe_released.MODEL)  # else it would be in the current folder
     monkeypatch.setattr(describe_released, "load_tokenizer", lambda settings: tokenizer)
     monkeypatch.setattr(describe_released, "MODEL", str(tmp_path / "model" / "bort.params"))
     monkeypatch.setattr(describe_released, "SHAPE", SHAPE)
