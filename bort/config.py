@@ -157,9 +157,9 @@ def _refuse_renamed(parser: OneLineParser, argv: Sequence[str], renamed: Mapping
 
 def _use_config(parser: OneLineParser, argv: Sequence[str] | None, classes: Sequence[type]) -> None:
     """Make the values of the file that --config names the defaults of a parser."""
-    # With abbreviations, as in `parser`: --conf would be accepted there, and have no effect.
     first = OneLineParser(prog=parser.prog, add_help=False)
-    first.add_argument(CONFIG_FLAG)
+    for action in parser._actions:  # all flags: an abbreviation means here what it means there
+        first.add_argument(*action.option_strings, dest=action.dest, nargs="?")
     path = first.parse_known_args(argv)[0].config
     if path is None:
         return

@@ -241,6 +241,7 @@ def test_a_run_is_repeated_from_its_config_and_flags_override_it(tmp_path: Path)
     assert not oven.preheated, "what belongs to one run only is not taken over"
     assert rerun("--portions", "2", "--config", path)[0] == dataclasses.replace(meal, portions=2)
     assert rerun(f"--conf={path}")[0] == meal, "flags may be abbreviated"
+    assert rerun("--conf", path)[0] == meal, "argparse takes the beginning of a flag"
 
 
 @dataclass(frozen=True)
