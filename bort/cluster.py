@@ -25,6 +25,7 @@ import logging
 import os
 import pickle
 import platform
+import re
 import signal
 import socket
 import sys
@@ -51,7 +52,7 @@ from typing import (
 
 from bort.config import option
 from bort.errors import UserError, reasons
-from bort.files import LOCK_FILE, read_yaml, remove_temporaries, temporary_name
+from bort.files import LOCK_FILE, read_json, read_yaml, remove_temporaries, temporary_name
 from bort.jobs import (
     SLOT_VARIABLE,
     UNLIMITED,
@@ -82,6 +83,7 @@ SENT_BYTES = 8192  # of a function; a larger one goes to the shared disk
 PACKAGES = ("numpy", "gluonnlp", "tiktoken", "sentencepiece")
 # Before MXNet is imported, which sets the variable.
 _USERS_THREADS = asked_threads() or None
+_ADDRESS = re.compile(r"(?:tcp|tls)://[^/]+:\d+/?")
 _JOB_QUEUES = {"slurm": "SLURMCluster", "pbs": "PBSCluster"}
 _SUBMIT_KEYS = ("jobs",)  # of a job queue's file: ours; the others are dask-jobqueue's
 
@@ -357,19 +359,9 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
         if kind in _JOB_QUEUES:
             queue = _start_queue(kind, path)
             client = distributed.Client(queue, set_as_default=False)
-        elif address.endswith(".json"):
-            if not os.path.exists(address):
-                raise UserError(f"--cluster {address}: no such file; start a scheduler first")
-            client = distributed.Client(
-                scheduler_file=address, timeout=CONNECT_SECONDS, set_as_default=False
-            )
-        elif kind in ("tcp", "tls"):
-            client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         else:
-            raise UserError(
-                f"--cluster {address}: is none of tcp://host:8786, tls://host:8786, "
-                "scheduler.json and slurm:FILE.yaml"
-            )
+            scheduler = _scheduler_of(address)
+            client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         compare_versions(address, client.get_versions())
         return client, queue
     except (OSError, TypeError, ValueError, RuntimeError) as error:
@@ -377,6 +369,31 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
             f"--cluster {address}: cannot be reached ({reasons(error)[0]}); scripts/README.md says "
             "how to start a scheduler, and how to use certificates"
         ) from None
+
+
+def _scheduler_of(address: str) -> str:
+    """Return the address of a scheduler, which may be in the scheduler.json that it wrote.
+
+    Raises `UserError` for what Dask takes for no address: it would wait for 40 seconds and leave
+    with a traceback.
+    """
+    found: object = address
+    if address.endswith(".json"):
+        if not os.path.exists(address):
+            raise UserError(f"--cluster {address}: no such file; start a scheduler first")
+        content = read_json(address)
+        found = content.get("address") if isinstance(content, dict) else None
+        if not isinstance(found, str) or not _ADDRESS.fullmatch(found):
+            raise UserError(
+                f"--cluster {address}: has no address of a scheduler; name the scheduler.json that "
+                "`dask scheduler --scheduler-file` writes"
+            )
+    elif not _ADDRESS.fullmatch(address):
+        raise UserError(
+            f"--cluster {address}: is none of tcp://host:8786, tls://host:8786, scheduler.json and "
+            "slurm:FILE.yaml"
+        )
+    return str(found)
 
 
 def compare_versions(address: str, versions: Any) -> None:

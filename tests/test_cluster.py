@@ -320,9 +320,14 @@ def test_a_lost_scheduler_is_reported(tmp_path, folder):
 def test_an_address_without_a_scheduler_is_refused(tmp_path, folder, monkeypatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.2)
+    other = tmp_path / "other.json"
+    other.write_text('{"type": "Scheduler"}')
     for address, message in (
         ("tcp://localhost:1", "tcp://localhost:1: cannot be reached"),
         (str(tmp_path / "none.json"), "no such file; start a scheduler first"),
+        (str(other), "other.json: has no address of a scheduler; name the scheduler.json that"),
+        ("tcp://localhost", "is none of tcp://host:8786"),
+        ("tls://", "is none of tcp://host:8786"),
         ("ssh://localhost", "is none of tcp://host:8786"),
         ("localhost:8786", "is none of tcp://host:8786"),
     ):
