@@ -111,6 +111,17 @@ def test_the_job_file_of_a_command_with_cluster(slurm, tmp_path):
     assert not list(slurm.glob("scheduler-*"))
 
 
+def test_a_job_whose_scheduler_does_not_start_ends(slurm):
+    (slurm / ".venv" / "bin" / "activate").write_text("PATH=/usr/bin:/bin\n")  # without dask
+    command = ["bash", str(ROOT / "scripts/slurm/cluster.sbatch"), PROGRAM]
+    variables = {**os.environ, "SLURM_SUBMIT_DIR": str(slurm), "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        command, env=variables, capture_output=True, text=True, check=False, timeout=20
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: the scheduler ended (see above)\n")
+
+
 @pytest.mark.cluster
 def test_workers_that_the_command_submits_itself(slurm, tmp_path):
     pytest.importorskip("dask_jobqueue")
