@@ -26,6 +26,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -417,19 +418,27 @@ def _start_queue(kind: str, path: str) -> dask_jobqueue.JobQueueCluster:
     """Submit workers to a job queue; the YAML file has `jobs`, and arguments of dask-jobqueue."""
     import dask_jobqueue
 
+    where = f"--cluster {kind}:{path}"
     content = read_yaml(path)
-    if not isinstance(content, dict) or not isinstance(content.get("jobs"), int):
+    jobs = content.get("jobs") if isinstance(content, dict) else None
+    if type(jobs) is not int or jobs < 1:  # True is an int, too
         raise UserError(
-            f"--cluster {kind}:{path}: needs a line `jobs: N`, the number of batch jobs; the other "
+            f"{where}: needs a line `jobs: N`, the number of batch jobs, 1 at least; the other "
             f"lines are arguments of dask_jobqueue.{_JOB_QUEUES[kind]}"
         )
+    make = getattr(dask_jobqueue, _JOB_QUEUES[kind])
+    command = make.job_cls.submit_command
+    if shutil.which(command) is None:
+        raise UserError(
+            f"{where}: there is no command {command} here; start this where jobs are submitted"
+        )
     arguments = {name: value for name, value in content.items() if name not in _SUBMIT_KEYS}
-    options = {"dashboard": False, **arguments.pop("scheduler_options", {})}
     try:
-        queue = getattr(dask_jobqueue, _JOB_QUEUES[kind])(**arguments, scheduler_options=options)
+        options = {"dashboard": False, **(arguments.pop("scheduler_options", None) or {})}
+        queue = make(**arguments, scheduler_options=options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--cluster {kind}:{path}: {reasons(error)[0]}") from None
-    queue.scale(jobs=content["jobs"])
+        raise UserError(f"{where}: {reasons(error)[0]}") from None
+    queue.scale(jobs=jobs)
     return queue
 
 

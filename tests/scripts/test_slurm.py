@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bort.cluster import Cluster
+from bort.errors import UserError
 from tests.conftest import ROOT
 from tests.data.test_create_pretraining_data import content
 from tests.nodes import wait_until
@@ -143,6 +145,9 @@ def test_mistakes_in_the_file_of_a_queue(slurm, tmp_path):
     queue = tmp_path / "queue.yaml"
     for text, message in (
         ("cores: 1\nmemory: 1GB\n", "needs a line `jobs: N`"),
+        ("jobs: 0\ncores: 1\nmemory: 1GB\n", "needs a line `jobs: N`"),
+        ("jobs: true\ncores: 1\nmemory: 1GB\n", "needs a line `jobs: N`"),
+        ("jobs: 1\ncores: 1\nmemory: 1GB\nscheduler_options: 3\n", "not a mapping"),
         ("jobs: 1\n", "cores"),
         ("jobs: 1\ncores: 1\nmemory: 1GB\nnonsense: 3\n", "nonsense"),
     ):
@@ -154,6 +159,15 @@ def test_mistakes_in_the_file_of_a_queue(slurm, tmp_path):
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"error: --cluster slurm:{queue}: ")
         assert message in line
+
+
+def test_a_queue_without_its_commands_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("dask_jobqueue")
+    queue = tmp_path / "queue.yaml"
+    queue.write_text("jobs: 1\ncores: 1\nmemory: 1GB\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=f"^--cluster pbs:{queue}: there is no command qsub here"):
+        Cluster(f"pbs:{queue}", str(tmp_path))
 
 
 @pytest.mark.distributed
