@@ -125,7 +125,7 @@ class Preflight:
 
     def _speed_rows(self) -> list[Row]:
         first, seconds, tokens = time_updates(self._loop)
-        left = self.settings.optimizer.num_steps - self._start
+        left = max(0, self.settings.optimizer.num_steps - self._start)
         hours = left * seconds / 3600
         gpus = self.settings.run.gpus is not None
         width = self._workers if gpus else self.communicator.size * cpu_threads()

@@ -174,6 +174,8 @@ def test_a_resumed_run_has_less_to_do_and_loses_nothing(data, tmp_path, capsys):
     assert "12 updates" in rows["to the end"]
     rows = checked(capsys, data, folder, start_step=4)
     assert "16 updates" in rows["to the end"]
+    rows = checked(capsys, data, folder, resume=True, num_steps=4)
+    assert "0.00 h for 0 updates" in rows["to the end"], "it is past its end"
     assert everything(folder) == before
     rows = checked(capsys, data, folder, status=1)
     assert rows["folder"].startswith("FAIL --ckpt_dir")
