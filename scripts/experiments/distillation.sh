@@ -49,8 +49,12 @@ else
 fi
 
 mkdir -p "$folder/times"
-once "$folder/train.txt" awk -v train="$folder/train.txt" -v every=$every \
-    'BEGIN { RS = ""; ORS = "\n\n" } NR % every == 0 { print > train }' "$teacher/train.txt"
+documents() {
+    awk -v every=$every 'BEGIN { RS = ""; ORS = "\n\n" } NR % every == 0' "$teacher/train.txt" \
+        >"$folder/train.part"
+    mv "$folder/train.part" "$folder/train.txt"
+}
+once "$folder/train.txt" documents
 shards "$folder/train.txt" "$folder/train"
 build_cache() {
     "$python" scripts/build_teacher_cache.py --data "$folder/train,$teacher/test" \

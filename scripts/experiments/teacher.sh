@@ -19,7 +19,8 @@ pretrained all-MiniLM-L6-v2
 hold_out() {
     mkdir -p "$folder"
     IFS=, read -ra files <<<"$TEXT"
-    awk -v train="$folder/train.txt" -v heldout="$folder/test.txt" '
+    rm -f "$folder/test.part"
+    awk -v train="$folder/train.part" -v heldout="$folder/test.part" '
         BEGIN { RS = ""; FS = "\n"; ORS = "\n\n" }
         NR % 50 { print > train; next }
         {
@@ -27,6 +28,12 @@ hold_out() {
             for (line = 2; line <= NF && line <= 40; line++) text = text "\n" $line
             print text > heldout
         }' "${files[@]}"
+    if [[ ! -e $folder/test.part ]]; then
+        echo "error: TEXT: has fewer than 50 documents, so that none is held out" >&2
+        exit 2
+    fi
+    mv "$folder/train.part" "$folder/train.txt"
+    mv "$folder/test.part" "$folder/test.txt"
 }
 
 once "$folder/test.txt" hold_out

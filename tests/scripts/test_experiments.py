@@ -193,3 +193,13 @@ def test_text_is_held_out_and_a_step_whose_result_is_there_is_skipped(project):
     (folder / "model/step-0000007").mkdir(parents=True)
     assert not project.run("teacher", **variables).returncode
     assert not (project.folder / "calls").exists()
+
+
+def test_a_text_that_is_not_held_out_to_its_end_is_not_trained_on(project):
+    (project.folder / "short.txt").write_text("Text.\n\n" * 49)
+    for text, said in (("text.txt,missing.txt", "missing.txt"), ("short.txt", "fewer than 50")):
+        for _ in range(2):  # the second time, too
+            result = project.run("teacher", TEXT=text)
+            assert result.returncode == 2
+            assert said in result.stderr
+    assert [call[0] for call in project.calls()] == ["scripts/convert_from_huggingface.py"] * 4
