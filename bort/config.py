@@ -242,6 +242,15 @@ def check_limits(settings: Any) -> None:
             raise UserError(f"--{field.name} {value}: must be 0 or at least {_SMALLEST:g}")
 
 
+def counts_of(flag: str, text: str, maximum: int | None = None) -> list[int]:
+    """Return the numbers of a flag that takes several, as in 5,50: whole and at least 1."""
+    numbers = [int(word) if word.isdecimal() and len(word) < 10 else 0 for word in text.split(",")]
+    if min(numbers) < 1 or max(numbers) > (maximum or max(numbers)):
+        limit = f"from 1 to {maximum}" if maximum else "from 1 on"
+        raise UserError(f"{flag} {quoted(text)}: must be whole numbers {limit}, commas between")
+    return numbers
+
+
 def as_dict(*settings: Any) -> dict[str, JSONObject]:
     """Return the settings as {class name: {field: value}}, the content of config.json."""
     return {type(each).__name__: dataclasses.asdict(each) for each in settings}

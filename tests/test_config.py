@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import pytest
 
-from bort.config import as_dict, build, option, parse, parser_for, required
+from bort.config import as_dict, build, counts_of, option, parse, parser_for, required
 from bort.errors import UserError
 from bort.files import read_json, write_json
 
@@ -115,6 +115,13 @@ def test_values_outside_the_limits_are_refused(flag: str, value: str, complaint:
     with pytest.raises(UserError) as caught:
         cooking(f"--{flag}", value)
     assert str(caught.value) == complaint
+
+
+@pytest.mark.parametrize("text", ["", "5,", "x", "0", "1.5", "-1", "9,513", "9" * 5000])
+def test_a_list_of_counts_has_whole_numbers_within_limits(text: str) -> None:
+    assert counts_of("--lengths", "1,512", maximum=512) == [1, 512]
+    with pytest.raises(UserError, match=r"^--lengths '.*: must be whole numbers from 1 to 512, co"):
+        counts_of("--lengths", text, maximum=512)
 
 
 def test_limits_are_inclusive() -> None:

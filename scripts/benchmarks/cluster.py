@@ -19,7 +19,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 import psutil
 
 from bort.cluster import ClusterSettings
-from bort.config import option, parse, required
+from bort.config import counts_of, option, parse, required
 from bort.errors import UserError
 from bort.jobs import peak_megabytes
 from bort.mxnet_setup import usable_cores
@@ -52,7 +52,7 @@ def main(argv: Optional[Sequence[str]] = None) -> list[list[str]]:
     (settings,) = parse(str(__doc__), argv, Settings)
     ClusterSettings("tcp://here").check()
     rows = []
-    for megabytes in map(int, settings.megabytes.split(",")):
+    for megabytes in counts_of("--megabytes", settings.megabytes):
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             size = _write_text(folder, settings.input_file, megabytes)
             shards = max(settings.workers, -(-megabytes // settings.shard_megabytes))

@@ -29,6 +29,7 @@ from benchmarks._peers import (
 )
 from benchmarks.distillation import ENCODER_PARAMETERS
 from bort.config import option, parse
+from bort.errors import UserError
 from bort.mxnet_setup import cpu_threads
 
 LABELS = ("0", "1")
@@ -48,6 +49,11 @@ class FinetuningBenchmarkSettings:
     pytorch: Optional[str] = option(
         None, "a Python with torch and transformers: measure PyTorch's steps too"
     )
+
+    def check(self) -> None:
+        """Raise `UserError` for a precision that there is not."""
+        if unknown := set(self.dtypes.split(",")) - {"float32", "bfloat16"}:
+            raise UserError(f"--dtypes: {', '.join(sorted(unknown))} unknown; float32, bfloat16")
 
 
 class RandomTokenizer:

@@ -27,11 +27,12 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.config import option, parse
+from bort.config import counts_of, option, parse
 from bort.errors import UserError
 from bort.inference.runtime import BACKENDS, available_backends
 from bort.plots import figure_file
 from bort.processor import multiplies_bfloat16
+from bort.shapes import MAX_LENGTH
 
 # Layers, heads, width inside the feed-forward layers, hidden size; vocabulary.
 SHAPES = {
@@ -104,9 +105,9 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[tuple[Way, str, Cell], fl
     if settings.answer:
         _answer()
         return {}
-    threads = settings.threads.split(",")
+    threads = [str(count) for count in counts_of("--threads", settings.threads)]
     rows = rows_of(settings.networks.split(","), threads)
-    cells = [Cell(*map(int, one)) for one in itertools.product(*_lists(settings))]
+    cells = [Cell(*one) for one in itertools.product(*_lists(settings))]
     peaks = _peaks_of([*threads, DEFAULT])
     _print_peaks(peaks)
     medians: dict[tuple[Way, str, Cell], float] = {}
@@ -123,8 +124,9 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[tuple[Way, str, Cell], fl
     return medians
 
 
-def _lists(settings: InferenceBenchmarkSettings) -> tuple[list[str], list[str]]:
-    return settings.batch_sizes.split(","), settings.lengths.split(",")
+def _lists(settings: InferenceBenchmarkSettings) -> tuple[list[int], list[int]]:
+    lengths = counts_of("--lengths", settings.lengths, maximum=MAX_LENGTH)
+    return counts_of("--batch_sizes", settings.batch_sizes), lengths
 
 
 def rows_of(networks: list[str], threads: list[str]) -> list[tuple[Way, str]]:

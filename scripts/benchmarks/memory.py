@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 from benchmarks.data import write_text
-from bort.config import option, parse, required
+from bort.config import counts_of, option, parse, required
 from bort.tokenization import RELEASED_DATASET
 from data.corpus import find_inputs
 
@@ -32,14 +32,14 @@ class MemoryBenchmarkSettings:
     num_outputs: int = option(1, "number of shards", minimum=1)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> dict[float, float]:
+def main(argv: Optional[Sequence[str]] = None) -> dict[int, float]:
     """Measure, print, return {MB of text: peak resident memory in MB}."""
     (settings,) = parse(str(__doc__), argv, MemoryBenchmarkSettings)
     peaks = {}
-    for size in map(float, settings.megabytes.split(",")):
+    for size in counts_of("--megabytes", settings.megabytes):
         with tempfile.TemporaryDirectory() as folder:
             text = os.path.join(folder, "text.txt")
-            write_text(find_inputs(settings.input_file), int(size * 1e6), text)
+            write_text(find_inputs(settings.input_file), size * 10**6, text)
             peaks[size] = _peak_of_run(text, os.path.join(folder, "shards"), settings)
         print(f"{size:8.0f} MB of text: peak resident memory {peaks[size]:6.0f} MB", flush=True)
     return peaks
