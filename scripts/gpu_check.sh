@@ -8,9 +8,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 gpu=${1:-0} peak=${2:-}
 [[ $gpu =~ ^[0-9]+$ ]] || { echo "usage: $0 [gpu number] [peak TFLOP/s]" >&2; exit 2; }
+# Tests and benchmark see this GPU alone, as number 0; where a scheduler has chosen GPUs, the numbers
+# are those of its list.
+IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES:-}"
+export CUDA_VISIBLE_DEVICES=${visible[gpu]:-$gpu}
 scripts/setup_env.sh
 
 echo "== tests"
 .venv/bin/python -m pytest -m gpu -rs tests
 echo "== benchmark"
-.venv/bin/python scripts/benchmark.py gpu --gpus "$gpu" ${peak:+--peak_tflops "$peak"}
+.venv/bin/python scripts/benchmark.py gpu --gpus 0 ${peak:+--peak_tflops "$peak"}

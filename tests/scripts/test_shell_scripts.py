@@ -154,3 +154,24 @@ def test_run_tests_ends_with_the_worst_status(
     assert run.returncode == status
     assert run.stdout.startswith("set up")
     assert "-m (distributed or cluster) and not slow\n" in run.stdout
+
+
+@pytest.mark.parametrize(("chosen", "seen"), [({}, "1"), ({"CUDA_VISIBLE_DEVICES": "4,6"}, "6")])
+def test_gpu_check_tests_the_gpu_that_it_measures(
+    pythons: SearchPath, chosen: dict[str, str], seen: str
+) -> None:
+    shutil.copy(ROOT / "scripts/gpu_check.sh", pythons.project / "scripts/gpu_check.sh")
+    python = 'echo "sees $CUDA_VISIBLE_DEVICES: $*"'
+    pythons.command("../project/.venv/bin/python", python)
+    (pythons.project / "scripts/setup_env.sh").write_text("#!/bin/sh\n")
+    command = [pythons.project / "scripts/gpu_check.sh", "1", "60"]
+    run = subprocess.run(
+        command,
+        env={"PATH": str(pythons.bin), **chosen},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, tests, _, benchmark = run.stdout.splitlines()
+    assert tests == f"sees {seen}: -m pytest -m gpu -rs tests"
+    assert benchmark == f"sees {seen}: scripts/benchmark.py gpu --gpus 0 --peak_tflops 60"
