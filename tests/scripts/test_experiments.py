@@ -203,3 +203,13 @@ def test_a_text_that_is_not_held_out_to_its_end_is_not_trained_on(project):
             assert result.returncode == 2
             assert said in result.stderr
     assert [call[0] for call in project.calls()] == ["scripts/convert_from_huggingface.py"] * 4
+
+
+def test_weights_are_fetched_once(project):
+    done = project.run("fetch_weights")
+    assert (done.returncode, done.stdout) == (0, "model/pretrained: in place\n")
+    (project.folder / "model/pretrained/bert-tiny").rmdir()
+    refused = project.run("fetch_weights")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: model/pretrained: is there, without bert-tiny; remove")
+    assert not (project.folder / "calls").exists(), "nothing was downloaded"
