@@ -6,7 +6,7 @@
 #   DATA_DIR=FOLDER ./scripts/experiments/tricks.sh
 #
 # What finetuning.sh has not trained yet is trained first. These variables choose a part:
-#   MODELS  default bert-tiny all-MiniLM-L6-v2; runtimes.sh has paraphrase-MiniLM-L3-v2
+#   MODELS  default bert-tiny all-MiniLM-L6-v2
 #   TASKS   default SST-2 MRPC STS-B
 #   LOW     task of the comparison of types (default STS-B)
 source "${BASH_SOURCE[0]%/*}/common.sh"
