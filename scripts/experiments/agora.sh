@@ -61,7 +61,7 @@ prepare() {
     once "$timaeus/metrics.json" "$python" finetune_classifier.py --task_name "$task" \
         --data_dir "$sets/timaeus" --output_dir "${timaeus%/*}" --cache_dir "$out/encoded" \
         --pretrained_parameters "$labeller" --pooling mean --batch_size 32 --lr 1e-4 \
-        --max_len $max_len --dtype bfloat16 --resume "${timaeus_flags[@]}"
+        --max_len $max_len --dtype auto --resume "${timaeus_flags[@]}"
     for ((draw = 0; draw < draws; draw++)); do # labels for all rows; those from 500 on are used
         once "$sets/draw-$draw/labels.tsv" "$python" scripts/predict.py --batch_size 100 \
             --model_parameters "$timaeus" --input "$sets/draw-$draw/glue/$task/train.tsv" \
