@@ -262,6 +262,12 @@ def command_of(program: str, *settings: Any) -> str:
     for each in settings:
         for field in dataclasses.fields(each):
             value = getattr(each, field.name)
-            if value != field.default:
-                words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
+            if value == field.default:
+                continue
+            if value is True:
+                words += [f"--{field.name}"]
+            elif str(value).startswith("-"):  # argparse would take it for a flag
+                words += [f"--{field.name}={value}"]
+            else:
+                words += [f"--{field.name}", str(value)]
     return shlex.join(words)

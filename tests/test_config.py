@@ -3,13 +3,23 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
 
-from bort.config import as_dict, build, counts_of, option, parse, parser_for, required
+from bort.config import (
+    as_dict,
+    build,
+    command_of,
+    counts_of,
+    option,
+    parse,
+    parser_for,
+    required,
+)
 from bort.errors import UserError
 from bort.files import read_json, write_json
 
@@ -249,6 +259,22 @@ def test_a_run_is_repeated_from_its_config_and_flags_override_it(tmp_path: Path)
     assert rerun("--portions", "2", "--config", path)[0] == dataclasses.replace(meal, portions=2)
     assert rerun(f"--conf={path}")[0] == meal, "flags may be abbreviated"
     assert rerun("--conf", path)[0] == meal, "argparse takes the beginning of a flag"
+
+
+@dataclass(frozen=True)
+class NoteSettings:
+    """Notes."""
+
+    text: str = option("", "any text")
+    offset: float = option(0.0, "any number")
+
+
+@pytest.mark.parametrize("text", ["-begins like a flag", "--offset", "'quoted' $HOME", "a\nb"])
+def test_the_command_of_settings_gives_these_settings(text: str) -> None:
+    settings = NoteSettings(text, -1e-5)
+    _, program, *words = shlex.split(command_of("program.py", settings))
+    assert program == "program.py"
+    assert parse("Notes.", words, NoteSettings) == (settings,)
 
 
 @dataclass(frozen=True)
