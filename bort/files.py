@@ -46,8 +46,8 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def atomic_path(path: str) -> Iterator[str]:
     """Give a new path beside `path`; what is written there becomes `path` when all went well.
 
-    A reader sees the old content or the new one, whole. Symbolic links are followed. For writers
-    that take a path; see `atomic_write` for the others.
+    A reader sees the old content or the new one, whole; permissions stay. Symbolic links are
+    followed. For writers that take a path; see `atomic_write` for the others.
 
     Raises `UserError` when `path` is no regular file or the file cannot be written.
     """
@@ -57,6 +57,8 @@ def atomic_path(path: str) -> Iterator[str]:
     try:
         yield temporary
         _sync(temporary)
+        with contextlib.suppress(OSError):  # FileNotFoundError: it is a new file
+            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
         os.replace(temporary, target)
         _sync(os.path.dirname(target))
     except OSError as error:

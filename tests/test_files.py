@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -65,6 +66,15 @@ def test_a_full_disk_is_a_user_error_and_leaves_nothing(tmp_path):
 def test_an_error_of_another_file_is_not_taken_for_this_one(tmp_path):
     with pytest.raises(FileNotFoundError), files.atomic_write(str(tmp_path / "x")):
         os.stat(tmp_path / "missing")
+
+
+def test_a_private_file_stays_private(tmp_path):
+    path = tmp_path / "answers"
+    path.touch()
+    path.chmod(0o640)
+    with files.atomic_write(str(path)) as file:
+        file.write("new")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("new", 0o640)
 
 
 def test_symbolic_links_are_followed(tmp_path):
