@@ -5,9 +5,9 @@ r"""Say what a folder holds, and whether each thing in it is complete and undama
     python scripts/verify.py .
 
 Knows shards, teacher caches, checkpoints, runs of pretraining and fine-tuning, saved models with
-their exports, sweeps, runs of Agora and OSE, encoded caches, files and archives for leaderboards,
-and Hugging Face folders. SHA-256 sums are compared where the format has them. Exit status 1 when
-something is damaged or not finished. Nothing is changed.
+their exports, ONNX files, sweeps, runs of Agora and OSE, encoded caches, files and archives for
+leaderboards, and Hugging Face folders. SHA-256 sums are compared where the format has them. Exit
+status 1 when something is damaged or not finished. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = OneLineParser(
         description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", metavar="FOLDER", help="a folder, or a .params or .zip file")
+    parser.add_argument("folder", metavar="FOLDER", help="a folder, or a .params, .onnx or .zip")
     folder = parser.parse_args(argv).folder
     from scripts.verification.report import COMPLETE, table, verify
 

@@ -103,7 +103,7 @@ def check_model(path: Path) -> str:
     runtime.check_finite(str(path), network)
     words = [model_config.task or model_config.kind, model_config.model]
     if os.path.exists(runtime.onnx_path(str(path))):
-        runtime.load_runtime(runtime.onnx_path(str(path)), "onnx")
+        check_onnx(Path(runtime.onnx_path(str(path))))
         words.append("ONNX")
     if os.path.exists(runtime.Int8Files.of(str(path)).record):
         for name in ("onnx-int8", "mxnet-int8"):
@@ -115,6 +115,24 @@ def check_model(path: Path) -> str:
 def check_models(folder: Path) -> Found:
     """Load every saved model of a folder."""
     return Found(True, "; ".join(check_model(path) for path in sorted(folder.glob("*.params"))))
+
+
+def is_onnx_export(path: Path) -> bool:
+    """Return whether a file ends with a SHA-256 as ours do, be it a wrong one."""
+    from bort.inference.onnx_file import verify_onnx_file
+
+    with suppress(UserError):
+        return path.suffix == ".onnx" and verify_onnx_file(str(path))
+    return True
+
+
+def check_onnx(path: Path) -> Found:
+    """Compare an ONNX file's SHA-256 and load it."""
+    from bort.inference.onnx_file import onnx_session, verify_onnx_file
+
+    verify_onnx_file(str(path))
+    outputs = onnx_session(str(path), threads=1).get_outputs()
+    return Found(True, f"a graph of {', '.join(output.name for output in outputs)}")
 
 
 def check_huggingface(folder: Path) -> Found:

@@ -117,8 +117,14 @@ def _rows(folder: Path, part: bool = False) -> Iterator[Row]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             yield from _rows(path, part=bool(kind) and path.name in PARTS)
-        elif path.suffix == ".zip":
+        elif path.suffix == ".zip" or (not part and _is_lone_onnx_file(path)):
             yield _file_row(path)
+
+
+def _is_lone_onnx_file(path: Path) -> bool:
+    """Return whether an export has neither its parameters beside it nor a folder that lists it."""
+    is_alone = not path.with_suffix(".params").exists() and not _is_onnx_folder(path.parent.parent)
+    return is_alone and checks.is_onnx_export(path)
 
 
 def _file_row(path: Path) -> Row:
@@ -127,8 +133,12 @@ def _file_row(path: Path) -> Row:
     elif path.suffix == ".params":
         kind = Kind("saved model", Path.is_file,
                     lambda file: checks.Found(True, checks.check_model(file)))  # fmt: skip
+    elif path.suffix == ".onnx":
+        kind = Kind("ONNX export", Path.is_file, checks.check_onnx)
     else:
-        raise UserError(f"{path}: give a folder, a .params file or a leaderboard's .zip file")
+        raise UserError(
+            f"{path}: give a folder, a .params or .onnx file or a leaderboard's .zip file"
+        )
     return _row(str(path), kind, path)
 
 

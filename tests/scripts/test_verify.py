@@ -58,6 +58,8 @@ KINDS = {
     "submission/runs": ("submission", ["SST-2.tsv"]),
     "answers/SST-2": ("submission", ["dev_predictions.jsonl"]),
     "plain": ("saved model", ["bort.params"]),
+    "masked-lm": ("saved model", ["bort.params", "bort.onnx"]),
+    "lone/bort.onnx": ("ONNX export", [""]),
     "data/CoLA": ("task data", ["train.tsv"]),
     "data/AX-b": ("task data", ["AX-b.jsonl"]),
 }  # fmt: skip
@@ -82,9 +84,21 @@ def intact(tmp_path_factory) -> Path:
     samples.write_submission(folder / "submission")
     samples.write_answers(folder / "answers", folder / "tuned" / "SST-2" / "best.params")
     samples.write_plain_parameters(folder / "plain", folder / "run")
+    write_masked_lm(folder / "masked-lm", folder / "run" / "step-0000006")
+    (folder / "lone").mkdir()
+    shutil.copy(folder / "masked-lm" / "bort.onnx", folder / "lone")
     samples.write_task_data(folder / "data" / "CoLA")
     samples.write_task_data(folder / "data" / "AX-b", "superglue/AX-b")
     return folder
+
+
+def write_masked_lm(folder: Path, checkpoint: Path) -> None:
+    """Write a pretrained model as the released one lies in model/, with an ONNX file beside it."""
+    folder.mkdir()
+    for suffix in ("params", "json"):
+        shutil.copy(checkpoint / f"model.{suffix}", folder / f"bort.{suffix}")
+    shutil.copytree(checkpoint / "tokenizer", folder / "tokenizer")
+    samples.write_onnx(folder, classifier=False)
 
 
 def table(capsys, path: Path) -> tuple[int, dict[str, list[str]]]:
