@@ -19,6 +19,10 @@ classify() {
     refuse_variables DATASET_NAME MODEL_NAME EPOCHS RAMP_UP_EPOCHS EARLY_STOP BATCH_SIZE \
         ACCUMULATE MAX_LEN LR WEIGHT_DECAY WARMUP_RATIO SEED MODEL_PARAMETERS EXTRA_FLAGS
     refuse_config "$@"
+    if [[ ! ${WORKERS:-1} =~ ^[1-9][0-9]*$ ]]; then
+        echo "error: WORKERS=$WORKERS: must be a number of workers, 1 at least" >&2
+        exit 2
+    fi
     supervise group scripts/setup_env.sh
     launch "${WORKERS:-1}" finetune_classifier.py finetune_classifier.py --task_name "$1" \
         ${DATA_DIR:+--data_dir "$DATA_DIR"} --output_dir "${OUTPUT_DIR:-runs/finetuning}" "${@:2}"

@@ -208,6 +208,13 @@ def test_several_workers(project):
     assert words[words.index("finetune_classifier.py") + 1 :][:2] == ["--gpus", "0,1"]
 
 
+@pytest.mark.parametrize("workers", ["x", "0", "-1", "1.5", "08"])
+def test_a_wrong_number_of_workers_is_refused(project, workers):
+    run = project.run("rte", WORKERS=workers)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == f"error: WORKERS={workers}: must be a number of workers, 1 at least\n"
+
+
 def pretraining_call(project: Project, *arguments: str, **environment: str) -> str:
     """Run the pretraining script; return the words that it called a program with."""
     run = project.run(*arguments, script="run_pretraining_distillation", **environment)
