@@ -28,6 +28,7 @@ from scripts.plot_metrics import Run, read_run
 
 Arms = dict[str, list[Run]]
 TIMED_STEPS = (20, 80)
+REFERENCE = "mlm"  # the arm whose time the others get
 
 
 @entry_point
@@ -43,7 +44,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for folder in map(Path, parsed.paths):
         arms = read_arms(folder / "runs")
         print(steps_table(arms))
-        print(seconds_table(arms, step_seconds(folder / "times")))
+        seconds = step_seconds(folder / "times")
+        if REFERENCE in arms.keys() & seconds.keys():  # an unfinished experiment may have no times
+            print(seconds_table(arms, seconds))
         if (folder / "tasks").exists():
             print(tasks_table(folder / "tasks"))
         draw(arms, str(folder / "curves.png"))
@@ -93,7 +96,7 @@ def steps_table(arms: Arms) -> str:
     return markdown_table(header, rows)
 
 
-def seconds_table(arms: Arms, seconds: dict[str, float], reference: str = "mlm") -> str:
+def seconds_table(arms: Arms, seconds: dict[str, float], reference: str = REFERENCE) -> str:
     """Return the held-out loss of each arm when the reference arm has made its last step.
 
     Losses between two evaluations are interpolated; an arm that would be past its end shows the

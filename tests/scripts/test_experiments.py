@@ -136,6 +136,12 @@ def test_the_tables_of_the_distillation(tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_losses_of_an_experiment_without_times_are_shown(tmp_path, capsys):
+    write_run(tmp_path / "runs/mlm/1", [8.0, 6.0, 4.0])
+    distillation.main([str(tmp_path)])
+    assert "| mlm | 1 | 8.000 | 6.000 | 4.000 |" in capsys.readouterr().out
+
+
 def test_the_best_run_is_the_one_with_the_lowest_loss_at_the_end(tmp_path, capsys):
     write_run(tmp_path / "1e-3", [8.0, 3.0, 5.0])
     write_run(tmp_path / "3e-3", [8.0, 6.0, 4.0])
