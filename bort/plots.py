@@ -27,13 +27,20 @@ def figure_file(path: str, width: float, height: float) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kind = picture_kind(path)
     figure = Figure(figsize=(width, height), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    kind = os.path.splitext(path)[1][1:].lower() or "png"
-    known = canvas.get_supported_filetypes()
-    if kind not in known:
-        raise UserError(f"{path}: no picture can be named .{kind}; use .png, .pdf or .svg")
+    FigureCanvasAgg(figure)
     yield figure
     remove_left_overs_of(path)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format=kind)
+
+
+def picture_kind(path: str) -> str:
+    """Return the format that the suffix of a path chooses; raises `UserError` for another one."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kind = os.path.splitext(path)[1][1:].lower() or "png"
+    if kind not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"{path}: no picture can be named .{kind}; use .png, .pdf or .svg")
+    return kind

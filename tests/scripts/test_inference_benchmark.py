@@ -131,3 +131,13 @@ def test_a_process_that_ends_before_it_answers_is_a_one_line_error(monkeypatch, 
     monkeypatch.setattr(inference.sys, "executable", str(silent))
     with pytest.raises(UserError, match="for lack of memory"), inference.start_worker(1) as ask:
         ask({})
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(inference, "_peaks_of", lambda _: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    for name, message in (("x.words", "use .png, .pdf or .svg"), ("file/x.png", "is not a folder")):
+        with pytest.raises(UserError, match=message):
+            inference.main(["--plot", str(tmp_path / name)])
