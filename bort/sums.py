@@ -17,6 +17,7 @@ from bort.files import (
 )
 
 SUMS = "SHA256SUMS"
+_SUM = re.compile(r"(\\?)(\w+) [ *](.+)")  # as sha256sum writes it, with --binary, too
 
 
 def write_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
@@ -27,7 +28,7 @@ def write_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
     if names is None:
         paths = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
         names = [os.path.relpath(path, folder) for path in paths]
-    others = [text for name, text in _read_sums(folder) if not name]
+    others = [line for line in _read_lines(folder) if not _SUM.fullmatch(line)]
     sums = {name: digest for name, digest in _read_sums(folder) if _is_file(folder, name)}
     sums.update({name: sha256_of(os.path.join(folder, name)) for name in names if name != SUMS})
     with atomic_write(os.path.join(folder, SUMS), "wb") as file:
@@ -56,7 +57,7 @@ def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
 
 def listed(folder: str) -> list[str]:
     """Return the names in a folder's list; none where there is no list."""
-    return [name for name, _ in _read_sums(folder) if name]
+    return [name for name, _ in _read_sums(folder)]
 
 
 def check_sum(path: str) -> None:
@@ -66,16 +67,16 @@ def check_sum(path: str) -> None:
 
 
 def _read_sums(folder: str) -> list[tuple[str, str]]:
-    """Return (name, SHA-256) of each line of the list; none where there is no list.
+    """Return (name, SHA-256) of each sum in the list; none where there is no list."""
+    return [_parsed(found) for line in _read_lines(folder) if (found := _SUM.fullmatch(line))]
 
-    A line that is no sum gives ("", line).
-    """
+
+def _read_lines(folder: str) -> list[str]:
     path = os.path.join(folder, SUMS)
     if not os.path.exists(path):
         return []
     with open_regular(path, WHOLE_BYTES) as file:
-        lines = os.fsdecode(file.read()).split("\n")
-    return [_parsed(line) for line in lines if line]
+        return [line for line in os.fsdecode(file.read()).split("\n") if line]
 
 
 def _line(name: str, digest: str) -> str:
@@ -84,15 +85,11 @@ def _line(name: str, digest: str) -> str:
     return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
 
 
-def _parsed(line: str) -> tuple[str, str]:
-    digest, separator, name = line.partition("  ")
-    if not separator:  # of sha256sum --binary
-        digest, _, name = line.partition(" *")
-    if not name:
-        return "", line
-    if digest.startswith("\\"):
+def _parsed(found: re.Match[str]) -> tuple[str, str]:
+    escaped, digest, name = found.groups()
+    if escaped:
         name = re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], name)
-    return name, digest.lstrip("\\")
+    return name, digest
 
 
 def _is_file(folder: str, name: str) -> bool:

@@ -66,12 +66,12 @@ def test_a_list_that_others_wrote_is_read_and_kept(tmp_path):
     (tmp_path / "theirs").write_text("a")
     made = ["sha256sum", "--binary", "theirs"]
     line = subprocess.run(made, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    (tmp_path / SUMS).write_text(f"# by hand\n{line}")
-    check_sum(str(tmp_path / "theirs"))
+    (tmp_path / SUMS).write_text(f"# by hand,  of theirs\n{line}")
+    check_sums(str(tmp_path))
     (tmp_path / "ours").write_text("b")
     write_sums(str(tmp_path), ["ours"])
     assert listed(str(tmp_path)) == ["ours", "theirs"]
-    assert (tmp_path / SUMS).read_text().startswith("# by hand\n")
+    assert (tmp_path / SUMS).read_text().startswith("# by hand,  of theirs\n")
     (tmp_path / "theirs").write_text("c")
     with pytest.raises(UserError, match=r"theirs: its SHA-256 is not that in SHA256SUMS"):
         check_sum(str(tmp_path / "theirs"))
