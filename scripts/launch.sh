@@ -176,9 +176,11 @@ refuse_variables() {
 
 # refuse_config <flags...>: the defaults of a script are flags, which override those of the file.
 refuse_config() {
-    if [[ -n $(flag_value --config "$@") ]]; then
+    local flag
+    for flag; do
+        [[ $flag == --con* ]] || continue # flags may be abbreviated
         echo "error: --config: the defaults of this script would override the file; give it to the" \
             "Python program itself" >&2
         exit 2
-    fi
+    done
 }

@@ -310,7 +310,7 @@ def test_pretraining_refuses_a_variable_that_is_no_longer_read(project):
     ("script", "arguments"),
     [("run_finetune", ("cola",)), ("run_pretraining_distillation", ("1", "train", "test"))],
 )
-@pytest.mark.parametrize("flag", [("--config", "config.json"), ("--config=config.json",)])
+@pytest.mark.parametrize("flag", [("--config", "config.json"), ("--conf=config.json",)])
 def test_the_config_of_a_run_is_refused(project, script, arguments, flag):
     run = project.run(*arguments, *flag, script=script)
     assert run.returncode == 2
