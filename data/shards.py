@@ -78,7 +78,9 @@ def shard_name(index: int) -> str:
 
 def is_output(folder: str, path: str) -> bool:
     """Return whether a path is that of a shard, a manifest or the tokenizer of a folder."""
-    name, *below = os.path.relpath(path, folder).split(os.sep)
+    place = os.path.realpath(os.path.dirname(path))  # either may be reached by a link
+    path = os.path.join(place, os.path.basename(path))
+    name, *below = os.path.relpath(path, os.path.realpath(folder)).split(os.sep)
     if below:
         return name == TOKENIZER_FOLDER
     return name in (MANIFEST_FILE, UNFINISHED_FILE) or bool(_SHARD.fullmatch(name))

@@ -640,7 +640,8 @@ def test_shards_below_the_folder_of_the_text_are_no_text(tmp_path, capsys, outpu
     text.mkdir()
     (text / "a.txt").write_bytes(SAMPLE.read_bytes())
     first = create(text / output, text / texts, max_seq_length=64)
-    assert create(text / output, text / texts, max_seq_length=64) == first
+    (tmp_path / "link").symlink_to(text)
+    assert create(tmp_path / "link" / output, text / texts, max_seq_length=64) == first
     assert "is complete, nothing to do" in capsys.readouterr().out
     (text / output / MANIFEST_FILE).rename(text / output / UNFINISHED_FILE)
     assert create(text / output, text / texts, max_seq_length=64) == first
