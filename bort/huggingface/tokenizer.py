@@ -207,13 +207,6 @@ class _TokenizerFile:
     added_tokens: Sequence[_AddedToken] = ()
 
 
-@dataclass(frozen=True)
-class _AnyTokenizerFile:
-    """What is read of a tokenizer.json of any kind."""
-
-    added_tokens: Sequence[_AddedToken] = ()
-
-
 def read_tokenizer(folder: str) -> Tokenizer:
     """Return the tokenizer of a folder: from its own files, or from tokenizer.json alone.
 
@@ -222,12 +215,17 @@ def read_tokenizer(folder: str) -> Tokenizer:
     """
     tokenizer = _read_tokenizer(folder)
     path = os.path.join(folder, JSON)
-    added = read_json_as(path, _AnyTokenizerFile).added_tokens if os.path.exists(path) else ()
-    for token in added:
+    if not os.path.exists(path):
+        return tokenizer
+    file = read_json_as(path, _TokenizerFile)
+    for token in file.added_tokens:
         if token.content not in tokenizer.special_tokens.values():
+            cure = "if no text has it, delete it from added_tokens"
+            if token.content not in file.model.vocab:  # the embeddings have a row for it, too
+                cure = "convert a model without it"
             raise UserError(
                 f"{JSON}: transformers finds the added token {quoted(token.content)} in a text, "
-                "and the tokenizers here do not; if no text has it, delete it from added_tokens"
+                f"and the tokenizers here do not; {cure}"
             )
     return tokenizer
 

@@ -394,8 +394,15 @@ def test_tokens_that_transformers_finds_in_texts_are_refused(tmp_path, bpe, spec
         read_tokenizer(str(tmp_path))
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).unlink()
-    with pytest.raises(UserError, match="added token 'Ann'"):
+    with pytest.raises(UserError, match=r"added token 'Ann' .*; convert a model without it"):
         read_tokenizer(str(tmp_path))
+    known = next(token for token in content["model"]["vocab"] if token.isalpha())
+    added[-1] = {**added[-1], "content": known, "id": content["model"]["vocab"][known]}
+    edit(tmp_path / "tokenizer.json", added_tokens=added)
+    with pytest.raises(UserError, match=rf"'{known}' .*; if no text has it, delete it"):
+        read_tokenizer(str(tmp_path))
+    edit(tmp_path / "tokenizer.json", added_tokens=added[:-1])
+    assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
 
 
 def test_a_sentencepiece_vocabulary_is_restored_from_its_own_file(tmp_path, sample):
