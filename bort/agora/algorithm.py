@@ -488,8 +488,8 @@ def _check_max_rounds(fitting: _Fitting, settings: AgoraSettings) -> None:
     wanted = [fit for fit in recorded if fit.step // passes < settings.max_rounds]
     if wanted and not fitting.store.has_model(max(wanted, key=lambda fit: fit.rank).name):
         raise OtherRunError(
-            f"max_rounds {settings.max_rounds}: the run has {rounds} rounds, and a later one has "
-            "replaced the best model of the first; give at least as many, or use a new folder"
+            f"max_rounds {settings.max_rounds}: the run has {rounds} rounds, and the best model of "
+            f"fewer is gone; give at least {rounds}, or use a new folder"
         )
 
 
