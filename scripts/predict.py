@@ -84,11 +84,12 @@ def load(settings: PredictSettings) -> Any:
     """Load the model that the flags name."""
     from bort.files import refuse_overwriting
     from bort.inference.pipelines import load_classifier, load_mask_filler
+    from bort.inference.runtime import onnx_path
     from bort.parameters import parameter_file
     from bort.saved_model import model_config_path
 
     found = parameter_file(settings.model_parameters)
-    refuse_overwriting(settings.output, found, model_config_path(found))
+    refuse_overwriting(settings.output, found, model_config_path(found), onnx_path(found))
     if settings.fill_mask:
         return load_mask_filler(found, settings.batch_size)
     return load_classifier(found, settings.task, settings.runtime, settings.batch_size)

@@ -608,8 +608,10 @@ def test_an_output_never_replaces_what_is_read(tmp_path, tokenizer, capsys):
     source, link = tmp_path / "in.txt", tmp_path / "link"
     source.write_text("a fine film\n")
     link.symlink_to(source)
+    own = [tmp_path / f"best.{suffix}" for suffix in ("params", "json", "onnx")]
+    own[-1].write_bytes(b"a graph")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    for output in (source, link, tmp_path / "best.params", tmp_path / "best.json"):
+    for output in (source, link, *own):
         line = ["--model_parameters", tmp_path, "--input", source, "--output", output]
         with pytest.raises(SystemExit):
             program.main([str(word) for word in line])
