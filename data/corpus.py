@@ -77,12 +77,14 @@ def find_inputs(patterns: str, is_output: Callable[[str], bool] = lambda path: F
     """
     paths: dict[str, str] = {}
     for pattern in (part.replace("\\,", ",").strip() for part in _COMMA.split(patterns)):
-        found = _files_of(pattern) if pattern else []
-        if found != [pattern]:
-            found = [path for path in found if not is_output(path)]
+        matched = _files_of(pattern) if pattern else []
+        found = [path for path in matched if matched == [pattern] or not is_output(path)]
         if pattern and not found:
             reason = "the folder holds no files" if os.path.isdir(pattern) else "no such file"
-            cure = "; write \\, for a comma in a name" if os.path.exists(patterns) else ""
+            if matched:
+                reason = "names no text, only the shards of --output_dir"
+            is_name = pattern != patterns and os.path.exists(patterns)
+            cure = "; write \\, for a comma in a name" if is_name else ""
             raise UserError(f"--input_file {pattern}: {reason}{cure}")
         for path in found:
             paths.setdefault(_one_spelling(path), path)

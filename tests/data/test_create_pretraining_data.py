@@ -645,6 +645,9 @@ def test_shards_below_the_folder_of_the_text_are_no_text(tmp_path, capsys, outpu
     assert "is complete, nothing to do" in capsys.readouterr().out
     (text / output / MANIFEST_FILE).rename(text / output / UNFINISHED_FILE)
     assert create(text / output, text / texts, max_seq_length=64) == first
+    (text / "a.txt").unlink()
+    said = complaint(capsys, text / output, text / texts)
+    assert said.endswith(": names no text, only the shards of --output_dir\n")
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 100)])
