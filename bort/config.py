@@ -195,7 +195,8 @@ def _typed(path: str, cls: Any, settings: JSONMapping) -> JSONObject:
     for flag, value in settings.items():
         if flag not in fields:
             raise UserError(f"{CONFIG_FLAG} {path}: {quoted(flag)} is not a flag of this program")
-        if not fields[flag].metadata.get("rerun", True):
+        # To earlier versions an empty text was no flag.
+        if value == "" or not fields[flag].metadata.get("rerun", True):
             continue
         try:
             values[flag] = msgspec.convert(value, hints[flag])

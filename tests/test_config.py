@@ -259,6 +259,8 @@ def test_a_run_is_repeated_from_its_config_and_flags_override_it(tmp_path: Path)
     assert rerun("--portions", "2", "--config", path)[0] == dataclasses.replace(meal, portions=2)
     assert rerun(f"--conf={path}")[0] == meal, "flags may be abbreviated"
     assert rerun("--conf", path)[0] == meal, "argparse takes the beginning of a flag"
+    write_json(path, as_dict(dataclasses.replace(meal, cook="")))
+    assert rerun("--config", path)[0] == meal, "as in files of earlier versions"
 
 
 @dataclass(frozen=True)
