@@ -226,8 +226,10 @@ def check_finetuning(folder: Path) -> Found:
     run = read_run(folder / "metrics.json")
     for path in sorted(folder.glob("*_predictions.jsonl")):
         check_answers(path)
+    task = get_task(run.task)
     for split in (name for name in run.answers if "/" not in name):
-        name = get_task(run.task).submission_file(split) or f"{split}_predictions.jsonl"
+        official = task.submission_file(split) if split in task.test else None
+        name = official or f"{split}_predictions.jsonl"
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing, the answers of {split}")
     names = check_submissions(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bort.errors import UserError
+from bort.files import read_json, write_json
 from scripts import verify
 from scripts.verification import checks
 from scripts.verification.report import verify as verify_folder
@@ -115,6 +116,20 @@ def test_every_valid_folder_is_named_and_complete(intact, capsys):
     assert status == 0
     for name, (kind, _) in KINDS.items():
         assert rows[str(intact / name)][:2] == [kind, "complete"], name
+
+
+def test_a_run_without_a_test_set_is_complete(intact, tmp_path, capsys):
+    copy = tmp_path / "SST-2"
+    shutil.copytree(intact / "tuned/SST-2", copy)
+    (copy / "SST-2.tsv").unlink()
+    path = copy / "metrics.json"
+    metrics = read_json(str(path))
+    del metrics["answers"]["test"]
+    write_json(str(path), metrics)
+    sums = copy / "SHA256SUMS"
+    kept = [line for line in sums.read_text().splitlines() if "SST-2.tsv" not in line]
+    sums.write_text("\n".join(kept) + "\n")
+    assert table(capsys, copy)[1][str(copy)][:2] == ["fine-tuning run", "complete"]
 
 
 def test_task_data_without_a_record_of_its_download_is_no_submission(tmp_path):
