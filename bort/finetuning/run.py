@@ -12,6 +12,7 @@ During the run the newest checkpoint is there, too.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import time
@@ -87,6 +88,7 @@ FIXED_FLAGS = (
     ("ClassifierSettings", "pooling"),
 )
 METRICS = "metrics.json"
+SETS = "sets_sha256"  # of the rows of the training and dev sets, in a checkpoint's state
 # The learning rate after the schedule has ended (the original's fine-tuning).
 LOWEST_RATE = 1e-7
 OUT_OF_MEMORY = re.compile("out of memory|memory allocat|bad_alloc|bad alloc", re.IGNORECASE)
@@ -373,6 +375,9 @@ def _save_policy(
         "tokenizer_fingerprint": model_config.tokenizer_fingerprint,
         "examples": len(data.train),
         "batches_per_epoch": training.batches_per_epoch,
+        SETS: {
+            name: _rows_sha256(rows) for name, rows in {"train": data.train, **data.dev}.items()
+        },
     }
     return SavePolicy(
         folder=options.folder,
@@ -390,6 +395,13 @@ def _save_policy(
     )
 
 
+def _rows_sha256(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(tuple(example)).encode())
+    return digest.hexdigest()
+
+
 def check_resume(
     folder: str,
     identity: JSONMapping,
@@ -399,15 +411,22 @@ def check_resume(
 ) -> Resumed:
     """Compare the settings of a run with those of the checkpoint it resumes.
 
-    Raises `UserError` when the micro-batches are not those that the checkpoint counts, or its
-    arrays would not fit.
+    Raises `UserError` when the micro-batches are not those that the checkpoint counts, its arrays
+    would not fit, or its evaluations are of other rows.
     """
     for name, value in identity.items():
-        if state.get(name) != value:
+        if name != SETS and state.get(name) != value:
             raise UserError(
                 f"--resume: the checkpoint in {folder} is of a run with {name} {state.get(name)}, "
                 f"now {value}; give what it was made with, or another --output_dir"
             )
+    sets = state.get(SETS, identity[SETS])  # checkpoints of earlier versions have none
+    changed = [name for name, sha256 in identity[SETS].items() if sets.get(name) != sha256]
+    if changed:
+        raise UserError(
+            f"--resume: the checkpoint in {folder} is of a run with other rows in "
+            f"{' and '.join(changed)}; restore them, or give another --output_dir"
+        )
     for concern, flag in FIXED_FLAGS:
         # Checkpoints of earlier versions do not know --pooling, which was cls.
         then, now = (

@@ -396,6 +396,18 @@ def test_another_run_is_not_resumed(reviews, tmp_path, finished, flags, says):
         make_run(reviews, tmp_path, resume=True, **{**RESUMED, **flags}).loop.run()
 
 
+@pytest.mark.parametrize("name", ["train", "dev"])
+def test_a_run_is_not_resumed_on_other_rows(reviews, tmp_path, finished, name):
+    shutil.copytree(finished[0], tmp_path / "run", symlinks=True)
+    shutil.copytree(reviews, tmp_path / "data")
+    path = tmp_path / "data" / "SST-2" / f"{name}.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[1] = lines[1].split("\t")[0] + ("\t1" if lines[1].endswith("\t0") else "\t0")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"other rows in {name}; restore them"):
+        make_run(tmp_path / "data", tmp_path / "run", resume=True, **RESUMED).loop.run()
+
+
 # ---- what is left ------------------------------------------------------------------------------
 
 
