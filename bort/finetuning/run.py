@@ -12,7 +12,6 @@ During the run the newest checkpoint is there, too.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 import time
@@ -52,10 +51,12 @@ from bort.finetuning.scoring import (
     to_device,
 )
 from bort.finetuning.task_data import (
+    SETS,
     PredictionSet,
     TaskData,
     read_prediction_sets,
     read_task_data,
+    sets_sha256,
 )
 from bort.parameters import load_parameters, parameter_file
 from bort.reporter import FolderReporter, Reporter
@@ -88,7 +89,6 @@ FIXED_FLAGS = (
     ("ClassifierSettings", "pooling"),
 )
 METRICS = "metrics.json"
-SETS = "sets_sha256"  # of the rows of the training and dev sets, in a checkpoint's state
 # The learning rate after the schedule has ended (the original's fine-tuning).
 LOWEST_RATE = 1e-7
 OUT_OF_MEMORY = re.compile("out of memory|memory allocat|bad_alloc|bad alloc", re.IGNORECASE)
@@ -375,9 +375,7 @@ def _save_policy(
         "tokenizer_fingerprint": model_config.tokenizer_fingerprint,
         "examples": len(data.train),
         "batches_per_epoch": training.batches_per_epoch,
-        SETS: {
-            name: _rows_sha256(rows) for name, rows in {"train": data.train, **data.dev}.items()
-        },
+        SETS: sets_sha256(data),
     }
     return SavePolicy(
         folder=options.folder,
@@ -393,13 +391,6 @@ def _save_policy(
         settings=options.config,
         resume=options.resume,
     )
-
-
-def _rows_sha256(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr(tuple(example)).encode())
-    return digest.hexdigest()
 
 
 def check_resume(

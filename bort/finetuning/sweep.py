@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Optional, Sequence
+from typing import Mapping, NamedTuple, NoReturn, Optional, Sequence
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from bort.files import (
 )
 from bort.finetuning.config import FinetuningSettings
 from bort.finetuning.search_space import read_space, with_values
-from bort.finetuning.task_data import check_sets
+from bort.finetuning.task_data import SETS, check_sets
 from bort.jobs import Executor, ProcessDiedError, Processes
 from bort.journal import DAMAGED
 from bort.mxnet_setup import asked_threads
@@ -146,15 +146,19 @@ def sweep(
 
     `cluster` is the address of one that does the runs. A failed run does not affect the others.
     Raises `UserError` for failed runs at the end, and for a folder that contains a sweep with other
-    flags or that another process writes.
+    flags, or on other rows, or that another process writes.
     """
     refuse_with_cluster(cluster, "--jobs", settings.jobs, 1)
     folder = os.path.join(base.run.output_dir, f"{get_task(base.task.task_name).name}-sweep")
     runs = runs_of(settings, base, folder)
-    if any(run.metrics() is None for run in runs):
-        check_sets(base.task)
+    sets = {}
+    try:
+        sets = check_sets(base.task)
+    except UserError:  # a finished sweep shows its table without the data
+        if any(run.metrics() is None for run in runs):
+            raise
     with lock_folder(folder, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
-        claim(folder, base, runs[0].hparams)
+        claim(folder, base, runs[0].hparams, sets)
         set_damaged_aside(runs)
         keep_best_weights(runs)  # a kill may have come before
         pending = [run for run in runs if run.metrics() is None]
@@ -225,9 +229,12 @@ def spelled(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> None:
-    """Record the flags that all runs share; raises `UserError` when others are recorded.
+def claim(
+    folder: str, base: FinetuningSettings, hparams: Hyperparameters, sets: Mapping[str, str]
+) -> None:
+    """Record the flags and the rows that all runs share; raises `UserError` for other ones.
 
+    sets: SHA-256 of the training and dev sets, empty when these are gone; they may have moved.
     What an earlier grid left to the flags stays recorded: its runs are there still. A flag that all
     earlier grids varied may have any value.
     """
@@ -240,10 +247,18 @@ def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> No
         earlier = read_json_as(path, _Grids).varied
         free.update(name for name in earlier if name not in recorded)
         varied.update(earlier)
+        known = recorded.get(SETS) if sets else None
+        if known == sets:
+            free.add("data_dir")
         changed = changed_flags(recorded, base, free)
         if changed:
             raise UserError(
                 f"{folder}: contains a sweep with another {', '.join(changed)}; give another "
+                "--output_dir"
+            )
+        if known and known != sets:
+            raise UserError(
+                f"{folder}: contains a sweep on other rows; restore them, or give another "
                 "--output_dir"
             )
     shared = {
@@ -252,7 +267,8 @@ def claim(folder: str, base: FinetuningSettings, hparams: Hyperparameters) -> No
         for name, value in group.items()
         if name not in {*hparams, *FREE} - {"output_dir"}
     }
-    write_json(path, {**recorded, **shared, "varied": sorted(varied)})
+    rows = {SETS: dict(sets)} if sets else {}
+    write_json(path, {**recorded, **shared, **rows, "varied": sorted(varied)})
 
 
 def set_damaged_aside(runs: Sequence[SweepRun]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Mapping, NamedTuple, Sequence
 
 from bort.errors import UserError
@@ -9,6 +10,8 @@ from bort.finetuning.config import TaskSettings
 from bort.types import JSONObject
 from data.task import Example, Split, Task
 from data.tasks import get_task, task_names
+
+SETS = "sets_sha256"  # the key of `sets_sha256` in what runs and sweeps record
 
 
 class TaskData(NamedTuple):
@@ -62,11 +65,28 @@ def read_prediction_sets(task: Task, settings: TaskSettings) -> list[PredictionS
     ]
 
 
-def check_sets(settings: TaskSettings) -> None:
-    """Raise `UserError` when a set is missing or broken that a run reads, now or at its end."""
+def check_sets(settings: TaskSettings) -> dict[str, str]:
+    """Raise `UserError` when a set is missing or broken that a run reads, now or at its end.
+
+    Returns the SHA-256 of the training and dev sets.
+    """
     task = get_task(settings.task_name, race_cast=settings.race_cast)
-    read_task_data(task, settings, seed=0)
+    data, _ = read_task_data(task, settings, seed=0)
     read_prediction_sets(task, settings)
+    return sets_sha256(data)
+
+
+def sets_sha256(data: TaskData) -> dict[str, str]:
+    """Return the SHA-256 of the rows of the training set and of each dev set."""
+    sets = {"train": data.train, **data.dev}
+    return {name: _rows_sha256(examples) for name, examples in sets.items()}
+
+
+def _rows_sha256(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(tuple(example)).encode())
+    return digest.hexdigest()
 
 
 def _read(task: Task, split: str, settings: TaskSettings, seed: int = 0) -> Split:

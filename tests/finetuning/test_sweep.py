@@ -332,6 +332,22 @@ def test_other_spellings_of_the_paths_resume_the_sweep(in_process, monkeypatch, 
     assert "another --data_dir" in capsys.readouterr().err
 
 
+def test_a_sweep_belongs_to_its_rows_and_not_to_where_they_are(in_process, monkeypatch, capsys):
+    write_reviews(in_process.folder / "one")
+    write_reviews(in_process.folder / "other", dev=18)
+    grid = in_process.flags(seed=[0], lr=[0.01])
+    fixed = [*grid[: grid.index("--data_dir")], *grid[grid.index("--data_dir") + 2 :]]
+    monkeypatch.chdir(in_process.folder / "one")
+    sweep.main([*fixed, "--data_dir", "."])
+    monkeypatch.chdir(in_process.folder / "other")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        sweep.main([*fixed, "--data_dir", "."])
+    assert "contains a sweep on other rows; restore them" in capsys.readouterr().err
+    sweep.main([*fixed, "--data_dir", "../one"])
+    assert "1 runs, 1 already finished" in capsys.readouterr().out
+
+
 def test_a_broken_test_file_is_found_before_any_run(tried, tmp_path, capsys):
     folder = write_reviews(tmp_path / "data") / "SST-2"
     (folder / "test.tsv").write_text("index\tsentence\n0\tfine\n1\n")
