@@ -35,6 +35,11 @@ def parameter_file(path: str) -> str:
         if os.path.isfile(model) and os.path.isfile(os.path.join(candidate, checkpoint.STATE)):
             return checkpoint.load(candidate).model_path
     if os.path.isfile(path):
+        if path.endswith(".onnx"):
+            raise UserError(
+                f"{path}: an ONNX file, not parameters; give the model that it was made from, "
+                "whose runtimes read a .onnx file of the same name beside its .params file"
+            )
         return path
     found = sorted(glob.glob(os.path.join(glob.escape(path), "*.params")))
     if not os.path.exists(path):
@@ -160,6 +165,11 @@ def load_parameters(model: Block, path: str, ignore_prefixes: Sequence[str] = ()
     tied = _tied_names(model)
     missing = [names[0] for _, names in tied if not stored.keys() & set(names)]
     surplus = stored.keys() - {name for _, names in tied for name in names}
+    if missing and any(name.startswith("bort.") for name in surplus):
+        raise UserError(
+            f"{path}: a fine-tuned classifier, not a pretrained model; finetune_classifier.py "
+            "--model_parameters trains it further"
+        )
     if missing or surplus:
         listing = [f"missing {_listing(missing)}"] * bool(missing)
         listing += [f"surplus {_listing(surplus)}"] * bool(surplus)

@@ -79,6 +79,14 @@ def test_no_parameter_file_is_a_user_error(name: str, said: str, tmp_path: Path)
     assert str(caught.value) == f"{path}: {said}"
 
 
+def test_an_onnx_file_is_no_parameter_file(tmp_path: Path) -> None:
+    (tmp_path / "best.onnx").touch()
+    with pytest.raises(
+        UserError, match=r"best\.onnx: an ONNX file, not parameters; give the model"
+    ):
+        parameter_file(str(tmp_path / "best.onnx"))
+
+
 def test_a_checkpoint_folder_is_accepted_as_a_model(tiny_model: BortModel, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tiny_model)
     assert parameter_file(str(path)) == str(path / "model.params")

@@ -114,6 +114,11 @@ def load_classifier(
             f"{path}: a model for --race_cast {model_config.race_cast}; give this flag, or a model "
             f"for --race_cast {task.cast}"
         )
+    if model_config.kind == saved_model.MASKED_LM:
+        raise UserError(
+            f"{path}: a pretrained model, not a classifier; finetune_classifier.py "
+            "--pretrained_parameters makes one of it"
+        )
     if (model_config.kind, model_config.labels, model_config.num_outputs) != (
         task.kind,
         task.labels,

@@ -21,7 +21,7 @@ from data.submission import check_submission
 from data.tasks import get_task, task_names
 from tests.conftest import ROOT
 from tests.finetuning.helpers import SHAPE, arguments, finetuned, make_run, write_reviews
-from tests.fuzz.samples import write_classifier
+from tests.fuzz.samples import write_classifier, write_masked_lm
 from tests.pretraining.helpers import assert_same_training, digest, metrics
 from tests.wordpieces import write_vocabulary
 
@@ -106,6 +106,15 @@ def test_a_pretrained_body_supplies_weights_shape_and_vocabulary(reviews, tmp_pa
     save_model(str(other), body, ModelConfig(SHAPE, 1000, "another", "masked_lm"), None)
     with pytest.raises(UserError, match="trained with another vocabulary"):
         make_run(reviews, tmp_path, pretrained_parameters=other, sentencepiece=SAMPLE_MODEL)
+
+
+def test_a_pretrained_model_and_a_classifier_in_the_others_place_are_named(reviews, tmp_path):
+    write_classifier(tmp_path / "classifier")
+    write_masked_lm(tmp_path / "pretrained")
+    with pytest.raises(UserError, match=r"best\.params: a fine-tuned classifier, not a pre"):
+        make_run(reviews, tmp_path, pretrained_parameters=tmp_path / "classifier", model_name=None)
+    with pytest.raises(UserError, match="pretrained: a pretrained model, not a classifier"):
+        make_run(reviews, tmp_path, model_parameters=tmp_path / "pretrained", model_name=None)
 
 
 @pytest.mark.parametrize("trained", [True, False])
