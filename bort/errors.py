@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import signal
@@ -72,6 +73,7 @@ def entry_point(main: Main[Result]) -> Main[Result]:
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> Result:
         _open_closed_streams()
+        _escape_what_stdout_lacks()
         try:
             _note_interrupts()
             result = main(argv)
@@ -171,3 +173,12 @@ def _open_closed_streams() -> None:
             mode = "r" if number == 0 else "w"
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (stays)
             setattr(sys, name, stream)
+
+
+def _escape_what_stdout_lacks() -> None:
+    """Let stdout escape characters, as stderr does, that the encoding of PYTHONIOENCODING lacks.
+
+    A line of the log that names a folder would otherwise end a training.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

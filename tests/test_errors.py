@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -132,6 +133,27 @@ main()
     return subprocess.run(
         ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False
     )
+
+
+def test_what_the_encoding_of_stdout_lacks_is_escaped():
+    script = """
+from bort.errors import entry_point
+
+@entry_point
+def main(argv=None):
+    print("r\u00fcns/MRPC")
+
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "r\\xfcns/MRPC\n", "")
 
 
 def test_a_closed_pipe_is_silent():
