@@ -74,7 +74,8 @@ class GlueTask(Task):
         if missing:
             raise UserError(
                 f"{path}:1: the header has no column {', '.join(missing)}; expected the "
-                f"official {split} file of {self.name}"
+                f"official {split} file of {self.name}: tab separated, in UTF-8, without quotes; "
+                f"found {quoted(list(columns))}"
             )
 
     def _example(self, row: dict[str, str], number: int, split: str) -> Example:

@@ -112,6 +112,12 @@ def test_skipped_row_without_an_index_column_shifts_nothing_either(tmp_path):
         ("SST-2", b"sentence\tlabel\nfine\t1\n\nbad\t0\n", r":3: expected 2 columns, found 1"),
         ("SST-2", b"text\tlabel\nfine\t1\n", r":1: the header has no column sentence;"),
         ("SST-2", b"sentence\nfine\n", r":1: the header has no column label;"),
+        ("SST-2", b"sentence,label\nfine,1\n", r"tab separated, .*; found \['sentence,label'\]"),
+        (
+            "SST-2",
+            b'"sentence"\t"label"\n',
+            r"without quotes; found \['\"sentence\"', '\"label\"'\]",
+        ),
         (
             "SST-2",
             b"sentence\tlabel\tlabel\nfine\t1\t0\n",
