@@ -234,7 +234,7 @@ class _Run:
             settings.run.search_space, optimizer, settings.classifier, FinetuningRunSettings()
         )
         self.data = read_rows(task, settings.task)
-        self.prediction_sets = read_prediction_sets(task, settings.task)
+        self.prediction_sets = read_prediction_sets(task, settings.task, settings.run.output_dir)
         fits = os.path.join(self.folder, "fits")
         self.tuner = FineTuner(
             task,

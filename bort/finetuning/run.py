@@ -451,7 +451,7 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> JSONOb
         return finished_run(folder, settings, communicator)
     checkpoint.require_usable(folder, "--output_dir")
     data, rows = read_task_data(task, settings.task, run.seed)
-    sets = read_prediction_sets(task, settings.task)
+    sets = read_prediction_sets(task, settings.task, run.output_dir)
     classifier = build_classifier(settings, task, devices)
     with lock_of_rank_0(folder, "--output_dir", communicator), explained_memory_errors():
         if communicator.rank == 0 and not run.resume:
@@ -544,7 +544,7 @@ def infer(
 ) -> JSONObject:
     """Evaluate and predict once with a fine-tuned classifier."""
     require_writable(settings.run.output_dir, "--output_dir")
-    sets = read_prediction_sets(task, settings.task)
+    sets = read_prediction_sets(task, settings.task, settings.run.output_dir)
     if not sets:
         raise UserError(
             f"{task.name}: neither a dev nor a test set; name their folder with --data_dir; "

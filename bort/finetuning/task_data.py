@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Mapping, NamedTuple, Sequence
+import os
+from pathlib import Path
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 from bort.errors import UserError
 from bort.finetuning.config import TaskSettings
@@ -50,19 +52,36 @@ def read_task_data(task: Task, settings: TaskSettings, seed: int) -> tuple[TaskD
     return data, {"rows": rows, "skipped": skipped}
 
 
-def read_prediction_sets(task: Task, settings: TaskSettings) -> list[PredictionSet]:
+def read_prediction_sets(
+    task: Task, settings: TaskSettings, output_dir: Optional[str] = None
+) -> list[PredictionSet]:
     """Read the dev and test sets that are there, and those of the tasks that this one predicts.
 
     Called before the first step of training: a broken file is found at once, not after it.
-    Raises `UserError` when a set is broken.
+    Raises `UserError` when a set is broken, or is where `output_dir` would have its predictions.
     """
     dependent = [other for other in map(get_task, task_names()) if other.model_task == task.name]
-    return [
-        PredictionSet(each, name, *_read(each, name, settings))
-        for each in (task, *dependent)
-        for name in (*each.dev, *each.test)
-        if each.find(settings.data_dir, name) is not None
-    ]
+    sets = []
+    for each in (task, *dependent):
+        for name in (*each.dev, *each.test):
+            path = each.find(settings.data_dir, name)
+            if path is not None:
+                if output_dir is not None:
+                    _refuse_to_replace(each, name, path, output_dir)
+                sets.append(PredictionSet(each, name, *_read(each, name, settings)))
+    return sets
+
+
+def _refuse_to_replace(task: Task, split: str, path: Path, output_dir: str) -> None:
+    """Raise `UserError` where predictions have a data file's name: AX, AX-b and AX-g."""
+    folder = os.path.join(output_dir, task.name)
+    name = task.submission_file(split)
+    is_data = name in {file.name for file in task.files}
+    if is_data and os.path.realpath(folder) == os.path.realpath(path.parent):
+        raise UserError(
+            f"--output_dir {output_dir}: the predictions of {task.name} would replace its test set "
+            f"{os.path.join(folder, str(name))}; name another folder"
+        )
 
 
 def check_sets(settings: TaskSettings) -> dict[str, str]:

@@ -508,6 +508,19 @@ def test_races_joined_cast_is_one_input_of_four_classes(tmp_path):
         load_classifier(str(tmp_path / "RACE-H"), get_task("RACE-H"), [mx.cpu()])
 
 
+@pytest.mark.parametrize("task_name", ["SuperGLUERTE", "AX-b"])
+def test_predictions_do_not_replace_the_test_set_of_their_name(tmp_path, task_name):
+    shutil.copytree(TEST_DATA / "superglue", tmp_path / "data")
+    write_classifier(tmp_path / "model", "SuperGLUERTE")
+    official = tmp_path / "data" / "AX-b" / "AX-b.jsonl"
+    before = official.read_bytes()
+    flags = {"only_inference": True, "model_name": None, "model_parameters": tmp_path / "model"}
+    with pytest.raises(UserError, match=f"would replace its test set {official}; name another fol"):
+        finetuned(tmp_path / "data", tmp_path / "data", task_name=task_name, **flags)
+    assert official.read_bytes() == before
+    finetuned(tmp_path / "data", tmp_path / "out", task_name=task_name, **flags)
+
+
 def test_diagnostics_are_predicted_with_the_model_of_their_task(tmp_path):
     finetuned(TEST_DATA / "superglue", tmp_path, task_name="SuperGLUERTE", epochs=1)
     flags = {"only_inference": True, "model_name": None}
