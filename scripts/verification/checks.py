@@ -180,8 +180,8 @@ def check_checkpoint(folder: Path) -> Found:
 
 def check_pretraining(folder: Path) -> Found:
     """Compare a run's last step with its number of steps; checkpoints are checked apart."""
-    check_metrics(folder / "metrics.jsonl")
     steps = checkpoint.steps(str(folder))
+    check_metrics(folder / "metrics.jsonl", may_be_empty=not steps)
     for link in (checkpoint.LAST, checkpoint.BEST):
         if os.path.islink(folder / link) and not (folder / link).exists():
             raise UserError(f"{folder / link}: leads to a checkpoint that is missing")
@@ -206,11 +206,11 @@ def setting(path: Path, concern: str, name: str, kind: type[Value]) -> Value:
     return value
 
 
-def check_metrics(path: Path) -> None:
-    """Read the metrics of a run."""
+def check_metrics(path: Path, may_be_empty: bool) -> None:
+    """Read the metrics of a run, which may have been stopped before its first line."""
     from scripts.plot_metrics import read_run
 
-    if path.exists():
+    if path.exists() and not (may_be_empty and path.stat().st_size == 0):
         read_run(str(path))
 
 
@@ -219,7 +219,8 @@ def check_finetuning(folder: Path) -> Found:
     from bort.finetuning.scoreboard import read_run
     from data.tasks import get_task
 
-    check_metrics(folder / "metrics.jsonl")
+    started = checkpoint.steps(str(folder)) or (folder / "metrics.json").exists()
+    check_metrics(folder / "metrics.jsonl", may_be_empty=not started)
     setting(folder / "config.json", "TaskSettings", "task_name", str)
     if not (folder / "metrics.json").exists():
         return Found(False, "not finished; --resume continues it")

@@ -132,6 +132,18 @@ def test_a_run_without_a_test_set_is_complete(intact, tmp_path, capsys):
     assert table(capsys, copy)[1][str(copy)][:2] == ["fine-tuning run", "complete"]
 
 
+@pytest.mark.parametrize("name", ["run", "tuned/SST-2"])
+def test_a_run_that_was_stopped_before_its_first_line_is_unfinished(intact, tmp_path, capsys, name):
+    copy = tmp_path / Path(name).name
+    copy.mkdir()
+    shutil.copy(intact / name / "config.json", copy)
+    (copy / "metrics.jsonl").touch()
+    assert table(capsys, copy)[1][str(copy)][1] == "unfinished"
+    shutil.copytree(intact / name, copy, symlinks=True, dirs_exist_ok=True)
+    (copy / "metrics.jsonl").write_bytes(b"")
+    assert table(capsys, copy)[1][str(copy)][1] == "damaged"
+
+
 def test_task_data_without_a_record_of_its_download_is_no_submission(tmp_path):
     shutil.copytree(samples.TEST_DATA / "superglue" / "AX-g", tmp_path / "AX-g")
     with pytest.raises(UserError, match="holds nothing that this project writes"):
