@@ -28,7 +28,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 check "lint" ruff check .
 check "format" ruff format --check .
 check "types" mypy
-check "quick tests" python -m pytest -n logical --maxprocesses 8 "$@"
+check "quick tests" python -m pytest "$@"
 check "two-process and cluster tests" \
     python -m pytest -n 2 "$@" -m "(distributed or cluster) and not slow"
 exit "$worst"

@@ -28,6 +28,13 @@ def pytest_configure() -> None:
     gc.set_threshold(50_000)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run chosen files, tests and markers in this process, as starting workers takes seconds."""
+    quick = config.option.markexpr == config.getini("addopts")[-1]
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return None if whole and quick else 0
+
+
 @pytest.fixture(scope="session", autouse=True)
 def files_stay_in_memory() -> Iterator[None]:
     """Let os.fsync return at once: the disk is a fifth of the time, and no test cuts the power."""
