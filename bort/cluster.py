@@ -415,7 +415,11 @@ def compare_versions(address: str, versions: Any) -> None:
 
 
 def _start_queue(kind: str, path: str) -> dask_jobqueue.JobQueueCluster:
-    """Submit workers to a job queue; the YAML file has `jobs`, and arguments of dask-jobqueue."""
+    """Submit workers to a job queue; the YAML file has `jobs`, and arguments of dask-jobqueue.
+
+    Raises `UserError` for a mistake in the file and for a batch job that the queue refuses; those
+    submitted before it are cancelled.
+    """
     import dask_jobqueue
 
     where = f"--cluster {kind}:{path}"
@@ -438,8 +442,20 @@ def _start_queue(kind: str, path: str) -> dask_jobqueue.JobQueueCluster:
         queue = make(**arguments, scheduler_options=options)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {reasons(error)[0]}") from None
-    queue.scale(jobs=jobs)
+    # What queue.scale() does, but it would leave a refused job to a task that no one waits for.
+    for _ in range(jobs):
+        queue.worker_spec.update(queue.new_worker_spec())
+    try:
+        queue.sync(_submit, queue)
+    except (OSError, RuntimeError, ValueError) as error:
+        with suppress(AssertionError):  # Dask's, that a job which was never started is closed
+            queue.close()
+        raise UserError(f"{where}: {command} refused a job: {reasons(error)[-1]}") from None
     return queue
+
+
+async def _submit(queue: dask_jobqueue.JobQueueCluster) -> None:
+    await queue
 
 
 @functools.cache

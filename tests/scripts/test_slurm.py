@@ -161,6 +161,34 @@ def test_mistakes_in_the_file_of_a_queue(slurm, tmp_path):
         assert message in line
 
 
+@pytest.mark.cluster
+def test_a_job_that_the_queue_refuses_ends_the_program(slurm, tmp_path):
+    pytest.importorskip("dask_jobqueue")
+    queue = tmp_path / "queue.yaml"
+    queue.write_text("jobs: 2\ncores: 1\nmemory: 1GB\n")
+    commands = tmp_path / "commands"
+    (commands / "sbatch").write_text(
+        "#!/bin/bash\n"
+        f"mkdir {tmp_path / 'first'} 2>/dev/null && echo 'Submitted batch job 7' && exit\n"
+        "echo 'sbatch: error: job limit reached' >&2\nexit 1\n"
+    )
+    (commands / "scancel").write_text(f'#!/bin/bash\necho "$@" >>{tmp_path / "cancelled"}\n')
+    flags = [*text_flags(tmp_path / "jobs"), "--cluster", f"slurm:{queue}"]
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *flags],
+        cwd=slurm,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: --cluster slurm:{queue}: sbatch refused a job: sbatch: error: job limit reached\n"
+    )
+    assert (tmp_path / "cancelled").read_text().split() == ["7"]
+
+
 def test_a_queue_without_its_commands_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("dask_jobqueue")
     queue = tmp_path / "queue.yaml"
