@@ -6,6 +6,7 @@ print(prediction.label, prediction.value)
 
 from __future__ import annotations
 
+import os
 from typing import Iterable, Iterator, Optional, Union
 
 from bort.inference.base import BATCH_SIZE, Input, locate, predictions
@@ -14,7 +15,7 @@ from bort.inference.masked_lm import FillMaskPipeline, MaskPrediction, load_mask
 
 
 def predict(
-    model: Union[str, ClassificationPipeline],
+    model: Union[str, os.PathLike[str], ClassificationPipeline],
     inputs: Iterable[Input],
     *,
     task: Optional[str] = None,
@@ -28,25 +29,30 @@ def predict(
         ReCoRD passage, query with "@placeholder" and the candidates) or rows of the task's
         official files as dictionaries.
     runtime: one of `bort.inference.runtime.BACKENDS`, or auto.
+    task, runtime, batch_size: for a path; a loaded pipeline has its own.
 
     Raises `UserError` for a path without a classifier, a wrong task, and an invalid input.
     """
-    if isinstance(model, str):
-        model = load_classifier(model, task, runtime, batch_size)
+    if isinstance(model, (str, os.PathLike)):
+        model = load_classifier(os.fspath(model), task, runtime, batch_size)
     for window in predictions(model, locate(inputs)):
         yield from (prediction for _, prediction in window)
 
 
 def fill_mask(
-    model: Union[str, FillMaskPipeline], texts: Iterable[Input], *, batch_size: int = BATCH_SIZE
+    model: Union[str, os.PathLike[str], FillMaskPipeline],
+    texts: Iterable[Input],
+    *,
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[tuple[MaskPrediction, ...]]:
     """Yield the five most probable words for each `<mask>` (BERT: `[MASK]`) of each text, in order.
 
-    model: a pretraining run, a checkpoint, a saved model, or a loaded `FillMaskPipeline`.
+    model: a pretraining run, a checkpoint, a saved model, or a loaded `FillMaskPipeline`, which
+        has its own batch_size.
 
     Raises `UserError` for a path without a pretrained model and for a text without a mask.
     """
-    if isinstance(model, str):
-        model = load_mask_filler(model, batch_size)
+    if isinstance(model, (str, os.PathLike)):
+        model = load_mask_filler(os.fspath(model), batch_size)
     for window in predictions(model, locate(texts)):
         yield from (words for _, words in window)

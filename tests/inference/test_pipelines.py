@@ -99,7 +99,7 @@ def by_itself(model: SavedModel, *texts: str) -> np.ndarray:
 def test_predictions_are_in_the_order_of_the_input(tmp_path, tokenizer):
     model = saved(tmp_path, tokenizer)
     texts = [f"{text} {number}" for number in range(15) for text in TEXTS]
-    found = list(predict(str(tmp_path), texts, batch_size=7))
+    found = list(predict(tmp_path, texts, batch_size=7))
     expected = np.array([by_itself(model, text) for text in texts])
     assert len({answer.label for answer in found}) == 2
     assert [answer.label for answer in found] == [str(row.argmax()) for row in expected]
@@ -680,7 +680,7 @@ def test_words_for_masks_are_those_of_a_direct_forward_pass(tmp_path, tokenizer,
         assert [word["token"] for word in one["words"]] == tokenizer.tokens(best)
         values = [word["probability"] for word in one["words"]]
         np.testing.assert_allclose(values, probabilities[best], rtol=1e-3)
-    for words, one in zip(fill_mask(str(tmp_path), texts), found):
+    for words, one in zip(fill_mask(tmp_path, texts), found):
         assert [word.text for word in words] == [word["word"] for word in one["words"]]
 
 
