@@ -536,13 +536,13 @@ def test_abnc_on_a_perceptron():
 
 
 def test_abnc_names_what_fails():
-    narrow = check_abnc(ordered([(1, 4), (1, 32)], size, cost), _perceptron)
+    narrow = check_abnc(ordered([(1, 10), (1, 32)], size, cost), _perceptron)  # as large
     failed = [str(condition) for condition in narrow if not condition.holds]
     assert failed == [
-        "FAILS  size: the first layer is smaller than a middle layer ((1, 4): 40 against 16, "
-        "and 0 more)",
-        "FAILS  operations: the first layer is smaller than a middle layer ((1, 4): 80 against "
-        "32, and 0 more)",
+        "FAILS  size: the first layer is smaller than a middle layer ((1, 10): 100 against "
+        "100, and 0 more)",
+        "FAILS  operations: the first layer is smaller than a middle layer ((1, 10): 200 against "
+        "200, and 0 more)",
     ]
 
     def cubic_last(architecture):
