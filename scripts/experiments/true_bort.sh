@@ -17,12 +17,12 @@ need TEXT "files of English prose, separated by commas"
 need DATA_DIR "the folder of the official files of the tasks"
 scripts/experiments/teacher.sh
 folder=$EXPERIMENTS/true_bort teacher=$EXPERIMENTS/teacher shape=bort_4_8_768_1024
-dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenizer/tokenizer.json
+steps=${BORT_STEPS:-120} dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenizer/tokenizer.json
 
-pretrain "$folder/model" "${BORT_STEPS:-120}" --data "$teacher/train" --data_eval "$teacher/test" \
+pretrain "$folder/model" "$steps" --data "$teacher/train" --data_eval "$teacher/test" \
     --student_model $shape --teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model" \
     --teacher_dtype "${TEACHER_DTYPE:-float32}" --dynamic_masking --dtype "$dtype" --lr 5e-4 --warmup_ratio 0.05 --seed 0 \
-    --eval_interval 40 --ckpt_interval 40
+    --eval_interval $(((steps + 4) / 5)) --ckpt_interval 40
 for seed in 1 2 3; do
     for task in SST-2 MRPC; do
         for start in pretrained random; do
