@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-import warnings
+import sys
 from typing import Callable, Mapping, NamedTuple
 
 import numpy as np
@@ -237,10 +237,10 @@ def latest(folder: str) -> Checkpoint | None:
         try:
             return load(os.path.join(folder, name))
         except UserError as error:
-            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+            print(f"warning: {error}; skipping this checkpoint", file=sys.stderr)
     if names:
         raise UserError(
-            f"{folder}: all its checkpoints are damaged; give another --ckpt_dir for a new run"
+            f"{folder}: all its checkpoints are damaged; start a new run in another folder"
         )
     return None
 
