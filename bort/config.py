@@ -58,8 +58,12 @@ def required(text: str) -> Any:
 class OneLineParser(argparse.ArgumentParser):
     """Argument parser that reports an error in one line, which says where the help is.
 
-    Arguments have to be UTF-8: what they name is recorded in files and shown in messages.
+    Its help keeps the lines of the description, commands among them. Arguments have to be UTF-8:
+    what they name is recorded in files and shown in messages.
     """
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments, after a check that they are UTF-8."""
@@ -77,9 +81,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parser_for(description: str, *classes: type) -> OneLineParser:
     """Return a parser with one flag for each field of the given settings dataclasses."""
-    parser = OneLineParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=description)
     for cls in classes:
         title = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
         group = parser.add_argument_group(title)

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Measure one part of the project, against the plain way of doing the same.
 
-python scripts/benchmark.py NAME [flags]          flags: python scripts/benchmark.py NAME --help
+    python scripts/benchmark.py NAME [flags]
+
+`python scripts/benchmark.py NAME --help` lists the flags of a benchmark.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ def main(argv: Optional[Sequence[str]] = None) -> Any:
     parser.add_argument("name", choices=names)
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = parser.parse_args(arguments[:1]).name
+    if argv is None:  # usage and errors name the benchmark: --help alone shows no flags of it
+        sys.argv[0] += f" {name}"
     return importlib.import_module(f"benchmarks.{name}").main(arguments[1:])
 
 

@@ -24,9 +24,9 @@ from bort.errors import entry_point
 from data.tasks import get_task
 
 FLAGS = {
-    "plain": "runs of finetune_classifier.py",
-    "agora": "runs of run_agora.py",
-    "random": "the same with --images_from random (optional)",
+    "plain": "runs of finetune_classifier.py (required)",
+    "agora": "runs of run_agora.py (required)",
+    "random": "the same with --images_from random",
 }
 
 

@@ -19,8 +19,12 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Entry]:
     """Check every file, write the archive, and return its entries."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("suite", choices=LEADERBOARDS)
-    parser.add_argument("--runs", type=Path, required=True, help="folder with one run per task")
-    parser.add_argument("--output", type=Path, required=True, help="the .zip file to write")
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="folder with one run per task (required)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the .zip file to write (required)"
+    )
     parser.add_argument(
         "--data_dir",
         type=Path,

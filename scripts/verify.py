@@ -25,11 +25,7 @@ from bort.errors import entry_point
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Print the table; returns the number of things that are damaged or not finished."""
-    import argparse
-
-    parser = OneLineParser(
-        description=str(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=str(__doc__))
     parser.add_argument("folder", metavar="FOLDER", help="a folder, or a .params, .onnx or .zip")
     folder = parser.parse_args(argv).folder
     from scripts.verification.report import COMPLETE, table, verify

@@ -11,6 +11,7 @@ from typing import Any, Optional
 import pytest
 
 from bort.config import (
+    OneLineParser,
     as_dict,
     build,
     command_of,
@@ -165,6 +166,11 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
         "--seats INT chairs (default 2)",
     ):
         assert expected in text
+
+
+def test_help_keeps_the_lines_of_a_description() -> None:
+    help_text = OneLineParser(description="Cooks.\n\n    cook.py --dish rice\n").format_help()
+    assert "\nCooks.\n\n    cook.py --dish rice\n" in help_text
 
 
 def test_building_passes_over_what_belongs_to_other_classes() -> None:

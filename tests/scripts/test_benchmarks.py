@@ -72,6 +72,17 @@ def test_parts_of_benchmarks_are_no_benchmarks(capsys: pytest.CaptureFixture[str
     assert "invalid choice: '_peers'" in capsys.readouterr().err
 
 
+def test_an_error_says_where_the_flags_of_a_benchmark_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmark import main
+
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", "data"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.endswith("(see benchmark.py data --help)\n")
+
+
 @pytest.mark.slow  # 20 s: a text that is long enough to grow with
 @pytest.mark.cluster
 def test_memory_of_command_and_scheduler_does_not_grow_with_the_text() -> None:
