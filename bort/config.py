@@ -96,7 +96,9 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
     if needed:
         note = " (required)"
     else:
-        note = "" if field.default in (None, False, "") else f" (default {field.default})"
+        # 0 == False: a default of 0 is shown.
+        unset = field.default is False or field.default in (None, "")
+        note = "" if unset else f" (default {field.default})"
     text = (field.metadata["help"] + note).replace("%", "%%")
     flag = f"--{field.name}"
     if hint is bool:

@@ -43,8 +43,8 @@ class SubsetSettings:
     train: int = option(200, "rows of each training set", minimum=1)
     dev: int = option(200, "rows of each dev set", minimum=1)
     test: int = option(1000, "rows of each test set", minimum=1)
-    timaeus_train: int = option(0, "rows of the labeller's training set", minimum=0)
-    timaeus_dev: int = option(0, "rows of the labeller's dev set", minimum=0)
+    timaeus_train: int = option(0, "rows of the labeller's training set; 0: none", minimum=0)
+    timaeus_dev: int = option(0, "rows of the labeller's dev set; 0: none", minimum=0)
     draws: int = option(1, "number of pairs of a training and a dev set", minimum=1)
     seed: int = option(0, "random seed of the draw", minimum=0)
 

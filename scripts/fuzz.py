@@ -35,7 +35,7 @@ class FuzzSettings:
     """What is tried."""
 
     cases: int = option(2000, "damaged files, over all formats", minimum=1)
-    seed: int = option(0, "of every damage", minimum=0)
+    seed: int = option(0, "random seed of the damage", minimum=0)
     only: str = option("", "formats, with --faults programs, whose names hold one of these words")
     flips: bool = option(False, "flip single bits, in formats with checksums")
     faults: bool = option(False, "run every program under faults of the system")

@@ -48,6 +48,7 @@ class TableSettings:
     """Where the meal is eaten."""
 
     seats: int = option(2, "chairs")
+    candles: int = option(0, "lights", minimum=0)
 
 
 def cooking(*argv: str) -> CookingSettings:
@@ -164,6 +165,7 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
         "--style {boiled,fried} manner (default boiled)",
         "Where the meal is eaten:",
         "--seats INT chairs (default 2)",
+        "--candles INT lights (default 0)",
     ):
         assert expected in text
 
