@@ -196,6 +196,8 @@ class PretrainingSettings(NamedTuple):
     def check(self) -> None:
         """Raise `UserError` for flags that contradict one another."""
         has_teacher = self.teacher.teacher_model or self.teacher.teacher_cache
+        if not has_teacher:
+            self._refuse_teacher_flags()
         if not self.loss.mlm_weight and not has_teacher:
             raise UserError(
                 "--mlm_weight 0: the loss is zero without a teacher; give --teacher_model or "
@@ -203,6 +205,20 @@ class PretrainingSettings(NamedTuple):
             )
         if not self.loss.mlm_weight and not self.loss.teacher_ce_weight:
             raise UserError("--mlm_weight 0 --teacher_ce_weight 0: the loss is zero; give a weight")
+
+    def _refuse_teacher_flags(self) -> None:
+        """Raise `UserError` for flags that would have no effect without a teacher."""
+        dtype, runtime = self.teacher.teacher_dtype, self.teacher.teacher_runtime
+        for flag, is_given in (
+            (f"--teacher_dtype {dtype}", dtype != "float32"),
+            (f"--teacher_runtime {runtime}", runtime != "mxnet"),
+            ("--log_teacher_mse", self.loss.log_teacher_mse),
+        ):
+            if is_given:
+                raise UserError(
+                    f"{flag}: there is no teacher; give --teacher_model or --teacher_cache, or "
+                    "leave the flag out"
+                )
 
 
 SETTINGS_CLASSES = (

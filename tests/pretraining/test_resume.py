@@ -18,6 +18,7 @@ from bort.pretraining import run as pretraining
 from bort.pretraining import teacher
 from data.shards import open_shards
 from tests.pretraining.helpers import (
+    SHAPE,
     arguments,
     arrays_of,
     digest,
@@ -271,8 +272,17 @@ def test_a_second_writer_of_a_run_is_refused(data, tmp_path, capsys):
         ({"gpus": "0,0"}, "--gpus 0,0: names a device twice"),
         ({"dtype": "float16"}, "--dtype float16: needs GPUs"),
         ({"dtype": "bfloat16"}, "--dtype bfloat16: this processor has neither AVX512-BF16 nor"),
-        ({"teacher_dtype": "bfloat16"}, "--teacher_dtype bfloat16: this processor has neither"),
-        ({"teacher_runtime": "openvino"}, "--teacher_runtime openvino: needs the package"),
+        (
+            {"teacher_dtype": "bfloat16", "teacher_cache": "cache"},
+            "--teacher_dtype bfloat16: this processor has neither",
+        ),
+        ({"teacher_dtype": "bfloat16"}, "--teacher_dtype bfloat16: there is no teacher; give"),
+        (
+            {"teacher_runtime": "openvino", "teacher_model": SHAPE, "teacher_ckpt_dir": "run"},
+            "--teacher_runtime openvino: needs the package",
+        ),
+        ({"teacher_runtime": "openvino"}, "--teacher_runtime openvino: there is no teacher; give"),
+        ({"log_teacher_mse": True}, "--log_teacher_mse: there is no teacher; give"),
         (
             {"teacher_runtime": "openvino", "teacher_cache": "cache"},
             "--teacher_cache replaces the teacher: leave --teacher_runtime out",
