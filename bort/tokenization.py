@@ -101,7 +101,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Vocabulary; by default the small one in test_data/."""
+    """Vocabulary; by default that of the weights or shards read, or the small one in test_data/."""
 
     dataset_name: Optional[str] = option(
         None, f"{RELEASED_DATASET}: RoBERTa's vocabulary, downloaded once to GluonNLP's cache"

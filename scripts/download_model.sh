@@ -5,7 +5,7 @@
 #
 # Uses the AWS command line if it is installed, or else the bucket's HTTPS address with curl or
 # wget. An existing parameter file is kept. If .venv is set up, the script also writes the model
-# card and the tokenizer beside the parameters.
+# config and the tokenizer beside the parameters.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -58,7 +58,7 @@ fetch() {
 finish() {
     echo "$TARGET is in place"
     if [[ ! -x .venv/bin/python ]]; then
-        echo "it has no model card: to predict with it, run this again after ./scripts/setup_env.sh"
+        echo "it has no model config: to predict with it, run this again after ./scripts/setup_env.sh"
     elif [[ ! -f ${TARGET%.params}.json ]]; then
         .venv/bin/python scripts/describe_released.py
     fi
