@@ -63,6 +63,7 @@ build_cache() {
 }
 once "$folder/cache-is-complete" build_cache
 
+held_out=(--data_eval "$teacher/test")
 # student <arm> <rate> <seed> <run> [flags...]
 student() {
     local flags=()
@@ -73,17 +74,17 @@ student() {
         kd) flags=(--teacher_cache "$folder/cache" --mlm_weight 0 --teacher_ce_weight 1) ;;
         mlm-kd-live) flags=("${teacher_flags[@]}" --mlm_weight 0.1 --teacher_ce_weight 0.5) ;;
     esac
-    pretrain "$4" "$steps" --data "$folder/train" --data_eval "$teacher/test" "${student[@]}" \
+    pretrain "$4" "$steps" --data "$folder/train" "${held_out[@]}" "${student[@]}" \
         --batch_size 8 --lr "$2" --warmup_ratio $warmup --seed "$3" --eval_interval $((steps / 4)) \
         --ckpt_interval "$steps" "${flags[@]}" "${@:5}"
 }
 
 # measure <arm> <rate>: writes the processor seconds, user and system, of 20 steps and of 80.
 measure() {
-    local TIMEFORMAT='%U %S' count
+    local TIMEFORMAT='%U %S' held_out=() count # no evaluation is timed
     rm -rf "$folder/timed"
     for count in 20 80; do
-        time student "$1" "$2" 1 "$folder/timed/$count" --num_steps $count --data_eval "" \
+        time student "$1" "$2" 1 "$folder/timed/$count" --num_steps $count \
             >/dev/null 2>&1
     done 2>"$folder/timed-$1"
     mv "$folder/timed-$1" "$folder/times/$1"

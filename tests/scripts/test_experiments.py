@@ -94,6 +94,8 @@ def test_every_command_of_an_experiment_has_flags_that_exist(script, variables, 
     calls = project.calls()
     assert calls
     for program, *arguments in calls:
+        empty = [flag for flag, value in zip(arguments, arguments[1:]) if not value]
+        assert not any(flag.startswith("--") for flag in empty), f"{program} refuses {empty}"
         try:
             parse(program, arguments)
         except SystemExit:
