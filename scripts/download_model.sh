@@ -8,6 +8,10 @@
 # config and the tokenizer beside the parameters.
 set -euo pipefail
 
+if (($#)); then
+    echo "usage: $0 (no arguments; the top of the file describes it)" >&2
+    exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 S3=s3://alexa-saif-bort/bort.params
 HTTPS=https://alexa-saif-bort.s3.amazonaws.com/bort.params

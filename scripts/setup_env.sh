@@ -12,6 +12,10 @@
 #
 # This file finds a Python; setup_env.py does the rest.
 set -euo pipefail
+if (($#)); then
+    echo "usage: [PYTHON=...] [BORT_MXNET=...] $0 (no arguments; the top of the file describes it)" >&2
+    exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # They would let packages from outside the environment hide that something is missing in it.
 unset PYTHONPATH PYTHONHOME

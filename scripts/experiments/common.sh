@@ -7,6 +7,10 @@
 # Every step is skipped when its result is there: the same command resumes an experiment.
 # shellcheck shell=bash
 set -euo pipefail
+if (($#)); then # those of the experiment
+    echo "usage: $0 (no arguments but variables; the top of the file describes them)" >&2
+    exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export EXPERIMENTS=${EXPERIMENTS:-runs/experiments} WEIGHTS=${WEIGHTS:-model/pretrained}
 python=.venv/bin/python

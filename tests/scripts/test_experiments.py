@@ -40,10 +40,12 @@ class Project:
         python.write_text(PYTHON)
         python.chmod(0o755)
 
-    def run(self, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: str, *arguments: str, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
         return subprocess.run(
-            ["bash", f"scripts/experiments/{script}.sh"],
+            ["bash", f"scripts/experiments/{script}.sh", *arguments],
             cwd=self.folder,
             env={**environment, **variables},
             capture_output=True,
@@ -73,6 +75,14 @@ def test_scripts_are_valid_shell_and_executable(script):
 def test_the_table_lists_every_experiment():
     text = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
     assert [script for script in SCRIPTS if f"| `experiments/{script}.sh` |" not in text] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_argument_starts_no_experiment(script, project):
+    result = project.run(script, "--help", TEXT="text.txt", DATA_DIR="data")
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")
+    assert not (project.folder / "calls").exists()
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "quick_start"])

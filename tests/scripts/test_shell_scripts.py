@@ -89,6 +89,22 @@ def test_uv_brings_a_python(pythons: SearchPath) -> None:
     assert pythons.chosen() == "brought"
 
 
+@pytest.mark.parametrize("script", ["setup_env.sh", "download_model.sh"])
+def test_an_argument_starts_neither_set_up_nor_a_download(pythons: SearchPath, script: str) -> None:
+    shutil.copy(ROOT / "scripts" / script, pythons.project / "scripts")
+    before = sorted(pythons.project.rglob("*"))
+    run = subprocess.run(
+        [pythons.project / "scripts" / script, "--help"],
+        env={"PATH": str(pythons.bin)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("usage: ")
+    assert sorted(pythons.project.rglob("*")) == before
+
+
 MODEL = r"\x12\x01\0\0\0\0\0\0more"  # as MXNet's parameter files begin
 
 
