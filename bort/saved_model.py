@@ -129,11 +129,11 @@ def _save_config(
 
 
 def load_model(
-    path: str, ctx: Optional[Context] = None, dropout: float = 0.0, gradients: bool = False
+    path: str, ctx: Optional[Context] = None, dropout: float = 0.0, trainable: bool = False
 ) -> SavedModel:
     """Load a saved model: its .params file, its folder, or a pretraining checkpoint or run.
 
-    `dropout` and `gradients` are for training it further.
+    `dropout` and `trainable` are for training it further.
 
     Raises `UserError` when it is absent or damaged, was saved without a model config, or has
     another tokenizer beside it than the one it was trained with.
@@ -143,7 +143,7 @@ def load_model(
     with ThreadPoolExecutor(2) as pool:  # while the parameters are read from the disk
         tokenizer = pool.submit(load_model_tokenizer, found, model_config)
         verified = pool.submit(verify_parameters, found, model_config)
-        network = build_network(model_config, ctx, dropout, draw=False, gradients=gradients)
+        network = build_network(model_config, ctx, dropout, random_init=False, trainable=trainable)
         load_parameters(network, found)
         verified.result()
         return SavedModel(network, model_config, tokenizer.result())
@@ -234,12 +234,12 @@ def build_network(
     model_config: ModelConfig,
     ctx: Optional[Context] = None,
     dropout: float = 0.0,
-    draw: bool = True,
-    gradients: bool = True,
+    random_init: bool = True,
+    trainable: bool = True,
 ) -> Block:
-    """Build the network of a model config, with random weights or, without `draw`, zeros.
+    """Build the network of a model config, with random weights or, without `random_init`, zeros.
 
-    Without `gradients` it cannot be trained.
+    Without `trainable` it has no gradients.
     """
     import mxnet as mx
 
@@ -252,8 +252,8 @@ def build_network(
         ctx,
         masked_lm,
         dropout,
-        draw,
-        gradients,
+        random_init,
+        trainable,
         model_config.body_options,
     )
     if masked_lm:
@@ -265,10 +265,10 @@ def build_network(
         model_config.extra_layer,
         model_config.pooling,
     )
-    if draw:
-        bort.initialize(classifier, ctx, trainable=gradients)
+    if random_init:
+        bort.initialize(classifier, ctx, trainable=trainable)
     else:  # the body is initialised
-        if not gradients:
+        if not trainable:
             classifier.collect_params().setattr("grad_req", "null")
         for block in filter(None, (classifier.classifier, classifier.extra)):
             block.initialize(mx.init.Zero(), ctx=ctx)

@@ -65,8 +65,8 @@ def test_a_classifier_survives_the_round_trip(tmp_path, tokenizer, extra_layer):
 def test_gradients_are_for_those_who_train(tmp_path, tokenizer, kind):
     model_config = card_of(tokenizer, kind=kind)
     save_model(str(tmp_path / "best.params"), build_network(model_config), model_config, tokenizer)
-    for gradients, kept in ((False, "null"), (True, "write")):
-        network = load_model(str(tmp_path), gradients=gradients).network
+    for trainable, kept in ((False, "null"), (True, "write")):
+        network = load_model(str(tmp_path), trainable=trainable).network
         assert {p.grad_req for p in network.collect_params().values()} == {kept}
 
 
@@ -128,7 +128,7 @@ def test_loading_draws_no_random_numbers(tmp_path, tokenizer):
     mx.random.seed(3)
     load_model(str(tmp_path))
     np.testing.assert_array_equal(nd.random.uniform(shape=4).asnumpy(), expected)
-    empty = build_network(model_config, draw=False)
+    empty = build_network(model_config, random_init=False)
     ours = (name for name in empty.collect_params() if not name.endswith("gamma"))
     assert not any(empty.collect_params()[name].data().asnumpy().any() for name in ours)
 
