@@ -14,19 +14,17 @@ consists of, and its transpose of bfloat16 arrays corrupts memory. RESULTS.md ha
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Iterator
+from typing import Iterable, Iterator
 
 import numpy as np
 from mxnet import autograd, nd
 
-from bort.types import Block, Context, NDArray
+from bort.types import Block, Context, NDArray, Parameter
 
 DTYPE = np.dtype([("bfloat16", np.uint16)])  # what MXNet calls bfloat16
 
 # Rows that oneDNN multiplies at once.
 ROWS = 16
-
-Parameter = Any  # mxnet.gluon.Parameter
 
 
 def rounded(array: NDArray) -> NDArray:

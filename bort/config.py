@@ -248,7 +248,10 @@ def check_limits(settings: Any) -> None:
 
 
 def counts_of(flag: str, text: str, maximum: int | None = None) -> list[int]:
-    """Return the numbers of a flag that takes several, as in 5,50: whole and at least 1."""
+    """Return the numbers of a flag that takes several, as in 5,50.
+
+    Raises `UserError` unless they are whole, at least 1 and at most `maximum`.
+    """
     numbers = [int(word) if word.isdecimal() and len(word) < 10 else 0 for word in text.split(",")]
     if min(numbers) < 1 or max(numbers) > (maximum or max(numbers)):
         limit = f"from 1 to {maximum}" if maximum else "from 1 on"

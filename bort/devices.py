@@ -18,7 +18,7 @@ GPU_WIDTH = 8  # tokens
 
 
 def devices_of(gpus: str | None, cpu_contexts: int, communicator: Communicator) -> list[Context]:
-    """Return the devices of this process: CPU replicas, or GPUs, of which each rank has one.
+    """Return the devices of this process: CPU replicas, or GPUs: all, or with many ranks its own.
 
     Raises `UserError` when `gpus` is not a list of GPUs of this machine, one for each local rank.
     """

@@ -102,7 +102,7 @@ class Loop:
     # ---- set-up ---------------------------------------------------------------------------------
 
     def run(self) -> list[Metrics]:
-        """Train up to the last step; returns the evaluations, of a new run the first before it."""
+        """Train up to the last step; returns the evaluations, one before training if it is due."""
         self.setup()
         return self.train()
 
