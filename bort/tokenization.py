@@ -480,14 +480,11 @@ def spelling_of(ids: Any, path: str) -> list[str]:
 
     Raises `UserError` unless the ids are 0, 1, 2, ...
     """
-    if (
-        not isinstance(ids, dict)
-        or any(type(index) is not int for index in ids.values())
-        or sorted(ids.values()) != list(range(len(ids)))
-    ):
+    if not isinstance(ids, dict) or any(type(index) is not int for index in ids.values()):
+        raise UserError(f"{path}: is neither a GluonNLP vocabulary nor a Hugging Face vocab.json")
+    if sorted(ids.values()) != list(range(len(ids))):
         raise UserError(
-            f"{path}: is neither a GluonNLP vocabulary nor a Hugging Face vocab.json: their tokens "
-            "are numbered from 0 without gaps"
+            f"{path}: the ids of its tokens are not 0, 1, 2, ... without gaps; restore the file"
         )
     return sorted(ids, key=ids.__getitem__)
 

@@ -540,7 +540,7 @@ def test_flags_are_checked_when_parsed(capsys):
     [
         ("{", "is not JSON"),
         ("[1]", "is neither a GluonNLP vocabulary nor a Hugging Face vocab.json"),
-        ('{"a": 0, "b": 2}', "is neither"),
+        ('{"a": 0, "b": 2}', "the ids of its tokens are not 0, 1, 2, ... without gaps"),
         ('{"a": "0"}', "is neither"),
         ('{"a": 0, "b": true}', "is neither"),
         ('{"a": 0, "b": "1"}', "is neither"),
