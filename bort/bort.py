@@ -251,7 +251,7 @@ def initialize(
     random_init: bool = True,
     trainable: bool = True,
 ) -> None:
-    """Initialise weights from Normal(0, 0.02) and give every parameter its shape.
+    """Initialize weights from Normal(0, 0.02) and give every parameter its shape.
 
     GluonNLP's Dense layers learn their input size from the first forward pass; before it,
     parameters can be neither saved nor broadcast. The weights follow `mx.random.seed`; without

@@ -118,7 +118,7 @@ class Horovod:
         self.local_size: int = self._hvd.local_size()
 
     def reinit(self) -> None:
-        """Re-initialise Horovod with the current workers: rank and size change.
+        """Re-initialize Horovod with the current workers: rank and size change.
 
         Under elastic Horovod only, after a worker was lost or before a new one is admitted.
         """

@@ -267,7 +267,7 @@ def build_network(
     )
     if random_init:
         bort.initialize(classifier, ctx, trainable=trainable)
-    else:  # the body is initialised
+    else:  # the body is initialized
         if not trainable:
             classifier.collect_params().setattr("grad_req", "null")
         for block in filter(None, (classifier.classifier, classifier.extra)):

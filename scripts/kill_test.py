@@ -108,7 +108,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _to_the_end([*_command(settings, killed), "--resume"], settings.num_steps)
     compare(uninterrupted, killed)
     print(
-        f"{settings.kills} of {settings.kills}: weights and optimiser state are those of the "
+        f"{settings.kills} of {settings.kills}: weights and optimizer state are those of the "
         f"uninterrupted run, bit for bit ({time.monotonic() - begun:.0f} s)"
     )
     return settings.kills

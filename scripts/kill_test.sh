@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Kills a training run at random moments, resumes it each time, and compares the result with an
-# uninterrupted run: weights and optimiser state must be bit-identical.
+# uninterrupted run: weights and optimizer state must be bit-identical.
 #
 #   ./scripts/kill_test.sh [kills] [seed]
 #

@@ -59,7 +59,7 @@ from bort.finetuning.task_data import TaskData, read_prediction_sets
 from bort.parameters import load_parameters
 from bort.reporter import FolderReporter
 from bort.resume import changed_flags
-from bort.saved_model import load_model, save_model
+from bort.saved_model import MASKED_LM, load_model, save_model
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
 from bort.types import Context, Hyperparameters, JSONObject
 from data.task import Example, Task
@@ -318,7 +318,7 @@ class _Run:
         if path is None:
             raise UserError("--tau infill needs --tau_model: a pretrained model")
         saved = load_model(path)
-        if saved.model_config.kind != "masked_lm" or saved.tokenizer is None:
+        if saved.model_config.kind != MASKED_LM or saved.tokenizer is None:
             raise UserError(
                 f"{path}: is not a pretrained model with its tokenizer, which --tau infill needs"
             )

@@ -7,12 +7,11 @@ from typing import Mapping, NamedTuple, Optional
 
 from bort.config import option, required
 from bort.errors import UserError
-from bort.shapes import CLS, MAX_BUCKETS, POOLINGS
+from bort.shapes import CLS, MAX_BUCKETS, MAX_LENGTH, POOLINGS
 from bort.tokenization import TokenizerSettings
 from bort.training.config import UpdateSettings
 from data.race import CASTS
 
-POSITIONS = 512  # of the networks
 HEAD_DISTRIBUTIONS = ("normal", "uniform", "orthogonal", "xavier")
 
 
@@ -30,10 +29,10 @@ class TaskSettings:
     skip_bad_rows: bool = option(False, "skip and count invalid rows instead of stopping")
     train_rows: Optional[int] = option(None, "train on the first N rows only", minimum=1)
     max_len: int = option(
-        POSITIONS,
+        MAX_LENGTH,
         "maximum number of tokens; longer inputs are truncated",
         minimum=8,
-        maximum=POSITIONS,
+        maximum=MAX_LENGTH,
     )
     cache_dir: str = option("runs/encoded", "folder that caches encoded examples")
 

@@ -45,7 +45,7 @@ class ElasticState(elastic.State):
         self._saved: tuple[JSONObject, list[np.ndarray]] | None = None
 
     def save(self) -> None:
-        """Copy progress, parameters and optimiser's state; waits for the device."""
+        """Copy progress, parameters and optimizer's state; waits for the device."""
         self._saved = self.loop.state(), [array.asnumpy() for array in self.loop.arrays()]
 
     def restore(self) -> None:

@@ -43,7 +43,13 @@ from bort.pretraining.teacher import (
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.reporter import CONFIG, FolderReporter, Reporter
 from bort.resume import same_value
-from bort.saved_model import ModelConfig, body_options_of, save_model, save_model_config
+from bort.saved_model import (
+    MASKED_LM,
+    ModelConfig,
+    body_options_of,
+    save_model,
+    save_model_config,
+)
 from bort.seeds import mxnet_seed
 from bort.shapes import BORT_OPTIONS, MAX_LENGTH
 from bort.training.job import (
@@ -257,7 +263,7 @@ def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) 
             model=settings.student.student_model,
             vocab_size=manifest.vocab_size,
             tokenizer_fingerprint=manifest.tokenizer_fingerprint,
-            kind="masked_lm",
+            kind=MASKED_LM,
             max_len=student.encoder._max_length,
             **options_of(student)._asdict(),
             details=details,

@@ -25,7 +25,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import IO, Any, Callable, Iterator, Sequence
+from typing import IO, Callable, Iterator, Sequence
 
 import numpy as np
 from mxnet import nd
@@ -401,7 +401,7 @@ def _opened_rows(final: str) -> Iterator[tuple[IO[bytes], str, RowSums]]:
 
 
 def _resume(
-    handle: Any, sums: RowSums, shard: Shard, manifest: CacheManifest, batch_size: int
+    handle: IO[bytes], sums: RowSums, shard: Shard, manifest: CacheManifest, batch_size: int
 ) -> int:
     """Leave the header and the undamaged rows of whole batches in the file; return their sequences.
 

@@ -47,11 +47,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parsed = vars(parser.parse_args(argv))
     settings = build(ReduceSettings, parsed)
     # After the flags: --help does not import MXNet.
-    from bort.saved_model import load_model, save_model
+    from bort.saved_model import MASKED_LM, load_model, save_model
 
     saved = load_model(parsed["model"])
     tokenizer = saved.tokenizer
-    if not isinstance(tokenizer, WordPiece) or saved.model_config.kind != "masked_lm":
+    if not isinstance(tokenizer, WordPiece) or saved.model_config.kind != MASKED_LM:
         raise UserError(f"{parsed['model']}: must be a masked LM with a WordPiece tokenizer")
     counts = count_pieces(tokenizer, settings.text)
     kept = frequent_pieces(tokenizer, counts, settings.pieces)
