@@ -420,7 +420,9 @@ def lines_of(path: str) -> list[bytes]:
     For files whose damaged end must not stop a run.
     """
     with open_regular(path) as file:
-        return io.BytesIO(file.read(WHOLE_BYTES)).readlines()
+        # Not `read(WHOLE_BYTES)`: Python allocates so many bytes before it reads the first.
+        size = min(os.fstat(file.fileno()).st_size, WHOLE_BYTES)
+        return io.BytesIO(file.read(size)).readlines()
 
 
 def is_lfs_pointer(path: str) -> bool:

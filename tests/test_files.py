@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -425,3 +426,16 @@ def test_a_folder_below_a_file_is_refused_before_anything_is_read(
     folder = "file/run/CB" if "CB" in flags else "file/run"
     message = f"error: {flags[-1]} {folder}: {tmp_path / 'file'} is not a folder; name another one"
     assert capsys.readouterr().err.splitlines() == [message]
+
+
+def test_the_lines_of_a_small_file_take_little_memory(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_bytes(b"one\ntwo")
+    tracemalloc.start()
+    try:
+        assert files.lines_of(str(tmp_path / "metrics.jsonl")) == [b"one\n", b"two"]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20  # bytes
+    monkeypatch.setattr(files, "WHOLE_BYTES", 5)
+    assert files.lines_of(str(tmp_path / "metrics.jsonl")) == [b"one\n", b"t"]
