@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Sequence
+import re
+from contextlib import contextmanager
+from typing import Iterator, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -15,6 +17,10 @@ from bort.processor import multiplies_bfloat16, require_bfloat16
 from bort.types import Context, NDArray
 
 GPU_WIDTH = 8  # tokens
+# What MXNet says when it finds no room for an array, on GPUs and on CPUs.
+OUT_OF_MEMORY = re.compile(
+    "out of memory|memory allocat|failed to allocate|bad_alloc|bad alloc", re.IGNORECASE
+)
 
 
 def devices_of(gpus: str | None, cpu_contexts: int, communicator: Communicator) -> list[Context]:
@@ -101,3 +107,14 @@ def widened(ids: np.ndarray, device: Context) -> np.ndarray:
     if not missing or not uses_gpu_code(device):
         return ids
     return np.concatenate([ids, np.repeat(ids[:, :1], missing, axis=1)], axis=1)
+
+
+@contextmanager
+def memory_errors(cure: str) -> Iterator[None]:
+    """Turn an error of MXNet or Python for lack of memory into one that names what helps."""
+    try:
+        yield
+    except (mx.MXNetError, MemoryError) as error:
+        if isinstance(error, mx.MXNetError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise UserError(f"out of memory: {cure}") from None

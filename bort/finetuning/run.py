@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
-import mxnet as mx
 import numpy as np
 from mxnet import autograd, nd
 
@@ -28,7 +25,7 @@ from bort import bfloat16, checkpoint
 from bort.bort import SparseEmbeddingGrad
 from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict
-from bort.devices import devices_of, resolve_dtype, stored_dtype
+from bort.devices import devices_of, memory_errors, resolve_dtype, stored_dtype
 from bort.errors import UserError
 from bort.files import read_json_as, require_writable, write_json
 from bort.finetuning.classifier import Classifier, build_classifier, task_of
@@ -91,7 +88,10 @@ FIXED_FLAGS = (
 METRICS = "metrics.json"
 # The learning rate after the schedule has ended (the original's fine-tuning).
 LOWEST_RATE = 1e-7
-OUT_OF_MEMORY = re.compile("out of memory|memory allocat|bad_alloc|bad alloc", re.IGNORECASE)
+MEMORY_CURE = (
+    "lower --batch_size and raise --accumulate by the same factor, or lower --max_len or "
+    "--dev_batch_size"
+)
 
 
 class History:
@@ -453,7 +453,7 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> JSONOb
     data, rows = read_task_data(task, settings.task, run.seed)
     sets = read_prediction_sets(task, settings.task, run.output_dir)
     classifier = build_classifier(settings, task, devices)
-    with lock_of_rank_0(folder, "--output_dir", communicator), explained_memory_errors():
+    with lock_of_rank_0(folder, "--output_dir", communicator), memory_errors(MEMORY_CURE):
         if communicator.rank == 0 and not run.resume:
             refuse_other_run(folder)
         training = finetuning_run(settings, classifier, data, communicator, devices)
@@ -557,7 +557,7 @@ def infer(
             f"{classifier.model_config.task}; give one of {task.model_task or task.name}"
         )
     refuse_answers_of_another(settings, task)
-    with explained_memory_errors():
+    with memory_errors(MEMORY_CURE):
         scoring = scoring_of(settings, communicator, devices)
         results = predict_sets(classifier, task, sets, scoring, settings.run.output_dir)
     if communicator.rank == 0:
@@ -584,20 +584,6 @@ def refuse_other_run(folder: str) -> None:
         raise UserError(
             f"{folder}: has another run; --resume continues it, or name another --output_dir"
         )
-
-
-@contextmanager
-def explained_memory_errors() -> Iterator[None]:
-    """Turn MXNet's out-of-memory error into one that names the flags that help."""
-    try:
-        yield
-    except (mx.MXNetError, MemoryError) as error:
-        if isinstance(error, mx.MXNetError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
-        raise UserError(
-            "out of memory: lower --batch_size and raise --accumulate by the same factor, or "
-            "lower --max_len or --dev_batch_size"
-        ) from None
 
 
 # ---- the results of a run ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from bort import checkpoint
 from bort.bort import SparseEmbeddingGrad, get_bort_model, options_of, set_dtype
 from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict, command_of
-from bort.devices import devices_of, resolve_dtype, stored_dtype
+from bort.devices import devices_of, memory_errors, resolve_dtype, stored_dtype
 from bort.errors import UserError
 from bort.files import read_json
 from bort.parameters import load_parameters, parameter_file
@@ -69,6 +69,10 @@ from bort.types import Block, Context, JSONMapping, NDArray
 from data.batches import Batch, BucketSampler, PretrainingLoader, open_dynamic_masking
 from data.shards import Manifest, ShardSet, open_shards, shards_tokenizer
 
+MEMORY_CURE = (
+    "lower --batch_size and raise --accumulate by the same factor, or make the shards with a "
+    "smaller --max_seq_length"
+)
 # What a resumed run cannot change. The micro-batch of a number depends on the first and the last.
 FIXED_FLAGS = {
     "DataSettings": ("batch_size", "num_buckets", "use_avg_len", "dynamic_masking"),
@@ -84,7 +88,8 @@ def pretrain(settings: PretrainingSettings, communicator: Communicator) -> list[
     Rank 0 holds the lock of the run's folder. Raises `UserError` when another process writes there.
     """
     devices = checked_devices(settings, communicator)
-    with lock_of_rank_0(settings.run.ckpt_dir, "--ckpt_dir", communicator):
+    lock = lock_of_rank_0(settings.run.ckpt_dir, "--ckpt_dir", communicator)
+    with lock, memory_errors(MEMORY_CURE):
         reporter = FolderReporter(settings.run.ckpt_dir, communicator)
         return pretraining_loop(settings, communicator, devices, reporter).run()
 
