@@ -30,8 +30,11 @@ from bort.errors import UserError
 from bort.files import read_json_as, require_writable, write_json
 from bort.finetuning.classifier import Classifier, build_classifier, task_of
 from bort.finetuning.config import (
+    ClassifierSettings,
     FinetuningOptimizerSettings,
+    FinetuningRunSettings,
     FinetuningSettings,
+    TaskSettings,
 )
 from bort.finetuning.predictions import (
     Scoring,
@@ -59,7 +62,6 @@ from bort.parameters import load_parameters, parameter_file
 from bort.reporter import FolderReporter, Reporter
 from bort.resume import same_value
 from bort.saved_model import save_model, save_model_config
-from bort.shapes import CLS
 from bort.training.job import (
     Evaluation,
     Job,
@@ -78,13 +80,13 @@ from data.encoding import ClassifierBatch, ClassifierLoader, encode_examples
 from data.task import Example, Task
 
 BEST = "best.params"
-# What a resumed run cannot change.
-FIXED_FLAGS = (
-    ("FinetuningRunSettings", "seed"),
-    ("TaskSettings", "max_len"),
-    ("FinetuningOptimizerSettings", "dtype"),
-    ("ClassifierSettings", "pooling"),
-)
+# What a resumed run cannot change. The micro-batch of a number depends on batch size and buckets.
+FIXED_FLAGS: Mapping[type, Sequence[str]] = {
+    FinetuningRunSettings: ("seed",),
+    TaskSettings: ("max_len",),
+    FinetuningOptimizerSettings: ("batch_size", "num_buckets", "dtype"),
+    ClassifierSettings: ("pooling",),
+}
 METRICS = "metrics.json"
 # The learning rate after the schedule has ended (the original's fine-tuning).
 LOWEST_RATE = 1e-7
@@ -418,10 +420,10 @@ def check_resume(
             f"--resume: the checkpoint in {folder} is of a run with other rows in "
             f"{' and '.join(changed)}; restore them, or give another --output_dir"
         )
-    for concern, flag in FIXED_FLAGS:
-        # Checkpoints of earlier versions do not know --pooling, which was cls.
+    for concern, flag in ((each, flag) for each, flags in FIXED_FLAGS.items() for flag in flags):
+        # A flag that the checkpoint does not know had its default.
         then, now = (
-            each.get(concern, {}).get(flag, CLS if flag == "pooling" else None)
+            each.get(concern.__name__, {}).get(flag, getattr(concern, flag))
             for each in (state["settings"], config)
         )
         differs = stored_dtype(then) != stored_dtype(now) if flag == "dtype" else then != now

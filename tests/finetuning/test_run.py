@@ -394,6 +394,8 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, uninterru
     [
         ({"seed": 8}, "--seed 8: the checkpoint was made with 7"),
         ({"batch_size": 8}, "batches_per_epoch"),
+        # The same number of batches an epoch, but other ones: some rows would be seen twice.
+        ({"num_buckets": 4}, "--num_buckets 4: the checkpoint was made with 3"),
         ({"train_rows": 60}, "examples 64, now 60"),
         ({"max_len": 32}, "--max_len 32: the checkpoint was made with 64"),
         ({"pooling": "mean"}, "--pooling mean: the checkpoint was made with cls"),
