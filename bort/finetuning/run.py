@@ -85,7 +85,7 @@ FIXED_FLAGS: Mapping[type, Sequence[str]] = {
     FinetuningRunSettings: ("seed",),
     TaskSettings: ("max_len",),
     FinetuningOptimizerSettings: ("batch_size", "num_buckets", "dtype"),
-    ClassifierSettings: ("pooling",),
+    ClassifierSettings: ("pooling", "extra_layer", "pretrained_parameters", "model_parameters"),
 }
 METRICS = "metrics.json"
 # The learning rate after the schedule has ended (the original's fine-tuning).
@@ -426,8 +426,10 @@ def check_resume(
             each.get(concern.__name__, {}).get(flag, getattr(concern, flag))
             for each in (state["settings"], config)
         )
-        differs = stored_dtype(then) != stored_dtype(now) if flag == "dtype" else then != now
-        if differs:
+        same = same_value(flag, then, now)
+        if flag == "dtype":
+            same = stored_dtype(then) == stored_dtype(now)
+        if not same:
             raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
     recorded = state["settings"].get("FinetuningOptimizerSettings", {})
     return Resumed(recorded.get("accumulate", accumulate))

@@ -399,12 +399,29 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, uninterru
         ({"train_rows": 60}, "examples 64, now 60"),
         ({"max_len": 32}, "--max_len 32: the checkpoint was made with 64"),
         ({"pooling": "mean"}, "--pooling mean: the checkpoint was made with cls"),
+        ({"extra_layer": True}, "--extra_layer True: the checkpoint was made with False"),
     ],
 )
 def test_another_run_is_not_resumed(reviews, tmp_path, finished, flags, says):
     shutil.copytree(finished[0], tmp_path, symlinks=True, dirs_exist_ok=True)
     with pytest.raises(UserError, match=says):
         make_run(reviews, tmp_path, resume=True, **{**RESUMED, **flags}).loop.run()
+
+
+def test_a_run_is_not_resumed_from_other_weights(reviews, tmp_path, finished):
+    from bort.saved_model import ModelConfig, build_network, save_model
+    from bort.tokenization import TokenizerSettings, load_tokenizer
+
+    shutil.copytree(finished[0], tmp_path / "run", symlinks=True)
+    tokenizer = load_tokenizer(TokenizerSettings())
+    model_config = ModelConfig(
+        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "masked_lm", layer_norm_eps=1e-12
+    )
+    body = tmp_path / "model.params"
+    save_model(str(body), build_network(model_config), model_config, tokenizer)
+    flags = {**RESUMED, "pretrained_parameters": body, "resume": True}
+    with pytest.raises(UserError, match=r"--pretrained_parameters .* was made with None"):
+        make_run(reviews, tmp_path / "run", **flags).loop.run()
 
 
 @pytest.mark.parametrize("name", ["train", "dev"])
