@@ -63,7 +63,20 @@ def split_files(
 def default_data_dir() -> Path:
     """Return the folder of GluonNLP's dataset cache: $MXNET_HOME/datasets or ~/.mxnet/datasets."""
     home = os.environ.get("MXNET_HOME") or os.path.join("~", ".mxnet")
-    return Path(home).expanduser() / "datasets"
+    return expanded(home) / "datasets"
+
+
+def expanded(path: Union[str, Path]) -> Path:
+    """Return a path with the home folder in place of `~`.
+
+    Raises `UserError` where there is none: for `~name` of an unknown user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: the home folder of {Path(path).parts[0]} is unknown; give the whole path"
+        ) from None
 
 
 def best_classes(logits: np.ndarray) -> np.ndarray:
@@ -171,7 +184,7 @@ class Task:
             GluonNLP's cache, or None for the default one. A task's folder may contain the folder
             of its archive (superglue_multirc/MultiRC/train.jsonl).
         """
-        root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+        root = default_data_dir() if data_dir is None else expanded(data_dir)
         tasks = [
             root / suite / folder for suite in (*self.suite_folders, "") for folder in self.folders
         ]
@@ -221,7 +234,7 @@ class Task:
 
     def searched(self, data_dir: Union[str, Path, None], splits: Iterable[str]) -> str:
         """Return in words where `read` looks for splits, for messages."""
-        root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+        root = default_data_dir() if data_dir is None else expanded(data_dir)
         paths = [path for split in splits for path in self.search_paths(data_dir, split)]
         names = list(dict.fromkeys(path.name for path in paths))
         folders = list(dict.fromkeys(os.path.relpath(path.parent, root) for path in paths))

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from bort.config import OneLineParser
 from bort.errors import entry_point
 from data.download import SERVER, download
-from data.task import default_data_dir
+from data.task import default_data_dir, expanded
 
 
 @entry_point
@@ -29,7 +29,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Path:
         "--server", default=SERVER, help="an https mirror with the same paths (default %(default)s)"
     )
     arguments = parser.parse_args(argv)
-    data_dir: Path = arguments.data_dir.expanduser()
+    data_dir = expanded(arguments.data_dir)
     download(arguments.names, data_dir, arguments.server)
     return data_dir
 

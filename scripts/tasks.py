@@ -13,6 +13,7 @@ from bort.errors import UserError, entry_point
 from bort.tables import aligned_table
 from data.download import expand
 from data.survey import CHECK_HEADER, HEADER, check_task, task_row
+from data.task import expanded
 from data.tasks import get_task, task_names
 
 
@@ -31,7 +32,7 @@ def main(argv: Optional[Sequence[str]] = None) -> list[list[str]]:
     )
     arguments = parser.parse_args(argv)
     folder = arguments.data_dir
-    if folder and not Path(folder).expanduser().is_dir():
+    if folder and not expanded(folder).is_dir():
         raise UserError(f"--data_dir {folder}: is not a folder")
     if not arguments.check:
         rows = [task_row(get_task(name), folder) for name in task_names()]

@@ -15,6 +15,7 @@ from bort.types import TaskKind
 from data.submission import check_submission, write_submission
 from data.task import Example, Task, default_data_dir, is_labelled
 from data.tasks import get_task, task_names
+from scripts import download_data, tasks
 
 TEST_DATA = Path(__file__).resolve().parents[2] / "test_data"
 NAMES = task_names()
@@ -194,6 +195,17 @@ def test_default_folder_is_below_the_home_of_the_user(monkeypatch):
     monkeypatch.delenv("MXNET_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/ada")
     assert default_data_dir() == Path("/home/ada/.mxnet/datasets")
+
+
+def test_the_home_of_an_unknown_user_is_named(capsys):
+    says = "~nobody-here/glue: the home folder of ~nobody-here is unknown; give the whole path"
+    with pytest.raises(UserError, match=says):
+        get_task("CoLA").read("~nobody-here/glue", "train")
+    given = ["--data_dir", "~nobody-here/glue"]
+    for main, arguments in ((download_data.main, ["CoLA", *given]), (tasks.main, given)):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert says in capsys.readouterr().err
 
 
 def test_the_two_rte_are_not_confused(tmp_path):
