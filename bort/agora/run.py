@@ -55,17 +55,18 @@ from bort.finetuning.config import (
 from bort.finetuning.predictions import Scoring, logits_of, predict_sets
 from bort.finetuning.run import BEST, METRICS, FinetuningOptions, finetuning_loop
 from bort.finetuning.search_space import read_space, with_values
-from bort.finetuning.task_data import TaskData, read_prediction_sets
+from bort.finetuning.task_data import TaskData, read_prediction_sets, rows_sha256
 from bort.parameters import load_parameters
 from bort.reporter import FolderReporter
 from bort.resume import changed_flags
 from bort.saved_model import MASKED_LM, load_model, save_model
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
-from bort.types import Context, Hyperparameters, JSONObject
+from bort.types import Context, Hyperparameters, JSONMapping, JSONObject
 from data.task import Example, Task
 from data.tasks import get_task
 
 NEVER = 10**9  # no checkpoint inside a fit
+TEST_SUM = "test_sha256"  # of the rows on which the best of the grid was measured
 # Flags that may differ when a run is resumed. The content of the search space is compared.
 FREE = (
     "max_rounds",
@@ -261,6 +262,8 @@ class _Run:
         settings, data, start = self.settings, self.data, time.perf_counter()
         report = Report(self.folder, data, self.space, source)
         store = agora_text.open_store(self.folder)
+        test = rows_sha256(data.test)
+        self._check_test(store.recall("best_of_grid"), test)
         if isinstance(timaeus, ModelTimaeus):
             report.add_timaeus(self.metrics(timaeus.score(data.dev), timaeus.score))
 
@@ -269,7 +272,8 @@ class _Run:
             report.add(record)
             if store.recall("best_of_grid") is None:  # later its model may be gone
                 model = store.load_model(agora.fit_name(0, record.best))
-                store.record("best_of_grid", self.metrics_of(model)._asdict())
+                content = {**self.metrics_of(model)._asdict(), TEST_SUM: test}
+                store.record("best_of_grid", content)
 
         result = agora.agora(
             self.socrates,
@@ -287,10 +291,21 @@ class _Run:
             on_round=on_round,
         )
         best = self.write_best(result)
-        first = ModelMetrics(**store.recall("best_of_grid"))
+        grid = store.recall("best_of_grid")
+        first = ModelMetrics(grid["dev"], grid["test"])
         report.finish(result.best, first, best, time.perf_counter() - start)
         shutil.rmtree(self.socrates.folder, ignore_errors=True)
         return report.content
+
+    def _check_test(self, best_of_grid: Optional[JSONMapping], test: str) -> None:
+        """Raise `UserError` when the best of the grid was measured on another test set."""
+        if not (best_of_grid and best_of_grid["test"] and self.data.test):
+            return
+        if best_of_grid.get(TEST_SUM, test) != test:  # earlier versions have not recorded it
+            raise UserError(
+                f"{self.folder}: contains a run whose test set had other rows; restore them, or "
+                "give another --output_dir"
+            )
 
     def claim_folder(self) -> None:
         """Record the flags in the folder, or check those of the run that is resumed.

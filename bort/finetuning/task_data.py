@@ -98,10 +98,11 @@ def check_sets(settings: TaskSettings) -> dict[str, str]:
 def sets_sha256(data: TaskData) -> dict[str, str]:
     """Return the SHA-256 of the rows of the training set and of each dev set."""
     sets = {"train": data.train, **data.dev}
-    return {name: _rows_sha256(examples) for name, examples in sets.items()}
+    return {name: rows_sha256(examples) for name, examples in sets.items()}
 
 
-def _rows_sha256(examples: Sequence[Example]) -> str:
+def rows_sha256(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 of rows: of their numbers, inputs and labels."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr(tuple(example)).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,21 @@ def test_a_run_is_resumed_under_other_spellings_of_its_paths(places, tmp_path, m
     again = run_agora.main(given)
     assert (tmp_path / "moved" / "SST-2" / "journal.jsonl").read_bytes() == journal
     assert again["best"] == content["best"]
+
+
+def test_a_run_is_not_resumed_on_another_test_set(places, tmp_path, capsys):
+    shutil.copytree(TEST_DATA / "glue" / "SST-2", tmp_path / "data" / "SST-2")
+    test = tmp_path / "data" / "SST-2" / "test.tsv"
+    test.write_text("sentence\tlabel\na fine plot\t1\na bad plot\t0\n")
+    given = arguments(places, "SST-2", tmp_path / "out", "--tau", "swap", "--max_rounds", "1")
+    given += ["--data_dir", str(tmp_path / "data")]
+    content = run_agora.main(given)
+    test.write_text("sentence\tlabel\na fine plot\t1\na bad plot\t1\n")
+    with pytest.raises(SystemExit):
+        run_agora.main(given)
+    assert "a run whose test set had other rows; restore them, or" in capsys.readouterr().err
+    test.unlink()
+    assert run_agora.main(given)["best_of_grid"] == content["best_of_grid"]
 
 
 def test_a_second_run_in_a_folder_is_refused(places, tmp_path, capsys):
