@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -290,6 +291,11 @@ class _Run:
             map_fits=self.map_fits,
             on_round=on_round,
         )
+        if math.isinf(result.best.score):
+            raise UserError(
+                f"{settings.run.search_space}: every set diverged in every round; lower their lr, "
+                "and give another --output_dir"
+            )
         best = self.write_best(result)
         grid = store.recall("best_of_grid")
         first = ModelMetrics(grid["dev"], grid["test"])

@@ -149,6 +149,16 @@ def test_a_run_is_not_resumed_on_another_test_set(places, tmp_path, capsys):
     assert run_agora.main(given)["best_of_grid"] == content["best_of_grid"]
 
 
+def test_a_search_space_whose_sets_all_diverge_is_named(places, tmp_path, capsys):
+    space = tmp_path / "space.yaml"
+    space.write_text("lr: [1e30]\nepochs: [1]\n")
+    given = arguments(places, "SST-2", tmp_path / "out", "--tau", "swap")
+    with pytest.raises(SystemExit):
+        run_agora.main([*given, "--search_space", str(space)])
+    assert f"{space}: every set diverged in every round; lower" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "SST-2" / "best.params").exists()
+
+
 def test_a_second_run_in_a_folder_is_refused(places, tmp_path, capsys):
     held, refused = lock_folder(str(tmp_path / "SST-2")), pytest.raises(SystemExit)
     with held, refused:
