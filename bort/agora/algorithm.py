@@ -31,8 +31,8 @@ the names Socrates, Timaeus and tau was not checked):
   found; the longest of these (of equals, the one with the worst-scoring set) is the common part;
   all sets that contain it are dropped, with the worst. The best set of the round stays while
   others do. `worst-only` and `halving` (drop the lower half) are alternatives;
-- one augmented example per mistake, none after the last set is dropped; one that equals a row of
-  dev, test or the current train is drawn again;
+- one augmented example per mistake, none in the last round, after which nothing is fitted; one that
+  equals a row of dev, test or the current train is drawn again;
 - every fit starts from the initial state; a warm start from the best model so far is an option;
 - ties: a later round wins (it saw more data), then the earlier set of the space;
 - the loop also ends when the round's best makes no mistake, or after `max_rounds`;
@@ -381,14 +381,16 @@ def _rounds(
     """Yield the rounds. A *step* is a round or a replay; it keys fits and augmented examples."""
     space = list(range(len(fitting.search_space)))
     passes, limit = settings.replay + 1, settings.max_rounds
-    for step in itertools.islice(itertools.count(), limit and limit * passes):
+    steps = limit and limit * passes
+    for step in itertools.islice(itertools.count(), steps):
         fits = fitting.fit_all(step, space, data)
         mistakes = augmentation.mistakes(fits[-1].predictions)
         pruned: list[int] = []
         if mistakes and (step + 1) % passes == 0:
             order = [fit.index for fit in fits]
             pruned = sets_to_drop(order, fitting.search_space, settings.prune)
-        last = len(pruned) == len(space)  # nothing would be fitted on the augmented data
+        # Nothing would be fitted on the augmented data.
+        last = len(pruned) == len(space) or step + 1 == steps
         augmented = [] if last else augmentation.augment(step, mistakes, data)
         by_index = sorted(fits, key=lambda fit: fit.index)
         yield Round(

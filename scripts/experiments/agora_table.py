@@ -84,7 +84,7 @@ def run(task: Task, folder: Path) -> Run:
     rounds = content["rounds"]
     seconds = sum(record["seconds"] for record in rounds)
     added = rounds[-1]["train_size"] - int(folder.parent.parent.name)
-    # A run of a single round makes augmented examples, but fits none.
+    # Earlier versions made augmented examples in a run of a single round, which fits none.
     same = _same_labels(folder / task.name / "images.tsv") if len(rounds) > 1 else None
     return Run(task.score(best["dev"]), task.score(best["test"]), seconds, added, same)
 

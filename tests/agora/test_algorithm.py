@@ -203,13 +203,13 @@ def test_train_grows_only_by_labelled_images_of_the_best_fits_mistakes():
 
 
 def test_several_images_of_a_mistake_differ():
-    first = run(AgoraSettings(images_per_mistake=3, max_rounds=1)).rounds[0]
+    first = run(AgoraSettings(images_per_mistake=3, max_rounds=2)).rounds[0]
     assert len({input_key(example.input) for example in first.augmented}) == 3 * len(first.mistakes)
     assert [example.source for example in first.augmented] == list(np.repeat(first.mistakes, 3))
 
 
 def test_images_at_random_are_as_many_but_not_of_the_mistakes():
-    first = run(AgoraSettings(images_from="random", max_rounds=1), Constant()).rounds[0]
+    first = run(AgoraSettings(images_from="random", max_rounds=2), Constant()).rounds[0]
     sources = [example.source for example in first.augmented]
     assert len(sources) == len(set(sources)) == len(first.mistakes) > 10
     assert set(sources) != set(first.mistakes)
@@ -255,8 +255,8 @@ def test_images_of_one_round_do_not_repeat():
     def tau(example, generator):
         return np.array([2.0, generator.integers(3)])
 
-    result = run(AgoraSettings(max_rounds=2, image_attempts=50), tau=tau)
-    assert [len(one.augmented) for one in result.rounds] == [3, 0]
+    result = run(AgoraSettings(max_rounds=3, image_attempts=50), tau=tau)
+    assert [len(one.augmented) for one in result.rounds] == [3, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +311,14 @@ def test_fewer_rounds_than_a_run_has_need_their_best_model(tmp_path):
 
 def test_max_rounds_counts_rounds_not_replays():
     assert len(run(AgoraSettings(max_rounds=2, replay=1)).rounds) == 4
+
+
+def test_the_last_of_max_rounds_has_nothing_labelled():
+    settings, timaeus = AgoraSettings(max_rounds=2, replay=1), Rule(wavy)
+    rounds = run(settings, timaeus=timaeus).rounds
+    assert all(one.mistakes for one in rounds)
+    assert [bool(one.augmented) for one in rounds] == [True, True, True, False]
+    assert len(timaeus.calls) == 1 + 3  # dev first
 
 
 def test_it_ends_when_no_mistake_remains():
