@@ -161,11 +161,20 @@ def _not_saved(folder: str, step: int, error: Exception, place: str) -> UserErro
 
 
 def point(folder: str, link: str, name: str) -> None:
-    """Let the link `checkpoint_last` or `checkpoint_best` lead to checkpoint `name`."""
-    temporary = temporary_name(os.path.join(folder, link))
+    """Let the link `checkpoint_last` or `checkpoint_best` lead to checkpoint `name`.
+
+    Raises `UserError` where it is a folder: a copy of the run has followed the link.
+    """
+    path = os.path.join(folder, link)
+    if os.path.isdir(path) and not os.path.islink(path):
+        raise UserError(
+            f"{path}: is a folder instead of a link, as in a copy that followed links; remove it: "
+            "it is one of the checkpoints beside it"
+        )
+    temporary = temporary_name(path)
     try:
         os.symlink(name, temporary)
-        os.replace(temporary, os.path.join(folder, link))
+        os.replace(temporary, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,18 @@ def test_without_symbolic_links_checkpoints_are_saved_found_and_pruned(tmp_path,
     assert sorted(os.listdir(tmp_path)) == ["step-0000001", "step-0000003"]
     assert checkpoint.newest_path(str(tmp_path)) == str(tmp_path / "step-0000003")
     assert parameter_file(str(tmp_path)) == str(tmp_path / "step-0000003" / "model.params")
+
+
+def test_a_copy_that_followed_the_links_is_named(tmp_path):
+    save(tmp_path / "run", 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    link = tmp_path / "copy" / "checkpoint_last"
+    with pytest.raises(UserError, match=f"{link}: is a folder instead of a link"):
+        checkpoint.rewind(str(tmp_path / "copy"), 1, best_step=None)
+    assert not list((tmp_path / "copy").glob(".*"))
+    shutil.rmtree(link)
+    checkpoint.rewind(str(tmp_path / "copy"), 1, best_step=None)
+    assert os.readlink(link) == "step-0000001"
 
 
 def test_an_unfinished_checkpoint_is_valid_before_and_after_it_is_amended(tmp_path):
