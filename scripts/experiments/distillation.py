@@ -54,18 +54,42 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def final_loss(path: str) -> float:
     """Return the last held-out masked-LM loss of a run."""
-    return read_run(path).curve("eval", "mlm_loss").values[-1]
+    return read_evaluated(path).curve("eval", "mlm_loss").values[-1]
+
+
+def read_evaluated(path: str) -> Run:
+    """Read a run; raises `UserError` before its first evaluation."""
+    run = read_run(path)
+    if not run.curve("eval", "mlm_loss").steps:
+        raise UserError(f"{path}: has no held-out loss yet; wait for the first evaluation")
+    return run
 
 
 def read_arms(folder: Path) -> Arms:
     """Return the runs of each arm, folder/ARM/SEED; raises `UserError` when there is none."""
     arms = {
-        arm.name: [read_run(str(run)) for run in sorted(arm.iterdir())]
+        arm.name: [read_evaluated(str(run)) for run in sorted(arm.iterdir())]
         for arm in sorted(folder.glob("*"))
     }
     if not arms:
         raise UserError(f"{folder}: holds no runs; run scripts/experiments/distillation.sh")
     return arms
+
+
+def last_steps(arms: Arms) -> list[int]:
+    """Return the steps of the evaluations of the run that has come farthest."""
+    runs = (run for of_arm in arms.values() for run in of_arm)
+    return max((run.curve("eval", "mlm_loss").steps for run in runs), key=lambda steps: steps[-1])
+
+
+def held_out(run: Run, metric: str, steps: Sequence[float]) -> np.ndarray:
+    """Return a held-out metric at steps, interpolated; NaN after the last evaluation."""
+    return np.interp(steps, *run.curve("eval", metric), right=np.nan)
+
+
+def shown(values: Sequence[float], digits: int = 3) -> str:
+    """Return mean and deviation over the seeds, "-" where a run has not come so far."""
+    return spread(values, digits) if np.isfinite(values).all() else "-"
 
 
 def step_seconds(folder: Path) -> dict[str, float]:
@@ -84,14 +108,16 @@ def step_seconds(folder: Path) -> dict[str, float]:
 
 
 def steps_table(arms: Arms) -> str:
-    """Return held-out loss by step, and loss and accuracy at the end, over the seeds."""
-    steps = next(iter(arms.values()))[0].curve("eval", "mlm_loss").steps
+    """Return held-out loss by step, and loss and accuracy at the end, over the seeds.
+
+    A run that has not come so far is not taken for one that has ended: its arm shows "-" there.
+    """
+    steps = last_steps(arms)
     rows = []
     for arm, runs in arms.items():
-        losses = [np.interp(steps, *run.curve("eval", "mlm_loss")) for run in runs]
-        accuracies = [100 * run.curve("eval", "accuracy").values[-1] for run in runs]
-        shown = [spread(at_step) for at_step in zip(*losses)]
-        rows.append([arm, str(len(runs)), *shown, spread(accuracies, 2)])
+        losses = [held_out(run, "mlm_loss", steps) for run in runs]
+        accuracies = [100 * held_out(run, "accuracy", steps)[-1] for run in runs]
+        rows.append([arm, str(len(runs)), *map(shown, zip(*losses)), shown(accuracies, 2)])
     header = ["arm", "seeds", *(f"step {step:,}" for step in steps), "accuracy at the end, %"]
     return markdown_table(header, rows)
 
@@ -100,14 +126,15 @@ def seconds_table(arms: Arms, seconds: dict[str, float], reference: str = REFERE
     """Return the held-out loss of each arm when the reference arm has made its last step.
 
     Losses between two evaluations are interpolated; an arm that would be past its end shows the
-    loss of its last step.
+    loss of its last step, one with a run that has not come so far "-".
     """
-    budget = arms[reference][0].curve("eval", "mlm_loss").steps[-1] * seconds[reference]
+    end = last_steps(arms)[-1]
+    budget = last_steps({reference: arms[reference]})[-1] * seconds[reference]
     rows = []
     for arm in sorted(arms.keys() & seconds.keys()):
         reached = budget / seconds[arm]
-        losses = [float(np.interp(reached, *run.curve("eval", "mlm_loss"))) for run in arms[arm]]
-        rows.append([arm, f"{1000 * seconds[arm]:.0f}", f"{reached:,.0f}", spread(losses)])
+        losses = [held_out(run, "mlm_loss", [min(reached, end)])[0] for run in arms[arm]]
+        rows.append([arm, f"{1000 * seconds[arm]:.0f}", f"{reached:,.0f}", shown(losses)])
     return markdown_table(
         ["arm", "ms of a core a step", f"steps in {budget:.0f} s", "held-out loss"], rows
     )
@@ -129,8 +156,8 @@ def draw(arms: Arms, path: str) -> None:
     with figure_file(path, 7, 4.5) as figure:
         axes = figure.add_subplot()
         for number, (arm, runs) in enumerate(arms.items()):
-            steps = runs[0].curve("eval", "mlm_loss").steps
-            losses = np.array([np.interp(steps, *run.curve("eval", "mlm_loss")) for run in runs])
+            steps = last_steps({arm: runs})
+            losses = np.array([held_out(run, "mlm_loss", steps) for run in runs])
             mean, deviation = losses.mean(axis=0), losses.std(axis=0, ddof=len(runs) > 1)
             axes.plot(steps, mean, color=f"C{number}", label=f"{arm}, {len(runs)} seed(s)")
             axes.fill_between(

@@ -154,6 +154,31 @@ def test_the_losses_of_an_experiment_without_times_are_shown(tmp_path, capsys):
     assert "| mlm | 1 | 8.000 | 6.000 | 4.000 |" in capsys.readouterr().out
 
 
+def test_a_run_that_has_not_come_so_far_is_not_shown_as_ended(tmp_path, capsys):
+    write_run(tmp_path / "runs/kd/1", [8.0, 5.0])
+    write_run(tmp_path / "runs/kd/2", [8.0, 7.0, 3.0])
+    write_run(tmp_path / "runs/mlm/1", [8.0, 6.0, 4.0])
+    (tmp_path / "times").mkdir()
+    for arm in ("mlm", "kd"):
+        (tmp_path / "times" / arm).write_text("1 0\n7 0\n")
+    distillation.main([str(tmp_path)])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert ["kd", "2", "8.000 ± 0.000", "6.000 ± 1.414", "-", "-"] in rows
+    assert ["mlm", "1", "8.000", "6.000", "4.000", "60.00"] in rows
+    assert ["kd", "100", "200", "-"] in rows
+    assert ["mlm", "100", "200", "4.000"] in rows
+
+
+def test_a_run_without_an_evaluation_is_named(tmp_path, capsys):
+    run = tmp_path / "runs/mlm/1"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_bytes(line_of({"step": 10, "phase": "train", "loss": 9.0}))
+    for given in ([str(tmp_path)], ["--best", str(run)]):
+        with pytest.raises(SystemExit):
+            distillation.main(given)
+        assert f"{run}: has no held-out loss yet; wait" in capsys.readouterr().err
+
+
 def test_the_best_run_is_the_one_with_the_lowest_loss_at_the_end(tmp_path, capsys):
     write_run(tmp_path / "1e-3", [8.0, 3.0, 5.0])
     write_run(tmp_path / "3e-3", [8.0, 6.0, 4.0])
