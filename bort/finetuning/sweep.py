@@ -27,7 +27,7 @@ import numpy as np
 from bort import jobs
 from bort.cluster import Cluster, WorkerKilledError, refuse_with_cluster
 from bort.config import MAX_PROCESSES, as_dict, command_of, option, required
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.files import (
     atomic_write,
     await_unlocked,
@@ -52,6 +52,7 @@ from data.tasks import get_task
 PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
 FREE = ("output_dir", "resume", "gpus", "log_interval", "cache_dir")  # may differ when resumed
 LOCK_SECONDS = 60.0  # that a run waits for the end of one in its folder, on a machine that was lost
+MAX_NAME = 255  # characters of a folder's name, all of them ASCII here
 STOPPED = "interrupted; rerun the same command to resume the sweep"
 
 
@@ -198,8 +199,8 @@ def runs_of(settings: SweepSettings, base: FinetuningSettings, folder: str) -> l
 def _run_names(space: Sequence[Hyperparameters], folder: str) -> list[str]:
     """Return the names of the runs' folders, each the exact values of its combination.
 
-    Earlier versions shortened numbers to six digits. Such a folder is used where its config.json
-    has the values of the combination.
+    Raises `UserError` for one that is too long. Earlier versions shortened numbers to six digits:
+    such a folder is used where its config.json has the values of the combination.
     """
     names = []
     for hparams in space:
@@ -209,6 +210,12 @@ def _run_names(space: Sequence[Hyperparameters], folder: str) -> list[str]:
             configs = Path(folder, short).glob("*/config.json")
             if any(_is_run_of(str(path), hparams) for path in configs):
                 name = short
+        if len(name) > MAX_NAME:
+            raise UserError(
+                f"{folder}: the folder of a run would be named {quoted(name)}, longer than "
+                f"{MAX_NAME} characters; give flags with one value on the command line, not in "
+                "--grid"
+            )
         names.append(name)
     return names
 

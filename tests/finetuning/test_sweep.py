@@ -280,6 +280,18 @@ def test_values_that_share_six_digits_are_different_runs(in_process):
     assert [row.values["lr"] for row in rows] == [0.1234568, 0.1234567]
 
 
+def test_a_name_that_no_folder_can_have_is_refused(in_process, capsys):
+    names = ("lr", "weight_decay", "warmup_ratio", "dropout", "prob", "max_norm", "epsilon")
+    grid = {name: [0.12345678901234567] for name in names}
+    more = {name: [1] for name in ("batch_size", "accumulate", "num_buckets", "dev_batch_size")}
+    with pytest.raises(SystemExit):
+        sweep.main(in_process.flags(**grid, **more, seed=[0]))
+    assert "longer than 255 characters; give flags with one value" in capsys.readouterr().err
+    assert not in_process.results.exists()
+    sweep.main(in_process.flags(**grid, **more))
+    assert len(in_process.calls("end")) == 1
+
+
 @pytest.mark.parametrize("value", [0, 7, 20201023, 2**63, 1e-4, 9e-6, 0.1, 1 / 3, 1e22, 0.1234567])
 def test_names_read_back_as_the_value(value):
     assert type(value)(module.spelled(value)) == value
