@@ -17,6 +17,8 @@ from bort.types import Hyperparameters
 
 # The peak rates where none is given: SGD's gradients are clipped to norm 1, so its steps are small.
 RATES = {"theory": 0.5, "practical": 1e-3}
+# Values that the other mode's optimizer uses alone: a grid of them would train the same again.
+UNUSED = {"theory": "epsilon", "practical": "weight_bound"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,11 @@ class TrainingSettings:
     def hyperparameters(self) -> list[Hyperparameters]:
         """Return the sets of hyperparameters to train with, each valid for `OptimizerSettings`."""
         values = read_grid(self.grid) if self.grid else {}
+        if UNUSED[self.mode] in values:
+            raise UserError(
+                f"--grid {UNUSED[self.mode]}: has no effect with --mode {self.mode}; leave one of "
+                "them out"
+            )
         sets = hyperparameter_sets(self.mode, **{"lr": [RATES[self.mode]], **values})
         for hparams in sets:
             check_limits(replace(OptimizerSettings(), **hparams))

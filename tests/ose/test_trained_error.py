@@ -137,6 +137,9 @@ def test_the_modes_set_optimiser_and_rate():
     ]
     bound = TrainingSettings(mode="theory", grid="weight_bound=0.2").hyperparameters()
     assert bound[0]["weight_bound"] == 0.2
+    for mode, name in (("practical", "weight_bound"), ("theory", "epsilon")):
+        with pytest.raises(UserError, match=f"--grid {name}: has no effect with --mode {mode}"):
+            TrainingSettings(mode=mode, grid=f"{name}=0.5,1").check()
 
 
 def test_invalid_requests_are_refused(data, tmp_path, capsys):
