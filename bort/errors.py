@@ -180,5 +180,7 @@ def _escape_what_stdout_lacks() -> None:
 
     A line of the log that names a folder would otherwise end a training.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    # In the C locale, unless Python takes UTF-8 for it, `errors` is surrogateescape.
+    refusing = ("strict", "surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in refusing:
         sys.stdout.reconfigure(errors="backslashreplace")

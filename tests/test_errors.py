@@ -135,20 +135,27 @@ main()
     )
 
 
-def test_what_the_encoding_of_stdout_lacks_is_escaped():
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_what_the_encoding_of_stdout_lacks_is_escaped(environment):
     script = """
 from bort.errors import entry_point
 
 @entry_point
 def main(argv=None):
-    print("r\u00fcns/MRPC")
+    print("r\\u00fcns/MRPC")
 
 main()
 """
     ended = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
