@@ -56,7 +56,8 @@ def main(argv: Optional[Sequence[str]] = None) -> list[str]:
 def table(folder: Path) -> str:
     """Return the table of one task and number of rows.
 
-    Raises `UserError` when a method lacks a draw that `mistakes` has.
+    Raises `UserError` when a method lacks a draw that `mistakes` has, and for a run that has not
+    finished.
     """
     task = get_task(folder.parent.name)
     draws = sorted(path.name for path in (folder / "mistakes").glob("draw-*"))
@@ -90,7 +91,11 @@ def run(task: Task, folder: Path) -> Run:
 
 
 def _content(task: Task, folder: Path) -> JSONObject:
-    return read_json(str(folder / task.name / "agora.json"))
+    path = folder / task.name / "agora.json"
+    content: JSONObject = read_json(str(path))
+    if "best" not in content:
+        raise UserError(f"{path}: the run has not finished; rerun its command to resume it")
+    return content
 
 
 def _first_round(task: Task, content: JSONObject) -> Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bort.files import write_json
+from bort.files import read_json, write_json
 from data.tasks import get_task
 from scripts.experiments import agora_table, label_real_rows
 
@@ -121,3 +121,15 @@ def test_runs_that_are_not_there_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         agora_table.main([str(folder)])
     assert str(folder / "random" / "draw-1") in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_finished_is_named(tmp_path, capsys):
+    folder = tmp_path / "SST-2" / "200"
+    write_method(folder / "mistakes", 0, 0.5, 0.5)
+    path = folder / "mistakes" / "draw-0" / "SST-2" / "agora.json"
+    content = read_json(str(path))
+    del content["best"]
+    write_json(str(path), content)
+    with pytest.raises(SystemExit):
+        agora_table.main([str(folder)])
+    assert f"{path}: the run has not finished; rerun its command" in capsys.readouterr().err
