@@ -37,6 +37,7 @@ ERRORS = ("divergence", "cross-entropy")  # the second adds T's entropy
 SIBLINGS = 3  # of the winner, of equal size
 Row = JSONObject
 Reports = Mapping[int, Row]  # of the searches, by their steps
+LongerRuns = Mapping[str, Mapping[int, Row]]  # by shape and seed
 
 
 @entry_point
@@ -196,37 +197,43 @@ def order_lines(reports: Reports) -> Iterator[str]:
         )
 
 
-def longer_runs(folder: str) -> dict[str, list[Row]]:
-    """Return the last held-out metrics of the longer runs by shape, one for each seed."""
-    runs: dict[str, list[Row]] = {}
-    for path in sorted(glob.glob(f"{glob.escape(folder)}/pretrained/*/metrics.jsonl")):
-        shape = re.sub(r"-\d+$", "", Path(path).parent.name)
+def longer_runs(folder: str) -> LongerRuns:
+    """Return the held-out metrics of the longer runs at their last step, by shape and seed.
+
+    Runs that have not come so far are left out.
+    """
+    found: dict[tuple[str, int], Row] = {}
+    for path in glob.glob(f"{glob.escape(folder)}/pretrained/*/metrics.jsonl"):
+        name = re.fullmatch(r"(.+)-(\d+)", Path(path).parent.name)
         evaluations = [record for record in read_records(path) if record["phase"] == "eval"]
-        if evaluations:  # none yet in a run that has just begun
-            runs.setdefault(shape, []).append(evaluations[-1])
+        if name and evaluations:  # none yet in a run that has just begun
+            found[name[1], int(name[2])] = evaluations[-1]
+    last = max((run["step"] for run in found.values()), default=0)
+    runs: dict[str, dict[int, Row]] = {}
+    for (shape, seed), run in sorted(found.items()):
+        if run["step"] == last:
+            runs.setdefault(shape, {})[seed] = run
     return runs
 
 
-def longer_table(
-    reports: Reports, runs: Mapping[str, list[Row]]
-) -> tuple[list[str], list[list[str]]]:
+def longer_table(reports: Reports, runs: LongerRuns) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: the searches' divergences, and what the longer runs end with."""
-    last = max(run["step"] for found in runs.values() for run in found)
+    last = max(run["step"] for found in runs.values() for run in found.values())
     header = ["shape", *(f"divergence, {steps} steps" for steps in reports)]
     header += [f"divergence, {last} steps", "masked-LM loss", "seeds"]
     rows = []
     for shape, found in runs.items():
         cells = _errors(reports, shape)
-        cells += [spread(run[name] for run in found) for name in ("kl", "mlm_loss")]
+        cells += [spread(run[name] for run in found.values()) for name in ("kl", "mlm_loss")]
         rows.append([shape, *cells, str(len(found))])
     return header, rows
 
 
-def longer_order(reports: Reports, runs: Mapping[str, list[Row]]) -> Iterator[str]:
-    """Yield how well the order of each search holds, for each seed of the runs and the means."""
-    seeds = range(min(map(len, runs.values())))
-    finals = {f"seed {seed + 1}": [found[seed]["kl"] for found in runs.values()] for seed in seeds}
-    finals["means"] = [fmean(run["kl"] for run in found) for found in runs.values()]
+def longer_order(reports: Reports, runs: LongerRuns) -> Iterator[str]:
+    """Yield how well the order of each search holds, for each seed of all shapes and the means."""
+    seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
+    finals = {f"seed {seed}": [found[seed]["kl"] for found in runs.values()] for seed in seeds}
+    finals["means"] = [fmean(run["kl"] for run in found.values()) for found in runs.values()]
     for steps, report in reports.items():
         search = by_shape(report)
         if not set(runs) <= set(search):

@@ -126,6 +126,17 @@ def test_the_tables_of_an_experiment(experiment, capsys):
     assert "200 steps and the longer runs: seed 1 -1.00, seed 2 -1.00, means -1.00" in out
 
 
+def test_longer_runs_that_have_not_ended_are_left_out(experiment, capsys):
+    unfinished = experiment / "pretrained/c-1/metrics.jsonl"
+    unfinished.write_text(unfinished.read_text().replace("2000", "500"))
+    ose_tables.main([str(experiment)])
+    out = capsys.readouterr().out
+    assert "| divergence, 2000 steps | masked-LM loss | seeds |" in out
+    assert "| 0.450 ± 0.071 | 5.000 ± 0.000 | 2 |" in out
+    assert "| 0.400 | 5.000 | 1 |" in out
+    assert "200 steps and the longer runs: seed 2 -1.00, means -1.00" in out
+
+
 def test_a_longer_search_may_have_fewer_shapes(experiment, capsys):
     path = experiment / "search-1000/ose.json"
     report = json.loads(path.read_text())
