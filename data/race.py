@@ -6,6 +6,7 @@ are given out on request; there is no leaderboard server, the test answers are p
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from pathlib import Path
@@ -193,7 +194,7 @@ def _content(path: Path) -> bytes:
     if not path.is_file():
         raise BadRowError("is not a regular file")
     try:
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise BadRowError(f"cannot be read ({error.strerror})") from None
 

@@ -86,6 +86,13 @@ def test_file_with_several_lines(tmp_path):
     assert [(e.uid, e.label) for e in examples] == [("high/1.txt:1:1", 0), ("high/1.txt:3:1", 1)]
 
 
+@pytest.mark.parametrize("articles", [1, 2])
+def test_byte_order_mark_and_crlf(tmp_path, articles):
+    content = f"\ufeff{article()}\r\n" + f"{article()}\r\n" * (articles - 1)
+    write(tmp_path, "dev/high/1.txt", content)
+    assert len(get_task("RACE-H").read(tmp_path, "dev").examples) == articles
+
+
 def test_one_object_over_several_lines(tmp_path):
     write(tmp_path, "dev/high/1.txt", json.dumps(json.loads(article()), indent=2))
     assert len(get_task("RACE-H").read(tmp_path, "dev").examples) == 1
