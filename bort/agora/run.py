@@ -316,7 +316,8 @@ class _Run:
     def claim_folder(self) -> None:
         """Record the flags in the folder, or check those of the run that is resumed.
 
-        Raises `UserError` naming the flags that differ.
+        Raises `UserError` naming the flags that differ, and for a model that is of no such run: it
+        would be replaced.
         """
         path = os.path.join(self.folder, "config.json")
         if os.path.exists(path):
@@ -329,6 +330,10 @@ class _Run:
                     f"{self.folder}: contains a run with another {', '.join(changed)}; give the "
                     "flags that it was started with, or another --output_dir"
                 )
+        elif os.path.exists(os.path.join(self.folder, BEST)) and not os.path.exists(
+            os.path.join(self.folder, "journal.jsonl")
+        ):
+            raise UserError(f"{self.folder}: has another model; name another --output_dir")
         write_json(path, as_dict(*self.settings))
         shutil.rmtree(self.socrates.folder, ignore_errors=True)
         os.makedirs(self.socrates.folder, exist_ok=True)

@@ -167,6 +167,16 @@ def test_a_second_run_in_a_folder_is_refused(places, tmp_path, capsys):
     assert not (tmp_path / "SST-2" / "config.json").exists()
 
 
+def test_a_model_in_the_folder_is_not_replaced(places, tmp_path, capsys):
+    timaeus = save(tmp_path / "SST-2" / "best.params", get_task("SST-2").kind, get_task("SST-2"))
+    before = Path(timaeus).read_bytes()
+    with pytest.raises(SystemExit):
+        run_agora.main([*arguments(places, "SST-2", tmp_path), "--tau", "swap"])
+    says = f"{tmp_path / 'SST-2'}: has another model; name another --output_dir"
+    assert says in capsys.readouterr().err
+    assert Path(timaeus).read_bytes() == before
+
+
 @pytest.mark.parametrize(("slot", "gpus"), [("0/2", "0"), ("1/2", "1"), (None, "0,1")])
 def test_fits_at_a_time_divide_the_gpus(monkeypatch, slot, gpus):
     from bort.agora import run as agora_run
