@@ -107,6 +107,18 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def bound_caches() -> None:
+    """Let MXNet and oneDNN keep the operators of the last few batches only, on a CPU.
+
+    They keep a compiled operator for each shape that they have seen. In bfloat16 each holds its own
+    float32 buffers: training Bort on batches of 16 x 128 tokens, which come in a hundred lengths,
+    grew to 8.4 GB. A step has about a hundred operators of different shapes; to make one again
+    takes 0.1 ms.
+    """
+    os.environ.setdefault("MXNET_MKLDNN_CACHE_NUM", "32")  # of each kind of operator
+    os.environ.setdefault("DNNL_PRIMITIVE_CACHE_CAPACITY", "256")
+
+
 def usable_cores() -> int:
     """Return the number of cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -146,6 +158,7 @@ class _BeforeMXNet(MetaPathFinder):
             sys.meta_path.remove(self)
             set_threads()
             keep_freed_memory()
+            bound_caches()
             reuse_gpu_memory()
             restore_numpy_aliases()
             preload_cuda()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any, Callable
 
 import mxnet as mx
@@ -28,6 +30,7 @@ from bort.finetuning.scoring import classification_loss
 from bort.parameters import load_parameters, save_parameters
 from bort.saved_model import ModelConfig
 from bort.training.optimization import Trainer
+from tests.conftest import ROOT
 from tests.reference import redraw
 
 MULTIPLIES = processor.multiplies_bfloat16  # before the fixture replaces it
@@ -268,3 +271,28 @@ def test_a_network_without_decoder_can_compute_in_bfloat16() -> None:
     expected = encode(network, ids, lengths).asnumpy()
     use_bfloat16(network)
     assert 0 < distance(encode(network, ids, lengths).asnumpy(), expected) < 4 * ROUNDING
+
+
+def test_batches_of_many_lengths_need_no_more_memory() -> None:
+    """oneDNN keeps an operator for each length, with a buffer of 2 MB in this case."""
+    code = """
+import os
+import bort
+from mxnet import autograd, nd
+from bort.bfloat16 import product
+
+weight = nd.amp_cast(nd.ones((1024, 32)), dtype="bfloat16")
+weight.attach_grad()
+
+def megabytes(lengths):
+    for length in lengths:
+        with autograd.record():
+            products = product(nd.ones((length, 32)), weight)
+        products.backward()
+        products.wait_to_read()
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+print(-megabytes(range(400, 440)) + megabytes(range(440, 600)))
+"""
+    command = [sys.executable, "-c", code]
+    assert int(subprocess.check_output(command, cwd=ROOT, text=True)) < 250  # 690 without the bound
