@@ -25,7 +25,7 @@ from bort.tokenization import (
     spelling_of,
 )
 from bort.types import JSONMapping, JSONObject
-from bort.wordpiece import WORDPIECE_TOKENS
+from bort.wordpiece import TOKENIZER_CONFIG, WORDPIECE_TOKENS
 
 ModelProto = Any  # sentencepiece_model_pb2.ModelProto, which is made at import
 
@@ -186,6 +186,14 @@ class _AddedToken:
 class _PreTokenizer:
     type: str = ""
     add_prefix_space: Optional[bool] = None
+    use_regex: Optional[bool] = True
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is read of a tokenizer_config.json; None where an entry is missing."""
+
+    add_prefix_space: Optional[bool] = None
 
 
 @dataclass(frozen=True)
@@ -211,13 +219,18 @@ def read_tokenizer(folder: str) -> Tokenizer:
     """Return the tokenizer of a folder: from its own files, or from tokenizer.json alone.
 
     Raises `UserError` when the folder has neither, a tokenizer of another kind, or one that finds
-    further tokens in a text before it splits it.
+    further tokens in a text, or changes it, before it splits it.
     """
     tokenizer = _read_tokenizer(folder)
-    path = os.path.join(folder, JSON)
+    is_bpe = tokenizer.name == ByteLevelBPE.name
+    config_path, path = (os.path.join(folder, name) for name in (TOKENIZER_CONFIG, JSON))
+    if is_bpe and os.path.exists(config_path):
+        _refuse_prefix_space(TOKENIZER_CONFIG, read_json_as(config_path, _Config))
     if not os.path.exists(path):
         return tokenizer
     file = read_json_as(path, _TokenizerFile)
+    if is_bpe:
+        _refuse_changes(file)
     for token in file.added_tokens:
         if token.content not in tokenizer.special_tokens.values():
             cure = "if no text has it, delete it from added_tokens"
@@ -251,17 +264,35 @@ def _read_tokenizer(folder: str) -> Tokenizer:
 def _byte_level_content(file: _TokenizerFile) -> tuple[list[str], list[str]]:
     """Return the tokens by id and the merges of a tokenizer.json."""
     model, splitter = file.model, file.pre_tokenizer or _PreTokenizer()
-    kinds = model.type, splitter.type, splitter.add_prefix_space
-    if kinds != ("BPE", "ByteLevel", False) or isinstance(model.vocab, list):
+    kinds = model.type, splitter.type
+    if kinds != ("BPE", "ByteLevel") or isinstance(model.vocab, list):
         raise UserError(
             f"{JSON} is neither a byte-level BPE, RoBERTa's kind of tokenizer, nor a WordPiece, "
             "BERT's; a SentencePiece vocabulary needs its tokenizer.model beside it"
         )
-    if file.normalizer is not None:
-        raise UserError(f"{JSON} normalizes texts, which RoBERTa's tokenizer does not")
+    if splitter.add_prefix_space is None:
+        raise UserError(f"{JSON}: its pre_tokenizer has no add_prefix_space")
     ids = {**model.vocab, **{token.content: token.id for token in file.added_tokens}}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.merges]
     return spelling_of(ids, JSON), merges
+
+
+def _refuse_changes(file: _TokenizerFile) -> None:
+    """Raise `UserError` for a byte-level BPE whose texts are changed before they are split."""
+    splitter = file.pre_tokenizer or _PreTokenizer()
+    _refuse_prefix_space(JSON, splitter)
+    if file.normalizer is not None:
+        raise UserError(f"{JSON} normalizes texts, which RoBERTa's tokenizer does not")
+    if splitter.use_regex is False:
+        raise UserError(f"{JSON}: use_regex is False; RoBERTa's tokenizer splits texts into words")
+
+
+def _refuse_prefix_space(name: str, entries: Union[_Config, _PreTokenizer]) -> None:
+    if entries.add_prefix_space:
+        raise UserError(
+            f"{name}: add_prefix_space is True: transformers puts a space before each text, and "
+            "the tokenizers here do not"
+        )
 
 
 # ---- SentencePiece -----------------------------------------------------------------------------

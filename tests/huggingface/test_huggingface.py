@@ -405,6 +405,42 @@ def test_tokens_that_transformers_finds_in_texts_are_refused(tmp_path, bpe, spec
     assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("tokenizer_config.json", {"add_prefix_space": True}, "puts a space before each text"),
+        (
+            "tokenizer.json",
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+            "puts a space before each text",
+        ),
+        (
+            "tokenizer.json",
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "use_regex": False,
+                }
+            },
+            "use_regex is False",
+        ),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, "normalizes texts"),
+    ],
+)
+def test_a_byte_level_tokenizer_that_changes_texts_is_refused(tmp_path, bpe, name, changes, reason):
+    """vocab.json and merges.txt do not say it, and its ids would be others in silence."""
+    saved_tokenizer(bpe, tmp_path)
+    assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
+    edit(tmp_path / name, **changes)
+    with pytest.raises(UserError, match=reason):
+        read_tokenizer(str(tmp_path))
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=reason):
+        read_tokenizer(str(tmp_path))
+
+
 def test_a_sentencepiece_vocabulary_is_restored_from_its_own_file(tmp_path, sample):
     saved_tokenizer(sample, tmp_path)
     assert read_tokenizer(str(tmp_path)).fingerprint == sample.fingerprint
