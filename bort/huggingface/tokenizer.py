@@ -35,6 +35,8 @@ _SPACE = "▁"  # how SentencePiece writes a space
 # The first character of a special token or a byte token. Hugging Face's unigram would find these
 # tokens in a text; a split after the first character prevents it.
 _SPECIAL_START = r"<(?=(?:s|/s|pad|unk|mask|0x[0-9A-F]{2})>)"
+# SentencePiece's names for its rules of normalization that compose characters.
+_COMPOSING = ("nmt_nfkc", "nmt_nfkc_cf", "nfkc", "nfkc_cf")
 
 
 def describe(folder: str, max_len: int, reads_special: bool, has_types: bool = False) -> JSONObject:
@@ -307,7 +309,7 @@ def _sentencepiece_parts(path: str) -> JSONObject:
         proto.ParseFromString(handle.read())
     _require_plain(path, proto)
     return {
-        "normalizer": _normalizer(proto.normalizer_spec.precompiled_charsmap),
+        "normalizer": _normalizer(proto.normalizer_spec),
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_metaspace(), _split_special()]},
         "decoder": {
             "type": "Sequence",
@@ -336,7 +338,13 @@ def _require_plain(path: str, proto: ModelProto) -> None:
             raise UserError(f"{path}: tokenizer.json cannot express this vocabulary: {reason}")
 
 
-def _normalizer(charsmap: bytes) -> JSONObject:
+def _normalizer(rules: Any) -> JSONObject:
+    """Return a NormalizerSpec of SentencePiece as a normalizer.
+
+    Hugging Face's Precompiled does not compose a letter of three bytes with its marks: decomposed
+    kana, Hangul and Vietnamese would get other ids. SentencePiece's own rules include NFC.
+    """
+    charsmap: bytes = rules.precompiled_charsmap
     steps: list[JSONObject] = [
         {"type": "Strip", "strip_left": False, "strip_right": True},
         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
@@ -344,6 +352,8 @@ def _normalizer(charsmap: bytes) -> JSONObject:
     if charsmap:
         encoded = base64.b64encode(charsmap).decode()
         steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": encoded})
+    if rules.name in _COMPOSING:
+        steps.insert(0, {"type": "NFC"})
     return {"type": "Sequence", "normalizers": steps}
 
 

@@ -482,6 +482,18 @@ def test_the_merges_are_those_sentencepiece_makes(tmp_path, sample):
         assert [model["vocab"][token] for token in tokens] == sample.encode(line).tolist()
 
 
+def test_decomposed_characters_get_the_ids_of_sentencepiece(tmp_path, sample):
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    content = saved_tokenizer(sample, tmp_path)["tokenizer.json"]
+    theirs = HuggingFaceTokenizer.from_str(json.dumps(content))
+    for text in ("naïve café", "tiếng Việt", "がぎぐ パピプ", "한국어 각", "ἀρχή ᾧ"):
+        for form in ("NFC", "NFD"):
+            written = unicodedata.normalize(form, f"The {text} of the king")
+            ids = theirs.encode(written, add_special_tokens=False).ids
+            assert ids == sample.encode(written).tolist(), (text, form)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
