@@ -316,7 +316,7 @@ def _task(path: str, model_config: ModelConfig, name: Optional[str]) -> Optional
         task = get_task(name or model_config.task, race_cast=model_config.race_cast or "choices")
     except UserError as error:
         raise UserError(str(error).replace("--task_name", "--task")) from None
-    if model_config.task not in (task.name, task.model_task):
+    if model_config.task not in (task.name, task.model_task or task.name):
         raise UserError(
             f"--task {task.name}: {path} is a model of "
             f"{quoted(model_config.task)[1:-1] or 'no task'}"

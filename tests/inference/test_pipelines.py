@@ -382,6 +382,25 @@ def test_invalid_flags_are_named(tmp_path, tokenizer, capsys, flags, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("kind", ["classification", "regression", "multiple_choice"])
+def test_a_model_without_a_task_predicts_none_that_is_named(tmp_path, tokenizer, kind):
+    """Its outputs are others: a score was printed as the class 0."""
+    labels = ("no", "yes") if kind == "classification" else ()
+    model_config = ModelConfig(
+        SHAPE,
+        tokenizer.vocab_size,
+        tokenizer.fingerprint,
+        kind,
+        labels=labels,
+        num_outputs=len(labels) or 1,
+        max_len=64,
+    )
+    _saved(tmp_path / "best.params", model_config, tokenizer)
+    for name in ("SST-2", "STS-B", "COPA", "AX"):
+        with pytest.raises(UserError, match=rf"--task {name}: .* is a model of no task"):
+            list(predict(str(tmp_path), ["a"], task=name))
+
+
 def test_an_empty_input_has_no_answers(tmp_path, tokenizer, capfdbinary):
     saved(tmp_path, tokenizer)
     (tmp_path / "in").write_text("\n\n", encoding="utf-8")
