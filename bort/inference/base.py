@@ -193,7 +193,12 @@ class TokenBatch(NamedTuple):
 def token_batches(
     sequences: Sequence[np.ndarray], batch_size: int, max_len: int, pad_id: int
 ) -> Iterator[TokenBatch]:
-    """Yield sequences of token ids in batches of similar lengths, of at most `max_len`."""
+    """Yield sequences of token ids in batches of similar lengths, of at most `max_len`.
+
+    Raises `UserError` for a batch size below 1, which would leave sequences without an answer.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: expected 1 or more")
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(sequences), batch_size):

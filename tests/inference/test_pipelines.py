@@ -407,6 +407,17 @@ def test_an_empty_input_has_no_answers(tmp_path, tokenizer, capfdbinary):
     assert run(capfdbinary, tmp_path, "--input", str(tmp_path / "in")) == []
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_has_inputs(tmp_path, tokenizer, batch_size):
+    """A negative size made no batches: answers came from memory that nothing was written to."""
+    saved(tmp_path / "classifier", tokenizer)
+    saved_masked_lm(tmp_path / "pretrained", tokenizer)
+    with pytest.raises(UserError, match=f"batch_size {batch_size}: expected 1 or more"):
+        list(predict(str(tmp_path / "classifier"), ["a"], batch_size=batch_size))
+    with pytest.raises(UserError, match=f"batch_size {batch_size}: expected 1 or more"):
+        list(fill_mask(str(tmp_path / "pretrained"), ["<mask>"], batch_size=batch_size))
+
+
 def test_a_pretrained_model_has_no_answers(tmp_path, tokenizer):
     saved_masked_lm(tmp_path, tokenizer)
     with pytest.raises(UserError, match="fine-tune it with finetune_classifier"):
