@@ -63,6 +63,7 @@ class HuggingFaceConfig:
     tie_word_embeddings: Optional[bool] = True
     problem_type: Optional[str] = None
     id2label: Optional[Mapping[str, str]] = None
+    num_labels: Optional[int] = None  # read where there is no id2label
     dim: Optional[int] = None
     hidden_dim: Optional[int] = None
     n_layers: Optional[int] = None

@@ -276,7 +276,7 @@ def _model_config(
             f"{CONFIG} has {config.vocab_size} tokens and pads with {description.pad_id}, its "
             f"tokenizer has {size} and pads with {pad_id}"
         )
-    named = _labels(config.id2label) if architecture.head == CLASSIFIER_HEAD else ()
+    named = _labels(config) if architecture.head == CLASSIFIER_HEAD else ()
     ours = _own_entries(config.bort, architecture, len(named))
     labels, kind, outputs = named or ours.labels, MASKED_LM, 0
     if architecture.head == CHOICE_HEAD:
@@ -337,9 +337,15 @@ def _classifier_kind(problem: Optional[str], num_labels: int, own_kind: str) -> 
     return TaskKind.CANDIDATES.value if is_candidates else TaskKind.CLASSIFICATION.value
 
 
-def _labels(id2label: Optional[Mapping[str, str]]) -> tuple[str, ...]:
-    """Return the labels of {"0": label, "1": label, ...} in order; without: transformers' two."""
-    named = {"0": "LABEL_0", "1": "LABEL_1"} if id2label is None else id2label
+def _labels(config: HuggingFaceConfig) -> tuple[str, ...]:
+    """Return the labels of {"0": label, "1": label, ...} in order.
+
+    Without: transformers' names for as many as num_labels says, two by default.
+    """
+    named = config.id2label
+    if named is None:
+        count = 2 if config.num_labels is None else config.num_labels
+        named = {str(number): f"LABEL_{number}" for number in range(min(count, MAX_OUTPUTS + 1))}
     numbers = [str(number) for number in range(len(named))]
     if not 1 <= len(named) <= MAX_OUTPUTS or named.keys() != set(numbers):
         raise UserError(f"{CONFIG}: id2label does not number its labels from 0 on")

@@ -667,6 +667,14 @@ def test_an_edited_model_card_and_an_edit_without_sums_are_read(tmp_path, folder
     assert load_model(str(tmp_path / "again")).model_config.labels == ("x", "y", "z")
 
 
+def test_without_names_there_are_as_many_labels_as_num_labels_says(tmp_path, folder):
+    (folder / "SHA256SUMS").unlink()
+    edit(folder / "config.json", id2label=None, num_labels=3)
+    bring_back([str(folder), "--output", str(tmp_path / "back")])
+    found = load_model(str(tmp_path / "back")).model_config
+    assert found.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
 @pytest.fixture
 def folder(tmp_path, sample, alone) -> Path:
     """Return a converted classifier."""
