@@ -110,7 +110,7 @@ class Evaluation:
     run: Callable[[StopRequested], Metrics]
     score: Callable[[Metrics], float]  # higher is better
     record: Callable[[Progress, Metrics, bool], None] = _ignore  # with whether it is the best
-    stop_early: Callable[[], bool] = _never
+    stop_early: Callable[[], bool] = _never  # asked at the start and after each evaluation
 
 
 class Resumed(NamedTuple):

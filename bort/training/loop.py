@@ -96,6 +96,7 @@ class Loop:
         self._pending_updates: list[Update] = []
         self._skipped = 0  # updates in a row whose gradient was not finite
         self._evaluation_pending = False
+        self._ended_early = False  # by the last evaluation
         self._stopwatch = Stopwatch()
         self._timer = PhaseTimer()
 
@@ -192,6 +193,7 @@ class Loop:
         """
         evaluations: list[Metrics] = []
         with closing(self.batches()) as batches, self.reporter, stop_on_sigterm(self):
+            self._ended_early = self.job.evaluation.stop_early()
             stop = self._evaluate_before_training(evaluations)
             self._stopwatch.lap()
             while not self.finished() and not stop:
@@ -265,7 +267,7 @@ class Loop:
 
     def finished(self) -> bool:
         """Return whether the last step has been made, or the evaluation ends the run early."""
-        return self.progress.step >= self.job.max_steps or self.job.evaluation.stop_early()
+        return self.progress.step >= self.job.max_steps or self._ended_early
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -521,6 +523,7 @@ class Loop:
             return True
         evaluations.append(metrics)
         best = self._update_best(metrics)
+        self._ended_early = self.job.evaluation.stop_early()
         self._evaluation_pending = False
         if saved:
             self._write(self._amend_checkpoint)

@@ -290,10 +290,21 @@ class Scripted:
 
 def test_patience_ends_the_run(reviews, tmp_path, monkeypatch):
     Scripted(monkeypatch, [0.5, 0.6, 0.6, 0.55, 0.9])
+    from bort.finetuning.run import DevEvaluation
+
+    asked: list[int] = []
+    patience_is_over = DevEvaluation.patience_is_over
+
+    def counted(self: DevEvaluation, entries: Any, patience: Any) -> bool:
+        asked.append(len(entries))
+        return patience_is_over(self, entries, patience)
+
+    monkeypatch.setattr(DevEvaluation, "patience_is_over", counted)
     run = make_run(reviews, tmp_path, epochs=9, early_stop=2, num_buckets=1)
     run.loop.run()
     assert run.epoch == 4
     assert run.loop.progress.best_step == 2 * 8
+    assert asked == [0, 1, 2, 3, 4], "not before every update: it reads all evaluations"
 
 
 def test_the_best_epoch_is_that_of_the_best_average_over_the_dev_sets(tmp_path, monkeypatch):
