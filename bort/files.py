@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 import socket
@@ -37,6 +38,9 @@ _LOCK_POLL = 0.2  # seconds between attempts to get a lock
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Errors of writing to a full disk, beyond a quota, or to a failing disk.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+# Errors of opening or mapping one file more than this process or the system may have.
+_TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -400,6 +404,26 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> IO[b
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
+
+
+def allow_open_files() -> None:
+    """Let this process have as many files open as the system allows it: a mapped one stays open.
+
+    By default that is many times the 1,024 with which shells start a program.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # raised where that is more than is possible
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def require_open(path: str, error: Exception) -> None:
+    """Raise `UserError` when a file could not be mapped because too many others are."""
+    if isinstance(error, OSError) and error.errno in _TOO_MANY:
+        raise UserError(
+            f"{path}: cannot be opened ({error.strerror}): each shard, or its rows in a teacher "
+            "cache, is an open file that is mapped into memory; raise the limits (ulimit -n, "
+            "sysctl vm.max_map_count), or make fewer shards by --num_outputs"
+        )
 
 
 def sha256_of(path: str, limit: int | None = None) -> str:

@@ -33,11 +33,13 @@ import numpy as np
 
 from bort.errors import UserError, quoted
 from bort.files import (
+    allow_open_files,
     atomic_path,
     is_lfs_pointer,
     open_regular,
     read_json,
     read_json_as,
+    require_open,
     sha256_of,
     write_json,
 )
@@ -417,6 +419,7 @@ class Shard:
         except FileNotFoundError:
             raise UserError(f"{path}: is missing; run create_pretraining_data.py again") from None
         except Exception as error:  # zipfile raises a dozen kinds for a damaged archive
+            require_open(path, error)
             if is_lfs_pointer(path):
                 raise UserError(
                     f"{path}: is a Git LFS pointer, not the shard; fetch it with git lfs pull"
@@ -616,6 +619,7 @@ def open_shards(folder: str, verify: bool = True, remember: bool = True) -> Shar
     Raises `UserError` that names the shard that is missing, damaged or not the manifest's.
     """
     manifest = read_manifest(folder)
+    allow_open_files()
     shards = []
     for entry in manifest.shards:
         shard = Shard(os.path.join(folder, entry.file))

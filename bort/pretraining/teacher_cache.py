@@ -38,8 +38,10 @@ from bort.communicator import Communicator, SingleProcess, lock_of_rank_0
 from bort.encoder import fuse_qkv
 from bort.errors import UserError
 from bort.files import (
+    allow_open_files,
     has_lock,
     read_json_as,
+    require_open,
     sha256_of,
     temporary_name,
     write_json,
@@ -110,6 +112,7 @@ def open_rows(folder: str, shards: ShardSet, verify: bool = True) -> list[np.nda
     if manifest.tokenizer_fingerprint != shards.manifest.tokenizer_fingerprint:
         raise UserError(f"--teacher_cache {folder}: made for shards of another tokenizer")
     entries = shards.manifest.shards
+    allow_open_files()
     rows = [_map_rows(folder, manifest, entry) for entry in entries]
     if verify:
         _verify_rows(folder, [rows_path(folder, entry) for entry in entries])
@@ -158,6 +161,7 @@ def _map_array(path: str) -> np.ndarray:
     try:
         return map_npy(path)
     except (ValueError, OSError) as error:
+        require_open(path, error)
         raise UserError(f"{path}: cannot be read ({error}); delete it, run {BUILD}") from None
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from data.shards import (
     shard_name,
     write_manifest,
 )
+from tests.conftest import ROOT
 
 TOKENIZER = TokenizerEntry("f", 300, pad_id=1)
 TEXT = TextFile("a.txt", sha256="00", bytes=10, documents=1)
@@ -415,6 +418,26 @@ def test_a_shard_may_be_empty_but_a_folder_may_not(tmp_path):
     other, sequences = write_shard(tmp_path / shard_name(1))
     write_manifest(str(tmp_path), MANIFEST_FILE, Manifest(TOKENIZER, {}, [TEXT], [entry, other]))
     assert_equal_sequences(open_shards(str(tmp_path)), sequences)
+
+
+def test_more_shards_than_files_that_a_shell_lets_a_program_open(tmp_path):
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    entries = [write_shard(tmp_path / shard_name(number))[0] for number in range(40)]
+    write_manifest(str(tmp_path), MANIFEST_FILE, Manifest(TOKENIZER, {}, [TEXT], entries))
+    code = "import sys; from data.shards import open_shards; open_shards(sys.argv[1], False)"
+
+    def run(soft, hard):
+        limits = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(
+            command, cwd=ROOT, preexec_fn=limits, check=False, capture_output=True, text=True
+        )
+
+    done = run(32, most)
+    assert done.returncode == 0, done.stderr
+    *_, error = run(32, 32).stderr.splitlines()
+    assert "cannot be opened (Too many open files)" in error
+    assert "delete" not in error, "nothing is wrong with the shard"
 
 
 def test_a_folder_without_manifest(tmp_path):
