@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -439,14 +438,17 @@ def sha256_of(path: str, limit: int | None = None) -> str:
 
 
 def lines_of(path: str) -> list[bytes]:
-    """Return the lines of a file with their ends; of one above `WHOLE_BYTES` those it begins with.
+    """Return the lines of a file with their ends, up to a line that is longer than `WHOLE_BYTES`.
 
-    For files whose damaged end must not stop a run.
+    For files whose damaged end must not stop a run: it may claim terabytes without a line's end.
     """
+    lines: list[bytes] = []
     with open_regular(path) as file:
-        # Not `read(WHOLE_BYTES)`: Python allocates so many bytes before it reads the first.
-        size = min(os.fstat(file.fileno()).st_size, WHOLE_BYTES)
-        return io.BytesIO(file.read(size)).readlines()
+        while line := file.readline(WHOLE_BYTES):
+            lines.append(line)
+            if not line.endswith(b"\n"):
+                break
+    return lines
 
 
 def is_lfs_pointer(path: str) -> bool:

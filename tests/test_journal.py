@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bort import files
 from bort.errors import UserError
 from bort.journal import Journal
 
@@ -36,6 +37,13 @@ def test_records_are_read_back(path):
     written = [json.loads(line) for line in path.read_bytes().splitlines()]
     assert [{"n": line["n"]} for line in written] == RECORDS
     assert [list(line) for line in written] == [["n", "crc32"]] * 5
+
+
+def test_a_journal_may_have_any_size(path, monkeypatch):
+    size = path.stat().st_size
+    monkeypatch.setattr(files, "WHOLE_BYTES", size // 2)
+    assert Journal(str(path), is_record).records == RECORDS
+    assert path.stat().st_size == size
 
 
 def test_lines_of_earlier_versions_without_a_sum_are_read(path):
