@@ -47,6 +47,7 @@ class ProgressBar:
             dynamic_ncols=True,
         )
         self._what, self._total, self._unit, self._done = what, total, unit, initial
+        self._before = initial
         self._start = self._last_line = time.monotonic()
 
     def __enter__(self) -> ProgressBar:
@@ -73,8 +74,18 @@ class ProgressBar:
                 prefix=self._what,
                 unit=self._unit,
                 unit_scale=self._unit == "B",
+                initial=self._before,
             )
             print(line, file=sys.stderr, flush=True)
+
+    def found(self, count: int) -> None:
+        """Count `count` more units as done before: they say nothing about the speed."""
+        self._done += count
+        self._before += count
+        if not self._bar.disable:
+            for counter in ("n", "initial", "last_print_n"):
+                setattr(self._bar, counter, getattr(self._bar, counter) + count)
+            self._bar.refresh()
 
     def skip(self, count: int) -> None:
         """Take `count` units off the total: they were done before."""

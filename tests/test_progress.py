@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 
 import pytest
 
@@ -31,6 +32,19 @@ def test_units_that_were_done_before_count(capsys):
     with ProgressBar("caching", 8, unit="sequence", initial=4) as progress:
         progress.advance()
     assert re.search(r"^caching:  62%.* 5/8 .*sequence", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_units_that_were_done_before_say_nothing_about_the_speed(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with ProgressBar("caching", 2000, unit="sequence", initial=500) as progress:
+        progress.found(500)
+        time.sleep(0.2)
+        progress.advance(2)
+    *_, last = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
+    found = re.search(r"1002/2000 .* ([0-9.]+)sequence/s", last)
+    assert found, last
+    assert float(found[1]) <= 10
 
 
 @pytest.mark.parametrize("flags", [{"enabled": False}, {"lines": False}])

@@ -127,6 +127,6 @@ def cache_one(job: CacheJob, shard: ShardToCache) -> int:
         LiveTeacher(teacher).use_bfloat16()
     fuse_qkv(teacher.encoder)
     opened = Shard(shard.path)
-    arguments = (teacher, manifest, job.pad_id, job.batch_size, lambda count: None)
+    arguments = (teacher, manifest, job.pad_id, job.batch_size)
     cache_shard(job.folder, opened, shard.entry, *arguments)
     return opened.num_sequences

@@ -331,9 +331,8 @@ def build_cache(
         with ProgressBar("caching", total, unit="sequence", enabled=first) as progress:
             for shard, entry in mine:
                 pad_id = tokenizer.pad_id
-                cache_shard(
-                    folder, shard, entry, teacher, manifest, pad_id, batch_size, progress.advance
-                )
+                arguments = (folder, shard, entry, teacher, manifest, pad_id, batch_size)
+                cache_shard(*arguments, progress.advance, progress.found)
         communicator.barrier()
     return [entry for _, entry in pairs]
 
@@ -346,7 +345,8 @@ def cache_shard(
     manifest: CacheManifest,
     pad_id: int,
     batch_size: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda count: None,
+    found: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Write the rows of one shard; resumes what an interrupted call has left.
 
@@ -359,16 +359,17 @@ def cache_shard(
         pad_id: the tokenizer's.
         batch_size: sequences per forward pass.
         advance: called with the number of sequences done, for a progress bar.
+        found: called with the number of sequences that were done before.
     """
     final = rows_path(folder, entry)
     if os.path.exists(final):
-        advance(shard.num_sequences)
+        found(shard.num_sequences)
         return
     unfinished = partial_path(final)
     try:
         with _opened_rows(final) as (handle, unfinished, sums):
             done = _resume(handle, sums, shard, manifest, batch_size)
-            advance(done)
+            found(done)
             for rows, count in _teacher_rows(shard, done, teacher, pad_id, batch_size):
                 content = rows.astype(manifest.dtype).tobytes()
                 handle.write(content)
