@@ -142,15 +142,19 @@ start_folder() {
     mkdir "$1"
 }
 
-# flag_value <flag> <flags...>: prints the last value that a flag has among others, if any.
+# flag_value <flag> <flags...>: prints the last value that a flag has among others, if any. Flags may
+# be abbreviated, as the programs take them; they refuse what could be several flags.
 flag_value() {
-    local flag=$1 value=
+    local flag=$1 name value=
     shift
     while (($#)); do
-        case $1 in
-            "$flag") value=${2:-} ;;
-            "$flag="*) value=${1#*=} ;;
-        esac
+        name=${1%%=*}
+        if [[ $name == --?* && $flag == "$name"* ]]; then
+            case $1 in
+                *=*) value=${1#*=} ;;
+                *) value=${2:-} ;;
+            esac
+        fi
         shift
     done
     printf '%s' "$value"

@@ -163,11 +163,12 @@ def test_random_weights_and_another_model(project):
     assert predicted.model_parameters == "my/model"
 
 
+@pytest.mark.parametrize("flag", ["--model_parameters", "--model_par"])
 @pytest.mark.parametrize("variables", [{}, {"PRETRAINED_PARAMETERS": "runs/a body"}])
-def test_a_fine_tuned_model_needs_no_body(project, variables):
+def test_a_fine_tuned_model_needs_no_body(project, variables, flag):
     (project.folder / "model/bort.params").unlink()
     settings = project.settings(
-        "CoLA", "--only_inference", "--model_parameters=runs/finetuning/CoLA", **variables
+        "CoLA", "--only_inference", f"{flag}=runs/finetuning/CoLA", **variables
     )
     assert settings.classifier.model_parameters == "runs/finetuning/CoLA"
     assert settings.classifier.pretrained_parameters is None
@@ -276,11 +277,13 @@ def test_pretraining_weighs_the_losses_alike_with_a_teacher_and_its_cache(projec
     assert cached.teacher.teacher_model is None
 
 
-def test_the_log_is_in_the_folder_of_the_flag(project):
+@pytest.mark.parametrize(
+    ("folder", "teacher"), [("--ckpt_dir", "--teacher_ckpt_dir"), ("--ckpt_d", "--teacher_ck")]
+)
+def test_the_log_is_in_the_folder_of_the_flag(project, folder, teacher):
     settings = pretraining_settings(
-        project, "1", "train", "test", "--ckpt_dir", "my run", "--teacher_ckpt_dir", "t",
-        CKPT_DIR="other",
-    )  # fmt: skip
+        project, "1", "train", "test", folder, "my run", teacher, "t", CKPT_DIR="other"
+    )
     assert (settings.run.ckpt_dir, settings.loss.mlm_weight) == ("my run", 0.1)
     assert (project.folder / "my run/train.log").exists()
     assert not (project.folder / "other").exists()
