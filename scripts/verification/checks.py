@@ -20,6 +20,7 @@ from bort import checkpoint
 from bort.errors import UserError, quoted
 from bort.files import open_regular, read_json
 from bort.sums import listed
+from bort.types import JSONObject
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE
 
 MAX_ROW = 1 << 20  # bytes
@@ -267,7 +268,7 @@ def check_sweep(folder: Path) -> Found:
 def check_agora(folder: Path) -> Found:
     """Read the record of Agora's rounds, its journal, its images and its model."""
     setting(folder / "config.json", "AgoraRunSettings", "search_space", str)
-    fits = check_journal(folder / "journal.jsonl", "name")
+    fits = len(read_journal(folder / "journal.jsonl", "name"))
     if not (folder / "agora.json").exists():
         return Found(False, f"{fits} records; run its command again")
     content = read_json(str(folder / "agora.json"))
@@ -284,20 +285,21 @@ def check_agora(folder: Path) -> Found:
 def check_ose(folder: Path) -> Found:
     """Read the table of a search and its journal."""
     journals = sorted(folder.glob("journal-*.jsonl"))
-    measured = [check_journal(path, "search", "candidate") - 1 for path in journals]
+    records = [record for path in journals for record in read_journal(path, "search", "candidate")]
     if not (folder / "ose.json").exists():
-        return Found(False, f"{sum(measured)} measurements; run its command again")
+        measured = sum("candidate" in record for record in records)
+        return Found(False, f"{measured} measurements; run its command again")
     content = read_json(str(folder / "ose.json"))
     if not isinstance(content, dict) or not isinstance(content.get("table"), list):
         raise UserError(f"{folder / 'ose.json'}: is not the table of a search")
     return Found(True, f"{len(content['table'])} rows, {content.get('model_name')} chosen")
 
 
-def check_journal(path: Path, *keys: str) -> int:
-    """Read a journal as it is: each record has one of the keys; returns their number."""
+def read_journal(path: Path, *keys: str) -> list[JSONObject]:
+    """Return the records of a journal, which stays as it is; each has one of the keys."""
     from bort.journal import read_records
 
-    return len(read_records(str(path), lambda record: any(key in record for key in keys)))
+    return read_records(str(path), lambda record: any(key in record for key in keys))
 
 
 # ---- leaderboards --------------------------------------------------------------------------------
@@ -358,9 +360,13 @@ def check_archive(path: Path) -> Found:
     foreign = sorted(set(names) - set(submission_names()))
     if broken or foreign or not names:
         raise UserError(f"{path}: {broken or foreign} is damaged or not a leaderboard's file")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path}: has {', '.join(twice)} twice; pack it again")
+    suites = {task.suite for name, (task, _) in submission_names().items() if name in names}
+    if len(suites) > 1:
+        raise UserError(f"{path}: mixes the files of {' and '.join(sorted(suites))}")
     with tempfile.TemporaryDirectory() as folder:
         unpack(path, names, Path(folder))
         check_submissions(Path(folder))
-    suite = {task.suite for name, (task, _) in submission_names().items() if name in names}
-    wanted = {n for n, (task, _) in submission_names().items() if {task.suite} == suite}
-    return Found(set(names) == wanted, f"{len(names)} of {len(wanted)} files of {min(suite)}")
+    wanted = {n for n, (task, _) in submission_names().items() if {task.suite} == suites}
+    return Found(set(names) == wanted, f"{len(names)} of {len(wanted)} files of {min(suites)}")

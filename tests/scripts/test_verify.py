@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,34 @@ def test_what_is_not_finished_is_reported(intact, tmp_path, capsys):
     assert status == 2
     assert rows[str(tmp_path / "SST-2")][1] == "unfinished"
     assert rows[str(tmp_path / "run")] == ["pretraining run", "unfinished", "step 4 of 6"]
+
+
+@pytest.mark.parametrize(
+    ("journal", "measured"),
+    [("", 0), ('{"sea', 0), ('{"search": {}}\n', 0), ('{"search": {}}\n{"candidate": "a"}\n', 1)],
+)
+def test_measurements_of_a_search_that_was_stopped(tmp_path, journal, measured):
+    (tmp_path / "journal-0.jsonl").write_text(journal)
+    (row,) = verify_folder(str(tmp_path))
+    assert (row.state, row.detail) == (
+        "unfinished",
+        f"{measured} measurements; run its command again",
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [("SST-2.tsv", "has SST-2.tsv twice"), ("CB.jsonl", "mixes the files of glue and superglue")],
+)
+def test_an_archive_that_no_leaderboard_takes(tmp_path, second, message):
+    contents = {"SST-2.tsv": "index\tprediction\n0\t1\n", "CB.jsonl": ""}
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("SST-2.tsv", second):
+            archive.writestr(name, contents[name])
+    (row,) = verify_folder(str(tmp_path / "x.zip"))
+    assert row.state == "damaged"
+    assert message in row.detail
 
 
 def test_any_name_of_a_folder_is_one_line(intact, tmp_path, capsys):
