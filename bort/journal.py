@@ -107,6 +107,14 @@ def read_records(path: str, is_record: Callable[[Any], bool]) -> list[Any]:
     return records
 
 
+def first_record(path: str) -> Any:
+    """Return the first record of a journal, which stays as it is; None where there is none."""
+    try:
+        return record_of(next(_whole_lines(path), b""))
+    except (ValueError, RecursionError):
+        return None
+
+
 def _whole_lines(path: str) -> Iterator[bytes]:
     """Yield the lines that have their end."""
     if os.path.exists(path):

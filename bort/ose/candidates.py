@@ -15,7 +15,7 @@ import numpy as np
 
 from bort.errors import UserError, quoted
 from bort.jobs import CapExceededError, Executor, OverTimeError, Processes
-from bort.journal import Journal
+from bort.journal import Journal, first_record
 from bort.types import Hyperparameters, JSONMapping
 
 Architecture = Any  # a tuple of plain values; a named one, such as Shape, keeps its names
@@ -156,8 +156,7 @@ class SearchJournal:
         self.header = {"format": JOURNAL_FORMAT, "search": dict(description)}
         self.known: dict[str, Measurement] = {}
         path = os.path.join(folder, "journal-0.jsonl")
-        others = set(glob.glob(os.path.join(glob.escape(folder), "journal-*.jsonl"))) - {path}
-        for other in sorted(others):
+        for other in sorted(set(_journals(folder)) - {path}):
             self._read(other)
         self._journal = self._read(path)
         if not self._journal.records:
@@ -189,6 +188,28 @@ class SearchJournal:
         if not math.isfinite(measurement.error):
             content["error"] = None
         self._journal.append(content)
+
+
+def check_journals(folder: str, description: JSONMapping) -> None:
+    """Raise `UserError` when a journal of the folder is of a search with other of these values.
+
+    Before long work that a `SearchJournal` with the whole description would find in vain.
+    """
+    wanted = json.loads(json.dumps(dict(description)))
+    for path in sorted(_journals(folder)):
+        header = first_record(path)
+        search = header.get("search") if isinstance(header, dict) else None
+        if not isinstance(search, dict):  # damaged: `SearchJournal` moves it aside
+            continue
+        if differing := [name for name, value in wanted.items() if search.get(name) != value]:
+            raise UserError(
+                f"{path}: was written by another search, with other values of "
+                f"{', '.join(differing)}; give another --output_dir"
+            )
+
+
+def _journals(folder: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(folder), "journal-*.jsonl"))
 
 
 def _is_line(record: Any) -> bool:

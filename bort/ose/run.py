@@ -25,6 +25,7 @@ from bort.ose.candidates import (
     Measurement,
     SearchJournal,
     SurrogateError,
+    check_journals,
     executor_map,
 )
 from bort.ose.config import (
@@ -47,6 +48,7 @@ from bort.ose.report import (
 from bort.ose.search import OseResult, check_maximum_point, extract, largest, ordered
 from bort.ose.trained_error import (
     TrainedError,
+    known_description,
     prepare_teacher,
     remove_candidates,
     search_description,
@@ -192,6 +194,7 @@ def trained_errors(
     In nats per masked position of the held-out shards.
     """
     folder, teacher, entropy = settings.output_dir, None, 0.0
+    check_journals(folder, known_description(training, manifests))  # now, not after T's training
     remove_candidates(folder)
     if training.loss == "mlm":
         sets = [open_shards(str(path)) for path in (training.data, training.data_eval)]

@@ -248,6 +248,12 @@ def search_description(
     settings: TrainingSettings, manifests: Sequence[Manifest], teacher: Optional[TrainedTeacher]
 ) -> JSONObject:
     """Return what an error depends on besides the key of its candidate: see `SearchJournal`."""
+    known = known_description(settings, manifests)
+    return {**known, "teacher": teacher.sha256 if teacher else None}
+
+
+def known_description(settings: TrainingSettings, manifests: Sequence[Manifest]) -> JSONObject:
+    """Return the part of `search_description` that is known before T is."""
     from bort.pretraining.run import shards_sha256
 
     names = ["batch_size", "num_buckets", "dropout", "threads", "max_seconds", "max_memory"]
@@ -256,7 +262,6 @@ def search_description(
     return {
         "train": shards_sha256(manifests[0]),
         "held_out": shards_sha256(manifests[1]),
-        "teacher": teacher.sha256 if teacher else None,
-        "loss": "teacher" if teacher else "mlm",  # whatever is subtracted
+        "loss": "mlm" if settings.loss == "mlm" else "teacher",  # whatever is subtracted
         **{name: getattr(settings, name) for name in names},
     }

@@ -428,6 +428,21 @@ def test_a_second_search_in_a_folder_is_refused(data, tmp_path, in_process, caps
     assert in_process == []
 
 
+def test_a_folder_of_another_search_is_refused_before_t_is_trained(
+    data, tmp_path, in_process, monkeypatch, capsys
+):
+    monkeypatch.setattr(ose_training, "train", lambda run: {"mlm_loss": 4.0})
+    run_ose.main(flags_of(data, tmp_path, loss="mlm"))
+    journal = (tmp_path / "journal-0.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        run_ose.main(flags_of(data, tmp_path, max_memory=4000))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "journal-0.jsonl: was written by another search" in line
+    assert "other values of loss, max_memory; give another --output_dir" in line
+    assert not (tmp_path / "teacher").exists()
+    assert (tmp_path / "journal-0.jsonl").read_bytes() == journal
+
+
 def test_the_table_names_the_cap_and_the_divergence(
     data, tmp_path, in_process, monkeypatch, capsys
 ):
