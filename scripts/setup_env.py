@@ -395,6 +395,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        die(f"{sys.argv[1]}: set-up takes no arguments; scripts/setup_env.sh describes it")
     try:
         main()
     except KeyboardInterrupt:

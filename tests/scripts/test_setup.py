@@ -306,6 +306,14 @@ def test_a_link_to_an_environment_of_this_script(
     assert "BORT_MXNET=cu117 is ignored" in capsys.readouterr().out
 
 
+def test_arguments_are_refused(tmp_path: Path) -> None:
+    program = project_in(tmp_path / "project") / "scripts/setup_env.py"
+    command = [sys.executable, "-I", "-S", str(program), "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("error: --help: set-up takes no arguments")
+
+
 def test_an_empty_folder_is_filled(machine: Machine) -> None:
     machine.module.VENV.mkdir()
     machine.set_up()
