@@ -346,6 +346,12 @@ class Running:
     def __init__(
         self, project: Project, script: str, *arguments: str, sigint: Any = signal.SIG_DFL
     ) -> None:
+        def reset_signals() -> None:
+            # Bash cannot trap a signal that was ignored when it started, as in a background job
+            # or under nohup.
+            signal.signal(signal.SIGINT, sigint)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
         self.process = subprocess.Popen(
             [str(project.folder / f"{script}.sh"), *arguments],
             env={"PATH": os.environ["PATH"], "HOME": str(project.folder)},
@@ -353,8 +359,7 @@ class Running:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # Bash cannot trap a signal that was ignored when it started, as in a background job.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, sigint),  # noqa: PLW1509
+            preexec_fn=reset_signals,  # noqa: PLW1509
         )
 
     def wait_for(self, line: str) -> None:
