@@ -55,6 +55,8 @@ def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
     second = np.asarray(predictions, dtype=np.float64)
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
+    # Each is scaled to the range 1, as squares of very small values would be 0.
+    first, second = first / np.ptp(first), second / np.ptp(second)
     deviations = np.sqrt(_covariance(first, first)) * np.sqrt(_covariance(second, second))
     return float(_covariance(first, second) / deviations)
 

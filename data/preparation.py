@@ -56,6 +56,7 @@ from data.shards import (
     is_output,
     read_manifest,
     shard_name,
+    shard_number,
     write_manifest,
 )
 from data.text_formats import TEXT_FIELD, TextSource, size_of
@@ -65,6 +66,8 @@ BLOCK_BYTES = 1 << 20
 _BLOCKS_AHEAD_PER_WORKER = 4
 # A share of masked tokens that differs from --masked_lm_prob by more than this part is reported.
 _TOLERATED_PART = 0.1
+# Part of the time that may go into writing the manifest of an unfinished folder.
+_SHARE_OF_WRITING = 0.1
 
 
 @dataclass(frozen=True)
@@ -236,24 +239,52 @@ def _make_missing_shards(
     missing = set(missing_shards(corpus, plan))
     if not missing:
         return 0
-    write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
-    total = sum(file.bytes for file in plan.inputs)
-    made = 0
-    with ProgressBar("making shards", total) as progress:
+    made, total = 0, sum(file.bytes for file in plan.inputs)
+    with (
+        unfinished_manifest(corpus.output_dir, plan) as add,
+        ProgressBar("making shards", total) as progress,
+    ):
         blocks = read_blocks(sources, plan.inputs, corpus.num_outputs)
         wanted = _wanted_blocks(blocks, missing, progress)
         for shard, group in itertools.groupby(make(wanted), key=lambda block: block.shard):
             path = os.path.join(corpus.output_dir, shard_name(shard))
             entry, size = write_shard(path, group, plan.vocab_size, progress.advance)
-            plan.shards.append(entry)
-            plan.shards.sort(key=lambda entry: entry.file)
-            write_manifest(corpus.output_dir, UNFINISHED_FILE, plan)
+            add(entry)
             made += size
             if corpus.verbose:
                 progress.write(
                     f"{entry.file}: {entry.sequences} sequences of {entry.tokens} tokens"
                 )
     return made
+
+
+@contextmanager
+def unfinished_manifest(folder: str, plan: Manifest) -> Iterator[Callable[[ShardEntry], None]]:
+    """Keep the manifest of a folder that is not complete; give what adds a finished shard to it.
+
+    It is written when a shard is added, unless that would take more than `_SHARE_OF_WRITING` of the
+    time: with very many shards a killed run makes the last ones again.
+    """
+    next_write = 0.0
+
+    def write() -> None:
+        nonlocal next_write
+        start = time.monotonic()
+        plan.shards.sort(key=lambda entry: shard_number(entry.file))
+        write_manifest(folder, UNFINISHED_FILE, plan)
+        end = time.monotonic()
+        next_write = end + (end - start) / _SHARE_OF_WRITING
+
+    def add(entry: ShardEntry) -> None:
+        plan.shards.append(entry)
+        if time.monotonic() >= next_write:
+            write()
+
+    write()
+    try:
+        yield add
+    finally:
+        write()
 
 
 def missing_shards(corpus: CorpusSettings, plan: Manifest) -> list[int]:

@@ -43,21 +43,13 @@ from data.preparation import (
     plan_of,
     report,
     sized,
+    unfinished_manifest,
     write_shard,
 )
-from data.shards import (
-    UNFINISHED_FILE,
-    Manifest,
-    ShardEntry,
-    is_output,
-    shard_name,
-    write_manifest,
-)
+from data.shards import Manifest, ShardEntry, is_output, shard_name
 from data.text_formats import TextSource, size_of
 
 GROUP_BYTES = 256 << 20  # small files are surveyed together
-# The manifest is written after a shard unless that would take more than this part of the time.
-_SHARE_OF_WRITING = 0.1
 
 
 class Group(NamedTuple):
@@ -309,47 +301,26 @@ def _make_missing_shards(
     function = partial(
         write_part, maker.settings, maker.tokenizer.fingerprint, os.path.abspath(corpus.output_dir)
     )
-    made, journal = 0, _ManifestWriter(corpus.output_dir, plan)
-    with ProgressBar("making shards", sum(file.bytes for file in plan.inputs)) as progress:
+    made, total = 0, sum(file.bytes for file in plan.inputs)
+    with (
+        unfinished_manifest(corpus.output_dir, plan) as add,
+        ProgressBar("making shards", total) as progress,
+    ):
         parts = index.parts(corpus.num_outputs, wanted)
         results = executor.as_completed(function, parts, on_error=failures.keep)
         for result in results:
             if result is None:
                 continue
             entry, size = result
-            journal.add(entry)
+            add(entry)
             made += size
             progress.advance(size)
             if corpus.verbose:
                 progress.write(
                     f"{entry.file}: {entry.sequences} sequences of {entry.tokens} tokens"
                 )
-    journal.write()
     failures.raise_first("shards were not made", len(wanted))
     return made
-
-
-class _ManifestWriter:
-    """Adds shards to the manifest of an unfinished folder; with many shards not after each one."""
-
-    def __init__(self, folder: str, plan: Manifest) -> None:
-        self._folder, self._plan = folder, plan
-        self._next = 0.0
-        self.write()
-
-    def add(self, entry: ShardEntry) -> None:
-        """Add a shard."""
-        self._plan.shards.append(entry)
-        if time.monotonic() >= self._next:
-            self.write()
-
-    def write(self) -> None:
-        """Write the manifest."""
-        start = time.monotonic()
-        self._plan.shards.sort(key=lambda entry: entry.file)
-        write_manifest(self._folder, UNFINISHED_FILE, self._plan)
-        end = time.monotonic()
-        self._next = end + (end - start) / _SHARE_OF_WRITING
 
 
 def write_part(

@@ -78,6 +78,11 @@ def shard_name(index: int) -> str:
     return f"part-{index:05d}.npz"
 
 
+def shard_number(name: str) -> int:
+    """Return the number in the file name of a shard; names with six digits do not sort as text."""
+    return int(name[len("part-") : -len(".npz")])
+
+
 def is_output(folder: str, path: str) -> bool:
     """Return whether a path is that of a shard, a manifest or the tokenizer of a folder."""
     place = os.path.realpath(os.path.dirname(path))  # either may be reached by a link

@@ -92,6 +92,7 @@ class Loop:
         self.stop_requested = False
         self._log_interval, self._on_nonfinite = log_interval, on_nonfinite
         self._accumulator = self._new_accumulator()
+        self._untimed_tokens = 0.0  # of the interval, read before this process resumed the run
         self._last_update: Update | None = None
         self._pending_updates: list[Update] = []
         self._skipped = 0  # updates in a row whose gradient was not finite
@@ -296,6 +297,7 @@ class Loop:
         if scale and state["loss_scale"]:
             scale.value, scale.good_updates = state["loss_scale"]
         self._accumulator = self._new_accumulator()
+        self._untimed_tokens = state["interval"][-1]
         if self._is_first:
             self._accumulator.load_state(state["interval"])
         self._last_update, self._pending_updates = None, []
@@ -482,9 +484,9 @@ class Loop:
             values["loss_scale"] = self.trainer.loss_scale.value
         if self._last_update:
             values["gradient_norm"] = float(self._last_update.norm.asscalar())
-        values["tokens_per_second"] = round(tokens / seconds)
+        values["tokens_per_second"] = round((tokens - self._untimed_tokens) / seconds)
         self.reporter.log(self.progress.step, "train", {**values, **self._timer.shares()})
-        self._accumulator = self._new_accumulator()
+        self._accumulator, self._untimed_tokens = self._new_accumulator(), 0.0
 
     # ---- evaluation -----------------------------------------------------------------------------
 

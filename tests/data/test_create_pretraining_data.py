@@ -35,7 +35,16 @@ from data import preparation
 from data.corpus import scan
 from data.masking import MaskingSettings, SequenceSettings
 from data.preparation import Block, InstanceMaker, InstanceSettings, read_blocks, workers
-from data.shards import MANIFEST_FILE, UNFINISHED_FILE, open_shards, read_manifest
+from data.shards import (
+    MANIFEST_FILE,
+    UNFINISHED_FILE,
+    Manifest,
+    ShardEntry,
+    TokenizerEntry,
+    open_shards,
+    read_manifest,
+    shard_name,
+)
 from data.text_formats import TextSource
 from tests.conftest import ROOT
 from tests.wordpieces import write_vocabulary
@@ -554,6 +563,33 @@ def test_no_space_left_on_the_disk(tmp_path):
     assert list(content(tmp_path / "out")) == [UNFINISHED_FILE]
     create(tmp_path / "out", text, **{**values, "dupe_factor": 1})
     assert UNFINISHED_FILE not in content(tmp_path / "out")
+
+
+def test_the_manifest_of_many_shards_takes_a_tenth_of_the_time(tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text("\n\n".join(f"Sentence {number}." for number in range(40)))
+    write, sizes = preparation.write_manifest, []
+
+    def slow(folder, name, manifest):
+        time.sleep(0.01)
+        sizes.append(len(manifest.shards))
+        write(folder, name, manifest)
+
+    monkeypatch.setattr(preparation, "write_manifest", slow)
+    manifest = create(tmp_path / "out", text, num_outputs=40, num_workers=1)
+    assert len(manifest.shards) == 40
+    assert len(sizes) < 20
+    assert sizes[-2:] == [40, 40]  # of the unfinished folder, and the final one
+
+
+def test_shards_are_in_the_order_of_their_numbers(tmp_path):
+    entries = [ShardEntry(shard_name(number), "", *range(1, 7)) for number in (100_000, 7, 99_999)]
+    plan = Manifest(TokenizerEntry("", 9, 0), {}, [], [])
+    with preparation.unfinished_manifest(str(tmp_path), plan) as add:
+        for entry in entries:
+            add(entry)
+    names = [entry.file for entry in read_manifest(str(tmp_path), UNFINISHED_FILE).shards]
+    assert names == ["part-00007.npz", "part-99999.npz", "part-100000.npz"]
 
 
 def wait_for(condition, seconds=60):

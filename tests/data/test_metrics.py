@@ -117,6 +117,7 @@ def test_undefined_metrics_are_zero():
 def test_correlation_of_tiny_differences_does_not_cancel():
     labels = np.array([0.0, 1.0, 2.0])
     assert metrics.pearson(labels, 1e8 + labels) == pytest.approx(1.0)
+    assert metrics.pearson(labels, 1e-200 * labels) == pytest.approx(1.0)
 
 
 def test_class_that_is_only_predicted_counts_in_macro_f1():

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from bort.errors import Stopped, UserError
+from bort.reporter import read_records
 from bort.tokenization import TokenizerSettings, load_tokenizer
+from bort.training.reporting import Stopwatch
 from tests import reference
 from tests.pretraining.helpers import (
     SHAPE,
@@ -450,6 +452,22 @@ def test_resumed_again_and_again_across_the_ends_of_epochs(data, tmp_path, unint
     # Killed in steps 6, 12 and 16; checkpoints, and ends of epochs, are in between.
     assert [step // per_epoch for step in (4, 8, 12, 15, STEPS)] == [0, 1, 1, 2, 2]
     assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
+
+
+def test_a_resumed_run_times_the_tokens_that_it_has_read_itself(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Stopwatch, "lap", lambda stopwatch: 1.0)
+    flags = resumable_flags(data, "plain")
+
+    def tokens(folder):
+        records = read_records(str(folder / "metrics.jsonl"))
+        return {r["step"]: r["tokens_per_second"] for r in records if r["phase"] == "train"}
+
+    finished_run(data, ckpt_dir=tmp_path / "each", **{**flags, "log_interval": 1})
+    run_killed_at(data, tmp_path / "killed", 13, **flags)
+    finished_run(data, ckpt_dir=tmp_path / "killed", resume=True, **flags)
+    each, killed = tokens(tmp_path / "each"), tokens(tmp_path / "killed")
+    assert killed[10] == sum(each[step] for step in range(6, 11))
+    assert killed[15] == each[13] + each[14] + each[15]  # 11 and 12 are not timed here
 
 
 def test_dropout_and_seed_change_the_result(data, tmp_path):
