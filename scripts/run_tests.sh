@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, then runs lint, type check, the quick tests, the two-process and the cluster tests.
+# Sets up, then runs lint, type check, and all tests but the slow ones and those for GPUs.
 #
 #   ./scripts/run_tests.sh [arguments for pytest ...]      e.g. -k tokenization, --durations=10
 #
@@ -28,7 +28,8 @@ export PATH="$PWD/.venv/bin:$PATH"
 check "lint" ruff check .
 check "format" ruff format --check .
 check "types" mypy
-check "quick tests" python -m pytest "$@"
+check "quick and integration tests" \
+    python -m pytest "$@" -m "not (slow or distributed or cluster or gpu)"
 check "two-process and cluster tests" \
     python -m pytest -n 2 "$@" -m "(distributed or cluster) and not slow"
 exit "$worst"

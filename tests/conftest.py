@@ -30,9 +30,9 @@ def pytest_configure() -> None:
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Run chosen files, tests and markers in this process, as starting workers takes seconds."""
-    quick = config.option.markexpr == config.getini("addopts")[-1]
+    chosen = not config.option.markexpr.startswith("not ")
     whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-    return None if whole and quick else 0
+    return 0 if chosen or not whole else None
 
 
 @pytest.fixture(scope="session", autouse=True)

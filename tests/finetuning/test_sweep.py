@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "scripts/agora_spaces/published.yaml"
 DEFAULTS = (ClassifierSettings(), FinetuningOptimizerSettings(), FinetuningRunSettings())
 
+pytestmark = pytest.mark.integration
+
 # Writes what a run leaves; its score is 10 lr + seed / 100. Fails or waits where a file says so.
 PROGRAM = """
 import json, os, signal, sys, time

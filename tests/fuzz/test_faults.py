@@ -37,6 +37,8 @@ except OSError as error:
 """
 STREAMS = ["no stdin", "| head", ">/dev/full", "no stderr"]
 
+pytestmark = pytest.mark.integration
+
 
 def run(tmp_path: Path, names: list[str], more: str = "pass") -> list[str]:
     script = tmp_path / "program.py"

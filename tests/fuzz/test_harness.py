@@ -17,6 +17,8 @@ from tests.fuzz.harness import Format, Noticed, Tally, WrongValueError
 
 VALID = b"a valid file\n"
 
+pytestmark = pytest.mark.integration
+
 
 def make(folder: Path) -> None:
     (folder / "file.txt").write_bytes(VALID)

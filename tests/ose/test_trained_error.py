@@ -48,6 +48,8 @@ from tests.pretraining.helpers import (
     write_shards,
 )
 
+pytestmark = pytest.mark.integration
+
 SMALL, MIDDLE, TOP = (Shape(1, 2, 8, 8), Shape(1, 2, 16, 16), Shape(2, 2, 16, 16))
 
 

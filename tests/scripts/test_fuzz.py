@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.integration
+
 
 def fuzz(*words: object) -> str:
     """Run the program, whose children have to be forked before MXNet has threads."""

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(p.stem for p in ROOT.glob("scripts/finetune/*.sh") if p.stem != "common")
 PREDICTED = {"ax": "MNLI", "ax-b": "SuperGLUERTE", "ax-g": "SuperGLUERTE"}
 
+pytestmark = pytest.mark.integration
+
 
 class Project:
     """A folder with the scripts, in which every program says what it was called with."""

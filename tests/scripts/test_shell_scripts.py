@@ -169,6 +169,7 @@ def test_run_tests_ends_with_the_worst_status(
     )
     assert run.returncode == status
     assert run.stdout.startswith("set up")
+    assert "-m not (slow or distributed or cluster or gpu)\n" in run.stdout
     assert "-m (distributed or cluster) and not slow\n" in run.stdout
 
 
