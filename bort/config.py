@@ -264,9 +264,13 @@ def as_dict(*settings: Any) -> dict[str, JSONObject]:
     return {type(each).__name__: dataclasses.asdict(each) for each in settings}
 
 
-def command_of(program: str, *settings: Any) -> str:
-    """Return the command line that gives these settings: flags at their default are left out."""
-    words = ["python", program]
+def command_of(program: str, *settings: Any, processes: int = 1) -> str:
+    """Return the command line that gives these settings: flags at their default are left out.
+
+    Several processes are started by horovodrun.
+    """
+    launcher = ["horovodrun", "-np", str(processes)] if processes > 1 else []
+    words = [*launcher, "python", program]
     for each in settings:
         for field in dataclasses.fields(each):
             value = getattr(each, field.name)

@@ -285,6 +285,8 @@ def test_the_command_of_settings_gives_these_settings(text: str) -> None:
     _, program, *words = shlex.split(command_of("program.py", settings))
     assert program == "program.py"
     assert parse("Notes.", words, NoteSettings) == (settings,)
+    of_many = command_of("program.py", settings, processes=3)
+    assert shlex.split(of_many) == ["horovodrun", "-np", "3", "python", program, *words]
 
 
 @dataclass(frozen=True)

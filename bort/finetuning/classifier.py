@@ -65,14 +65,16 @@ def task_of(settings: FinetuningSettings) -> Task:
 
 
 def build_classifier(
-    settings: FinetuningSettings, task: Task, devices: Sequence[Context]
+    settings: FinetuningSettings, task: Task, devices: Sequence[Context], processes: int
 ) -> Classifier:
     """Build the network of a run on its devices: a fine-tuned one, or a body with a new head.
+
+    processes: of the run, for the command that is kept with the model.
 
     Raises `UserError` when weights, shape, vocabulary or task do not match.
     """
     given, max_len = settings.classifier, settings.task.max_len
-    details = {"command": command_of(PROGRAM, *settings)}
+    details = {"command": command_of(PROGRAM, *settings, processes=processes)}
     if given.model_parameters:
         trained = not settings.run.only_inference
         classifier = load_classifier(given.model_parameters, task, devices, given.dropout, trained)

@@ -456,7 +456,7 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> JSONOb
     checkpoint.require_usable(folder, "--output_dir")
     data, rows = read_task_data(task, settings.task, run.seed)
     sets = read_prediction_sets(task, settings.task, run.output_dir)
-    classifier = build_classifier(settings, task, devices)
+    classifier = build_classifier(settings, task, devices, communicator.size)
     with lock_of_rank_0(folder, "--output_dir", communicator), memory_errors(MEMORY_CURE):
         if communicator.rank == 0 and not run.resume:
             refuse_other_run(folder)
@@ -554,7 +554,7 @@ def infer(
             f"{task.name}: neither a dev nor a test set; name their folder with --data_dir; "
             f"{task.searched(settings.task.data_dir, (*task.dev, *task.test))}"
         )
-    classifier = build_classifier(settings, task, devices)
+    classifier = build_classifier(settings, task, devices, communicator.size)
     if classifier.model_config.task not in (task.name, task.model_task):
         raise UserError(
             f"--model_parameters {settings.classifier.model_parameters}: a model of "

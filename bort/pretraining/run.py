@@ -155,7 +155,7 @@ def pretraining_loop(
         ),
         max_steps=optimizer.num_steps,
         evaluation=_evaluation(settings, inputs.held_out, student, teacher, communicator, devices),
-        saving=_save_policy(settings, inputs, student),
+        saving=_save_policy(settings, inputs, student, communicator.size),
         notes=notes,
     )
     return Loop(
@@ -245,22 +245,24 @@ def _evaluation(
     )
 
 
-def _save_policy(settings: PretrainingSettings, inputs: Inputs, student: Block) -> SavePolicy:
+def _save_policy(
+    settings: PretrainingSettings, inputs: Inputs, student: Block, processes: int
+) -> SavePolicy:
     run, max_steps, manifest = settings.run, settings.optimizer.num_steps, inputs.manifest
     tokenizer = shards_tokenizer(settings.data.data, manifest)
+    program = f"run_pretraining_distillation{'_hvd' * (processes > 1)}.py"
 
     def due(progress: Progress, best: bool) -> bool:
         return best or progress.step % run.ckpt_interval == 0 or progress.step == max_steps
 
     def model_config(progress: Progress) -> ModelConfig:
-        command = command_of("run_pretraining_distillation.py", *settings)
         passes = progress.batches / inputs.training.batches_per_epoch
         details = {
             "step": progress.step,
             "tokens seen": f"{round(passes * manifest.totals['tokens']):,}",
             "passes over the data": f"{passes:.3g}",
             "data": settings.data.data,
-            "command": command,
+            "command": command_of(program, *settings, processes=processes),
         }
         if progress.best_step is not None:
             details["metrics"] = {"lowest held-out mlm_loss": -progress.best_score}

@@ -88,5 +88,5 @@ def make_run(
     task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
     data, _ = read_task_data(task, settings.task, settings.run.seed)
     devices = devices_of(settings.run.gpus, settings.run.cpu_contexts, communicator)
-    classifier = build_classifier(settings, task, devices)
+    classifier = build_classifier(settings, task, devices, processes=1)
     return finetuning_run(settings, classifier, data, communicator, devices)

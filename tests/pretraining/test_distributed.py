@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bort.files import read_json
 from bort.processor import multiplies_bfloat16
 from tests.pretraining.helpers import (
     arguments,
@@ -132,6 +133,12 @@ def test_two_ranks_train_like_one_in_bfloat16(data, tmp_path):
 
 def test_only_rank_0_writes(on_two_ranks):
     assert [path.name for path in on_two_ranks.iterdir()] == ["0"]
+
+
+def test_a_checkpoint_names_the_command_of_all_ranks(on_two_ranks):
+    model = read_json(str(on_two_ranks / "0" / f"step-{STEPS:07d}" / "model.json"))
+    command = model["details"]["command"]
+    assert command.startswith("horovodrun -np 2 python run_pretraining_distillation_hvd.py --")
 
 
 def test_two_ranks_resume_a_run_of_one(data, tmp_path, on_one_rank, on_two_ranks):
