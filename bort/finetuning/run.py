@@ -119,6 +119,55 @@ class History:
         self._earlier_seconds, self._started = state["seconds"], time.perf_counter()
 
 
+class Schedule:
+    """How many updates a run makes, and the learning rate of each.
+
+    Epochs are counted in the updates that the run does make: one that is resumed with other workers
+    keeps the number of micro-batches of an update, and another --accumulate changes it from there.
+    """
+
+    def __init__(
+        self, optimizer: FinetuningOptimizerSettings, batches_per_epoch: int, micro_batches: int
+    ) -> None:
+        self._optimizer, self._batches_per_epoch = optimizer, batches_per_epoch
+        self.load_state({"step": 0, "position": 0, "micro_batches": micro_batches})
+
+    def load_state(self, state: JSONMapping) -> None:
+        """Count the updates that follow a state of the loop."""
+        optimizer = self._optimizer
+        self.max_steps = optimizer.training_steps or self._last_of(optimizer.epochs, state)
+        ramp = optimizer.ramp_up_epochs
+        self._ramp_steps = self._last_of(ramp, state) if ramp else self.max_steps
+
+    def _last_of(self, epochs: int, state: JSONMapping) -> int:
+        """Return the last update of so many epochs; that of the state when they are over."""
+        batches = max(0, epochs * self._batches_per_epoch - state["position"])
+        whole, rest = divmod(batches, self._batches_per_epoch)
+        per_epoch, in_rest = (
+            -(-number // state["micro_batches"]) for number in (self._batches_per_epoch, rest)
+        )
+        return int(state["step"]) + whole * per_epoch + in_rest
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of update `step` (1-based)."""
+        return learning_rate(step, self._optimizer, self._ramp_steps)
+
+
+@dataclass(frozen=True)
+class _Resumable:
+    """What follows a checkpoint besides the loop itself."""
+
+    history: History
+    schedule: Schedule
+
+    def state(self) -> JSONObject:
+        return self.history.state()
+
+    def load_state(self, state: JSONMapping) -> None:
+        self.history.load_state(state)
+        self.schedule.load_state(state)
+
+
 @dataclass(frozen=True)
 class FineTuning:
     """One run of fine-tuning."""
@@ -273,10 +322,7 @@ def finetuning_loop(
     training = source(data.train, optimizer.batch_size, options.seed)
     dev = {name: source(rows, optimizer.dev_batch_size, None) for name, rows in data.dev.items()}
     per_update = optimizer.accumulate * communicator.size * len(devices)
-    updates_per_epoch = -(-training.batches_per_epoch // per_update)
-    max_steps = optimizer.training_steps or optimizer.epochs * updates_per_epoch
-    ramp = optimizer.ramp_up_epochs
-    schedule_steps = ramp * updates_per_epoch if ramp else max_steps
+    schedule = Schedule(optimizer, training.batches_per_epoch, per_update)
     history = History()
     network, model_config = classifier.network, classifier.model_config
     evaluation = DevEvaluation(classifier, data, dev, communicator, devices[0])
@@ -288,13 +334,13 @@ def finetuning_loop(
         # The last update of an epoch may have fewer micro-batches: none mixes two epochs.
         stream=Stream(training, options.seed, whole_epochs=True),
         step=step,
-        learning_rate=lambda step: learning_rate(step, optimizer, schedule_steps),
-        max_steps=max_steps,
+        learning_rate=schedule.rate,
+        max_steps=lambda: schedule.max_steps,
         evaluation=_evaluation(
-            classifier, evaluation, history, training, optimizer, options, max_steps
+            classifier, evaluation, history, training, optimizer, options, schedule
         ),
         saving=_save_policy(classifier, data, training, options, optimizer.accumulate),
-        extra=history,
+        extra=_Resumable(history, schedule),
         # Without a decoder no backward pass overwrites it: the rows of the batches are added.
         clear_added=partial(step.clear_embeddings, alone),
     )
@@ -331,11 +377,11 @@ def _evaluation(
     training: ClassifierLoader,
     optimizer: FinetuningOptimizerSettings,
     options: FinetuningOptions,
-    max_steps: int,
+    schedule: Schedule,
 ) -> Evaluation:
     def due(progress: Progress) -> bool:
         epoch_ended = progress.batches % training.batches_per_epoch == 0
-        return progress.step > 0 and (epoch_ended or progress.step == max_steps)
+        return progress.step > 0 and (epoch_ended or progress.step == schedule.max_steps)
 
     def record(progress: Progress, metrics: Metrics, write_best: bool) -> None:
         epoch = round(progress.batches / training.batches_per_epoch, 3)

@@ -153,7 +153,7 @@ def pretraining_loop(
         learning_rate=lambda step: linear_warmup_decay(
             step, optimizer.lr, optimizer.warmup_steps, optimizer.num_steps
         ),
-        max_steps=optimizer.num_steps,
+        max_steps=lambda: optimizer.num_steps,
         evaluation=_evaluation(settings, inputs.held_out, student, teacher, communicator, devices),
         saving=_save_policy(settings, inputs, student, communicator.size),
         notes=notes,

@@ -146,7 +146,7 @@ class Job:
     stream: Stream
     step: Step
     learning_rate: Callable[[int], float]  # of the updates 1, 2, ...
-    max_steps: int
+    max_steps: Callable[[], int]  # known once a checkpoint to be resumed has been loaded
     evaluation: Evaluation
     saving: SavePolicy
     extra: ExtraState = field(default_factory=NoExtraState)

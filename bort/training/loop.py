@@ -175,7 +175,7 @@ class Loop:
         self.reporter.start(
             self.job.saving.settings,
             self.progress.step,
-            self.job.max_steps,
+            self.job.max_steps(),
             self._evaluation_pending,
         )
         names = self.communicator.allgather_object([str(device) for device in self.devices])
@@ -268,7 +268,7 @@ class Loop:
 
     def finished(self) -> bool:
         """Return whether the last step has been made, or the evaluation ends the run early."""
-        return self.progress.step >= self.job.max_steps or self._ended_early
+        return self.progress.step >= self.job.max_steps() or self._ended_early
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -458,7 +458,7 @@ class Loop:
 
     def _log_due(self, step: int) -> bool:
         """Return whether a metric line follows a step, which is then timed phase by phase."""
-        return step % self._log_interval == 0 or step == self.job.max_steps
+        return step % self._log_interval == 0 or step == self.job.max_steps()
 
     def _description(self, devices: Sequence[Sequence[str]]) -> str:
         """Return the first line of the log; `devices` are those of each rank."""

@@ -248,10 +248,10 @@ def test_the_schedule_counts_real_updates(reviews, tmp_path):
     down = [0.01 * left / 13 for left in range(12, 0, -1)]
     assert rates(run, 16) == pytest.approx([*up, *down])
     ramped = make_run(reviews, tmp_path, epochs=4, ramp_up_epochs=2, **flags)
-    assert ramped.loop.job.max_steps == 32
+    assert ramped.loop.job.max_steps() == 32
     assert rates(ramped, 32) == pytest.approx([*up, *down, *[1e-7] * 16])
     short = make_run(reviews, tmp_path, training_steps=5, **flags)
-    assert short.loop.job.max_steps == 5
+    assert short.loop.job.max_steps() == 5
     assert rates(short, 5)[-1] == pytest.approx(0.01 / 5)
 
 
@@ -398,6 +398,35 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, uninterru
     assert (found["history"], metrics(tmp_path / "SST-2")) == uninterrupted[1:]
     assert not list((tmp_path / "SST-2").glob("*step-*"))
     assert finetuned(reviews, tmp_path, resume=True, **RESUMED) == found  # nothing to do
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "updates"),
+    [
+        # An update keeps its micro-batches, and the run the updates that two workers would make.
+        ({"cpu_contexts": 2}, {}, 3 * 8),
+        # Another --accumulate holds for what is left: 11 of 16 micro-batches, and two epochs.
+        ({}, {"accumulate": 4}, 5 + 3 + 2 * 4),
+    ],
+)
+def test_a_run_resumed_with_other_updates_makes_as_many_epochs(
+    reviews, tmp_path, before, after, updates
+):
+    flags = {"batch_size": 4, "num_buckets": 1, "epochs": 3, "ckpt_interval": 5}
+    first = make_run(reviews, tmp_path, **flags, **before)
+    first.loop.setup()
+    batches = first.loop.batches()
+    for _ in range(5):
+        first.loop.train_step(batches)
+    batches.close()
+    first.loop.save()
+    run = make_run(reviews, tmp_path, resume=True, **flags, **after)
+    run.loop.run()
+    assert run.epoch == 3
+    assert [entry["epoch"] for entry in run.history.entries] == [1, 2, 3]
+    assert run.loop.progress.step == run.loop.job.max_steps() == updates
+    last = rates(run, updates)[-1]
+    assert last == pytest.approx(0.003 / (updates - int(updates * 0.1) + 1))
 
 
 @pytest.mark.parametrize(
