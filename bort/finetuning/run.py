@@ -61,7 +61,7 @@ from bort.finetuning.task_data import (
 from bort.parameters import load_parameters, parameter_file
 from bort.reporter import FolderReporter, Reporter
 from bort.resume import same_value
-from bort.saved_model import save_model, save_model_config
+from bort.saved_model import read_model_config, save_model, save_model_config
 from bort.training.job import (
     Evaluation,
     Job,
@@ -478,7 +478,23 @@ def check_resume(
         if not same:
             raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
     recorded = state["settings"].get("FinetuningOptimizerSettings", {})
-    return Resumed(recorded.get("accumulate", accumulate))
+    best_counts = _is_best_of(os.path.join(folder, BEST), state["best_step"])
+    return Resumed(recorded.get("accumulate", accumulate), best_counts)
+
+
+def _is_best_of(path: str, step: Optional[int]) -> bool:
+    """Return whether the best model is still that of a step.
+
+    An evaluation after the checkpoint may have replaced it, and under changed flags the resumed run
+    need not come to that model again.
+    """
+    if step is None:
+        return True
+    try:
+        metrics = read_model_config(path).details.get("metrics", {})
+    except UserError:  # missing or damaged
+        return False
+    return bool(metrics.get("step", step) == step)
 
 
 # ---- from flags to a run ------------------------------------------------------------------------

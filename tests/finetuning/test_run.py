@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -415,10 +416,9 @@ def test_a_run_resumed_with_other_updates_makes_as_many_epochs(
     flags = {"batch_size": 4, "num_buckets": 1, "epochs": 3, "ckpt_interval": 5}
     first = make_run(reviews, tmp_path, **flags, **before)
     first.loop.setup()
-    batches = first.loop.batches()
-    for _ in range(5):
-        first.loop.train_step(batches)
-    batches.close()
+    with closing(first.loop.batches()) as batches:
+        for _ in range(5):
+            first.loop.train_step(batches)
     first.loop.save()
     run = make_run(reviews, tmp_path, resume=True, **flags, **after)
     run.loop.run()
@@ -427,6 +427,26 @@ def test_a_run_resumed_with_other_updates_makes_as_many_epochs(
     assert run.loop.progress.step == run.loop.job.max_steps() == updates
     last = rates(run, updates)[-1]
     assert last == pytest.approx(0.003 / (updates - int(updates * 0.1) + 1))
+
+
+def test_the_best_model_is_of_the_resumed_run(reviews, tmp_path, monkeypatch):
+    """Not of an evaluation after the checkpoint, which other flags need not repeat."""
+    flags = {"num_buckets": 1, "epochs": 3, "ckpt_interval": 9}
+    run = make_run(reviews, tmp_path, **flags)
+    with monkeypatch.context() as patch:
+        Scripted(patch, [0.5, 0.9])  # after 8 and 16 updates
+        run.loop.setup()
+        with closing(run.loop.batches()) as batches:
+            for _ in range(16):
+                run.loop.train_step(batches)
+                run.loop._save_and_evaluate([], stop=False)
+    # After 16 and 24 updates, then of the best model, and of the most frequent answer.
+    Scripted(monkeypatch, [0.4, 0.3, 0.4, 0.5])
+    found = finetuned(reviews, tmp_path, resume=True, **{**flags, "lr": 1e-6})
+    assert [entry["score"] for entry in found["history"]] == [0.5, 0.4, 0.3]
+    assert found["best"]["step"] == 16
+    best = json.loads((tmp_path / "SST-2" / "best.json").read_text(encoding="utf-8"))
+    assert best["details"]["metrics"] == found["best"]
 
 
 @pytest.mark.parametrize(
