@@ -377,7 +377,12 @@ def masked_share_report(totals: dict[str, int], settings: InstanceSettings) -> O
     share = min(shares, key=lambda share: abs(share - wanted))
     if abs(share - wanted) <= _TOLERATED_PART * wanted:
         return None
-    if share < wanted and wanted * sequences.max_text_tokens > masking.max_predictions_per_seq:
+    if not totals["masked"]:
+        reason = (
+            "all are unknown to the vocabulary, and there is nothing to learn; give the vocabulary "
+            "of this text"
+        )
+    elif share < wanted and wanted * sequences.max_text_tokens > masking.max_predictions_per_seq:
         reason = f"--max_predictions_per_seq {masking.max_predictions_per_seq} limits it"
     elif share < wanted and masking.whole_word_mask:
         reason = (

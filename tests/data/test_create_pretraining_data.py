@@ -385,13 +385,21 @@ def test_a_masked_share_far_from_what_was_asked_is_reported(tmp_path, capsys, mo
     # One mask of seven tokens, in a single sentence where pairs are asked for, is near enough.
     seven = tmp_path / "seven.txt"
     seven.write_text("a , a , a , a\n\n" * 20)
-    words = {"vocab_file": write_vocabulary(tmp_path), "short_seq_prob": 0}
+    words_of_latin = write_vocabulary(tmp_path)
+    words = {"vocab_file": words_of_latin, "short_seq_prob": 0}
     assert reported(seven, **words) == reported(seven, format="sentence_pairs", **words) == ""
     # Words of 300 letters: two of them are above the masks of a sequence, the third is not.
     words = tmp_path / "words.txt"
     words.write_text("\n\n".join(f"{'qxz' * 100} and {'zqx' * 100} so" for _ in range(5)))
     line = reported(words, whole_word_mask=True, short_seq_prob=0)
     assert "leave --whole_word_mask out" in line
+    # In a script of which the vocabulary has no letter.
+    greek = tmp_path / "greek.txt"
+    greek.write_text("αβγ δεζ\n\n" * 20)
+    for flags in ({}, {"whole_word_mask": True}):
+        line = reported(greek, vocab_file=words_of_latin, **flags)
+        assert "0.0% of the tokens are masked" in line
+        assert "all are unknown to the vocabulary" in line
 
 
 def test_chinese_text_has_masks_in_every_sequence(tmp_path, tokenizer):
