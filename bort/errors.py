@@ -26,6 +26,10 @@ class UserError(Exception):
     """A mistake the user can fix: names the file, line or flag, what is wrong, and the cure."""
 
 
+class DivergedError(UserError):
+    """The gradients of a run are not finite any more: it will not learn again."""
+
+
 class Stopped(Exception):  # noqa: N818  (not an error: the program did as it was told)
     """The program was told to stop by a signal and has saved its state."""
 

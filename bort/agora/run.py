@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -37,7 +38,7 @@ from bort.cluster import Cluster, refuse_with_cluster
 from bort.communicator import SingleProcess, communicator_of_environment
 from bort.config import as_dict, command_of
 from bort.devices import devices_of
-from bort.errors import UserError
+from bort.errors import DivergedError, UserError
 from bort.files import lock_folder, read_json_as, write_json
 from bort.finetuning.classifier import (
     Classifier,
@@ -127,7 +128,8 @@ class FineTuner:
             devices,
             reporter,
         ).loop
-        loop.run()
+        with contextlib.suppress(DivergedError):  # an earlier epoch may have been good
+            loop.run()
         if loop.progress.best_step is None:
             save_model(os.path.join(folder, BEST), *classifier)
             return np.full((len(self.dev), max(2, self.task.num_outputs)), np.nan)

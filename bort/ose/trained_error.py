@@ -21,6 +21,7 @@ our choice:
 from __future__ import annotations
 
 import glob
+import math
 import os
 import shutil
 import tempfile
@@ -31,7 +32,7 @@ from typing import NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.communicator import SingleProcess
-from bort.errors import UserError
+from bort.errors import DivergedError, UserError
 from bort.files import read_json_as
 from bort.jobs import run as run_in_process
 from bort.ose.config import TrainingSettings
@@ -68,11 +69,17 @@ class TrainedError:
     def __call__(
         self, shape: Shape, steps: int, hparams: Hyperparameters, generator: np.random.Generator
     ) -> float:
-        """Return the held-out cross-entropy after training, in nats per masked position."""
+        """Return the held-out cross-entropy after training, in nats per masked position.
+
+        Infinity when the training has diverged.
+        """
         seed = int(generator.integers(2**31))
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=CANDIDATE) as folder:
             run = candidate_run(self.settings, self.teacher, shape, steps, hparams, seed, folder)
-            losses = train(run)
+            try:
+                losses = train(run)
+            except DivergedError:
+                return math.inf
         if self.teacher is None:
             return losses["mlm_loss"]
         return self.teacher.bounds.entropy + losses["kl"]

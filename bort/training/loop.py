@@ -22,7 +22,7 @@ from bort.bort import parameter_count
 from bort.communicator import Communicator
 from bort.devices import unused_gpus
 from bort.dropout import dropout
-from bort.errors import Stopped, UserError
+from bort.errors import DivergedError, Stopped, UserError
 from bort.parameters import load_parameters
 from bort.reporter import Reporter
 from bort.training.job import Batch, Interrupted, Job, Metrics, Progress, Resumed
@@ -423,7 +423,7 @@ class Loop:
             finite = math.isfinite(float(update.norm.asscalar()))
             self._skipped = 0 if finite else self._skipped + 1
             if self._skipped > MAX_SKIPPED:
-                raise UserError(
+                raise DivergedError(
                     f"step {update.step}: the gradient of {self._skipped} updates in a row is not "
                     "finite, the run does not learn; lower --lr or resume from an earlier step"
                 )

@@ -149,7 +149,11 @@ def test_a_run_is_not_resumed_on_another_test_set(places, tmp_path, capsys):
     assert run_agora.main(given)["best_of_grid"] == content["best_of_grid"]
 
 
-def test_a_search_space_whose_sets_all_diverge_is_named(places, tmp_path, capsys):
+@pytest.mark.parametrize("most", [100, 0])  # updates that a run may skip before it gives up
+def test_a_search_space_whose_sets_all_diverge_is_named(
+    places, tmp_path, capsys, monkeypatch, most
+):
+    monkeypatch.setattr("bort.training.loop.MAX_SKIPPED", most)
     space = tmp_path / "space.yaml"
     space.write_text("lr: [1e30]\nepochs: [1]\n")
     given = arguments(places, "SST-2", tmp_path / "out", "--tau", "swap")

@@ -19,7 +19,7 @@ from bort import processor
 from bort.bort import get_bort_model
 from bort.communicator import SingleProcess
 from bort.config import build
-from bort.errors import Stopped, UserError
+from bort.errors import DivergedError, Stopped, UserError
 from bort.files import lock_folder
 from bort.jobs import OverTimeError, Serial
 from bort.ose import run as ose_run
@@ -445,13 +445,16 @@ def test_a_folder_of_another_search_is_refused_before_t_is_trained(
     assert (tmp_path / "journal-0.jsonl").read_bytes() == journal
 
 
+@pytest.mark.parametrize("gives_up", [False, True])
 def test_the_table_names_the_cap_and_the_divergence(
-    data, tmp_path, in_process, monkeypatch, capsys
+    data, tmp_path, in_process, monkeypatch, capsys, gives_up
 ):
     def train(run):
         shape = run.student.student_model
         if shape == MIDDLE.name:
             raise OverTimeError(7.0)
+        if shape != SMALL.name and gives_up:
+            raise DivergedError("step 102: the gradient of 101 updates in a row is not finite")
         return {"mlm_loss": 4.0 if shape == SMALL.name else np.nan}
 
     monkeypatch.setattr(ose_training, "train", train)
