@@ -135,7 +135,8 @@ def parse(
         parser.add_argument(
             CONFIG_FLAG,
             metavar="FILE",
-            help="rerun a run: take the flags from its config.json; flags given here override them",
+            help="rerun a run: take the flags from its config.json; flags given here override "
+            "them; to leave out one that the file has, set it to null or false in a copy",
         )
         _use_config(parser, argv, classes)
     parsed = vars(parser.parse_args(argv))
@@ -145,10 +146,12 @@ def parse(
 
 def _refuse_empty(parsed: JSONMapping, classes: Sequence[type]) -> None:
     """Raise `UserError` for an empty text, as of an unset shell variable, which meant no flag."""
+    config = parsed.get("config")
+    cure = f"set it to null in a copy of {config}" if config else "leave the flag out"
     for cls in classes:
         for field in dataclasses.fields(cls):
             if parsed[field.name] == "" and field.default != "":
-                raise UserError(f"--{field.name}: is empty; give a value, or leave the flag out")
+                raise UserError(f"--{field.name}: is empty; give a value, or {cure}")
 
 
 def _refuse_renamed(parser: OneLineParser, argv: Sequence[str], renamed: Mapping[str, str]) -> None:

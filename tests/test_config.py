@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +270,17 @@ def test_a_run_is_repeated_from_its_config_and_flags_override_it(tmp_path: Path)
     assert rerun("--conf", path)[0] == meal, "argparse takes the beginning of a flag"
     write_json(path, as_dict(dataclasses.replace(meal, cook="")))
     assert rerun("--config", path)[0] == meal, "as in files of earlier versions"
+
+
+def test_a_flag_that_a_config_has_is_left_out_in_a_copy_of_the_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "config.json")
+    (meal,) = parse("Cooks.", ["--dish", "stew", "--minutes", "9", "--spicy"], CookingSettings)
+    write_json(path, as_dict(meal))
+    with pytest.raises(UserError, match=rf"or set it to null in a copy of {re.escape(path)}$"):
+        rerun("--config", path, "--cook", "")
+    write_json(path, as_dict(dataclasses.replace(meal, minutes=None, spicy=False)))
+    (plain,) = parse("Cooks.", ["--dish", "stew"], CookingSettings)
+    assert rerun("--config", path)[0] == plain
 
 
 @dataclass(frozen=True)
