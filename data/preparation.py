@@ -377,7 +377,7 @@ def masked_share_report(totals: dict[str, int], settings: InstanceSettings) -> O
     share = min(shares, key=lambda share: abs(share - wanted))
     if abs(share - wanted) <= _TOLERATED_PART * wanted:
         return None
-    if not totals["masked"]:
+    if not totals["masked"] and totals["unknown"] >= totals["tokens"] - 3 * totals["sequences"]:
         reason = (
             "all are unknown to the vocabulary, and there is nothing to learn; give the vocabulary "
             "of this text"
