@@ -61,6 +61,7 @@ class Preflight:
             ("data", self._data_rows),
             ("folder", self._folder_rows),
             ("networks", self._network_rows),
+            ("updates", self._update_rows),
             ("disk", self._disk_rows),
             ("speed", self._speed_rows),
         ]
@@ -84,9 +85,9 @@ class Preflight:
 
     def _data_rows(self) -> list[Row]:
         settings = self.settings
-        inputs = open_data(settings.data, settings.run.seed, settings.teacher.teacher_cache)
-        per_update = settings.data.accumulate * self._workers
-        return data_rows(inputs, per_update, settings.optimizer.num_steps)
+        return data_rows(
+            open_data(settings.data, settings.run.seed, settings.teacher.teacher_cache)
+        )
 
     def _folder_rows(self) -> list[Row]:
         run = self.settings.run
@@ -114,6 +115,20 @@ class Preflight:
         elif teacher.teacher_model:
             found = f"{teacher.teacher_model}, same vocabulary"
         return [Row("student", f"{name}, {parameters:,} parameters"), Row("teacher", found)]
+
+    def _update_rows(self) -> list[Row]:
+        """Return how often the updates use the data, those before a checkpoint included.
+
+        A run that is resumed with other workers keeps the micro-batches of an update.
+        """
+        per_epoch = self._loop.job.stream.source.batches_per_epoch
+        before = self._found.state["position"] if self._found else 0
+        left = max(0, self.settings.optimizer.num_steps - self._start)
+        batches = before + left * self._loop.micro_batches
+        return [
+            Row("updates an epoch", f"{per_epoch / self._loop.micro_batches:,.1f}"),
+            Row("epochs planned", f"{batches / per_epoch:,.2f}"),
+        ]
 
     def _disk_rows(self) -> list[Row]:
         parameters = self._loop.job.network.collect_params().values()
@@ -184,10 +199,9 @@ def device_rows(devices: Sequence[Context]) -> list[Row]:
     return [Row("devices a process", names), Row("OpenMP threads", threads)]
 
 
-def data_rows(inputs: Inputs, micro_batches: int, num_steps: int) -> list[Row]:
-    """Describe the shards, and how often `num_steps` updates of so many micro-batches use them."""
+def data_rows(inputs: Inputs) -> list[Row]:
+    """Describe the shards."""
     training, held_out, manifest = inputs.training, inputs.held_out, inputs.manifest
-    updates = training.batches_per_epoch / micro_batches
     tokenizer = manifest.tokenizer.name
     rows = [
         Row("tokenizer", f"{tokenizer} {manifest.tokenizer_fingerprint[:12]}"),
@@ -195,8 +209,6 @@ def data_rows(inputs: Inputs, micro_batches: int, num_steps: int) -> list[Row]:
         Row("sequences", f"{manifest.totals['sequences']:,}"),
         Row("tokens", f"{manifest.totals['tokens']:,}"),
         Row("micro-batches an epoch", f"{training.batches_per_epoch:,}"),
-        Row("updates an epoch", f"{updates:,.1f}"),
-        Row("epochs planned", f"{num_steps / updates:,.2f}"),
     ]
     if held_out is not None:
         rows.append(Row("held out", f"{held_out.batches_per_epoch:,} batches, same tokenizer"))

@@ -176,6 +176,12 @@ def test_a_resumed_run_has_less_to_do_and_loses_nothing(data, tmp_path, capsys):
     assert "16 updates" in rows["to the end"]
     rows = checked(capsys, data, folder, resume=True, num_steps=4)
     assert "0.00 h for 0 updates" in rows["to the end"], "it is past its end"
+    # The first 8 updates took one micro-batch, the others are to take two.
+    per_epoch = number(rows["micro-batches an epoch"])
+    rows = checked(capsys, data, folder, resume=True, accumulate=2)
+    assert number(rows["updates an epoch"]) == pytest.approx(per_epoch / 2, abs=0.05)
+    planned = (8 + 12 * 2) / per_epoch
+    assert number(rows["epochs planned"]) == pytest.approx(planned, abs=0.005)
     assert everything(folder) == before
     rows = checked(capsys, data, folder, status=1)
     assert rows["folder"].startswith("FAIL --ckpt_dir")
