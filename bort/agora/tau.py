@@ -216,7 +216,10 @@ class Infill:
 
 
 def masked_model(network: Block, tokenizer: Tokenizer, samples: int = 4) -> Infill:
-    """Return the tau-function of a pretrained model."""
+    """Return the tau-function of a pretrained model.
+
+    Raises `UserError` when its vocabulary has no whole words, as one of single characters.
+    """
     from mxnet import nd
 
     from bort.bort import decode, encode, masked_hidden
@@ -228,7 +231,13 @@ def masked_model(network: Block, tokenizer: Tokenizer, samples: int = 4) -> Infi
         sequence = encode(network, device_ids, lengths)
         return decode(network, masked_hidden(network, sequence, device_positions)).asnumpy()
 
-    return Infill(logits, tokenizer, network.encoder._max_length, samples)
+    infill = Infill(logits, tokenizer, network.encoder._max_length, samples)
+    if not infill.words.any():
+        raise UserError(
+            "--tau infill: the vocabulary of the model has no whole words to put in; leave infill "
+            "out of --tau"
+        )
+    return infill
 
 
 CHANGES: Mapping[str, Change] = {

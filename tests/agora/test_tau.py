@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bort.agora import tau
 from bort.errors import UserError
 from bort.tokenization import TokenizerSettings, load_tokenizer
 from data.tasks import get_task
+from tests.wordpieces import SPECIAL, write_vocabulary
 
 TEXT = "the small boat came back to the harbour before the storm had reached it"
 WORDS = TEXT.split()
@@ -304,6 +306,13 @@ def test_infilling_returns_the_most_likely_sample(tokenizer):
     best = drawn[0][int(np.argmax(scores))]
     assert [changed[at] for at in chosen] == [infill.word(token) for token in best]
     assert len(set(np.round(scores, 6))) > 3
+
+
+def test_a_vocabulary_without_whole_words_cannot_infill(tmp_path):
+    path = write_vocabulary(tmp_path, [*SPECIAL, "##a", "##b"])
+    network = SimpleNamespace(encoder=SimpleNamespace(_max_length=8))
+    with pytest.raises(UserError, match="--tau infill: the vocabulary of the model has no whole"):
+        tau.masked_model(network, load_tokenizer(TokenizerSettings(vocab_file=path)))
 
 
 def test_a_text_too_long_is_changed_where_the_model_reads(tokenizer):
