@@ -198,7 +198,7 @@ def extract(
     for (index, member), chosen in itertools.product(enumerate(visited), hparams):
         measured = [next(found) for _ in range(repeats)] if member.architecture in trained else []
         table.append(_evaluation(index * stride, member, chosen, top, measured, lower_bound))
-    return OseResult(_best(table), tuple(table), top, len(members))
+    return OseResult(_best(table, stride), tuple(table), top, len(members))
 
 
 def _maximum_member(
@@ -215,11 +215,14 @@ def _maximum_member(
     return top
 
 
-def _best(table: Sequence[Evaluation]) -> Evaluation:
+def _best(table: Sequence[Evaluation], stride: int) -> Evaluation:
     """Return the row of the largest W; `UserError` when none is above 0."""
     best = max(table, key=lambda row: row.w)
     if best.w == 0:
-        raise UserError("no visited architecture has a W above 0: no error is finite, or all are T")
+        raise UserError(
+            f"stride {stride}: no visited architecture has a W above 0: no error is finite, or all "
+            "are T; give another stride or space, or find out why they failed"
+        )
     return best
 
 

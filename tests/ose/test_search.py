@@ -255,7 +255,7 @@ def test_candidates_that_fail_cannot_win():
     assert result.best.architecture[1] >= 4
     failed = [row for row in result.table if row.architecture[1] < 4]
     assert {(row.w, row.errors) for row in failed} == {(0.0, (math.inf,))}
-    with pytest.raises(UserError, match="no visited architecture has a W above 0"):
+    with pytest.raises(UserError, match="stride 1: no visited architecture has a W above 0"):
         search(lambda *_: math.inf)
 
 
