@@ -125,13 +125,22 @@ def known_search(
 
 
 def open_manifests(settings: TrainingSettings) -> list[Manifest]:
-    """Return the manifests of both sets of shards; raises `UserError` when tokenizers differ."""
+    """Return the manifests of both sets of shards.
+
+    Raises `UserError` when tokenizers differ, and for a set on which no error can be measured.
+    """
     manifests = [open_shards(str(path)).manifest for path in (settings.data, settings.data_eval)]
     if manifests[0].tokenizer_fingerprint != manifests[1].tokenizer_fingerprint:
         raise UserError(
             f"--data_eval {settings.data_eval}: made with another tokenizer than --data "
             f"{settings.data}"
         )
+    for flag, manifest in zip(("data", "data_eval"), manifests):
+        if not manifest.totals["masked"]:
+            raise UserError(
+                f"--{flag} {getattr(settings, flag)}: none of its tokens is masked, as where the "
+                "vocabulary does not know the text; make it again with one that does"
+            )
     return manifests
 
 

@@ -146,9 +146,12 @@ def test_the_modes_set_optimiser_and_rate():
 
 def test_invalid_requests_are_refused(data, tmp_path, capsys):
     write_shards(tmp_path / "other", [4], seed=3, fingerprint="two")
+    write_shards(tmp_path / "unknown", [4], seed=3, masked=False)
     wrong = [
         ({"data_eval": None}, "--data and --data_eval go together"),
         ({"data_eval": tmp_path / "other"}, "made with another tokenizer"),
+        ({"data": tmp_path / "unknown"}, f"--data {tmp_path}/unknown: none of its tokens"),
+        ({"data_eval": tmp_path / "unknown"}, "unknown: none of its tokens is masked"),
         (
             {"loss": "mlm", "teacher_ckpt_dir": "x"},
             "--teacher_ckpt_dir: --loss mlm needs no teacher",
