@@ -30,9 +30,18 @@ class ModelTimaeus:
     score: Callable[[Sequence[Example]], np.ndarray]
 
     def label(self, inputs: Sequence[Inputs]) -> np.ndarray:
-        """Return the labels of inputs: class numbers, or the values of a regression."""
+        """Return the labels of inputs: class numbers, or the values of a regression.
+
+        Raises `UserError` when a score is NaN or infinite.
+        """
         rows = [Example(number, each) for number, each in enumerate(inputs)]
-        predictions = predictions_of(self.task, self.score(rows))
+        scores = self.score(rows)
+        if not np.isfinite(scores).all():
+            raise UserError(
+                "--timaeus: the model's outputs contain NaN or infinity; its weights are damaged "
+                "or its training diverged"
+            )
+        predictions = predictions_of(self.task, scores)
         return (
             (predictions > 0).astype(int) if self.task.kind == TaskKind.CANDIDATES else predictions
         )

@@ -292,6 +292,15 @@ def test_a_models_labels():
     assert values.label([(("a", "b"),)] * 2).tolist() == [2.5, 5.0]
 
 
+@pytest.mark.parametrize("name", ["SST-2", "ReCoRD", "STS-B"])
+def test_a_model_whose_outputs_are_no_numbers_labels_nothing(name):
+    task = get_task(name)
+    scores = np.zeros((2, task.num_outputs))
+    scores[1] = np.nan
+    with pytest.raises(UserError, match="--timaeus: the model's outputs contain NaN or infinity"):
+        ModelTimaeus(task, lambda rows: scores).label([(("a", "b"),)] * 2)
+
+
 def test_labels_made_elsewhere(finished, tmp_path):
     """The run stops for the labels of dev and of each round, and gives the same result."""
     labels, wanted = tmp_path / "labels.jsonl", tmp_path / "to_label.jsonl"
