@@ -35,6 +35,7 @@ from bort.tokenization import (
     save_tokenizer,
 )
 from bort.types import Block, Context, JSONObject, TaskKind
+from bort.wordpiece import WordPiece
 
 FORMAT_VERSION = 1
 MASKED_LM = "masked_lm"
@@ -163,6 +164,15 @@ def load_model_tokenizer(path: str, model_config: ModelConfig) -> Optional[Token
             "trained with; restore the folder"
         )
     return tokenizer
+
+
+def has_our_pairs(model_config: ModelConfig, tokenizer: Tokenizer) -> bool:
+    """Return whether a classifier takes pairs of texts in our form, `<s> A </s> B </s>`.
+
+    One without a task was trained by another program: BERT's pairs have that form, those of
+    RoBERTa have two separators between the texts.
+    """
+    return bool(model_config.task) or tokenizer.name == WordPiece.name
 
 
 def verify_parameters(path: str, model_config: ModelConfig) -> None:

@@ -133,6 +133,13 @@ def load_classifier(
     check_inputs_version(task, model_config.inputs_version, path)
     if tokenizer is None:
         raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
+    takes_several = len(task.text_columns) != 1
+    if takes_several and not trained and not saved_model.has_our_pairs(model_config, tokenizer):
+        raise UserError(
+            f"{path}: another program has trained it; RoBERTa's pairs have two separators between "
+            f"the texts, ours have one: train it further on {task.name} with "
+            "finetune_classifier.py first"
+        )
     return Classifier(network, model_config, tokenizer)
 
 

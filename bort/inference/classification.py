@@ -37,13 +37,13 @@ from bort.parameters import check_finite, parameter_file
 from bort.saved_model import (
     MASKED_LM,
     ModelConfig,
+    has_our_pairs,
     load_model,
     load_model_tokenizer,
     read_model_config,
 )
 from bort.tokenization import Tokenizer
 from bort.types import TaskKind
-from bort.wordpiece import WordPiece
 from data.encoding import encode_inputs
 from data.rows import BadRowError, require_field
 from data.task import Example, Task
@@ -95,14 +95,13 @@ class ClassificationPipeline:
         """Return the largest number of texts of an input; None: any, of candidates and options.
 
         A classifier that another program has trained does not say whether it takes pairs. A BERT
-        may: its pairs have our form, [CLS] A [SEP] B [SEP] with token types. Those of RoBERTa have
-        two separators between the texts.
+        with token types may.
         """
         kind, labels = self.model_config.kind, self.model_config.labels
         if kind == TaskKind.CANDIDATES or (kind == TaskKind.MULTIPLE_CHOICE and not labels):
             return None
         has_types = self.model_config.type_separator is not None
-        may_take_pairs = has_types and self.tokenizer.name == WordPiece.name
+        may_take_pairs = has_types and has_our_pairs(self.model_config, self.tokenizer)
         if self.task is None and self.num_texts == 1 and may_take_pairs:
             return 2
         return self.num_texts

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import finetune_classifier
 from bort.errors import Stopped, UserError
 from bort.files import read_json
+from bort.saved_model import read_model_config, save_model_config
 from bort.tokenization import SAMPLE_MODEL
 from data.submission import check_submission
 from data.tasks import get_task, task_names
@@ -585,6 +587,20 @@ def test_races_joined_cast_is_one_input_of_four_classes(tmp_path):
 
     with pytest.raises(UserError, match=r"RACE-H: a model for --race_cast joined; give this flag"):
         load_classifier(str(tmp_path / "RACE-H"), get_task("RACE-H"), [mx.cpu()])
+
+
+def test_pairs_are_not_predicted_with_a_roberta_of_another_program(tmp_path):
+    """It was trained on pairs with two separators between the texts; it can learn our form."""
+    flags = {"model_parameters": tmp_path / "RTE", "model_name": None}
+    for task_name in ("RTE", "SST-2"):
+        write_classifier(tmp_path / task_name, task_name)
+        path = str(tmp_path / task_name / "best.params")
+        save_model_config(path, replace(read_model_config(path), task=""), None)
+    with pytest.raises(UserError, match="RTE: another program has trained it; RoBERTa's pairs"):
+        finetuned(TEST_DATA, tmp_path / "a", task_name="RTE", only_inference=True, **flags)
+    finetuned(TEST_DATA, tmp_path / "b", task_name="RTE", epochs=1, **flags)
+    flags["model_parameters"] = tmp_path / "SST-2"  # single texts
+    finetuned(TEST_DATA, tmp_path / "c", task_name="SST-2", only_inference=True, **flags)
 
 
 @pytest.mark.parametrize("task_name", ["SuperGLUERTE", "AX-b"])
