@@ -274,7 +274,9 @@ class _Run:
             """Report a round; after that of the grid, measure its best model."""
             report.add(record)
             if store.recall("best_of_grid") is None:  # later its model may be gone
-                model = store.load_model(agora.fit_name(0, record.best))
+                name = agora.fit_name(0, record.best)
+                gone = not store.has_model(name)  # the record of its metrics was damaged
+                model = self.fit_of_grid(record.best) if gone else store.load_model(name)
                 content = {**self.metrics_of(model)._asdict(), TEST_SUM: test}
                 store.record("best_of_grid", content)
 
@@ -367,6 +369,10 @@ class _Run:
             return logits_of(classifier, rows, scoring)
 
         return ModelTimaeus(task, score), str(run.timaeus)
+
+    def fit_of_grid(self, index: int) -> FittedText:
+        """Repeat the fit of a set in the first round."""
+        return self.socrates.fit(agora_text.examples_of(self.data.train), self.space[index])
 
     def metrics_of(self, model: FittedText) -> ModelMetrics:
         """Return the metrics of a model on dev and test."""

@@ -134,6 +134,19 @@ def test_a_run_is_resumed_under_other_spellings_of_its_paths(places, tmp_path, m
     assert again["best"] == content["best"]
 
 
+def test_the_best_of_the_grid_is_measured_again_where_its_record_is_damaged(places, tmp_path):
+    given = arguments(places, "SST-2", tmp_path, "--tau", "swap")
+    content = run_agora.main(given)
+    folder = tmp_path / "SST-2"
+    assert not list((folder / "models").glob("fit-0000-*")), "a later round has the best model"
+    journal = folder / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"best_of_grid", ', b'"best_of_g\xffid", '))
+    again = run_agora.main(given)
+    assert (folder / "journal.jsonl.damaged").exists()
+    assert again["best_of_grid"] == content["best_of_grid"]
+    assert again["best"] == content["best"]
+
+
 def test_a_run_is_not_resumed_on_another_test_set(places, tmp_path, capsys):
     shutil.copytree(TEST_DATA / "glue" / "SST-2", tmp_path / "data" / "SST-2")
     test = tmp_path / "data" / "SST-2" / "test.tsv"
