@@ -626,6 +626,12 @@ class _Fitting:
     ) -> list[_Fit]:
         warm = {}
         if self.warm_start and before:
+            if not self.store.has_model(before.name):
+                raise UserError(
+                    f"{fit_name(tasks[0].step, tasks[0].index)} has to be repeated, as its record "
+                    f"is damaged, but the model that it started from, {before.name}, is gone; use "
+                    "a new folder"
+                )
             warm["start"] = self.store.load_model(before.name)
         function = functools.partial(_fit, self.socrates, data, self.dev.inputs, warm)
         return [self._keep(fitted, digest) for fitted in self.map_fits(function, tasks)]

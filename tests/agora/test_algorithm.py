@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -573,6 +574,21 @@ def test_a_damaged_line_loses_only_its_own_fit(tmp_path, capsys, damage):
     assert warning.startswith(f"warning: {journal}:3: damaged record, moved to {journal}.damaged (")
     assert (tmp_path / "journal.jsonl.damaged").read_bytes() == damage + b"\n"
     assert all(json.loads(line) for line in journal.read_bytes().splitlines())
+
+
+def test_a_damaged_fit_whose_warm_start_is_gone_is_named(tmp_path):
+    settings = AgoraSettings(warm_start=True)
+    run(settings, store=Mortal(tmp_path))
+    (model,) = (tmp_path / "models").iterdir()
+    shutil.rmtree(model)  # as a later best would replace it
+    journal = tmp_path / "journal.jsonl"
+    lines = journal.read_bytes().splitlines()
+    at = next(at for at, line in enumerate(lines) if b'"fit-0001-' in line)
+    lines[at] = b"{}"
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    gone = r"fit-0001-\d{4} has to be repeated, .* that it started from, fit-0000-\d{4}, is gone"
+    with pytest.raises(UserError, match=gone):
+        run(settings, store=Mortal(tmp_path))
 
 
 def test_a_model_that_cannot_be_written_leaves_nothing(tmp_path):
