@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 class DivergedError(UserError):
-    """The gradients of a run are not finite any more: it will not learn again."""
+    """A run ends because its gradient is not finite."""
 
 
 class Stopped(Exception):  # noqa: N818  (not an error: the program did as it was told)

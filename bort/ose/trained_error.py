@@ -236,7 +236,10 @@ def _cached(weights: str, shape: Shape, sets: Sequence[ShardSet], folder: str) -
 
 
 def train_teacher(run: PretrainingSettings) -> None:
-    """Train T, or resume its training; raises `UserError` for a folder of another training."""
+    """Train T, or resume its training.
+
+    Raises `UserError` for a folder of another training, and when it diverges.
+    """
     config = os.path.join(run.run.ckpt_dir, "config.json")
     if os.path.exists(config):
         recorded: JSONObject = {}
@@ -248,7 +251,13 @@ def train_teacher(run: PretrainingSettings) -> None:
                 f"({', '.join(changed)}); give another --output_dir, or "
                 f"--teacher_ckpt_dir {run.run.ckpt_dir} to use it as it is"
             )
-    _finished(run, quiet=False)
+    try:
+        _finished(run, quiet=False)
+    except DivergedError:
+        raise UserError(
+            f"--teacher_lr {run.optimizer.lr}: the training of T in {run.run.ckpt_dir} diverged, "
+            "its gradient is not finite; give a lower rate and another --output_dir"
+        ) from None
 
 
 def search_description(

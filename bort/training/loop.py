@@ -448,7 +448,7 @@ class Loop:
             f"not finite; they are saved in {path}; the parameters are as before the step"
         )
         if self._on_nonfinite == "stop":
-            raise UserError(f"{what}; --resume with --on_nonfinite skip continues without it")
+            raise DivergedError(f"{what}; --resume with --on_nonfinite skip continues without it")
         self.reporter.say(f"warning: {what}; skipped")
 
     # ---- metrics --------------------------------------------------------------------------------

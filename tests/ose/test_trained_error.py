@@ -330,6 +330,12 @@ def test_the_training_of_t_resumes_where_it_was_killed(data, tmp_path, in_proces
         prepare_teacher(replace(settings, teacher_steps=12), TOP, 1, str(tmp_path / "b"))
 
 
+def test_a_t_that_diverges_is_named_by_its_rate(data, tmp_path, in_process):
+    settings = settings_of(data, teacher_steps=9, teacher_lr=1e30)
+    with pytest.raises(UserError, match=r"--teacher_lr 1e\+30: the training of T in .* diverged"):
+        prepare_teacher(settings, TOP, 1, str(tmp_path))
+
+
 def test_t_may_be_given(data, tmp_path, in_process):
     settings = settings_of(data, teacher_ckpt_dir=f"{data}/teacher.params")
     shape = shape_of("bort_1_2_32_32")  # that of write_data
