@@ -227,7 +227,15 @@ def _best(table: Sequence[Evaluation], stride: int) -> Evaluation:
 
 
 def check_maximum_point(top: Member, members: Sequence[Member]) -> None:
-    """Raise `UserError` when a member exceeds T: W would reward it, as it takes absolute values."""
+    """Raise `UserError` when a member exceeds T: W would reward it, as it takes absolute values.
+
+    And for a T without parameters or operations, by which W divides.
+    """
+    if not (top.size and top.cost):
+        raise UserError(
+            f"maximum point {getattr(top.architecture, 'name', top.architecture)}: has "
+            f"{top.size} parameters and {top.cost} operations; both must be above 0"
+        )
     beyond = [m for m in members if m.size > top.size or m.cost > top.cost]
     if beyond:
         names = [getattr(m.architecture, "name", m.architecture) for m in (top, beyond[-1])]

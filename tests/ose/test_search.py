@@ -108,6 +108,14 @@ def test_maximum_point_is_the_largest_and_never_trained():
     assert (last.architecture, last.w, last.error, last.errors) == ((8, 8), 0.0, None, ())
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_maximum_point_without_parameters_or_operations_is_refused(zero):
+    measures = [size, cost]
+    measures[zero] = lambda a: 0
+    with pytest.raises(UserError, match=r"maximum point \(.*\): has .*; both must be above 0"):
+        extract(SPACE, *measures, smooth_error)
+
+
 def test_the_maximum_point_may_be_outside_but_not_below():
     result = search(maximum_point=(20, 20))
     assert result.maximum_point == Member((20, 20), size((20, 20)), cost((20, 20)))
