@@ -18,6 +18,7 @@ from bort.saved_model import SavedModel
 from bort.shapes import MAX_LENGTH
 from bort.tokenization import Tokenizer
 from bort.types import Block
+from bort.wordpiece import TOKENIZER_CONFIG, WordPiece
 
 TOLERANCE = 1e-4
 _LENGTHS = (MAX_LENGTH, 100, 7)  # of the inputs: all positions, and padding
@@ -69,7 +70,8 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
     for text in _texts(tokenizer):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         if ids != tokenizer.encode(text).tolist():
-            raise UserError(f"{folder}: its tokenizer and ours differ on {quoted(text)}")
+            message = f"{folder}: its tokenizer and ours differ on {quoted(text)}"
+            raise UserError(message + _cure(theirs, tokenizer))
     body = getattr(saved.network, "bort", saved.network)
     batch = _inputs(tokenizer, options_of(body).type_separator)
     # A body comes without the head that it was given here.
@@ -82,6 +84,17 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
         difference = _difference(folder, "logits", expected, found)
     packages = f"transformers {transformers.__version__}, torch {torch.__version__}"
     return Comparison(difference, states, packages)
+
+
+def _cure(theirs: Any, ours: Any) -> str:
+    """Return what the user can do about two tokenizers that differ, where it is known."""
+    is_cased = ours.name == WordPiece.name and not ours.normalizer.lowercase
+    if is_cased and getattr(theirs, "do_lower_case", False):
+        return (
+            f": transformers takes a vocabulary for an uncased one unless {TOKENIZER_CONFIG} has "
+            '"do_lower_case": false; write it there'
+        )
+    return ""
 
 
 def _difference(folder: str, what: str, ours: np.ndarray, theirs: np.ndarray) -> float:

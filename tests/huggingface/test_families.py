@@ -22,6 +22,7 @@ from mxnet import nd
 
 from bort.bort import decode, encode, masked_hidden, options_of
 from bort.errors import UserError
+from bort.huggingface.convert import from_huggingface
 from bort.huggingface.folder import read, read_folder, write
 from bort.huggingface.hub import locate
 from bort.inference.pipelines import fill_mask
@@ -648,6 +649,18 @@ def test_transformers_computes_the_same(tmp_path, family, capsys):
     comparison = compare(loaded, str(tmp_path / "back"))
     assert comparison.difference < 1e-4
     assert comparison.states < 1e-4
+
+
+def test_a_cased_vocabulary_that_transformers_takes_for_uncased(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    source = tmp_path / "there"
+    write_folder(source)
+    write_vocabulary(source, ["The" if token == "the" else token for token in VOCABULARY])
+    with pytest.raises(UserError, match='"do_lower_case": false; write it there'):
+        from_huggingface(str(source), str(tmp_path / "here"))
+    (source / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    from_huggingface(str(source), str(tmp_path / "here"))
 
 
 def electra_tensors() -> dict[str, np.ndarray]:
