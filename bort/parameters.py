@@ -21,6 +21,9 @@ from bort.types import Block, Parameter
 # The numbers that stand for dtypes in the format.
 _DTYPES = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i8"}
 _FILE, _ARRAY, _DENSE = 0x112, 0xF993FAC9, 0
+_HUGGING_FACE = (
+    "a model of Hugging Face; convert its folder first, with scripts/convert_from_huggingface.py"
+)
 # The matrix that embedding and decoder share has two names, and a file may hold it under either.
 EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
 
@@ -40,10 +43,17 @@ def parameter_file(path: str) -> str:
                 f"{path}: an ONNX file, not parameters; give the model that it was made from, "
                 "whose runtimes read a .onnx file of the same name beside its .params file"
             )
+        if path.endswith((".safetensors", ".bin")):
+            raise UserError(f"{path}: {_HUGGING_FACE}")
         return path
-    found = sorted(glob.glob(os.path.join(glob.escape(path), "*.params")))
+    found, *others = (
+        sorted(glob.glob(os.path.join(glob.escape(path), pattern)))
+        for pattern in ("*.params", "*.safetensors", "pytorch_model*.bin")
+    )
     if not os.path.exists(path):
         raise UserError(f"{path}: not found")
+    if not found and any(others):
+        raise UserError(f"{path}: {_HUGGING_FACE}")
     if not found:
         raise UserError(f"{path}: holds no parameters (*.params)")
     if len(found) > 1:

@@ -79,6 +79,13 @@ def test_no_parameter_file_is_a_user_error(name: str, said: str, tmp_path: Path)
     assert str(caught.value) == f"{path}: {said}"
 
 
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_a_model_of_hugging_face_is_to_be_converted(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"convert its folder first, with scripts/convert_from_h"):
+        parameter_file(str(tmp_path / name))
+
+
 def test_an_onnx_file_is_no_parameter_file(tmp_path: Path) -> None:
     (tmp_path / "best.onnx").touch()
     with pytest.raises(
