@@ -30,12 +30,12 @@ from bort.shapes import (
 from bort.tokenization import (
     MAX_VOCABULARY,
     TOKENIZER_FOLDER,
+    ByteLevelBPE,
     Tokenizer,
     load_tokenizer_folder,
     save_tokenizer,
 )
 from bort.types import Block, Context, JSONObject, TaskKind
-from bort.wordpiece import WordPiece
 
 FORMAT_VERSION = 1
 MASKED_LM = "masked_lm"
@@ -169,10 +169,10 @@ def load_model_tokenizer(path: str, model_config: ModelConfig) -> Optional[Token
 def has_our_pairs(model_config: ModelConfig, tokenizer: Tokenizer) -> bool:
     """Return whether a classifier takes pairs of texts in our form, `<s> A </s> B </s>`.
 
-    One without a task was trained by another program: BERT's pairs have that form, those of
-    RoBERTa have two separators between the texts.
+    One without a task was trained by another program. BERT's pairs have that form; those of
+    RoBERTa, which has a byte-level BPE, have two separators between the texts.
     """
-    return bool(model_config.task) or tokenizer.name == WordPiece.name
+    return bool(model_config.task) or tokenizer.name != ByteLevelBPE.name
 
 
 def verify_parameters(path: str, model_config: ModelConfig) -> None:

@@ -273,9 +273,14 @@ def load_classifier(
         backend = backend_for(network, runtime)
     else:
         tokenizer, backend = _load(found, model_config, runtime)
-    return ClassificationPipeline(
-        model_config, require_tokenizer(tokenizer, path), backend, model_task, batch_size
-    )
+    tokenizer = require_tokenizer(tokenizer, path)
+    is_choice = model_config.kind == TaskKind.MULTIPLE_CHOICE
+    if is_choice and not has_our_pairs(model_config, tokenizer):
+        raise UserError(
+            f"{path}: another program has trained it; RoBERTa's options stand behind two "
+            "separators, ours behind one"
+        )
+    return ClassificationPipeline(model_config, tokenizer, backend, model_task, batch_size)
 
 
 def _load(

@@ -29,7 +29,13 @@ from bort.inference.masked_lm import MASKS_AT_ONCE, mask_ids
 from bort.inference.pipelines import fill_mask, predict
 from bort.inference.prediction_files import InputReader, LineReader
 from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, build_network, save_model
-from bort.tokenization import TokenizerSettings, load_tokenizer
+from bort.tokenization import (
+    BYTE_TO_CHARACTER,
+    SPECIAL_TOKENS,
+    ByteLevelBPE,
+    TokenizerSettings,
+    load_tokenizer,
+)
 from bort.wordpiece import Normalizer, WordPiece
 from data.encoding import ClassifierLoader, encode_examples
 from data.tasks import get_task
@@ -256,6 +262,15 @@ def test_a_choice_without_labels_takes_any_number_of_options(tmp_path, tokenizer
     assert line == f"{expected.argmax()}\t{expected.max():.4f}"
     with pytest.raises(UserError, match="has 2 texts, expected 3 or more"):
         list(predict(str(tmp_path), [texts[:2]]))
+    roberta = ByteLevelBPE([*SPECIAL_TOKENS.values(), *BYTE_TO_CHARACTER.values()], [])
+    model_config = replace(
+        model_config,
+        vocab_size=roberta.vocab_size,
+        tokenizer_fingerprint=roberta.fingerprint,
+    )
+    _saved(tmp_path / "roberta" / "best.params", model_config, roberta)
+    with pytest.raises(UserError, match="RoBERTa's options stand behind two separators"):
+        list(predict(str(tmp_path / "roberta"), [texts]))
 
 
 def test_a_model_predicts_the_task_that_depends_on_it(tmp_path, tokenizer, capfdbinary):
