@@ -38,7 +38,14 @@ from bort.huggingface.families import (
 from bort.huggingface.model_card import model_card
 from bort.huggingface.tensors import WEIGHTS, read_tensors
 from bort.parameters import check_finite_arrays
-from bort.saved_model import MASKED_LM, MAX_OUTPUTS, ModelConfig, SavedModel, build_network
+from bort.saved_model import (
+    MASKED_LM,
+    MAX_OUTPUTS,
+    ModelConfig,
+    SavedModel,
+    build_network,
+    has_our_pairs,
+)
 from bort.shapes import BORT_OPTIONS, MAX_LENGTH, MEAN, TOKEN_TYPES, BodyOptions, body_shape
 from bort.sums import check_sums, write_sums
 from bort.tokenization import Tokenizer
@@ -106,7 +113,9 @@ def write(folder: str, saved: SavedModel, family: Optional[str] = None) -> Archi
     )
     # transformers refuses a file without the format.
     save_file(arrays, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
-    card = model_card(saved.model_config, architecture, tokenizer.special_tokens)
+    card = model_card(
+        saved.model_config, architecture, tokenizer.special_tokens, separators=separators_of(saved)
+    )
     write_description(folder, saved, architecture, card)
     write_sums(folder)
     return architecture
@@ -128,11 +137,19 @@ def write_description(
         model_config.max_len,
         reads_special=model_config.kind == MASKED_LM,
         has_types=model_config.type_separator is not None,
+        separators=separators_of(saved),
     )
     for name, content in described.items():
         write_json(os.path.join(folder, name), content, with_sum=False)
     with atomic_write(os.path.join(folder, README)) as file:
         file.write(card)
+
+
+def separators_of(saved: SavedModel) -> int:
+    """Return how many separators stand between the texts of a pair that a model was trained on."""
+    if saved.model_config.kind == MASKED_LM:
+        return 1
+    return 1 if has_our_pairs(saved.model_config, require_tokenizer(saved)) else 2
 
 
 def require_tokenizer(saved: SavedModel) -> Tokenizer:

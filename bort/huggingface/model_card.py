@@ -48,7 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = {architecture}.from_pretrained("FOLDER")
 ```
 
-Load the tokenizer with `AutoTokenizer`: it puts one `{eos}` between two texts, as in
+Load the tokenizer with `AutoTokenizer`: it puts {number} `{eos}` between two texts, as in
 training{others}. Inputs of more than two texts,
 `{bos} A {eos} B {eos} C {eos}`, have to be joined from ids."""
 _OTHER_CLASSES = "; RoBERTa's own tokenizer classes put two"
@@ -86,11 +86,13 @@ def model_card(
     architecture: Architecture,
     special_tokens: Mapping[str, str] = SPECIAL_TOKENS,
     is_onnx: bool = False,
+    separators: int = 1,
 ) -> str:
     """Return README.md: what the model is, its data, metrics and command, and how to load it.
 
     special_tokens: of its tokenizer.
     is_onnx: the folder holds ONNX files, not weights for PyTorch.
+    separators: how many stand between the texts of a pair, one or two.
 
     Paths are cut to their last component: a card is uploaded, local folders are private.
     """
@@ -113,7 +115,7 @@ def model_card(
         command=_command(command),
         details=f"## Details\n\n{_table(details)}\n" if details else "",
         library="transformers.js" if is_onnx else "transformers",
-        use=_use(model_config, architecture, special_tokens, is_onnx),
+        use=_use(model_config, architecture, special_tokens, is_onnx, separators),
     )
 
 
@@ -122,6 +124,7 @@ def _use(
     architecture: Architecture,
     special_tokens: Mapping[str, str],
     is_onnx: bool,
+    separators: int,
 ) -> str:
     template = _PYTORCH
     if is_onnx:  # transformers.js has no class for a multiple choice
@@ -132,7 +135,8 @@ def _use(
         max_len=model_config.max_len,
         bos=special_tokens["bos"],
         eos=special_tokens["eos"],
-        others=_OTHER_CLASSES if special_tokens == SPECIAL_TOKENS else "",
+        number="one" if separators == 1 else "two",
+        others=_OTHER_CLASSES if special_tokens == SPECIAL_TOKENS and separators == 1 else "",
     )
 
 

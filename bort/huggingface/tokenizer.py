@@ -2,7 +2,8 @@
 
 The file is written without the package that reads it, so that it gives our ids: `<s> A </s>` and
 `<s> A </s> B </s>`. Hugging Face's own RoBERTa tokenizer puts two `</s>` between a pair, which no
-model here was trained on; ours is therefore of the generic class, which AutoTokenizer loads.
+model here was trained on; ours is therefore of the generic class, which AutoTokenizer loads. Only
+a RoBERTa classifier of another program gets two back.
 """
 
 from __future__ import annotations
@@ -39,11 +40,18 @@ _SPECIAL_START = r"<(?=(?:s|/s|pad|unk|mask|0x[0-9A-F]{2})>)"
 _COMPOSING = ("nmt_nfkc", "nmt_nfkc_cf", "nfkc", "nfkc_cf")
 
 
-def describe(folder: str, max_len: int, reads_special: bool, has_types: bool = False) -> JSONObject:
+def describe(
+    folder: str,
+    max_len: int,
+    reads_special: bool,
+    has_types: bool = False,
+    separators: int = 1,
+) -> JSONObject:
     """Return {name of a JSON file: content} for the tokenizer saved in a folder.
 
     reads_special: a mask in a text is the special token; else it is plain text, as here.
     has_types: the second text of a pair has token type 1.
+    separators: how many stand between the texts of a pair.
 
     Raises `UserError` for a SentencePiece model that the format cannot express.
     """
@@ -62,7 +70,7 @@ def describe(folder: str, max_len: int, reads_special: bool, has_types: bool = F
                 ({"id": ids[each["content"]], **each} for each in added.values()),
                 key=lambda token: token["id"],
             ),
-            "post_processor": _template(ids, special, int(has_types)),
+            "post_processor": _template(ids, special, int(has_types), separators),
             **parts,
         },
         "tokenizer_config.json": {
@@ -118,7 +126,9 @@ def _added(token: str, is_mask: bool) -> JSONObject:
     }
 
 
-def _template(ids: Mapping[str, int], special: Mapping[str, str], second_type: int) -> JSONObject:
+def _template(
+    ids: Mapping[str, int], special: Mapping[str, str], second_type: int, separators: int
+) -> JSONObject:
     """Return the processor that makes `<s> A </s>` and `<s> A </s> B </s>`."""
     bos, eos = special["bos"], special["eos"]
 
@@ -126,11 +136,12 @@ def _template(ids: Mapping[str, int], special: Mapping[str, str], second_type: i
         return {"SpecialToken": {"id": content, "type_id": type_id}}
 
     first = [token(bos, 0), {"Sequence": {"id": "A", "type_id": 0}}, token(eos, 0)]
+    between = [token(eos, 0)] * (separators - 1)
     second = [{"Sequence": {"id": "B", "type_id": second_type}}, token(eos, second_type)]
     return {
         "type": "TemplateProcessing",
         "single": first,
-        "pair": [*first, *second],
+        "pair": [*first, *between, *second],
         "special_tokens": {
             content: {"id": content, "ids": [ids[content]], "tokens": [content]}
             for content in (bos, eos)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mxnet import nd
+from tokenizers import Tokenizer
 
 from bort.bort import decode, encode, masked_hidden
 from bort.errors import UserError
@@ -579,6 +580,19 @@ def test_the_byte_level_folder_has_the_usual_files(tmp_path, bpe):
     config = json.loads((tmp_path / "there" / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
     assert config["problem_type"] == "single_label_classification"
+
+
+@pytest.mark.parametrize(("task", "separators"), [("MNLI", 1), ("", 2)])
+def test_a_roberta_of_another_program_keeps_the_form_of_its_pairs(tmp_path, bpe, task, separators):
+    saved(tmp_path / "model", "classification", bpe, task=task)
+    convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
+    theirs = Tokenizer.from_file(str(tmp_path / "there" / "tokenizer.json"))
+    first, second = (bpe.encode(text).tolist() for text in ("he sat", "on it"))
+    ends = separators * [bpe.eos_id]
+    assert theirs.encode("he sat").ids == [bpe.bos_id, *first, bpe.eos_id]
+    assert theirs.encode("he sat", "on it").ids == [bpe.bos_id, *first, *ends, *second, bpe.eos_id]
+    card = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
+    assert f"it puts {['one', 'two'][separators - 1]} `</s>` between two texts" in card
 
 
 def test_the_model_card_has_no_local_paths():
