@@ -143,7 +143,8 @@ def _require_our_computation(
         "position_embedding_type": ("absolute",),
         "is_decoder": (False,),
         "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
+        # Of a body or a classifier it says nothing.
+        "tie_word_embeddings": (True,) if architecture.decoder else (True, False),
     }
     for entry, values in expected.items():
         value = found.get(entry, getattr(config, entry))

@@ -352,6 +352,11 @@ def test_another_computation_is_refused_by_name(entry, value, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["RobertaModel", "RobertaForSequenceClassification"])
+def test_a_decoder_that_is_not_there_need_not_be_tied(name):
+    assert parsed(architectures=[name], tie_word_embeddings=False).architecture.name == name
+
+
 def test_the_shapes_of_roberta_are_those_of_gluonnlp():
     from gluonnlp.model import bert
 
