@@ -45,6 +45,11 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
         return _read_shards(folder)
     if os.path.exists(os.path.join(folder, TORCH_WEIGHTS)):
         return _read_torch(os.path.join(folder, TORCH_WEIGHTS))
+    if os.path.exists(os.path.join(folder, f"{TORCH_WEIGHTS}.index.json")):
+        raise UserError(
+            f"{TORCH_WEIGHTS} is in shards, which are not read; load the model in transformers and "
+            f"save it again, by save_pretrained, as {WEIGHTS}"
+        )
     raise UserError(f"holds neither {WEIGHTS} nor {TORCH_WEIGHTS}")
 
 

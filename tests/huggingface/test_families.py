@@ -445,6 +445,13 @@ def test_a_file_is_missing(tmp_path, name, message):
     assert message in refused(tmp_path)
 
 
+def test_torch_weights_in_shards_are_named(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
+    assert "pytorch_model.bin is in shards, which are not read; load" in refused(tmp_path)
+
+
 def test_tensors_of_other_shapes(tmp_path):
     tensors = write_folder(tmp_path)
     name = "embeddings.position_embeddings.weight"
