@@ -526,7 +526,12 @@ def _load_int8(
 ) -> Backend:
     files = Int8Files.of(parameters)
     if not os.path.exists(files.record):
-        raise UserError(f"{parameters}: has no int8 model; make it with scripts/quantize.py")
+        cure = "make it with scripts/quantize.py"
+        if not model_config.task:
+            cure = (
+                "scripts/quantize.py needs the data of a task, and it has none: try --runtime auto"
+            )
+        raise UserError(f"{parameters}: has no int8 model; {cure}")
     record = read_json_as(files.record, Int8Record)
     if record.parameters_sha256 != _parameters_sha256(parameters, model_config, files.record):
         raise UserError(

@@ -228,6 +228,8 @@ def test_a_bert_of_another_program_takes_single_texts_and_pairs(tmp_path, capfdb
     table = tmp_path / "rows"  # whose header is recognized
     table.write_text("text1\ttext2\nthe man\tran\n")
     assert run(capfdbinary, tmp_path, "--input", table) == [f"{expected[1]:.4f}"]
+    with pytest.raises(UserError, match="needs the data of a task, and it has none"):
+        load_classifier(str(tmp_path), runtime="onnx-int8")
     for row, message in (
         (["the", "man", "ran"], "has 3 texts, expected 1 or 2"),
         ({"text1": "the"}, "has no 'text2'"),
