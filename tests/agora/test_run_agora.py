@@ -27,6 +27,8 @@ from tests.wordpieces import write_vocabulary
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 TEST_DATA = ROOT / "test_data"
 SHAPE = "bort_2_2_16_16"

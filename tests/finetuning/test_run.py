@@ -27,6 +27,8 @@ from tests.fuzz.samples import write_classifier, write_masked_lm
 from tests.pretraining.helpers import assert_same_training, digest, metrics
 from tests.wordpieces import write_vocabulary
 
+pytestmark = pytest.mark.integration
+
 TEST_DATA = ROOT / "test_data"
 # Losses of the first steps, made by this program on one OpenMP thread.
 GOLDEN = [0.69318, 0.69043, 0.69239, 0.69497, 0.69437, 0.69069]

@@ -24,6 +24,8 @@ from tests.pretraining.helpers import (
     write_shards,
 )
 
+pytestmark = pytest.mark.integration
+
 STEPS = 12
 
 

@@ -30,6 +30,8 @@ from tests.pretraining.helpers import (
     write_shards,
 )
 
+pytestmark = pytest.mark.integration
+
 STEPS = 12
 SLOW = pytest.mark.slow  # another interval, with the same kind of interruption
 
