@@ -26,6 +26,7 @@ from bort.shapes import (
     POOLINGS,
     BodyOptions,
     body_shape,
+    check_layer_norm_eps,
 )
 from bort.tokenization import (
     MAX_VOCABULARY,
@@ -227,8 +228,7 @@ def _check(model_config: ModelConfig) -> None:
         if not low <= value <= high:
             raise UserError(f"{name} is {quoted(value)}, expected {low} to {high}")
     eps, separator = model_config.body_options
-    if not 0 < eps < 1:
-        raise UserError(f"layer_norm_eps is {quoted(eps)}, expected a number between 0 and 1")
+    check_layer_norm_eps(eps)
     if separator is not None and not 0 <= separator < model_config.vocab_size:
         raise UserError(f"type_separator is {quoted(separator)}, expected the id of a token")
     if model_config.pooling not in POOLINGS:

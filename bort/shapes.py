@@ -18,6 +18,7 @@ MAX_BUCKETS = 10_000  # of lengths, which are fewer
 # Beyond any network that a machine can train: a damaged file, or a slip of the keyboard.
 MAX_LAYERS, MAX_SIZE = 1000, 1_000_000
 LAYER_NORM_EPS = 1e-5
+MIN_LAYER_NORM_EPS = 2.0**-126  # the smallest normal float32: MXNet takes no less
 # What a classifier's head is applied to: the first token's vector, or the mean over the tokens.
 POOLINGS = CLS, MEAN = "cls", "mean"
 TOKEN_TYPES = 2  # of a body that has them
@@ -47,6 +48,14 @@ class BodyOptions(NamedTuple):
 
     layer_norm_eps: float = LAYER_NORM_EPS
     type_separator: Optional[int] = None
+
+
+def check_layer_norm_eps(eps: float) -> None:
+    """Raise `UserError` for an epsilon of LayerNorm that no network here can have."""
+    if not MIN_LAYER_NORM_EPS <= eps < 1:
+        raise UserError(
+            f"layer_norm_eps is {quoted(eps)}, expected a number from {MIN_LAYER_NORM_EPS:.3g} to 1"
+        )
 
 
 BORT_OPTIONS = BodyOptions()

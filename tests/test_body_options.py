@@ -250,6 +250,7 @@ def test_a_model_without_the_entries_has_borts(tmp_path):
     [
         ({"layer_norm_eps": 0.0}, "layer_norm_eps is 0.0"),
         ({"layer_norm_eps": 7.0}, "layer_norm_eps is 7.0"),
+        ({"layer_norm_eps": 1e-38}, "layer_norm_eps is 1e-38"),
         ({"type_separator": -1}, "type_separator is -1"),
         ({"type_separator": VOCAB_SIZE}, "type_separator is 50"),
         ({"pooling": "max"}, "pooling is 'max', expected cls or mean"),

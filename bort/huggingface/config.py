@@ -8,7 +8,14 @@ from typing import Mapping, NamedTuple, Optional, Tuple
 
 from bort.errors import UserError, quoted
 from bort.huggingface.families import BODY, Architecture, architecture_of, family_of
-from bort.shapes import MAX_LENGTH, TOKEN_TYPES, BodyOptions, Shape, shape_of
+from bort.shapes import (
+    MAX_LENGTH,
+    TOKEN_TYPES,
+    BodyOptions,
+    Shape,
+    check_layer_norm_eps,
+    shape_of,
+)
 from bort.types import JSONMapping, JSONObject
 
 # Of transformers' classes, for entries that a file does not have.
@@ -106,8 +113,7 @@ def parse_config(config: HuggingFaceConfig) -> Description:
     pad_id, eps = found["pad_token_id"], found["layer_norm_eps"]
     if not 0 <= pad_id < (config.vocab_size or 0):
         raise UserError(f"pad_token_id is {pad_id}, expected the id of a token")
-    if not 0 < eps < 1:
-        raise UserError(f"layer_norm_eps is {eps}, expected a number between 0 and 1")
+    check_layer_norm_eps(eps)
     _require_our_computation(config, found, architecture, pad_id)
     for entry in entries:
         if not (getattr(config, entry) or 0) >= 1:

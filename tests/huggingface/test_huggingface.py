@@ -333,6 +333,7 @@ def test_a_configuration_tells_its_shape():
         ("model_type", None, "model_type is None"),
         ("hidden_act", "gelu_new", "hidden_act is 'gelu_new'"),
         ("layer_norm_eps", 0.0, "layer_norm_eps is 0.0"),
+        ("layer_norm_eps", 1e-320, "layer_norm_eps is 1e-320"),
         ("type_vocab_size", 3, "type_vocab_size is 3: the networks here have 1 or 2"),
         ("max_position_embeddings", 512, "max_position_embeddings is 512"),
         ("position_embedding_type", "relative_key", "position_embedding_type is 'relative_key'"),
