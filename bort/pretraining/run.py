@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import sys
 from typing import Any, NamedTuple, Optional, Sequence
 
 import mxnet as mx
@@ -335,6 +336,12 @@ def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMappi
         best_counts = state["held_out_sha256"] == inputs.held_out_sha256
     else:
         best_counts = data.get("data_eval") == settings.data.data_eval
+    if not best_counts and state["best_step"] is not None:
+        print(
+            f"warning: --data_eval {settings.data.data_eval}: not those of the checkpoint; "
+            "evaluations from here on do not compare with those before",
+            file=sys.stderr,
+        )
     return Resumed(data.get("accumulate", settings.data.accumulate), best_counts)
 
 

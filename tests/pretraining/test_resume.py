@@ -216,7 +216,7 @@ def test_the_best_checkpoint_outlives_training_without_held_out_data(data, tmp_p
         assert after[name] == before[name]
 
 
-def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path):
+def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path, capsys):
     write_shards(tmp_path / "other", sizes=(5,), seed=8)
     folder = tmp_path / "run"
     given = {"ckpt_dir": folder, "eval_interval": 2, "ckpt_interval": 2, "lr": 0.0}
@@ -226,6 +226,16 @@ def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path):
     state = checkpoint.load(str(folder / "checkpoint_last")).state
     assert state["best_step"] == 4, "without training it would be no better on the same data"
     assert state["best_score"] != best
+    warning = "warning: --data_eval {}: not those of the checkpoint; "
+    assert warning.format(tmp_path / "other") in capsys.readouterr().err
+
+
+def test_the_first_held_out_data_is_not_warned_of(data, tmp_path, capsys):
+    given = {"ckpt_dir": tmp_path, "eval_interval": 2, "ckpt_interval": 2}
+    finished_run(data, num_steps=2, **given)
+    finished_run(data, num_steps=4, data_eval=data / "test", resume=True, **given)
+    assert checkpoint.load(str(tmp_path / "checkpoint_last")).state["best_step"] == 4
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_unknown_lines_in_the_metrics_do_not_prevent_resuming(data, tmp_path, capsys):
