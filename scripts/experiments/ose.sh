@@ -8,6 +8,7 @@
 # a context lets small shapes leave the plateau of word frequencies within 200 updates of 32
 # sequences. The learning rate is chosen by the mean divergence on a seed that is not reported.
 #   $EXPERIMENTS/ose/search-200, search-1000   the searches, three seeds each
+#   $EXPERIMENTS/ose/theory                    200 updates in theory mode, at three learning rates
 #   $EXPERIMENTS/ose/pretrained                four shapes of equal size, trained for 2,000 updates
 #   $EXPERIMENTS/ose/tables.md                 all tables
 # An interrupted search or run resumes.
@@ -68,6 +69,8 @@ for steps in 200 1000; do
         --space "$folder/space.yaml" --steps "$steps" --loss divergence --repeats 3 \
         --grid "lr=$rate" --compare_strides 1,2,4
 done
+once "$folder/theory/ose.json" search "$folder/theory" --space "$folder/space.yaml" \
+    --steps 200 --loss divergence --mode theory --grid lr=0.5,1,2
 "$python" "$tables" --winners "$folder" | while read -r shape; do
     for seed in 1 2 3; do
         run=$folder/pretrained/$shape-$seed

@@ -89,8 +89,9 @@ def tables(folder: str) -> Iterator[str]:
     reports = {steps: read_report(path) for steps, path in paths.items() if Path(path).exists()}
     if STEPS[0] not in reports:
         raise UserError(f"{folder}: has no finished search; run scripts/experiments/ose.sh first")
-    if Path(rates := f"{folder}/rates/ose.json").exists():
-        yield markdown_table(*rate_table(read_report(rates)))
+    for name, title in {"rates": "learning rate", "theory": "learning rate, theory mode"}.items():
+        if Path(path := f"{folder}/{name}/ose.json").exists():
+            yield markdown_table(*rate_table(title, read_report(path)))
     for steps, report in reports.items():
         left = sum(max(row["errors"]) < report["plateau"] for row in report["table"])
         yield (
@@ -110,13 +111,13 @@ def tables(folder: str) -> Iterator[str]:
         yield "".join(longer_order(reports, runs))
 
 
-def rate_table(report: Row) -> tuple[list[str], list[list[str]]]:
+def rate_table(title: str, report: Row) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: the divergence of each shape at each learning rate tried."""
     rates = sorted({row["theta"]["lr"] for row in report["table"]})
     found = {(row["model_name"], row["theta"]["lr"]): row["error"] for row in report["table"]}
     shapes = dict.fromkeys(shape for shape, _ in found)
     rows = [[shape, *(f"{found[shape, rate]:.3f}" for rate in rates)] for shape in shapes]
-    return ["learning rate", *(f"{rate:g}" for rate in rates)], rows
+    return [title, *(f"{rate:g}" for rate in rates)], rows
 
 
 def search_table(reports: Reports) -> tuple[list[str], list[list[str]]]:

@@ -91,6 +91,7 @@ def experiment(tmp_path):
     write_search(tmp_path / "search-200", short)
     slower = [{**each, "theta": {"lr": 0.002}} for each in short]
     write_search(tmp_path / "rates", [*short, *slower])
+    write_search(tmp_path / "theory", [{**each, "theta": {"lr": 0.5}} for each in short])
     long = [{**each, "errors": [0.5, 0.5], "error": 0.5, "w": each["gain"] / 0.5} for each in short]
     write_search(tmp_path / "search-1000", long)
     for name, kl in {"b": 0.3, "c": 0.2}.items():
@@ -116,6 +117,8 @@ def test_the_tables_of_an_experiment(experiment, capsys):
     assert f"| b | 200 | 0.800 | 1.300 ± 0.424 | 0.500 ± 0.000 | {w[0]:.4f} | {w[1]:.4f} |" in out
     assert "| learning rate | 0.002 | 0.01 |" in out
     assert "| c | 1.600 | 1.600 |" in out
+    assert "| learning rate, theory mode | 0.5 |" in out
+    assert "| c | 1.600 |\n" in out
     assert "| d | 900 | 0.200 | failed |" in out
     share = (0.9 / 2.0) / (0.8 / 1.3)
     assert f"| 200 | divergence | mean | b (100%) | c ({0.8 / 1.6 / w[0]:.0%}) |" in out
