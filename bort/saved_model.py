@@ -60,7 +60,7 @@ class ModelConfig:
     pooling: what the head is applied to (bort.shapes.POOLINGS).
     origin: for a model from the Hugging Face hub its name and revision, for people.
     details: metrics, data and command, for people.
-    sha256: of the parameter file; empty where it was not recorded (models saved before 0.2).
+    sha256: of the parameter file; empty where an earlier version has not recorded it.
     """
 
     model: str
