@@ -257,8 +257,10 @@ def counts_of(flag: str, text: str, maximum: int | None = None) -> list[int]:
     """
     numbers = [int(word) if word.isdecimal() and len(word) < 10 else 0 for word in text.split(",")]
     if min(numbers) < 1 or max(numbers) > (maximum or max(numbers)):
-        limit = f"from 1 to {maximum}" if maximum else "from 1 on"
-        raise UserError(f"{flag} {quoted(text)}: must be whole numbers {limit}, commas between")
+        limit = f"from 1 to {maximum}" if maximum else "of at least 1"
+        raise UserError(
+            f"{flag} {quoted(text)}: must be whole numbers {limit}, separated by commas"
+        )
     return numbers
 
 

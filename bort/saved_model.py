@@ -89,7 +89,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class _StoredConfig(ModelConfig):
-    """A model config as it stands in the file."""
+    """A model config as it is in the file."""
 
     format: int = 0
 
@@ -196,7 +196,10 @@ def read_model_config(path: str) -> ModelConfig:
     """
     name = model_config_path(path)
     if not os.path.exists(name):
-        raise UserError(f"{path}: no {os.path.basename(name)} beside it says what it is")
+        raise UserError(
+            f"{path}: has no {os.path.basename(name)} beside it, which says what it is; restore "
+            "it, or give the model that it was exported from"
+        )
     stored = read_json_as(name, _StoredConfig)
     if stored.format != FORMAT_VERSION:
         raise UserError(f"{name}: is not a model config of format {FORMAT_VERSION}")

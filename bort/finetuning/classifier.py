@@ -118,8 +118,8 @@ def load_classifier(
         )
     if model_config.kind == saved_model.MASKED_LM:
         raise UserError(
-            f"{path}: a pretrained model, not a classifier; finetune_classifier.py "
-            "--pretrained_parameters makes one of it"
+            f"{path}: a pretrained model, not a classifier; fine-tune it with "
+            "finetune_classifier.py --pretrained_parameters"
         )
     if (model_config.kind, model_config.labels, model_config.num_outputs) != (
         task.kind,

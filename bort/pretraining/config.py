@@ -153,7 +153,7 @@ class RunSettings:
     )
     start_step: int = option(
         0,
-        "resume from the checkpoint of this step and delete the later ones; 0: do not",
+        "resume from the checkpoint of this step and delete the later ones; 0: off",
         minimum=0,
         rerun=False,
     )

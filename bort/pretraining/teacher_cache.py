@@ -87,7 +87,7 @@ def read_cache_manifest(folder: str) -> CacheManifest:
     """Read the manifest of a cache; raises `UserError` when there is none or of another format."""
     path = os.path.join(folder, MANIFEST_FILE)
     if not os.path.exists(path):
-        raise UserError(f"--teacher_cache {folder}: is no teacher cache; {BUILD} makes one")
+        raise UserError(f"--teacher_cache {folder}: is not a teacher cache; {BUILD} makes one")
     manifest = read_json_as(path, CacheManifest)
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(f"{path}: of another format version; delete {folder}, run {BUILD} again")
