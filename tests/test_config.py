@@ -151,6 +151,15 @@ def test_a_class_is_validated() -> None:
         build(CookingSettings, {"dish": "soup", "style": "fried"})
 
 
+def test_a_field_without_flag_keeps_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dish", "soup"]
+    settings = parse("Cooks.", flags, CookingSettings, without=("salt",))[0]
+    assert settings == parse("Cooks.", flags, CookingSettings)[0]
+    with pytest.raises(SystemExit):
+        parse("Cooks.", [*flags, "--salt", "0.1"], CookingSettings, without=("salt",))
+    assert "unrecognized arguments: --salt 0.1" in capsys.readouterr().err
+
+
 def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parser_for("Cooks a meal.", CookingSettings, TableSettings).parse_args(["--help"])
