@@ -167,6 +167,13 @@ def load_model_tokenizer(path: str, model_config: ModelConfig) -> Optional[Token
     return tokenizer
 
 
+def require_tokenizer(tokenizer: Optional[Tokenizer], path: str) -> Tokenizer:
+    """Return the tokenizer of a saved model; raises `UserError` when it has none."""
+    if tokenizer is None:
+        raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
+    return tokenizer
+
+
 def has_our_pairs(model_config: ModelConfig, tokenizer: Tokenizer) -> bool:
     """Return whether a classifier takes pairs of texts in our form, `<s> A </s> B </s>`.
 

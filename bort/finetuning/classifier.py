@@ -131,8 +131,7 @@ def load_classifier(
             f"those of {task.name}; give one of {task.model_task or task.name}"
         )
     check_inputs_version(task, model_config.inputs_version, path)
-    if tokenizer is None:
-        raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
+    tokenizer = saved_model.require_tokenizer(tokenizer, path)
     takes_several = len(task.text_columns) != 1
     if takes_several and not trained and not saved_model.has_our_pairs(model_config, tokenizer):
         raise UserError(

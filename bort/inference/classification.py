@@ -20,7 +20,6 @@ from bort.inference.base import (
     InputSchema,
     check_texts,
     numbered_columns,
-    require_tokenizer,
     softmax,
     texts_of,
     token_batches,
@@ -41,6 +40,7 @@ from bort.saved_model import (
     load_model,
     load_model_tokenizer,
     read_model_config,
+    require_tokenizer,
 )
 from bort.tokenization import Tokenizer
 from bort.types import TaskKind
