@@ -68,8 +68,8 @@ class TeacherSettings:
     )
     teacher_runtime: str = option(
         "mxnet",
-        "what runs the teacher on a CPU: mxnet, or openvino, which takes about 0.6 of the time and "
-        "needs the package openvino",
+        "what runs the teacher on a CPU: mxnet, or openvino, which takes about two thirds of the "
+        "time and needs the package openvino",
         choices=("mxnet", "openvino"),
     )
     teacher_cache: Optional[str] = option(
