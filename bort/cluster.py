@@ -427,7 +427,7 @@ def _start_queue(kind: str, path: str) -> dask_jobqueue.JobQueueCluster:
     jobs = content.get("jobs") if isinstance(content, dict) else None
     if type(jobs) is not int or jobs < 1:  # True is an int, too
         raise UserError(
-            f"{where}: needs a line `jobs: N`, the number of batch jobs, 1 at least; the other "
+            f"{where}: needs a line `jobs: N`, the number of batch jobs, at least 1; the other "
             f"lines are arguments of dask_jobqueue.{_JOB_QUEUES[kind]}"
         )
     make = getattr(dask_jobqueue, _JOB_QUEUES[kind])

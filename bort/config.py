@@ -13,7 +13,7 @@ import math
 import shlex
 import sys
 import typing
-from typing import Any, Mapping, NoReturn, Sequence, TypeVar
+from typing import Any, Collection, Mapping, NoReturn, Sequence, TypeVar
 
 from bort.errors import UserError, quoted, shortened
 from bort.files import read_json
@@ -79,15 +79,19 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {shortened(message)} (see {self.prog} --help)\n")
 
 
-def parser_for(description: str, *classes: type) -> OneLineParser:
-    """Return a parser with one flag for each field of the given settings dataclasses."""
+def parser_for(description: str, *classes: type, without: Collection[str] = ()) -> OneLineParser:
+    """Return a parser with one flag for each field of the given settings dataclasses.
+
+    without: names of fields that get no flag.
+    """
     parser = OneLineParser(description=description)
     for cls in classes:
         title = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            _add_flag(group, field, hints[field.name])
+            if field.name not in without:
+                _add_flag(group, field, hints[field.name])
     return parser
 
 
@@ -122,14 +126,16 @@ def parse(
     *classes: type,
     config: bool = False,
     renamed: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
 ) -> tuple[Any, ...]:
     """Parse `argv` (None: the process's own) into one checked instance of each settings class.
 
     With `config` the program has --config, the config.json of an earlier run: flags that are not
     given are taken from there. `renamed`: for flags of the original programs, such as "--model" or
-    "--init gaussian", what to give instead; the program exits with it.
+    "--init gaussian", what to give instead; the program exits with it. `without`: names of fields
+    that the program decides itself: they get no flag and keep their default.
     """
-    parser = parser_for(description, *classes)
+    parser = parser_for(description, *classes, without=without)
     _refuse_renamed(parser, sys.argv[1:] if argv is None else argv, renamed or {})
     if config:
         parser.add_argument(
@@ -150,7 +156,7 @@ def _refuse_empty(parsed: JSONMapping, classes: Sequence[type]) -> None:
     cure = f"set it to null in a copy of {config}" if config else "leave the flag out"
     for cls in classes:
         for field in dataclasses.fields(cls):
-            if parsed[field.name] == "" and field.default != "":
+            if parsed.get(field.name) == "" and field.default != "":
                 raise UserError(f"--{field.name}: is empty; give a value, or {cure}")
 
 
@@ -257,8 +263,10 @@ def counts_of(flag: str, text: str, maximum: int | None = None) -> list[int]:
     """
     numbers = [int(word) if word.isdecimal() and len(word) < 10 else 0 for word in text.split(",")]
     if min(numbers) < 1 or max(numbers) > (maximum or max(numbers)):
-        limit = f"from 1 to {maximum}" if maximum else "from 1 on"
-        raise UserError(f"{flag} {quoted(text)}: must be whole numbers {limit}, commas between")
+        limit = f"from 1 to {maximum}" if maximum else "of at least 1"
+        raise UserError(
+            f"{flag} {quoted(text)}: must be whole numbers {limit}, separated by commas"
+        )
     return numbers
 
 

@@ -31,7 +31,7 @@ def record_of(line: bytes) -> Any:
     """
     end = _END.search(line)
     if end and zlib.crc32(line[: end.start()]) != int(end[1], 16):
-        raise ValueError("its CRC-32 is another")
+        raise ValueError("its CRC-32 does not match")
     record = json.loads(line.decode("utf-8"))
     if end:
         del record[SUM]

@@ -119,7 +119,7 @@ class _Reader:
         start, size = self._offset, int(count) * np.dtype(dtype).itemsize
         self._offset += size
         if size < 0 or self._offset > len(self._content):
-            raise ValueError("it ends too soon")
+            raise ValueError("it is truncated")
         return self._content[start : self._offset].view(dtype)
 
 

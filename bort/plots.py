@@ -42,5 +42,5 @@ def picture_kind(path: str) -> str:
 
     kind = os.path.splitext(path)[1][1:].lower() or "png"
     if kind not in FigureCanvasBase.get_supported_filetypes():
-        raise UserError(f"{path}: no picture can be named .{kind}; use .png, .pdf or .svg")
+        raise UserError(f"{path}: a plot cannot be written as .{kind}; use .png, .pdf or .svg")
     return kind

@@ -216,7 +216,7 @@ def cut_after(path: str, step: int, evaluate: bool) -> None:
         with open(f"{path}.damaged", "ab") as file:
             file.writelines(foreign)
         print(
-            f"warning: {path}: {len(foreign)} line(s) are no metrics; moved to {path}.damaged",
+            f"warning: {path}: {len(foreign)} line(s) are not metrics; moved to {path}.damaged",
             file=sys.stderr,
         )
     with atomic_write(path, "wb") as handle:

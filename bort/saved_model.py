@@ -60,7 +60,7 @@ class ModelConfig:
     pooling: what the head is applied to (bort.shapes.POOLINGS).
     origin: for a model from the Hugging Face hub its name and revision, for people.
     details: metrics, data and command, for people.
-    sha256: of the parameter file; empty where it was not recorded (models saved before 0.2).
+    sha256: of the parameter file; empty where an earlier version has not recorded it.
     """
 
     model: str
@@ -89,7 +89,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class _StoredConfig(ModelConfig):
-    """A model config as it stands in the file."""
+    """A model config as it is in the file."""
 
     format: int = 0
 
@@ -167,6 +167,13 @@ def load_model_tokenizer(path: str, model_config: ModelConfig) -> Optional[Token
     return tokenizer
 
 
+def require_tokenizer(tokenizer: Optional[Tokenizer], path: str) -> Tokenizer:
+    """Return the tokenizer of a saved model; raises `UserError` when it has none."""
+    if tokenizer is None:
+        raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
+    return tokenizer
+
+
 def has_our_pairs(model_config: ModelConfig, tokenizer: Tokenizer) -> bool:
     """Return whether a classifier takes pairs of texts in our form, `<s> A </s> B </s>`.
 
@@ -196,7 +203,10 @@ def read_model_config(path: str) -> ModelConfig:
     """
     name = model_config_path(path)
     if not os.path.exists(name):
-        raise UserError(f"{path}: no {os.path.basename(name)} beside it says what it is")
+        raise UserError(
+            f"{path}: has no {os.path.basename(name)} beside it, which says what it is; restore "
+            "it, or give the model that it was exported from"
+        )
     stored = read_json_as(name, _StoredConfig)
     if stored.format != FORMAT_VERSION:
         raise UserError(f"{name}: is not a model config of format {FORMAT_VERSION}")

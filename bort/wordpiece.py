@@ -239,7 +239,7 @@ def _read_spelling(path: str) -> list[str]:
     for number, token in enumerate(spelling, 1):
         if first_lines.setdefault(token, number) != number:
             raise UserError(
-                f"{path}:{number}: {quoted(token)} stands on line {first_lines[token]} already"
+                f"{path}:{number}: {quoted(token)} is already on line {first_lines[token]}"
             )
     return spelling
 

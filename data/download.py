@@ -354,7 +354,7 @@ def _range_of(answer: Any, have: int) -> tuple[int, Optional[int]]:
         found = re.fullmatch(r"bytes ([0-9]{1,15})-[0-9]{1,15}/([0-9]{1,15}|\*)", content_range)
         if found is None or int(found[1]) != have:
             raise http.client.HTTPException(
-                f"asked for the bytes from {have} on, the server sent {quoted(content_range)}"
+                f"asked for bytes from {have}, the server sent {quoted(content_range)}"
             )
         return have, None if found[2] == "*" else int(found[2])
     length = answer.headers.get("Content-Length")

@@ -1,8 +1,8 @@
 """Small sets for experiments with little data, drawn from the official files of a task.
 
 <output_dir>/timaeus/<suite>/<task>/     train and dev sets of a model that labels
-draw-0/<suite>/<task>/      train, dev and test sets; the same test sets in
-draw-1/...                  every draw
+             draw-0/<suite>/<task>/      train, dev and test sets; the same test sets in
+             draw-1/...                  every draw
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ r"""Give damaged and hostile files to every reader, and count the outcomes.
     python scripts/fuzz.py --faults --only predict.py,sweep.py
 
 A clean error is one line that names the file; handled means a value that a valid file could give.
-Everything else is a fault of the reader: the exit status is then 1. --flips flips one
-bit of a file with a checksum and counts by file how often that was noticed. --faults runs every
-program while it is killed, the disk is full, streams are closed, and so on.
+Everything else is a fault of the reader: the exit status is then 1. --flips flips one bit of a file
+with a checksum and counts by file how often that was noticed. --faults runs every program while it
+is killed, the disk is full, streams are closed, and so on.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the metrics of one or several pretraining runs to one picture.
+"""Plot the metrics of one or several pretraining runs.
 
     python scripts/plot_metrics.py RUN ... [--output metrics.png]
 
@@ -45,10 +45,10 @@ MOST_MARKERS = 60
 
 @dataclass(frozen=True)
 class PlotSettings:
-    """Where the picture goes."""
+    """The file of the plot."""
 
     output: Optional[str] = option(
-        None, "the picture (PNG, PDF, SVG); without: metrics.png in the first run's folder"
+        None, "PNG, PDF or SVG (default: metrics.png in the first run's folder)"
     )
 
 
@@ -77,7 +77,7 @@ class Run(NamedTuple):
 
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> str:
-    """Draw the runs; returns the path of the picture."""
+    """Plot the runs; returns the path of the plot."""
     parser = parser_for(str(__doc__), PlotSettings)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its file")
     parsed = vars(parser.parse_args(argv))
@@ -112,7 +112,7 @@ def read_run(path: str) -> Run:
     for number, line in enumerate(lines, start=1):
         record = metric_record(line)
         if record is None:
-            raise UserError(f"{file}:{number}: is damaged or no metric line; delete it")
+            raise UserError(f"{file}:{number}: is damaged or not a metric line; delete it")
         records.append(record)
     return Run(os.path.normpath(path), records)
 

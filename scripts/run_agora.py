@@ -16,7 +16,7 @@ from typing import Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
-from bort.agora.config import AGORA_CLASSES, AgoraTextSettings
+from bort.agora.config import AGORA_CLASSES, WITHOUT_FLAG, AgoraTextSettings
 from bort.cluster import ClusterSettings
 from bort.config import parse
 from bort.errors import entry_point
@@ -26,7 +26,8 @@ from bort.types import JSONObject
 @entry_point
 def main(argv: Optional[Sequence[str]] = None) -> JSONObject:
     """Run Agora as the flags say; returns the content of agora.json."""
-    *settings, machines = parse(str(__doc__), argv, *AGORA_CLASSES, ClusterSettings)
+    classes = (*AGORA_CLASSES, ClusterSettings)
+    *settings, machines = parse(str(__doc__), argv, *classes, without=WITHOUT_FLAG)
 
     from bort.agora.run import run_agora
 

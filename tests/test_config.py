@@ -133,7 +133,9 @@ def test_values_outside_the_limits_are_refused(flag: str, value: str, complaint:
 @pytest.mark.parametrize("text", ["", "5,", "x", "0", "1.5", "-1", "9,513", "9" * 5000])
 def test_a_list_of_counts_has_whole_numbers_within_limits(text: str) -> None:
     assert counts_of("--lengths", "1,512", maximum=512) == [1, 512]
-    with pytest.raises(UserError, match=r"^--lengths '.*: must be whole numbers from 1 to 512, co"):
+    with pytest.raises(
+        UserError, match=r"^--lengths '.*: must be whole numbers from 1 to 512, sep"
+    ):
         counts_of("--lengths", text, maximum=512)
 
 
@@ -147,6 +149,15 @@ def test_a_class_is_validated() -> None:
         cooking("--dish", "soup", "--style", "fried")
     with pytest.raises(UserError, match="soup cannot be fried"):
         build(CookingSettings, {"dish": "soup", "style": "fried"})
+
+
+def test_a_field_without_flag_keeps_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dish", "soup"]
+    settings = parse("Cooks.", flags, CookingSettings, without=("salt",))[0]
+    assert settings == parse("Cooks.", flags, CookingSettings)[0]
+    with pytest.raises(SystemExit):
+        parse("Cooks.", [*flags, "--salt", "0.1"], CookingSettings, without=("salt",))
+    assert "unrecognized arguments: --salt 0.1" in capsys.readouterr().err
 
 
 def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,6 @@ def test_a_plot_that_fails_leaves_nothing(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(KeyError), figure_file(str(tmp_path / "plot.png"), 2, 1):
         raise KeyError
-    with pytest.raises(UserError, match=r"no picture can be named .words; use .png"):
+    with pytest.raises(UserError, match=r"a plot cannot be written as .words; use .png"):
         figure_file(str(tmp_path / "plot.words"), 2, 1).__enter__()
     assert list(tmp_path.iterdir()) == []

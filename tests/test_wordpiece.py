@@ -166,7 +166,9 @@ def test_vocab_txt_refused(tmp_path):
     assert "cannot be read" in refused(tmp_path / "absent.txt")
     path = write_vocabulary(tmp_path, [*VOCABULARY, "the"])
     line = VOCABULARY.index("the") + 1
-    assert refused(path).startswith(f"{path}:{len(VOCABULARY) + 1}: 'the' stands on line {line}")
+    assert refused(path).startswith(
+        f"{path}:{len(VOCABULARY) + 1}: 'the' is already on line {line}"
+    )
     assert "it lacks [MASK]" in refused(write_vocabulary(tmp_path, SPECIAL[:4]))
     (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")
     assert "is not UTF-8 (byte 6)" in refused(path)

@@ -74,6 +74,9 @@ class AgoraTextSettings(NamedTuple):
     optimizer: FinetuningOptimizerSettings
 
 
+# Fields of these classes that no flag sets: a fit is one process, and skips updates that are not
+# finite.
+WITHOUT_FLAG = ("compression", "on_nonfinite")
 AGORA_CLASSES = (
     AgoraRunSettings,
     AgoraSettings,

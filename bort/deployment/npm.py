@@ -113,7 +113,7 @@ def download(folder: str) -> None:
 
 def _reason(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.strip()]
-    return quoted(lines[0])[1:-1] if lines else "it says no reason"
+    return quoted(lines[0])[1:-1] if lines else "no reason given"
 
 
 def unpack(path: str, package: Package, folder: str) -> None:

@@ -118,8 +118,8 @@ def load_classifier(
         )
     if model_config.kind == saved_model.MASKED_LM:
         raise UserError(
-            f"{path}: a pretrained model, not a classifier; finetune_classifier.py "
-            "--pretrained_parameters makes one of it"
+            f"{path}: a pretrained model, not a classifier; fine-tune it with "
+            "finetune_classifier.py --pretrained_parameters"
         )
     if (model_config.kind, model_config.labels, model_config.num_outputs) != (
         task.kind,
@@ -131,8 +131,7 @@ def load_classifier(
             f"those of {task.name}; give one of {task.model_task or task.name}"
         )
     check_inputs_version(task, model_config.inputs_version, path)
-    if tokenizer is None:
-        raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
+    tokenizer = saved_model.require_tokenizer(tokenizer, path)
     takes_several = len(task.text_columns) != 1
     if takes_several and not trained and not saved_model.has_our_pairs(model_config, tokenizer):
         raise UserError(

@@ -73,7 +73,8 @@ def _typed(path: str, name: str, value: Any, expected: type) -> Any:
     if expected is int and abs(number) >= EXACT_INTEGERS:
         exact = False
     if isinstance(value, bool) or not exact:
-        raise UserError(f"{path}: {name}: {quoted(value)} is no {expected.__name__}")
+        kind = "an int" if expected is int else "a float"
+        raise UserError(f"{path}: {name}: {quoted(value)} is not {kind}")
     return expected(number)
 
 

@@ -365,7 +365,7 @@ def _labels(config: HuggingFaceConfig) -> tuple[str, ...]:
         named = {str(number): f"LABEL_{number}" for number in range(min(count, MAX_OUTPUTS + 1))}
     numbers = [str(number) for number in range(len(named))]
     if not 1 <= len(named) <= MAX_OUTPUTS or named.keys() != set(numbers):
-        raise UserError(f"{CONFIG}: id2label does not number its labels from 0 on")
+        raise UserError(f"{CONFIG}: id2label does not number its labels from 0")
     labels = tuple(named[number] for number in numbers)
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)

@@ -72,8 +72,8 @@ def _cached(name: str, revision: Optional[str], reason: Exception) -> Located:
     found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
     if not isinstance(found, str):
         raise UserError(
-            f"{name}: is no folder, and the hub cannot be reached ({_line(reason)}); download it "
-            "elsewhere and give its folder"
+            f"{name}: is not a folder, and the hub cannot be reached ({_line(reason)}); download "
+            "it elsewhere and give its folder"
         )
     folder = os.path.dirname(found)
     return Located(folder, _origin(name, folder))
@@ -86,7 +86,9 @@ def _origin(name: str, folder: str) -> str:
 
 def _refused(name: str, revision: Optional[str], error: Any) -> UserError:
     at = f" at revision {revision}" if revision else ""
-    return UserError(f"{name}{at}: is no folder, and the hub does not give it ({_line(error)})")
+    return UserError(
+        f"{name}{at}: is not a folder, and cannot be downloaded from the hub ({_line(error)})"
+    )
 
 
 def _line(error: Exception) -> str:

@@ -54,7 +54,7 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
 
 
 def refuse_lfs_pointer(path: str) -> None:
-    """Raise `UserError` when git-lfs left a pointer in place of a file."""
+    """Raise `UserError` when Git LFS left a pointer in place of a file."""
     try:
         with open_regular(path, MODEL_BYTES) as file:
             start = file.read(len(_LFS_START))
@@ -62,7 +62,7 @@ def refuse_lfs_pointer(path: str) -> None:
         raise UserError(f"{os.path.basename(path)}: cannot be read ({error.strerror})") from None
     if start == _LFS_START:
         raise UserError(
-            f"{os.path.basename(path)}: is a git-lfs pointer, not the file; run `git lfs pull`"
+            f"{os.path.basename(path)}: is a Git LFS pointer, not the file; run `git lfs pull`"
         )
 
 

@@ -15,7 +15,6 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
-    Optional,
     Protocol,
     Sequence,
     TypeVar,
@@ -25,7 +24,6 @@ from typing import (
 import numpy as np
 
 from bort.errors import UserError, quoted
-from bort.tokenization import TOKENIZER_FOLDER, Tokenizer
 from bort.types import JSONMapping
 from data.batches import pad
 from data.rows import BadRowError
@@ -170,13 +168,6 @@ def check_texts(texts: Iterable[str]) -> None:
             raise BadRowError(
                 f"text {number} contains half of a surrogate pair, which is not a character"
             )
-
-
-def require_tokenizer(tokenizer: Optional[Tokenizer], path: str) -> Tokenizer:
-    """Return a tokenizer; raises `UserError` when a saved model has none."""
-    if tokenizer is None:
-        raise UserError(f"{path}: has no {TOKENIZER_FOLDER}/ beside it; restore it")
-    return tokenizer
 
 
 # ---- batches -------------------------------------------------------------------------------------

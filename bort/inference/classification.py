@@ -20,7 +20,6 @@ from bort.inference.base import (
     InputSchema,
     check_texts,
     numbered_columns,
-    require_tokenizer,
     softmax,
     texts_of,
     token_batches,
@@ -41,6 +40,7 @@ from bort.saved_model import (
     load_model,
     load_model_tokenizer,
     read_model_config,
+    require_tokenizer,
 )
 from bort.tokenization import Tokenizer
 from bort.types import TaskKind
@@ -277,8 +277,8 @@ def load_classifier(
     is_choice = model_config.kind == TaskKind.MULTIPLE_CHOICE
     if is_choice and not has_our_pairs(model_config, tokenizer):
         raise UserError(
-            f"{path}: another program has trained it; RoBERTa's options stand behind two "
-            "separators, ours behind one"
+            f"{path}: was trained by another program; RoBERTa puts two separators before an "
+            "option, this project one"
         )
     return ClassificationPipeline(model_config, tokenizer, backend, model_task, batch_size)
 

@@ -18,12 +18,17 @@ from bort.inference.base import (
     TokenBatch,
     check_texts,
     numbered_columns,
-    require_tokenizer,
     texts_of,
     token_batches,
 )
 from bort.parameters import check_finite, parameter_file
-from bort.saved_model import MASKED_LM, ModelConfig, load_model, read_model_config
+from bort.saved_model import (
+    MASKED_LM,
+    ModelConfig,
+    load_model,
+    read_model_config,
+    require_tokenizer,
+)
 from bort.tokenization import Tokenizer
 from bort.types import Block
 from data.rows import BadRowError, require_field

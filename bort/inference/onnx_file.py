@@ -67,7 +67,7 @@ def parse_metadata(name: str, metadata: Mapping[str, str]) -> OnnxMetadata:
     """Read the metadata of a graph; raises `UserError` when it is not a graph of ours."""
     size = metadata.get("vocab_size", "")
     config = metadata.get("model config") or metadata.get("card")
-    if not size and config:  # written before 0.2: only in the model config
+    if not size and config:  # of an earlier version: only in the model config
         stored = decode_json(config.encode(), _VocabularySize, f"{name}: its model config")
         size = str(stored.vocab_size)
     try:

@@ -1,7 +1,7 @@
 """Prediction for new text with a saved model: labels with probabilities, or words for masks.
 
 for prediction in predict("runs/finetuning/SST-2", ["a fine film", "a bore"]):
-print(prediction.label, prediction.value)
+    print(prediction.label, prediction.value)
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def fields(content: Buffer, place: int = 0, end: int | None = None) -> Iterator[
         else:
             raise ValueError("an unknown kind of field")
         if place > end:
-            raise ValueError("it ends too soon")
+            raise ValueError("it is truncated")
         yield Field(tag >> 3, begin, start, place)
 
 

@@ -30,7 +30,7 @@ from bort.inference.runtime import (
     metadata_of,
 )
 from bort.parameters import check_finite, mxnet_writes, parameter_file
-from bort.saved_model import load_model
+from bort.saved_model import load_model, require_tokenizer
 from bort.types import Block, TaskKind
 from data.batches import pad
 from data.encoding import ClassifierLoader, EncodedSet, encode_examples
@@ -139,11 +139,9 @@ class Quantization:
         self.network, self.model_config, tokenizer = load_model(self.path)
         check_classifier(self.path, self.model_config)
         check_finite(self.path, self.network)
-        if tokenizer is None:
-            raise UserError(f"{self.path}: no tokenizer beside it; restore the folder `tokenizer`")
+        self.tokenizer = require_tokenizer(tokenizer, self.path)
         if not self.model_config.task:
             raise UserError(f"{self.path}: is not the model of a task, whose data int8 needs")
-        self.tokenizer = tokenizer
         self.task = get_task(
             self.model_config.task, race_cast=self.model_config.race_cast or "choices"
         )

@@ -425,7 +425,7 @@ class Int8Record:
     """What loading needs of the record of int8 models.
 
     parameters_sha256: of the float32 parameters that the models were made from.
-    sha256: of each file of the models, by name; empty in records of versions before 0.2.
+    sha256: of each file of the models, by name; empty in records of earlier versions.
     """
 
     parameters_sha256: str

@@ -68,8 +68,8 @@ class TeacherSettings:
     )
     teacher_runtime: str = option(
         "mxnet",
-        "what runs the teacher on a CPU: mxnet, or openvino, which takes about 0.6 of the time and "
-        "needs the package openvino",
+        "what runs the teacher on a CPU: mxnet, or openvino, which takes about two thirds of the "
+        "time and needs the package openvino",
         choices=("mxnet", "openvino"),
     )
     teacher_cache: Optional[str] = option(
@@ -153,7 +153,7 @@ class RunSettings:
     )
     start_step: int = option(
         0,
-        "resume from the checkpoint of this step and delete the later ones; 0: do not",
+        "resume from the checkpoint of this step and delete the later ones; 0: off",
         minimum=0,
         rerun=False,
     )

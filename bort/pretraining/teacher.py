@@ -45,7 +45,7 @@ def load_teacher(
 
     `checkpoint_path` is a parameter file, a checkpoint folder, or the folder of a run of the
     pretraining program. Raises `UserError` when there is no such file, when it is damaged or does
-    not fit, and when the files beside it says that it was trained with another tokenizer.
+    not fit, and when a file beside it says that it was trained with another tokenizer.
     """
     path = parameter_file(checkpoint_path)
     require_tokenizer(path, tokenizer_fingerprint)

@@ -3,8 +3,8 @@
 The teacher is frozen and the masks of a shard are fixed, so its hidden state at a masked position,
 before the projection, is the same in every epoch. A cache is a folder:
 
-    manifest.json       the teacher (shape, SHA-256 of its parameters), the dtype of the rows, and
-                        the size and SHA-256 of each file of rows
+    manifest.json       the teacher (shape, SHA-256 of its parameters), the tokenizer of the shards,
+                        and the dtype of the rows
     projection.npz      the teacher's output matrix [vocabulary, hidden] and bias, float32
     <shard>.npy         one row [hidden] per masked position of a shard, in the shard's order; named
                         by the first 16 digits of the shard's SHA-256
@@ -87,7 +87,7 @@ def read_cache_manifest(folder: str) -> CacheManifest:
     """Read the manifest of a cache; raises `UserError` when there is none or of another format."""
     path = os.path.join(folder, MANIFEST_FILE)
     if not os.path.exists(path):
-        raise UserError(f"--teacher_cache {folder}: is no teacher cache; {BUILD} makes one")
+        raise UserError(f"--teacher_cache {folder}: is not a teacher cache; {BUILD} makes one")
     manifest = read_json_as(path, CacheManifest)
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(f"{path}: of another format version; delete {folder}, run {BUILD} again")

@@ -49,12 +49,12 @@ ENCODER_PARAMETERS = 24_700_000  # with those of the decoder's dense layer
 class DistillationBenchmarkSettings:
     """What is measured, and how often."""
 
-    teachers: str = option("roberta_12_768_12", "teachers to measure with, commas between")
+    teachers: str = option("roberta_12_768_12", "teachers to measure with, separated by commas")
     batch_size: int = option(4, "sequences per step", minimum=1)
     length: int = option(128, "tokens per sequence", minimum=8, maximum=512)
     vocab_size: int = option(50265, "tokens of the vocabulary", minimum=100)
-    repeats: int = option(9, "steps measured of each way", minimum=1)
-    dtypes: str = option("float32", "precisions of our steps, commas between")
+    repeats: int = option(9, "measured steps of each variant", minimum=1)
+    dtypes: str = option("float32", "precisions of our steps, separated by commas")
     pytorch: Optional[str] = option(
         None, "a Python with torch and transformers: measure PyTorch's steps too"
     )

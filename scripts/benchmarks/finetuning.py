@@ -44,8 +44,8 @@ class FinetuningBenchmarkSettings:
     batch_size: int = option(8, "sequences per step", minimum=1)
     length: int = option(128, "tokens per sequence", minimum=8, maximum=512)
     vocab_size: int = option(50265, "tokens of the vocabulary", minimum=100)
-    repeats: int = option(15, "steps measured of each way", minimum=1)
-    dtypes: str = option("float32", "precisions of our steps, commas between")
+    repeats: int = option(15, "measured steps of each variant", minimum=1)
+    dtypes: str = option("float32", "precisions of our steps, separated by commas")
     pytorch: Optional[str] = option(
         None, "a Python with torch and transformers: measure PyTorch's steps too"
     )

@@ -88,15 +88,15 @@ GOALS = {"lossless": (7.9, 20), "reduced": (15, 50)}
 class InferenceBenchmarkSettings:
     """What is measured, and how often."""
 
-    batch_sizes: str = option("1,8,32", "sequences per batch, commas between")
-    lengths: str = option("64,128,512", "tokens per sequence, commas between")
-    threads: str = option("1,2", "numbers of threads, commas between")
-    networks: str = option(",".join(SHAPES), "networks to measure, commas between")
-    rounds: int = option(3, "turns that each way takes", minimum=1)
+    batch_sizes: str = option("1,8,32", "sequences per batch, separated by commas")
+    lengths: str = option("64,128,512", "tokens per sequence, separated by commas")
+    threads: str = option("1,2", "numbers of threads, separated by commas")
+    networks: str = option(",".join(SHAPES), "networks to measure, separated by commas")
+    rounds: int = option(3, "measurements of each variant", minimum=1)
     longest: float = option(
-        3.2, "leave out what would take more than so many seconds for a batch", minimum=0.0
+        3.2, "skip what would take more than this many seconds for a batch", minimum=0.0
     )
-    plot: Optional[str] = option(None, "draw latency against size to this picture")
+    plot: Optional[str] = option(None, "file for a plot of latency against size (PNG, PDF, SVG)")
     answer: bool = option(False, "used by the program itself: time what standard input asks for")
 
 

@@ -39,7 +39,7 @@ class WorkersBenchmarkSettings:
     length: int = option(128, "tokens per sequence", minimum=8, maximum=512)
     vocab_size: int = option(50265, "tokens of the vocabulary", minimum=100)
     steps: int = option(9, "updates of each run; the first third is not counted", minimum=3)
-    rounds: int = option(2, "runs of each way", minimum=1)
+    rounds: int = option(2, "runs of each variant", minimum=1)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> dict[int, float]:

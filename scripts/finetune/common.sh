@@ -20,7 +20,7 @@ classify() {
         ACCUMULATE MAX_LEN LR WEIGHT_DECAY WARMUP_RATIO SEED MODEL_PARAMETERS EXTRA_FLAGS
     refuse_config "$@"
     if [[ ! ${WORKERS:-1} =~ ^[1-9][0-9]*$ ]]; then
-        echo "error: WORKERS=$WORKERS: must be a number of workers, 1 at least" >&2
+        echo "error: WORKERS=$WORKERS: must be a number of workers, at least 1" >&2
         exit 2
     fi
     supervise group scripts/setup_env.sh

@@ -119,6 +119,10 @@ def test_a_run_its_files_and_the_same_command_again(places, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_agora.main([*given, "--upper", "0.3", "--prune", "halving"])
     assert "contains a run with another --prune, --upper; give" in capsys.readouterr().err
+    for flag in ("--on_nonfinite", "--compression"):  # they would change nothing
+        with pytest.raises(SystemExit):
+            run_agora.main([*given, flag, "none"])
+        assert f"unrecognized arguments: {flag} none" in capsys.readouterr().err
 
 
 def test_a_run_is_resumed_under_other_spellings_of_its_paths(places, tmp_path, monkeypatch):

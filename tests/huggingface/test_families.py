@@ -460,7 +460,7 @@ def test_tensors_of_other_shapes(tmp_path):
         assert "shape" in refused(tmp_path)
     name = "embeddings.LayerNorm.weight"
     write_tensors(tmp_path, {**tensors, "bert." + name: tensors[name]})
-    assert f"'{name}' stands there under two names" in refused(tmp_path).replace("bert.", "")
+    assert f"'{name}' is there under two names" in refused(tmp_path).replace("bert.", "")
     write_tensors(tmp_path, {**tensors, "encoder.adapter.weight": tensors[name]})
     assert "has no parameter for the tensor 'bert.encoder.adapter.weight'" in refused(tmp_path)
 
@@ -600,13 +600,13 @@ def test_names_on_the_hub(hub, tmp_path):
     wanted = ["config.json", "model.safetensors", "vocab.txt"]
     assert sorted(path.name for path in Path(folder).iterdir()) == wanted
     assert read_folder(folder, origin=origin).saved.model_config.origin == origin
-    assert missing.startswith("some/other: is no folder, and the hub does not give it (")
+    assert missing.startswith("some/other: is not a folder, and cannot be downloaded from")
     # Out of reach, the cache has it: by the branch and by the commit.
     nowhere = "http://127.0.0.1:9"
     names = ("some/bert", f"some/bert@{COMMIT}", "some/other")
     *cached, (missing,) = located(nowhere, tmp_path / "home", *names)
     assert cached == [[folder, origin]] * 2
-    assert missing.startswith("some/other: is no folder, and the hub cannot be reached (")
+    assert missing.startswith("some/other: is not a folder, and the hub cannot be reached (")
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "a/b/c", "./x", "", "a b"])

@@ -750,7 +750,7 @@ def test_what_cannot_be_imported_is_a_one_line_error(tmp_path, folder, capsys):
         (b"", "model.safetensors: cannot be read ("),
         (safetensors_of((0, 8), (4, 12)), "invalid offset for tensor"),
         (safetensors_of((0, 8), (8, 2**62)), "model.safetensors: cannot be read ("),
-        (POINTER, "model.safetensors: is a git-lfs pointer, not the file; run `git lfs pull`"),
+        (POINTER, "model.safetensors: is a Git LFS pointer, not the file; run `git lfs pull`"),
     ):
         weights.write_bytes(content)
         assert message in said()
@@ -877,7 +877,7 @@ def test_torch_files_without_weights_are_a_one_line_error(tmp_path, monkeypatch,
         read_tensors(str(tmp_path))
     assert message in str(caught.value)
     path.write_bytes(POINTER)
-    with pytest.raises(UserError, match="git-lfs pointer"):
+    with pytest.raises(UserError, match="Git LFS pointer"):
         read_tensors(str(tmp_path))
     fake.__version__ = "2.5.1+cpu"
     path.write_bytes(b"")
@@ -888,7 +888,7 @@ def test_torch_files_without_weights_are_a_one_line_error(tmp_path, monkeypatch,
 def test_a_pointer_in_place_of_the_tokenizer_is_named(tmp_path, folder, capsys):
     (folder / "tokenizer.model").write_bytes(POINTER)
     said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
-    assert "tokenizer.model: is a git-lfs pointer" in said
+    assert "tokenizer.model: is a Git LFS pointer" in said
 
 
 def test_a_folder_of_another_program_is_named_by_its_shape(tmp_path, folder):

@@ -271,7 +271,7 @@ def test_a_choice_without_labels_takes_any_number_of_options(tmp_path, tokenizer
         tokenizer_fingerprint=roberta.fingerprint,
     )
     _saved(tmp_path / "roberta" / "best.params", model_config, roberta)
-    with pytest.raises(UserError, match="RoBERTa's options stand behind two separators"):
+    with pytest.raises(UserError, match="RoBERTa puts two separators before an option"):
         list(predict(str(tmp_path / "roberta"), [texts]))
 
 

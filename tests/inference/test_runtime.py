@@ -610,7 +610,7 @@ def test_mistakes_are_reported_in_one_line_and_keep_what_was_there(quantized, tm
     after = [path.name for path in (folder / "int8").iterdir()]
     assert sorted(after) == sorted([*before, "notes.txt"])
     shutil.rmtree(folder / "tokenizer")
-    assert "no tokenizer beside it" in complaint(capsys, folder)
+    assert "has no tokenizer/ beside it; restore it" in complaint(capsys, folder)
 
 
 def test_backend_for_a_network_needs_no_file(tiny_classifier, batch):

@@ -161,7 +161,7 @@ def test_invalid_requests_are_refused(data, tmp_path, capsys):
             {"teacher_ckpt_dir": "x", "teacher_cache": "y"},
             "--teacher_cache replaces T's weights: leave --teacher_ckpt_dir out",
         ),
-        ({"teacher_cache": tmp_path / "none"}, "is no teacher cache"),
+        ({"teacher_cache": tmp_path / "none"}, "is not a teacher cache"),
         ({"errors": "synthetic"}, "--errors replaces training"),
         ({"vocab_size": 60}, "--vocab_size 60: the shards have 61 tokens"),
         ({"max_length": 64}, "--max_length 64"),

@@ -194,7 +194,7 @@ def test_a_resumed_run_has_less_to_do_and_loses_nothing(data, tmp_path, capsys):
         ({"data_eval": "foreign"}, "data", "made with another tokenizer"),
         ({"gpus": "7"}, "device", "--gpus 7: MXNet sees 0 GPU(s) here"),
         ({"gpus": "x"}, "device", "--gpus x: expected device numbers"),
-        ({"teacher_cache": "absent"}, "data", "is no teacher cache"),
+        ({"teacher_cache": "absent"}, "data", "is not a teacher cache"),
         ({"start_step": 3}, "folder", "has no such checkpoint"),
         (
             {"teacher_model": "bort_1_2_32_16", "teacher_ckpt_dir": "wide.params"},

@@ -249,7 +249,7 @@ def test_unknown_lines_in_the_metrics_do_not_prevent_resuming(data, tmp_path, ca
     finished_run(data, **{**given, "num_steps": 15}, resume=True)
     assert [record["step"] for record in metrics(tmp_path)] == [5, 10, 15]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == unknown
-    assert "5 line(s) are no metrics; moved to" in capsys.readouterr().err
+    assert "5 line(s) are not metrics; moved to" in capsys.readouterr().err
 
 
 def test_a_state_of_another_type_is_refused(data, tmp_path):

@@ -466,7 +466,7 @@ def test_a_damaged_projection_is_named_with_the_cure(data, tmp_path, cache, caps
 
 def test_what_is_no_cache_is_refused(data, tmp_path, cache, capsys):
     for folder in (tmp_path / "absent", data):
-        assert f"--teacher_cache {folder}: is no teacher cache; scripts/build" in refused(
+        assert f"--teacher_cache {folder}: is not a teacher cache; scripts/build" in refused(
             capsys, data, folder
         )
     folder = copy_of(cache, tmp_path / "future")

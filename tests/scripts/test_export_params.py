@@ -223,7 +223,9 @@ def test_an_invalid_checkpoint_is_a_one_line_error(run, tmp_path, capsys):
     assert "absent: not found" in absent
     bare = tmp_path / "bare.params"
     shutil.copy(run / "step-0000012" / "model.params", bare)
-    assert "no bare.json beside it says" in complaint(capsys, bare, "--output", output)
+    assert "no bare.json beside it, which says what it is; restore it" in complaint(
+        capsys, bare, "--output", output
+    )
     with open(run / "step-0000012" / "model.params", "ab") as handle:
         handle.write(b"x")
     assert "altered or truncated" in complaint(capsys, run, "--output", output)

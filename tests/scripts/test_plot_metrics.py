@@ -131,7 +131,7 @@ def test_a_line_that_is_no_metrics_is_named(tmp_path, capsys, line):
     with open(folder / "metrics.jsonl", "a") as handle:
         handle.write(f"{line}\n")
     said = complaint(capsys, folder)
-    assert said == (f"error: {folder}/metrics.jsonl:3: is damaged or no metric line; delete it")
+    assert said == (f"error: {folder}/metrics.jsonl:3: is damaged or not a metric line; delete it")
 
 
 def test_an_output_that_cannot_be_written_is_a_one_line_error(tmp_path, capsys):

@@ -215,7 +215,7 @@ def test_several_workers(project):
 def test_a_wrong_number_of_workers_is_refused(project, workers):
     run = project.run("rte", WORKERS=workers)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == f"error: WORKERS={workers}: must be a number of workers, 1 at least\n"
+    assert run.stderr == f"error: WORKERS={workers}: must be a number of workers, at least 1\n"
 
 
 def pretraining_call(project: Project, *arguments: str, **environment: str) -> str:
