@@ -527,7 +527,7 @@ def _released_files() -> tuple[str, str]:
     They are downloaded if necessary. Without a download GluonNLP is not imported: it imports
     MXNet, which takes seconds.
     """
-    home = os.environ.get("MXNET_HOME", os.path.join("~", ".mxnet"))
+    home = os.environ.get("MXNET_HOME") or os.path.join("~", ".mxnet")
     folder = os.path.join(os.path.expanduser(home), "models")
     vocab_file, bpe_ranks = (os.path.join(folder, name) for name in _RELEASED_FILES)
     if not (_is_whole(vocab_file) and _is_whole(bpe_ranks)):

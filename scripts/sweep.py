@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 r"""Fine-tune with every combination of a grid of hyperparameters, and print their table.
 
-All flags of finetune_classifier.py apply to every run. The same command resumes an interrupted
-sweep.
+All flags of finetune_classifier.py but --only_inference apply to every run. The same command
+resumes an interrupted sweep.
 
 With --cluster the runs go to the workers of a Dask cluster.
 
@@ -30,7 +30,9 @@ from bort.finetuning.sweep import SweepRow, SweepSettings, sweep
 def main(argv: Optional[Sequence[str]] = None) -> list[SweepRow]:
     """Run the sweep; returns the table's rows, best first."""
     classes = (*FINETUNING_CLASSES, SweepSettings, ClusterSettings)
-    *base, settings, machines = parse(str(__doc__), argv, *classes, renamed=ORIGINAL_FLAGS)
+    *base, settings, machines = parse(
+        str(__doc__), argv, *classes, renamed=ORIGINAL_FLAGS, without=("only_inference",)
+    )
     return sweep(settings, FinetuningSettings(*base), machines.cluster)
 
 

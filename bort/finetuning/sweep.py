@@ -182,8 +182,6 @@ def sweep(
 def runs_of(settings: SweepSettings, base: FinetuningSettings, folder: str) -> list[SweepRun]:
     """Return one run for each combination. Raises `UserError` for an invalid grid."""
     base.check()
-    if base.run.only_inference:
-        raise UserError("--only_inference: a sweep trains")
     space = read_space(settings.grid, base.classifier, base.optimizer, base.run)
     names = _run_names(space, folder)
     if len(set(names)) < len(space):
