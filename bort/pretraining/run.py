@@ -37,8 +37,8 @@ from bort.pretraining.teacher import (
     Teacher,
     load_teacher,
     require_openvino,
+    require_same_tokenizer,
     require_shape,
-    require_tokenizer,
     round_teacher,
 )
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
@@ -418,7 +418,7 @@ def build_student(
     """Build the model that is trained, from random weights or those it is to start from."""
     path = parameter_file(student.student_parameters) if student.student_parameters else None
     if path:
-        require_tokenizer(path, manifest.tokenizer_fingerprint)
+        require_same_tokenizer(path, manifest.tokenizer_fingerprint)
         require_shape(path, "--student_model", student.student_model)
     mx.random.seed(mxnet_seed(seed))
     network, _ = get_bort_model(

@@ -48,7 +48,7 @@ def load_teacher(
     not fit, and when a file beside it says that it was trained with another tokenizer.
     """
     path = parameter_file(checkpoint_path)
-    require_tokenizer(path, tokenizer_fingerprint)
+    require_same_tokenizer(path, tokenizer_fingerprint)
     require_shape(path, "--teacher_model", model_name)
     try:
         network = build_network(
@@ -61,7 +61,7 @@ def load_teacher(
     return network
 
 
-def require_tokenizer(path: str, fingerprint: str) -> None:
+def require_same_tokenizer(path: str, fingerprint: str) -> None:
     """Verify a parameter file by the files beside it: a checkpoint's state or a model config.
 
     Raises `UserError` when the file is damaged, or when the network was trained with another
