@@ -3,9 +3,9 @@
 
     python scripts/experiments/ose_tables.py FOLDER [--winners | --best RATE...]
 
-FOLDER is that of the experiment. `--winners` prints the shape that the shorter search chose by
-divergence and the three whose sizes are nearest to its, `--best` which of some learning rates has
-the lowest mean error in FOLDER/rates.
+FOLDER is that of the experiment. `--best` prints which two of some learning rates have the lowest
+mean errors in FOLDER/rates, separated by a comma. `--winners` prints the shape that the shorter
+search chose by divergence and the three whose sizes are nearest to its, each with its best rate.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ STEPS = (200, 1000)
 STRIDES = (1, 2, 4)
 ERRORS = ("divergence", "cross-entropy")  # the second adds T's entropy
 SIBLINGS = 3  # of the winner, of equal size
+KEPT_RATES = 2  # of those that were tried
 Row = JSONObject
 Reports = Mapping[int, Row]  # of the searches, by their steps
 LongerRuns = Mapping[str, Mapping[int, Row]]  # by shape and seed
@@ -45,15 +46,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Print the tables, or what the next step of the experiment needs."""
     parser = OneLineParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", help="folder of the experiment")
-    parser.add_argument("--best", metavar="RATE", nargs="+", help="print the best of these rates")
+    parser.add_argument("--best", metavar="RATE", nargs="+", help="print the best two of these")
     parser.add_argument("--winners", action="store_true", help="print four shapes alone")
     settings = parser.parse_args(argv)
     folder = settings.folder
     if settings.best:
-        print(best_rate(read_report(f"{folder}/rates/ose.json")["table"], settings.best))
+        print(",".join(best_rates(read_report(f"{folder}/rates/ose.json")["table"], settings.best)))
     elif settings.winners:
         report = read_report(f"{folder}/search-{STEPS[0]}/ose.json")
-        print("\n".join(winners(report["table"])))
+        for row in winners(report):
+            print(row["model_name"], row["theta"]["lr"])
     else:
         print("\n".join(tables(folder)), end="")
 
@@ -67,20 +69,20 @@ def read_report(path: str) -> Row:
     return report
 
 
-def best_rate(table: Sequence[Row], rates: Sequence[str]) -> str:
-    """Return the learning rate with the lowest mean error over the shapes that were trained."""
+def best_rates(table: Sequence[Row], rates: Sequence[str]) -> list[str]:
+    """Return the two learning rates with the lowest mean errors over the shapes, best first."""
 
     def mean_error(rate: str) -> float:
         return fmean(row["error"] for row in table if row["theta"]["lr"] == float(rate))
 
-    return min(rates, key=mean_error)
+    return sorted(rates, key=mean_error)[:KEPT_RATES]
 
 
-def winners(table: Sequence[Row]) -> list[str]:
-    """Return the shape with the largest W, and those nearest to it in size."""
-    best = max(table, key=lambda row: row["w"])
-    nearest = sorted(table, key=lambda row: abs(row["parameters"] - best["parameters"]))
-    return [row["model_name"] for row in nearest[: 1 + SIBLINGS]]
+def winners(report: Row) -> list[Row]:
+    """Return the row of the shape with the largest W, and of those nearest to it in size."""
+    rows = list(by_shape(report).values())
+    best = max(rows, key=lambda row: row["w"])
+    return sorted(rows, key=lambda row: abs(row["parameters"] - best["parameters"]))[: 1 + SIBLINGS]
 
 
 def tables(folder: str) -> Iterator[str]:
@@ -93,11 +95,12 @@ def tables(folder: str) -> Iterator[str]:
         if Path(path := f"{folder}/{name}/ose.json").exists():
             yield markdown_table(*rate_table(title, read_report(path)))
     for steps, report in reports.items():
-        left = sum(max(row["errors"]) < report["plateau"] for row in report["table"])
+        shapes = by_shape(report)
+        left = sum(max(row["errors"]) < report["plateau"] for row in shapes.values())
         yield (
             f"{steps} steps: T's entropy {report['lower_bound']:.3f} nats, plateau of the "
             f"divergence {report['plateau']:.3f}, "
-            f"{left} of {len(report['table'])} shapes below it with every seed\n"
+            f"{left} of {len(shapes)} shapes below it with every seed\n"
         )
     yield markdown_table(*search_table(reports))
     header = ["steps", "error", "seed", *(f"stride {stride}" for stride in STRIDES)]
@@ -123,9 +126,11 @@ def rate_table(title: str, report: Row) -> tuple[list[str], list[list[str]]]:
 def search_table(reports: Reports) -> tuple[list[str], list[list[str]]]:
     """Return header and rows: for each shape g, its divergences and its W by both errors.
 
-    A longer search may have trained some of the shapes only.
+    They are those of the learning rate with the larger W. A longer search may have trained some of
+    the shapes only.
     """
     header = ["shape", "parameters", "g", *(f"divergence, {steps} steps" for steps in reports)]
+    header += [f"rate, {steps}" for steps in reports]
     header += [f"W by {error}, {steps}" for steps in reports for error in ERRORS]
     rows = []
     for shape, first in by_shape(reports[STEPS[0]]).items():
@@ -134,6 +139,7 @@ def search_table(reports: Reports) -> tuple[list[str], list[list[str]]]:
             f"{first['parameters']:,}",
             f"{first['gain']:.3f}",
             *_errors(reports, shape),
+            *(f"{row['theta']['lr']:g}" if row else "-" for row in _rows(reports, shape)),
         ]
         for report in reports.values():
             row = by_shape(report).get(shape)
@@ -144,8 +150,11 @@ def search_table(reports: Reports) -> tuple[list[str], list[list[str]]]:
 
 def _errors(reports: Reports, shape: str) -> list[str]:
     """Return the divergence of a shape in each search, "-" where it was not trained."""
-    found = [by_shape(report).get(shape) for report in reports.values()]
-    return [_spread(row["errors"]) if row else "-" for row in found]
+    return [_spread(row["errors"]) if row else "-" for row in _rows(reports, shape)]
+
+
+def _rows(reports: Reports, shape: str) -> list[Optional[Row]]:
+    return [by_shape(report).get(shape) for report in reports.values()]
 
 
 def _spread(errors: Sequence[float]) -> str:
@@ -165,7 +174,10 @@ def choices(reports: Reports) -> list[list[str]]:
     for (steps, report), error in itertools.product(reports.items(), ERRORS):
         seeds = [*range(len(report["table"][0]["errors"])), None]
         for seed in seeds:
-            w = {row["position"]: w_of(row, report, error, seed) for row in report["table"]}
+            w: dict[int, float] = {}  # of the seed's best learning rate
+            for row in report["table"]:
+                found = w_of(row, report, error, seed)
+                w[row["position"]] = max(found, w.get(row["position"], 0.0))
             names = {row["position"]: row["model_name"] for row in report["table"]}
             cells = [_choice(names, w, stride) for stride in STRIDES]
             rows.append([str(steps), error, "mean" if seed is None else str(seed), *cells])
@@ -245,8 +257,13 @@ def longer_order(reports: Reports, runs: LongerRuns) -> Iterator[str]:
 
 
 def by_shape(report: Row) -> dict[str, Row]:
-    """Return the rows of a search by the name of their shape."""
-    return {row["model_name"]: row for row in report["table"]}
+    """Return for each shape of a search, in its order, the row of the best learning rate."""
+    rows: dict[str, Row] = {}
+    for row in report["table"]:
+        best = rows.setdefault(row["model_name"], row)
+        if row["w"] > best["w"]:
+            rows[row["model_name"]] = row
+    return rows
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def test_the_tables_of_an_experiment(experiment, capsys):
     assert "200 steps: T's entropy 4.000 nats, plateau of the divergence 2.000, " in out
     assert "2 of 4 shapes below it with every seed" in out
     w = 0.8 / 1.3, 0.8 / 5.3
-    assert f"| b | 200 | 0.800 | 1.300 ± 0.424 | 0.500 ± 0.000 | {w[0]:.4f} | {w[1]:.4f} |" in out
+    cells = f"1.300 ± 0.424 | 0.500 ± 0.000 | 0.01 | 0.01 | {w[0]:.4f} | {w[1]:.4f} |"
+    assert f"| b | 200 | 0.800 | {cells}" in out
     assert "| learning rate | 0.002 | 0.01 |" in out
     assert "| c | 1.600 | 1.600 |" in out
     assert "| learning rate, theory mode | 0.5 |" in out
@@ -147,7 +148,8 @@ def test_a_longer_search_may_have_fewer_shapes(experiment, capsys):
     ose_tables.main([str(experiment)])
     out = capsys.readouterr().out
     w = 0.8 / 1.3, 0.8 / 5.3
-    assert f"| b | 200 | 0.800 | 1.300 ± 0.424 | - | {w[0]:.4f} | {w[1]:.4f} | - | - |" in out
+    cells = f"1.300 ± 0.424 | - | 0.01 | - | {w[0]:.4f} | {w[1]:.4f} | - | - |"
+    assert f"| b | 200 | 0.800 | {cells}" in out
     assert "| 1000 | divergence | mean | a (100%) | a (100%) | a (100%) |" in out
     assert "Spearman's correlation of divergence" not in out
     assert "| b | 1.300 ± 0.424 | - | 0.450 ± 0.071 |" in out
@@ -163,10 +165,29 @@ def test_a_choice_below_the_bound_is_marked(tmp_path, capsys):
 
 def test_the_winner_and_those_of_its_size(experiment, capsys):
     ose_tables.main([str(experiment), "--winners"])
-    assert capsys.readouterr().out.split() == ["b", "c", "a", "d"]
+    assert capsys.readouterr().out.split("\n") == ["b 0.01", "c 0.01", "a 0.01", "d 0.01", ""]
 
 
-def test_the_rate_of_the_lowest_mean_error(tmp_path, capsys):
+def test_a_shape_counts_with_its_best_learning_rate(tmp_path, capsys):
+    rows = [
+        {**row(0, "a", 100, 0.9, [1.0, 3.0]), "theta": {"lr": 0.001}},
+        {**row(0, "a", 100, 0.9, [1.5, 1.5]), "theta": {"lr": 0.002}},
+        {**row(1, "b", 101, 0.9, [1.2, 2.9]), "theta": {"lr": 0.001}},
+        {**row(1, "b", 101, 0.9, [None, 1.0]), "theta": {"lr": 0.002}},
+    ]
+    write_search(tmp_path / "search-200", rows)
+    ose_tables.main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "1 of 2 shapes below it with every seed" in out
+    assert "| a | 100 | 0.900 | 1.500 ± 0.000 | 0.002 |" in out
+    assert "| b | 101 | 0.900 | 2.050 ± 1.202 | 0.001 |" in out
+    assert "| 200 | divergence | 0 | a (100%) | a (100%) | a (100%) |" in out  # with 0.001
+    assert "| 200 | divergence | mean | a (100%) |" in out
+    ose_tables.main([str(tmp_path), "--winners"])
+    assert capsys.readouterr().out.split("\n") == ["a 0.002", "b 0.001", ""]
+
+
+def test_the_two_rates_of_the_lowest_mean_errors(tmp_path, capsys):
     rows = [
         {**row(0, "a", 1, 0.9, [error]), "theta": {"lr": rate}}
         for rate, errors in {0.002: [2.0, 1.0], 0.005: [1.4, 1.4], 0.01: [None, 0.1]}.items()
@@ -174,7 +195,7 @@ def test_the_rate_of_the_lowest_mean_error(tmp_path, capsys):
     ]
     write_search(tmp_path / "rates", rows)
     ose_tables.main([str(tmp_path), "--best", "2e-3", "5e-3", "1e-2"])
-    assert capsys.readouterr().out == "5e-3\n"
+    assert capsys.readouterr().out == "5e-3,2e-3\n"
 
 
 def test_tables_of_nothing_are_refused(tmp_path, capsys):
