@@ -94,3 +94,25 @@ def test_memory_of_command_and_scheduler_does_not_grow_with_the_text() -> None:
     small, large = main([*flags, "--workers", "2"])
     for column in (-2, -1):  # peak MB of the command, of the scheduler
         assert 0 < float(large[column]) < float(small[column]) + 8
+
+
+def test_the_text_of_a_benchmark_is_plain_whatever_its_format(tmp_path: Path) -> None:
+    from benchmarks.data import write_text
+
+    from data.text_formats import TextSource
+
+    rows, target = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    rows.write_text('{"text": "One.\\nTwo."}\n{"text": "\\u00e9\\u00e9"}\n', encoding="utf-8")
+    write_text([TextSource(str(rows))], 18, str(target))
+    assert target.read_text(encoding="utf-8") == "One.\nTwo.\n\néé\n\nO"
+
+
+def test_the_text_for_a_cluster_is_cut_between_characters(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    from benchmarks.cluster import _write_text
+
+    text = tmp_path / "in.txt"
+    text.write_text(f"x{'é' * 300_000}y", encoding="utf-8")
+    _write_text(str(tmp_path), str(text), megabytes=1)
+    last = (tmp_path / "text" / "0001.txt").read_text(encoding="utf-8")
+    assert last == f"x{'é' * 199_998}"
