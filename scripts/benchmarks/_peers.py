@@ -47,6 +47,14 @@ def step_apart(command: Sequence[str], threads: int) -> Iterator[Callable[[], fl
         process.communicate()
 
 
+def whole_batches(rows: int, batch_size: int) -> int:
+    """Return the smallest multiple of a batch that is at least `rows`.
+
+    With another number our smaller step at the end of each epoch would be compared with full ones.
+    """
+    return -(-rows // batch_size) * batch_size
+
+
 def pytorch_command(python: str, kind: str, dtype: str, settings: Any, *flags: str) -> list[str]:
     """Return the command of a process that makes PyTorch's steps, in an environment of its own."""
     script = str(Path(__file__).with_name("_pytorch.py"))

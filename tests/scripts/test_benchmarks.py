@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,28 @@ def test_the_work_of_a_step_is_that_of_its_products() -> None:
     whole = keys_and_values + 3 * rest  # a layer below is computed for all 6
     assert encoder_flops("bort_2_2_16_8", 6, 3, 2) == whole + keys_and_values + rest
     assert decoder_flops(8, vocab_size=50, positions=3) == 3 * 2 * 8 * (8 + 50)
+
+
+@pytest.mark.parametrize("batch_size", [8, 48, 128])
+def test_every_step_of_fine_tuning_that_is_measured_is_a_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    from benchmarks.finetuning import FinetuningBenchmarkSettings, our_step
+
+    from bort.finetuning.run import ClassificationStep
+
+    rows, to_device = [], ClassificationStep.to_device
+
+    def noted(self: ClassificationStep, batch: Any, device: Any) -> Any:
+        rows.append(len(batch.indices))
+        return to_device(self, batch, device)
+
+    monkeypatch.setattr(ClassificationStep, "to_device", noted)
+    settings = FinetuningBenchmarkSettings("bort_1_2_16_16", batch_size, length=8, vocab_size=100)
+    step = our_step(settings, str(tmp_path))
+    for _ in range(3):
+        step()
+    assert set(rows) == {batch_size}
 
 
 def test_parts_of_benchmarks_are_no_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
