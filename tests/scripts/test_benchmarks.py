@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bort.errors import UserError
 from data.shards import open_shards
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -85,6 +86,16 @@ def test_every_step_of_fine_tuning_that_is_measured_is_a_full_one(
     for _ in range(3):
         step()
     assert set(rows) == {batch_size}
+
+
+def test_a_process_that_ends_instead_of_making_a_step_is_named() -> None:
+    from benchmarks._peers import step_apart
+
+    command = [sys.executable, "-c", "print(float(input() or 2), flush=True)"]
+    with step_apart(command, threads=1) as step:
+        assert step() == 2
+        with pytest.raises(UserError, match="has ended instead of making a step"):
+            step()
 
 
 def test_parts_of_benchmarks_are_no_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
