@@ -13,7 +13,7 @@ from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped
 from bort.inference.base import (
     BATCH_SIZE,
     Input,
@@ -322,8 +322,7 @@ def _task(path: str, model_config: ModelConfig, name: Optional[str]) -> Optional
         raise UserError(str(error).replace("--task_name", "--task")) from None
     if model_config.task not in (task.name, task.model_task or task.name):
         raise UserError(
-            f"--task {task.name}: {path} is a model of "
-            f"{quoted(model_config.task)[1:-1] or 'no task'}"
+            f"--task {task.name}: {path} is a model of {escaped(model_config.task) or 'no task'}"
         )
     check_inputs_version(task, model_config.inputs_version, path)
     return task

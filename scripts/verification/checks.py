@@ -17,7 +17,7 @@ from typing import Any, Callable, NamedTuple, TypeVar
 import numpy as np
 
 from bort import checkpoint
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped
 from bort.files import open_regular, read_json
 from bort.sums import listed
 from bort.types import JSONObject
@@ -269,7 +269,7 @@ def check_answers(path: Path) -> None:
             if not np.isfinite(np.asarray(scores, float)).all():
                 raise BadRowError("has scores that are not finite")
         except (BadRowError, TypeError, ValueError) as problem:
-            raise UserError(f"{line.where}: {quoted(str(problem))[1:-1]}") from None
+            raise UserError(f"{line.where}: {escaped(str(problem))}") from None
 
 
 def check_sweep(folder: Path) -> Found:
