@@ -66,7 +66,6 @@ _NPY_HEADER = re.compile(
 )
 # Tokens whose ids are checked at once, which bounds memory.
 _CHECKED_AT_ONCE = 1 << 22
-# A file that changed so recently may change again within the resolution of its times.
 _MAKE_AGAIN = "delete it and run create_pretraining_data.py again: it makes missing shards"
 
 # input_ids, masked_positions and masked_ids of one sequence.
