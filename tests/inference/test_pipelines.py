@@ -498,6 +498,12 @@ def test_indices_and_labels_of_official_rows_are_ignored(tmp_path, tokenizer):
     assert_same(predict(str(race), [{**article, "answers": ["?"], "id": 3}]), expected)
 
 
+def test_keys_that_are_no_texts_are_ignored(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer)
+    row: dict[Any, Any] = {0: "a", None: 1, "text": "a fine film"}  # as pandas may make it
+    assert [*predict(tmp_path, [row])] == [*predict(tmp_path, ["a fine film"])]
+
+
 def test_official_files_without_a_header(tmp_path, tokenizer, capfdbinary):
     model, task = saved(tmp_path, tokenizer, "CoLA"), get_task("CoLA")
     path = str(task.find(DATA, "dev"))
