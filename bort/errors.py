@@ -47,10 +47,18 @@ def quoted(value: object, characters: int = QUOTED_CHARACTERS) -> str:
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
 
 
+def escaped(text: str, characters: int = QUOTED_CHARACTERS) -> str:
+    """Return a text as `quoted` does, without the quotation marks."""
+    shown = repr(text)[1:-1]
+    if len(shown) <= characters:
+        return shown
+    return f"{shown[:characters]}... ({len(shown)} characters)"
+
+
 def reasons(error: BaseException) -> list[str]:
     """Return the lines of an exception's message, shortened; its class where it has no message."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return [quoted(line)[1:-1] for line in lines if line] or [type(error).__name__]
+    return [escaped(line) for line in lines if line] or [type(error).__name__]
 
 
 def shortened(text: str) -> str:

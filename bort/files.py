@@ -18,7 +18,7 @@ import sys
 import time
 from typing import IO, Any, Iterator, TypeVar
 
-from bort.errors import UserError, quoted, reasons
+from bort.errors import UserError, escaped, quoted, reasons
 
 Value = TypeVar("Value")
 
@@ -480,7 +480,7 @@ def read_json(path: str, verify: bool = True) -> Any:
     except RecursionError:
         raise UserError(f"{path}: is not JSON that can be read (nested too deeply)") from None
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({quoted(str(error))[1:-1]})") from None
+        raise UserError(f"{path}: is not JSON ({escaped(str(error))})") from None
     return _without_sum(content, path, verify)
 
 
@@ -515,7 +515,7 @@ def read_json_as(path: str, expected: type[Value]) -> Value:
     try:
         return msgspec.convert(content, expected)
     except msgspec.ValidationError as error:
-        raise UserError(f"{path}: {quoted(str(error))[1:-1]}") from None
+        raise UserError(f"{path}: {escaped(str(error))}") from None
 
 
 def decode_json(content: bytes, expected: Any, where: str) -> Any:
@@ -528,11 +528,11 @@ def decode_json(content: bytes, expected: Any, where: str) -> Any:
     try:
         return msgspec.json.decode(content, type=expected)
     except msgspec.ValidationError as error:
-        raise UserError(f"{where}: {quoted(str(error))[1:-1]}") from None
+        raise UserError(f"{where}: {escaped(str(error))}") from None
     except RecursionError:
         raise UserError(f"{where}: is not JSON that can be read (nested too deeply)") from None
     except (msgspec.DecodeError, ValueError) as error:
-        raise UserError(f"{where}: is not JSON ({quoted(str(error))[1:-1]})") from None
+        raise UserError(f"{where}: is not JSON ({escaped(str(error))})") from None
 
 
 def read_yaml(path: str) -> Any:
@@ -557,7 +557,7 @@ def read_yaml(path: str) -> Any:
     except RecursionError:
         raise UserError(f"{path}: is not YAML that can be read (nested too deeply)") from None
     except (yaml.YAMLError, ValueError) as error:
-        reason = quoted(" ".join(str(error).split()))[1:-1]
+        reason = escaped(" ".join(str(error).split()))
         raise UserError(f"{path}: is not YAML ({reason})") from None
 
 

@@ -9,7 +9,7 @@ import sys
 import zlib
 from typing import Any, Callable, Iterator
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped, quoted
 from bort.files import atomic_write, lines_of
 from bort.types import JSONMapping
 
@@ -127,7 +127,7 @@ def _decoded(line: bytes, is_record: Callable[[Any], bool]) -> Any:
         record = record_of(line)
         valid = is_record(record)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(quoted(f"{type(error).__name__}: {error}")[1:-1]) from None
+        raise ValueError(escaped(f"{type(error).__name__}: {error}")) from None
     if not valid:
         raise ValueError(f"unexpected content {quoted(record)}")
     return record

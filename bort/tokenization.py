@@ -497,11 +497,13 @@ def read_merges(path: str) -> list[str]:
 def read_lines(path: str) -> list[str]:
     """Return the lines of a text, the last one empty if the text ends with a line feed.
 
+    A byte order mark, which editors on Windows write, is not part of the first one.
+
     Raises `UserError` when it cannot be read.
     """
     try:
         with open_regular(path, WHOLE_BYTES) as handle:
-            return io.TextIOWrapper(handle, "utf-8").read().split("\n")
+            return io.TextIOWrapper(handle, "utf-8-sig").read().split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

@@ -217,6 +217,18 @@ def read_documents(source: TextSource) -> Iterator[bytes]:
     return (document for _, document in documents_from(source))
 
 
+def read_scanned(source: TextSource, file: TextFile) -> Iterator[bytes]:
+    """Yield the documents of a file that `scan` has read.
+
+    Raises `UserError` at its end when it is another text than it was then.
+    """
+    digest = hashlib.sha256()
+    for _, document in _documents(source, digest.update):
+        yield document
+    if digest.hexdigest() != file.sha256:
+        raise UserError(f"{source.shown}: changed while it was read; run the same command again")
+
+
 def documents_from(source: TextSource, start: int = 0) -> Iterator[tuple[int, bytes]]:
     """Yield the documents of a file from one of them on, each with its start.
 

@@ -29,7 +29,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, Callable, Iterator, Optional, Sequence
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped, quoted
 from bort.files import lock_folder, sha256_of, write_json
 from bort.sums import write_sums
 from data.rows import Line, collect, decode, read_lines
@@ -310,7 +310,7 @@ def _fetch(url: str, part: Path) -> None:
             part.unlink()  # longer than the server's file
             problem = "its size has changed"
         except _BROKEN as error:
-            problem = quoted(str(getattr(error, "reason", error) or type(error).__name__))[1:-1]
+            problem = escaped(str(getattr(error, "reason", error) or type(error).__name__))
         else:
             size = part.stat().st_size if part.exists() else 0
             if total is None or size == total:
@@ -323,7 +323,7 @@ def _refusal(error: urllib.error.HTTPError) -> str:
     """Return what a server answers; of a redirect not its target, which may contain a secret."""
     if 300 <= error.code < 400:
         return f"redirects ({error.code}) to what is not https or no file"
-    return f"the server answers {error.code} {quoted(error.reason)[1:-1]}"
+    return f"the server answers {error.code} {escaped(error.reason)}"
 
 
 def _continue(url: str, part: Path) -> Optional[int]:
@@ -401,7 +401,7 @@ def unpack(archive: Path, names: Sequence[str], folder: Path) -> None:
             for name in names:
                 _extract(opened, _find_member(opened, name), folder / name)
     except _DAMAGED as error:
-        raise UserError(f"{archive}: is damaged ({quoted(str(error))[1:-1]})") from None
+        raise UserError(f"{archive}: is damaged ({escaped(str(error))})") from None
     except OSError as error:
         if error.errno != errno.EINVAL:  # else: the archive names an offset before its start
             raise

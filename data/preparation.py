@@ -34,7 +34,7 @@ from bort.tokenization import (
     load_tokenizer,
     save_tokenizer,
 )
-from data.corpus import TextFile, open_sources, read_documents, scan
+from data.corpus import TextFile, open_sources, read_scanned, scan
 from data.masking import (
     SENTENCE_PAIRS,
     MaskedSequences,
@@ -404,6 +404,8 @@ def read_blocks(
 
     Shard i begins with the first document that starts in part i of `num_outputs` equal parts of
     the text, or earlier when the remaining documents are no more than the shards: none is empty.
+
+    Raises `UserError` for a file that has changed since it was measured.
     """
     documents = _documents_of_shards(sources, files, num_outputs)
     for shard, group in itertools.groupby(documents, key=lambda document: document.shard):
@@ -441,7 +443,7 @@ def _documents_of_shards(
     left = sum(file.documents for file in files)
     number = position = shard = 0
     for source, file in zip(sources, files):
-        for text, size in sized(read_documents(source), file.documents, file.bytes):
+        for text, size in sized(read_scanned(source, file), file.documents, file.bytes):
             is_next_part = position * num_outputs >= (shard + 1) * total
             shard += number > 0 and (is_next_part or left <= num_outputs - shard - 1)
             yield _Document(shard, number, text, size)

@@ -10,7 +10,7 @@ import re
 from contextlib import contextmanager
 from typing import IO, Any, Iterator
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 _GLOB = re.compile(r"[*?[]")
@@ -87,5 +87,5 @@ def remote_errors(path: str, name: str = "") -> Iterator[None]:
     except Exception as error:
         if not is_remote(path):
             raise
-        reason = quoted(f"{type(error).__name__}: {' '.join(str(error).split())}")[1:-1]
+        reason = escaped(f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise UserError(f"{name or path}: cannot be read ({reason})") from None

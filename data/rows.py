@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Protocol, TypeVar
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped, quoted
 from bort.files import WHOLE_BYTES, open_regular
 from bort.types import JSONMapping, JSONObject
 
@@ -104,7 +104,7 @@ def submission_object(line: Line) -> JSONObject:
 def require_keys(row: JSONMapping, *keys: str) -> None:
     """Raise `BadRowError` unless a row of a leaderboard's file has exactly these keys."""
     if set(row) != set(keys):
-        found = quoted(", ".join(row))[1:-1]
+        found = escaped(", ".join(row))
         raise BadRowError(f"has the keys {found} instead of {', '.join(keys)}")
 
 
@@ -123,7 +123,7 @@ def parse_object(content: bytes) -> JSONObject:
     except RecursionError:
         raise BadRowError("is not JSON that can be read (nested too deeply)") from None
     except ValueError as error:
-        raise BadRowError(f"is not JSON ({quoted(str(error))[1:-1]})") from None
+        raise BadRowError(f"is not JSON ({escaped(str(error))})") from None
     if not isinstance(row, dict):
         raise BadRowError("is not a JSON object")
     return row

@@ -31,7 +31,7 @@ from typing import Any, Iterator, Optional
 
 import numpy as np
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped, quoted
 from bort.files import (
     allow_open_files,
     atomic_path,
@@ -428,7 +428,7 @@ class Shard:
                 raise UserError(
                     f"{path}: is a Git LFS pointer, not the shard; fetch it with git lfs pull"
                 ) from None
-            reason = quoted(str(error))[1:-1] or type(error).__name__
+            reason = escaped(str(error)) or type(error).__name__
             raise UserError(
                 f"{path}: cannot be read as a shard ({reason}); {_MAKE_AGAIN}"
             ) from None

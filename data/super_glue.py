@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Seque
 
 import numpy as np
 
-from bort.errors import quoted
+from bort.errors import escaped, quoted
 from bort.types import JSONMapping, JSONObject, TaskKind
 from data import metrics
 from data.glue import BINARY, ENTAILMENT
@@ -132,7 +132,7 @@ def _class_index(value: Any, known: Sequence[Any]) -> int:
     texts = [json.dumps(label) for label in known]
     text = json.dumps(value)
     if text not in texts:
-        raise BadRowError(f"label {quoted(text)[1:-1]} is not one of {', '.join(texts)}")
+        raise BadRowError(f"label {escaped(text)} is not one of {', '.join(texts)}")
     return texts.index(text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped
 from data.glue import GLUE_TASKS
 from data.race import RACE_TASKS, Race
 from data.super_glue import SUPER_GLUE_TASKS
@@ -29,7 +29,7 @@ def get_task(name: str, *, race_cast: str = "choices") -> Task:
     for cls in _CLASSES:
         if _plain(name) in map(_plain, (cls.name, *cls.aliases)):
             return cls(race_cast) if issubclass(cls, Race) else cls()
-    shown = quoted(name)[1:-1]
+    shown = escaped(name)
     raise UserError(f"--task_name {shown}: unknown; the tasks are {', '.join(task_names())}")
 
 

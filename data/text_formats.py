@@ -15,7 +15,7 @@ import zlib
 from functools import partial
 from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped, quoted
 from bort.files import is_lfs_pointer, open_regular
 from bort.types import JSONObject
 from data.remote import is_remote, open_remote, remote_errors, remote_size
@@ -316,8 +316,7 @@ def _text_of_row(line: bytes, text_field: str, where: str) -> str:
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{where}: is not JSON ({quoted(str(error))[1:-1]}); JSON lines hold one object per "
-            "line"
+            f"{where}: is not JSON ({escaped(str(error))}); JSON lines hold one object per line"
         ) from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: is {quoted(row, 40)}, expected an object with {text_field!r}")
@@ -332,7 +331,7 @@ def _text_of_row(line: bytes, text_field: str, where: str) -> str:
 
 
 def _other_fields(names: Iterable[str]) -> str:
-    return f"name the one that holds the text by --text_field: {quoted(', '.join(names))[1:-1]}"
+    return f"name the one that holds the text by --text_field: {escaped(', '.join(names))}"
 
 
 # ---- parquet -------------------------------------------------------------------------------------
@@ -373,7 +372,7 @@ def parquet_texts(source: TextSource, start: int = 0) -> Iterator[tuple[int, str
                         yield row, text or ""
                     row += 1
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = quoted(str(error).split("\n", 1)[0])[1:-1]
+        reason = escaped(str(error).split("\n", 1)[0])
         raise UserError(
             f"{source.shown}: damaged, or not a parquet file ({reason}); get it again"
         ) from None

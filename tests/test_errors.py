@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import pytest
 
 from bort.config import option, parse
-from bort.errors import Stopped, UserError, entry_point, quoted, reasons
+from bort.errors import Stopped, UserError, entry_point, escaped, quoted, reasons
 from tests.conftest import ROOT
 
 
@@ -238,6 +238,7 @@ def test_closed_streams_change_nothing():
 
 def test_long_values_are_shortened():
     assert quoted("a" * 500) == "'" + "a" * 199 + "... (502 characters)"
+    assert escaped("a" * 500) == "a" * 200 + "... (500 characters)"
     assert quoted(1) == "1"
 
 
@@ -284,7 +285,7 @@ def test_a_message_repeats_no_long_value_of_a_flag(capsys: pytest.CaptureFixture
         ("", ["ValueError"]),  # as ONNX Runtime's may be
         (" \n\t\n", ["ValueError"]),
         ("\nCheck failed:\n  wrong rank\n", ["Check failed:", "wrong rank"]),
-        ("x" * 500, [f"'{'x' * 199}... (502 characters)"[1:-1]]),
+        ("x" * 500, [f"{'x' * 200}... (500 characters)"]),
     ],
 )
 def test_an_exception_without_a_message_gives_its_class(message: str, lines: list[str]) -> None:

@@ -584,9 +584,10 @@ def test_invalid_merges_are_refused(files, tmp_path, content, says):
 
 def test_merges_may_lack_the_first_line_and_the_last_newline(files, tmp_path, bpe, merges):
     path = tmp_path / "m.txt"
-    path.write_bytes("\r\n".join(merges).encode())
     settings = TokenizerSettings(vocab_file=str(files["vocab.json"]), bpe_ranks=str(path))
-    assert load_tokenizer(settings).fingerprint == bpe.fingerprint
+    for mark in ("", "\ufeff", "\ufeff#version: 0.2\r\n"):
+        path.write_bytes((mark + "\r\n".join(merges)).encode())
+        assert load_tokenizer(settings).fingerprint == bpe.fingerprint
 
 
 @pytest.mark.parametrize("content", [b"", b"text", Path(SAMPLE_MODEL).read_bytes()[:5000]])

@@ -50,6 +50,12 @@ def test_ids_known_by_hand(tokenizer):
     assert not starts["##ing"]
 
 
+def test_a_vocabulary_may_begin_with_a_byte_order_mark(tmp_path, tokenizer):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes("\ufeff".encode() + "\r\n".join(VOCABULARY).encode())
+    assert read_wordpiece(str(path)).fingerprint == tokenizer.fingerprint
+
+
 def test_special_tokens_in_a_text_are_plain_text(tokenizer):
     ids = tokenizer.encode("[MASK] [CLS][SEP]the[PAD] [UNK]")
     assert not set(ids.tolist()) & {0, 2, 3, 4}

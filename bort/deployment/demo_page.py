@@ -30,6 +30,7 @@ from bort.files import new_folder, read_json, write_json
 from bort.huggingface.folder import write_description
 from bort.huggingface.tokenizer import JSON
 from bort.inference.classification import num_texts
+from bort.inference.masked_lm import readable_text
 from bort.parameters import check_finite, parameter_file
 from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, load_model
 from bort.sums import write_sums
@@ -176,7 +177,6 @@ def _range(model_config: ModelConfig) -> tuple[Optional[float], Optional[float]]
 
 
 def _unreadable(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return {id: spelling} of tokens that are shown by it: blanks and parts of characters."""
-    texts = {index: tokenizer.decode([index]).strip() for index in range(tokenizer.vocab_size)}
-    unreadable = [index for index, text in texts.items() if not text or "\ufffd" in text]
+    """Return {id: spelling} of the tokens that are shown by it."""
+    unreadable = [i for i in range(tokenizer.vocab_size) if readable_text(tokenizer, i) is None]
     return {str(index): tokenizer.tokens([index])[0] for index in unreadable}

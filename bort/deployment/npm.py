@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 from typing import Mapping, NamedTuple, Optional
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped
 from bort.files import atomic_write
 
 _SECONDS = 900  # for a download of 35 MB
@@ -113,7 +113,7 @@ def download(folder: str) -> None:
 
 def _reason(stderr: str) -> str:
     lines = [line for line in stderr.splitlines() if line.strip()]
-    return quoted(lines[0])[1:-1] if lines else "no reason given"
+    return escaped(lines[0]) if lines else "no reason given"
 
 
 def unpack(path: str, package: Package, folder: str) -> None:

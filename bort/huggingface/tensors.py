@@ -11,7 +11,7 @@ from typing import Mapping
 
 import numpy as np
 
-from bort.errors import UserError, quoted, reasons
+from bort.errors import UserError, escaped, quoted, reasons
 from bort.files import MODEL_BYTES, open_regular, read_json_as
 from bort.types import JSONMapping
 
@@ -87,7 +87,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
         with open_regular(path, MODEL_BYTES) as file:
             tensors = deserialize(file.read())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{name}: cannot be read ({quoted(str(error))[1:-1]})") from None
+        raise UserError(f"{name}: cannot be read ({escaped(str(error))})") from None
     return {key: _array(f"{name}: {quoted(key)}", tensor) for key, tensor in tensors}
 
 

@@ -13,7 +13,7 @@ from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped
 from bort.inference.base import (
     BATCH_SIZE,
     Input,
@@ -239,7 +239,9 @@ def _own_texts(row: Mapping[str, object], columns: Sequence[str]) -> list[str]:
     texts = [require_field(row, column, str) for column in columns]
     while len(columns) > 1 and f"text{len(texts) + 1}" in row:
         texts.append(require_field(row, f"text{len(texts) + 1}", str))
-    numbers = [int(name[4:]) for name in row if re.fullmatch("text[1-9][0-9]{0,5}", name)]
+    # A dictionary from pandas may have keys that are no texts: they are ignored as others are.
+    names = (name for name in row if isinstance(name, str))
+    numbers = [int(name[4:]) for name in names if re.fullmatch("text[1-9][0-9]{0,5}", name)]
     if len(columns) > 1 and max(numbers) > len(texts):
         raise BadRowError(f"has 'text{max(numbers)}' but no 'text{len(texts) + 1}'")
     return texts
@@ -322,8 +324,7 @@ def _task(path: str, model_config: ModelConfig, name: Optional[str]) -> Optional
         raise UserError(str(error).replace("--task_name", "--task")) from None
     if model_config.task not in (task.name, task.model_task or task.name):
         raise UserError(
-            f"--task {task.name}: {path} is a model of "
-            f"{quoted(model_config.task)[1:-1] or 'no task'}"
+            f"--task {task.name}: {path} is a model of {escaped(model_config.task) or 'no task'}"
         )
     check_inputs_version(task, model_config.inputs_version, path)
     return task

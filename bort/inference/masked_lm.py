@@ -5,8 +5,9 @@ A mask is spelled as in the vocabulary: `<mask>`, or `[MASK]` in BERT's.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -36,6 +37,8 @@ from data.rows import BadRowError, require_field
 TOP_K = 5
 # Masks projected onto the vocabulary at once: 51 MB of logits with 50,265 tokens.
 MASKS_AT_ONCE = 256
+# Control characters, which a terminal would obey, and what a part of a character becomes.
+_UNREADABLE = re.compile("[\x00-\x1f\x7f-\x9f\ufffd]")
 
 
 class MaskPrediction(NamedTuple):
@@ -97,21 +100,25 @@ class FillMaskPipeline:
     def _top_words(self, probabilities: np.ndarray) -> tuple[MaskPrediction, ...]:
         """Return the most probable words of probabilities [vocabulary]; no special tokens.
 
-        Training never masks a special token.
+        Training never masks a special token. A very small vocabulary has fewer words.
         """
-        probabilities[self.tokenizer.special_ids] = -1
-        best = np.argpartition(-probabilities, TOP_K)[:TOP_K]
+        special = self.tokenizer.special_ids
+        probabilities[special] = -1
+        count = min(TOP_K, len(probabilities) - len(special))
+        best = np.argpartition(-probabilities, count)[:count]
         best = best[np.argsort(-probabilities[best], kind="stable")]
         words = []
         for index in best.tolist():
             token = self.tokenizer.tokens([index])[0]
-            text = self.tokenizer.decode([index]).strip()
-            # The token itself for blanks and for a part of a character.
-            readable = text and "\ufffd" not in text
-            words.append(
-                MaskPrediction(text if readable else token, token, float(probabilities[index]))
-            )
+            text = readable_text(self.tokenizer, index) or token
+            words.append(MaskPrediction(text, token, float(probabilities[index])))
         return tuple(words)
+
+
+def readable_text(tokenizer: Tokenizer, index: int) -> Optional[str]:
+    """Return the text of a token; None if it is blank, a control or a part of a character."""
+    text = tokenizer.decode([index]).strip()
+    return None if not text or _UNREADABLE.search(text) else text
 
 
 def mask_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:

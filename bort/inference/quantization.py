@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import contextmanager
-from typing import Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,8 @@ from data.tasks import check_inputs_version, get_task
 
 NUM_BUCKETS = 10
 CALIBRATION_BATCH = 16
+# Less than any error of int8, and enough for MXNet to see that it is negative.
+_NEGATIVE = -1e-6
 
 
 class Check(NamedTuple):
@@ -70,9 +72,34 @@ def quantize_in_mxnet(network: Block, ids: np.ndarray, valid_length: np.ndarray)
     with tempfile.TemporaryDirectory() as folder:
         # MXNet quantizes only blocks that were exported and imported.
         exported = os.path.join(folder, "network")
-        with mxnet_writes(exported):
+        with mxnet_writes(exported), _negative_biases(network):
             _hybridize(network).export(exported)
         return _hybridize(_calibrate(load_symbol_block(exported), ids, valid_length))
+
+
+@contextmanager
+def _negative_biases(network: Block) -> Iterator[None]:
+    """Let each attention have a negative value in its biases, of which one may be all zero.
+
+    They are joined in the graph. What has no negative value there MXNet makes uint8, a type that
+    the layer of the products does not take for a bias. That of the keys changes nothing: it adds
+    the same to the scores of all keys.
+    """
+    changed: list[tuple[Any, Any]] = []
+    for layer in network.bort.encoder.transformer_cells:
+        cell = layer.attention_cell
+        biases = (cell.query_bias, cell.key_bias, cell.value_bias)
+        if min(float(bias.data().asnumpy().min()) for bias in biases) > _NEGATIVE:
+            before = cell.key_bias.data().copy()
+            changed.append((cell.key_bias, before))
+            after = before.copy()
+            after[0] = _NEGATIVE
+            cell.key_bias.set_data(after)
+    try:
+        yield
+    finally:
+        for bias, before in changed:
+            bias.set_data(before)
 
 
 def _calibrate(exported: Block, ids: np.ndarray, valid_length: np.ndarray) -> Block:

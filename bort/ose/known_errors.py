@@ -9,7 +9,7 @@ from typing import Mapping, Optional, Sequence
 
 import numpy as np
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped, quoted
 from bort.files import WHOLE_BYTES, open_regular
 from bort.ose.bert_family import synthetic_error
 from bort.ose.candidates import SurrogateError
@@ -55,7 +55,7 @@ def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], S
                         "--space that contains it"
                     )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{source}: cannot be read ({quoted(str(error))[1:-1]})") from None
+        raise UserError(f"{source}: cannot be read ({escaped(str(error))})") from None
     if not measured:
         raise UserError(f"{source}: contains no errors; give a row for each architecture")
     return list(measured), MeanError(measured)

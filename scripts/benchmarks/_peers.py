@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 from unittest import mock
 
+from bort.errors import UserError
 from bort.mxnet_setup import cpu_threads
 from bort.shapes import shape_of
 
@@ -24,6 +25,7 @@ def step_apart(command: Sequence[str], threads: int) -> Iterator[Callable[[], fl
     """Start a process on so many threads; yield a function that times a step of it.
 
     It rests between its steps: it takes one when it reads a line and answers with the seconds.
+    The function raises `UserError` when the process has ended.
     """
     process = subprocess.Popen(
         command,
@@ -37,14 +39,26 @@ def step_apart(command: Sequence[str], threads: int) -> Iterator[Callable[[], fl
     stdin, stdout = process.stdin, process.stdout
 
     def step() -> float:
-        stdin.write("\n")
-        stdin.flush()
-        return float(stdout.readline())
+        with contextlib.suppress(BrokenPipeError):  # there will be no answer
+            stdin.write("\n")
+            stdin.flush()
+        answer = stdout.readline()
+        if not answer:
+            raise UserError(f"{command[0]}: has ended instead of making a step; it says why above")
+        return float(answer)
 
     try:
         yield step
     finally:
         process.communicate()
+
+
+def whole_batches(rows: int, batch_size: int) -> int:
+    """Return the smallest multiple of a batch that is at least `rows`.
+
+    With another number our smaller step at the end of each epoch would be compared with full ones.
+    """
+    return -(-rows // batch_size) * batch_size
 
 
 def pytorch_command(python: str, kind: str, dtype: str, settings: Any, *flags: str) -> list[str]:

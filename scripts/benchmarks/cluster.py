@@ -75,7 +75,8 @@ def _write_text(folder: str, path: str, megabytes: int) -> int:
         raise UserError(f"--input_file {path}: is empty")
     os.mkdir(os.path.join(folder, "text"))
     for number in range(-(-left // len(text))):
-        piece = text[: left - number * len(text)]
+        # Without the part of a character that is cut in two.
+        piece = text[: left - number * len(text)].decode(errors="ignore").encode()
         Path(folder, "text", f"{number:04d}.txt").write_bytes(piece)
     return left
 

@@ -27,10 +27,10 @@ import numpy as np
 from bort.config import option, parse, required
 from bort.mxnet_setup import usable_cores
 from bort.tokenization import RELEASED_DATASET, TokenizerSettings, load_tokenizer
-from data.corpus import find_inputs
+from data.corpus import open_sources, read_documents, scan
 from data.masking import MaskingSettings, SequenceSettings
 from data.preparation import CorpusSettings, InstanceMaker, InstanceSettings, make_shards
-from data.text_formats import read_pieces
+from data.text_formats import TextSource
 
 _MAX_TOKENS = 510
 _SHORT_SEQ_PROB = 0.1
@@ -55,15 +55,14 @@ class DataBenchmarkSettings:
 def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
     """Measure, print two tables, return {name: median seconds}."""
     (settings,) = parse(str(__doc__), argv, DataBenchmarkSettings)
-    paths = find_inputs(settings.input_file)
     # GluonNLP's own message about a missing vocabulary is a page long.
     load_tokenizer(TokenizerSettings(dataset_name=settings.dataset_name))
-    with tempfile.TemporaryDirectory() as folder:
+    with open_sources(settings.input_file) as sources, tempfile.TemporaryDirectory() as folder:
         text, shards = os.path.join(folder, "text.txt"), os.path.join(folder, "shards")
         medians = {}
         # First, because GluonNLP imports MXNet, after which workers start more slowly.
         if usable_cores() > 1:
-            write_text(paths, settings.parallel_megabytes * 1_000_000, text)
+            write_text(sources, settings.parallel_megabytes * 1_000_000, text)
             contenders: dict[str, Contender] = {
                 f"ours, {count} process{'es' * (count > 1)}": functools.partial(
                     ours, text, shards, settings.dataset_name, count
@@ -71,7 +70,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
                 for count in (1, 2)
             }
             medians.update(compare(text, contenders, settings.repeats, cores=2))
-        write_text(paths, sum(len(piece) for path in paths for piece in read_pieces(path)), text)
+        write_text(sources, sum(scan(source).bytes for source in sources), text)
         plain = os.path.join(folder, "plain.npz")
         contenders = {
             "plain GluonNLP, one core": lambda: plain_gluonnlp(text, plain, settings.dataset_name),
@@ -114,16 +113,20 @@ def restricted_to(count: int) -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def write_text(paths: Sequence[str], size: int, target: str) -> int:
-    """Write `size` bytes of the files' text to `target`, repeated if necessary; return the size."""
-    pieces = itertools.chain.from_iterable(
-        itertools.chain(read_pieces(path), [b"\n\n"]) for path in itertools.cycle(paths)
-    )
+def write_text(sources: Sequence[TextSource], size: int, target: str) -> int:
+    """Write `size` bytes of the files' documents to `target`, repeated if necessary.
+
+    They become plain text, whatever the format of the files. Returns the size; raises `UserError`
+    for a file that cannot be read or holds no text.
+    """
+    for source in sources:
+        scan(source)
+    documents = itertools.chain.from_iterable(map(read_documents, itertools.cycle(sources)))
     left = size
     with open(target, "wb") as file:
         while left > 0:
             # The part of a character that is cut in two is dropped.
-            piece = next(pieces)[:left].decode(errors="ignore").encode() or b" "
+            piece = (next(documents) + b"\n\n")[:left].decode(errors="ignore").encode() or b" "
             file.write(piece)
             left -= len(piece)
     return size

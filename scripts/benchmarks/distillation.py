@@ -32,6 +32,7 @@ from benchmarks._peers import (
     pytorch_command,
     step_apart,
     units_of,
+    whole_batches,
 )
 from benchmarks.workers import write_shards
 from bort import mxnet_setup
@@ -72,7 +73,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
             _answer_with_stock_steps(settings)
             return {}
         shards = os.path.join(folder, "shards")
-        write_shards(shards, 1, SEQUENCES, settings.length, settings.vocab_size)
+        sequences = whole_batches(SEQUENCES, settings.batch_size)
+        write_shards(shards, 1, sequences, settings.length, settings.vocab_size)
         medians: dict[str, float] = {}
         # One teacher after the other: memory does not hold all of them several times.
         for teacher in settings.teachers.split(","):
@@ -93,9 +95,10 @@ def _compare(
     if "float32" not in settings.dtypes.split(","):
         return medians
     live, cached = (medians[f"ours, {teacher} {kind}"] for kind in ("live", "cached"))
-    epoch = (live - cached) * SEQUENCES / settings.batch_size
+    sequences = whole_batches(SEQUENCES, settings.batch_size)
+    epoch = (live - cached) * sequences / settings.batch_size
     print(
-        f"{teacher}'s cache: {building / SEQUENCES:.2f} s to build and "
+        f"{teacher}'s cache: {building / sequences:.2f} s to build and "
         f"{(live - cached) / settings.batch_size:.2f} s saved in an epoch, for each sequence: "
         f"pays after {building / epoch:.1f} epochs\n"
     )

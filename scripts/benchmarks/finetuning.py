@@ -26,6 +26,7 @@ from benchmarks._peers import (
     pytorch_command,
     step_apart,
     units_of,
+    whole_batches,
 )
 from benchmarks.distillation import ENCODER_PARAMETERS
 from bort.config import option, parse
@@ -140,7 +141,8 @@ def our_step(
         settings.model, settings.vocab_size, "random", "classification", "SST-2", LABELS, 2
     )
     network = build_network(model_config, dropout=0.1)
-    examples = [Example(n, ((str(n),),), n % 2) for n in range(EXAMPLES)]
+    count = whole_batches(EXAMPLES, settings.batch_size)
+    examples = [Example(n, ((str(n),),), n % 2) for n in range(count)]
     data = TaskData(get_task("SST-2"), examples, {})
     classifier = prepared(Classifier(network, model_config, tokenizer), dtype, [mx.cpu()])
     optimizer = FinetuningOptimizerSettings(

@@ -121,6 +121,11 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[tuple[Way, str, Cell], fl
         found = measure_cell(cell, short, settings.rounds)
         medians |= {(*row, cell): one.seconds for row, one in found.items()}
         sizes |= {way: one.megabytes for (way, _), one in found.items()}
+    if not medians:
+        raise UserError(
+            f"--longest {settings.longest}: leaves everything out; give more seconds, or smaller "
+            "--batch_sizes and --lengths"
+        )
     print_table(medians, rows, cells, peaks, sizes)
     print_goals(medians, threads)
     if settings.plot:

@@ -14,8 +14,9 @@ from typing import Optional, Sequence
 
 from benchmarks.data import write_text
 from bort.config import counts_of, option, parse, required
+from bort.errors import UserError
 from bort.tokenization import RELEASED_DATASET
-from data.corpus import find_inputs
+from data.corpus import open_sources
 
 _PROGRAM = os.path.join(
     os.path.dirname(os.path.abspath(__file__)), "..", "..", "create_pretraining_data.py"
@@ -26,7 +27,9 @@ _PROGRAM = os.path.join(
 class MemoryBenchmarkSettings:
     """How peak memory is measured."""
 
-    input_file: str = required("text, repeated or cut to each size")
+    input_file: str = required(
+        "text, as for create_pretraining_data.py, repeated or cut to each size"
+    )
     megabytes: str = option("5,50,500", "sizes of text, separated by commas")
     dataset_name: str = option(RELEASED_DATASET, "vocabulary")
     num_outputs: int = option(1, "number of shards", minimum=1)
@@ -36,12 +39,14 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[int, float]:
     """Measure, print, return {MB of text: peak resident memory in MB}."""
     (settings,) = parse(str(__doc__), argv, MemoryBenchmarkSettings)
     peaks = {}
-    for size in counts_of("--megabytes", settings.megabytes):
-        with tempfile.TemporaryDirectory() as folder:
-            text = os.path.join(folder, "text.txt")
-            write_text(find_inputs(settings.input_file), size * 10**6, text)
-            peaks[size] = _peak_of_run(text, os.path.join(folder, "shards"), settings)
-        print(f"{size:8.0f} MB of text: peak resident memory {peaks[size]:6.0f} MB", flush=True)
+    sizes = counts_of("--megabytes", settings.megabytes)
+    with open_sources(settings.input_file) as sources:
+        for size in sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                text = os.path.join(folder, "text.txt")
+                write_text(sources, size * 10**6, text)
+                peaks[size] = _peak_of_run(text, os.path.join(folder, "shards"), settings)
+            print(f"{size:8.0f} MB of text: peak resident memory {peaks[size]:6.0f} MB", flush=True)
     return peaks
 
 
@@ -58,6 +63,6 @@ def _peak_of_run(text: str, shards: str, settings: MemoryBenchmarkSettings) -> f
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     # Not wait(): only this tells the memory of this one process.
     _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise subprocess.CalledProcessError(status, command)
+    if status:  # it has said why
+        raise UserError("create_pretraining_data.py failed")
     return usage.ru_maxrss * 1024 / 1e6

@@ -17,7 +17,7 @@ from typing import Any, Callable, NamedTuple, TypeVar
 import numpy as np
 
 from bort import checkpoint
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped
 from bort.files import open_regular, read_json
 from bort.sums import listed
 from bort.types import JSONObject
@@ -94,14 +94,21 @@ def check_model(path: Path) -> str:
     """Load a saved model with its tokenizer, and the exports beside it; returns what it is."""
     from bort.inference import runtime
     from bort.parameters import check_finite_arrays, read_arrays
-    from bort.saved_model import load_model, model_config_path
+    from bort.saved_model import (
+        MASKED_LM,
+        load_model,
+        model_config_path,
+        require_tokenizer,
+    )
 
     if not os.path.exists(model_config_path(str(path))):  # of export_params.py
         arrays = read_arrays(str(path))
         check_finite_arrays(str(path), arrays.items())
         return f"{len(arrays)} arrays"
-    network, model_config, _ = load_model(str(path))
+    network, model_config, tokenizer = load_model(str(path))
     runtime.check_finite(str(path), network)
+    if model_config.kind != MASKED_LM:  # pretraining on shards without one saves none
+        require_tokenizer(tokenizer, str(path))
     words = [model_config.task or model_config.kind, model_config.model]
     if os.path.exists(runtime.onnx_path(str(path))):
         check_onnx(Path(runtime.onnx_path(str(path))))
@@ -159,6 +166,20 @@ def check_onnx_folder(folder: Path) -> Found:
 def check_listed(folder: Path) -> Found:
     """Return how many files SHA256SUMS lists; their sums are compared in every folder."""
     return Found(True, f"{len(listed(str(folder)))} files")
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer of ours, be it a damaged one."""
+    from bort.tokenization import TOKENIZER_JSON
+    from bort.wordpiece import is_wordpiece_json
+
+    path = folder / TOKENIZER_JSON
+    with suppress(UserError):
+        names = ("tokenizer.model", "vocab.json")
+        return any(os.path.lexists(folder / name) for name in names) or (
+            os.path.lexists(path) and is_wordpiece_json(str(path))
+        )
+    return True
 
 
 def check_tokenizer(folder: Path) -> Found:
@@ -252,7 +273,7 @@ def check_answers(path: Path) -> None:
             if not np.isfinite(np.asarray(scores, float)).all():
                 raise BadRowError("has scores that are not finite")
         except (BadRowError, TypeError, ValueError) as problem:
-            raise UserError(f"{line.where}: {quoted(str(problem))[1:-1]}") from None
+            raise UserError(f"{line.where}: {escaped(str(problem))}") from None
 
 
 def check_sweep(folder: Path) -> Found:

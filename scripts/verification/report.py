@@ -92,7 +92,7 @@ KINDS: Sequence[Kind] = (
     Kind("saved model", _holds(r".*\.params"), checks.check_models),
     Kind("task data", _has("source.json"), checks.check_listed),
     Kind("submission", _is_submission, checks.check_submission_folder),
-    Kind("tokenizer", _has("tokenizer.model", "vocab.json"), checks.check_tokenizer),
+    Kind("tokenizer", checks.is_tokenizer, checks.check_tokenizer),
     Kind("files with sums", _has(SUMS), checks.check_listed),
 )  # fmt: skip
 # Folders that are checked with the one that holds them.

@@ -471,6 +471,28 @@ def test_several_files_in_order(tmp_path, tokenizer):
     assert texts == ["the first file", "the second file", "the third file"]
 
 
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.txt.gz"])
+@pytest.mark.parametrize("after", [2, 4, 8])
+def test_text_that_changes_between_the_two_readings_is_reported(
+    tmp_path, capsys, monkeypatch, name, after
+):
+    def write(*words):
+        rows = [f'{{"text": "{word}"}}\n' if "json" in name else f"{word}\n\n" for word in words]
+        with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+            file.writelines(rows)
+
+    def scan_and_change(*arguments):
+        found = scan(*arguments)
+        write(*["other"] * after)
+        return found
+
+    write(*["first"] * 4)
+    monkeypatch.setattr(preparation, "scan", scan_and_change)
+    said = complaint(capsys, tmp_path / "out", tmp_path / name, num_outputs=2)
+    assert f"{name}: changed while it was read; run the same command again" in said
+    assert not (tmp_path / "out" / MANIFEST_FILE).exists()
+
+
 def blocks_of(text, outputs):
     source = TextSource(str(text))
     return list(read_blocks([source], [scan(source)], outputs))

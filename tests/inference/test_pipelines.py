@@ -41,7 +41,7 @@ from data.encoding import ClassifierLoader, encode_examples
 from data.tasks import get_task
 from scripts import predict as program
 from tests import reference
-from tests.wordpieces import VOCABULARY
+from tests.wordpieces import SPECIAL, VOCABULARY
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "test_data"
@@ -498,6 +498,12 @@ def test_indices_and_labels_of_official_rows_are_ignored(tmp_path, tokenizer):
     assert_same(predict(str(race), [{**article, "answers": ["?"], "id": 3}]), expected)
 
 
+def test_keys_that_are_no_texts_are_ignored(tmp_path, tokenizer):
+    saved(tmp_path, tokenizer)
+    row: dict[Any, Any] = {0: "a", None: 1, "text": "a fine film"}  # as pandas may make it
+    assert [*predict(tmp_path, [row])] == [*predict(tmp_path, ["a fine film"])]
+
+
 def test_official_files_without_a_header(tmp_path, tokenizer, capfdbinary):
     model, task = saved(tmp_path, tokenizer, "CoLA"), get_task("CoLA")
     path = str(task.find(DATA, "dev"))
@@ -750,6 +756,24 @@ def test_masks_of_a_wordpiece_model(tmp_path):
     assert [word.token for word in words] == tokenizer.tokens(best)
     with pytest.raises(UserError, match=r"has no \[MASK\] where a word is missing"):
         list(fill_mask(str(tmp_path), ["The <mask>"]))
+
+
+def test_a_very_small_vocabulary_has_fewer_words(tmp_path):
+    for spelling in ([*SPECIAL, "a", "##a"], SPECIAL):
+        saved_masked_lm(tmp_path, WordPiece(spelling, Normalizer()))
+        (words,) = fill_mask(str(tmp_path), ["a [MASK]"])
+        assert sorted(word.token for word in words) == sorted(spelling[len(SPECIAL) :])
+        assert all(word.probability > 0 for word in words)
+
+
+def test_tokens_that_show_nothing_have_no_text(tokenizer):
+    def text_of(token: str) -> str | None:
+        (index,) = (i for i in range(tokenizer.vocab_size) if tokenizer.tokens([i]) == [token])
+        return masked_lm.readable_text(tokenizer, index)
+
+    assert text_of("\u2581was") == "was"
+    for token in ("<0x1B>", "<0x00>", "<0x7F>", "<0x0A>", "<0xE4>", "\u2581"):
+        assert text_of(token) is None
 
 
 def test_many_masks_are_projected_in_pieces(tmp_path, tokenizer, monkeypatch):

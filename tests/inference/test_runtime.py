@@ -580,6 +580,24 @@ def test_other_kinds_of_tasks(tmp_path, kind, task):
     assert min(check.cosine for check in checks) > 0.98
 
 
+@pytest.mark.parametrize("value", [0.0, 0.01])
+def test_biases_without_a_negative_value_become_int8(tmp_path, value):
+    """As of a network whose biases were never updated."""
+    path = save_classifier(tmp_path)
+    model = saved_model.load_model(str(path))
+    cells = [layer.attention_cell for layer in model.network.bort.encoder.transformer_cells]
+    for bias in (getattr(cells[1], f"{name}_bias") for name in ("query", "key", "value")):
+        bias.set_data(nd.full(bias.shape, value))
+    saved_model.save_model(str(path), *model)
+    checks = quantize([str(path), "--data_dir", str(ROOT / "test_data" / "glue")])
+    assert min(check.cosine for check in checks) > 0.98
+    work = Quantization(str(path), str(ROOT / "test_data" / "glue"))
+    before = {name: p.data().asnumpy() for name, p in work.network.collect_params().items()}
+    work.quantize(calibration_inputs=4, batch_size=4)
+    for name, parameter in work.network.collect_params().items():
+        np.testing.assert_array_equal(parameter.data().asnumpy(), before[name])
+
+
 def test_calibration_inputs_are_spread_over_the_set(tmp_path):
     work = Quantization(str(save_classifier(tmp_path)), str(ROOT / "test_data" / "glue"))
     encoded, examples = work.encode("train")

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bort.errors import UserError
 from data.shards import open_shards
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -64,6 +66,38 @@ def test_the_work_of_a_step_is_that_of_its_products() -> None:
     assert decoder_flops(8, vocab_size=50, positions=3) == 3 * 2 * 8 * (8 + 50)
 
 
+@pytest.mark.parametrize("batch_size", [8, 48, 128])
+def test_every_step_of_fine_tuning_that_is_measured_is_a_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    from benchmarks.finetuning import FinetuningBenchmarkSettings, our_step
+
+    from bort.finetuning.run import ClassificationStep
+
+    rows, to_device = [], ClassificationStep.to_device
+
+    def noted(self: ClassificationStep, batch: Any, device: Any) -> Any:
+        rows.append(len(batch.indices))
+        return to_device(self, batch, device)
+
+    monkeypatch.setattr(ClassificationStep, "to_device", noted)
+    settings = FinetuningBenchmarkSettings("bort_1_2_16_16", batch_size, length=8, vocab_size=100)
+    step = our_step(settings, str(tmp_path))
+    for _ in range(3):
+        step()
+    assert set(rows) == {batch_size}
+
+
+def test_a_process_that_ends_instead_of_making_a_step_is_named() -> None:
+    from benchmarks._peers import step_apart
+
+    command = [sys.executable, "-c", "print(float(input() or 2), flush=True)"]
+    with step_apart(command, threads=1) as step:
+        assert step() == 2
+        with pytest.raises(UserError, match="has ended instead of making a step"):
+            step()
+
+
 def test_parts_of_benchmarks_are_no_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmark import main
 
@@ -94,3 +128,25 @@ def test_memory_of_command_and_scheduler_does_not_grow_with_the_text() -> None:
     small, large = main([*flags, "--workers", "2"])
     for column in (-2, -1):  # peak MB of the command, of the scheduler
         assert 0 < float(large[column]) < float(small[column]) + 8
+
+
+def test_the_text_of_a_benchmark_is_plain_whatever_its_format(tmp_path: Path) -> None:
+    from benchmarks.data import write_text
+
+    from data.text_formats import TextSource
+
+    rows, target = tmp_path / "rows.jsonl", tmp_path / "text.txt"
+    rows.write_text('{"text": "One.\\nTwo."}\n{"text": "\\u00e9\\u00e9"}\n', encoding="utf-8")
+    write_text([TextSource(str(rows))], 18, str(target))
+    assert target.read_text(encoding="utf-8") == "One.\nTwo.\n\néé\n\nO"
+
+
+def test_the_text_for_a_cluster_is_cut_between_characters(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    from benchmarks.cluster import _write_text
+
+    text = tmp_path / "in.txt"
+    text.write_text(f"x{'é' * 300_000}y", encoding="utf-8")
+    _write_text(str(tmp_path), str(text), megabytes=1)
+    last = (tmp_path / "text" / "0001.txt").read_text(encoding="utf-8")
+    assert last == f"x{'é' * 199_998}"

@@ -133,6 +133,14 @@ def test_a_process_that_ends_before_it_answers_is_a_one_line_error(monkeypatch, 
         ask({})
 
 
+def test_a_limit_that_leaves_everything_out_is_named(monkeypatch, tmp_path):
+    rates = {"float32": 100.0, "bfloat16": 100.0, "int8": 100.0}
+    monkeypatch.setattr(inference, "_peaks_of", lambda threads: dict.fromkeys(threads, rates))
+    flags = ["--networks", "Bort", "--threads", "1", "--longest", "0"]
+    with pytest.raises(UserError, match=r"--longest 0\.0: leaves everything out"):
+        inference.main([*flags, "--plot", str(tmp_path / "latency.png")])
+
+
 def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(
     monkeypatch, tmp_path
 ):

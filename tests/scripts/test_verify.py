@@ -12,10 +12,12 @@ import pytest
 
 from bort.errors import UserError
 from bort.files import read_json, write_json
+from bort.wordpiece import read_wordpiece
 from scripts import verify
 from scripts.verification import checks
 from scripts.verification.report import verify as verify_folder
 from tests.fuzz import samples
+from tests.wordpieces import write_vocabulary
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
@@ -180,6 +182,23 @@ def test_a_missing_file_is_detected(intact, tmp_path, capsys, name, file):
     shutil.copytree(intact / name, copy, symlinks=True)
     next(copy.glob(file)).unlink()
     assert table(capsys, copy)[0] == 1
+
+
+def test_a_classifier_without_its_tokenizer_is_damaged(intact, tmp_path, capsys):
+    shutil.copytree(intact / "tuned/SST-2", tmp_path / "SST-2")
+    shutil.rmtree(tmp_path / "SST-2" / "tokenizer")
+    status, rows = table(capsys, tmp_path)
+    assert status == 1
+    assert "best.params: has no tokenizer/ beside it" in rows[str(tmp_path / "SST-2")][2]
+
+
+def test_a_wordpiece_alone_is_a_tokenizer(tmp_path):
+    read_wordpiece(write_vocabulary(tmp_path)).save(str(tmp_path / "tokenizer"))
+    (row,) = verify_folder(str(tmp_path / "tokenizer"))
+    assert (row.what, row.state) == ("tokenizer", "complete")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
+    (row,) = verify_folder(str(tmp_path / "tokenizer"))
+    assert (row.what, row.state) == ("tokenizer", "damaged")
 
 
 def test_what_is_not_finished_is_reported(intact, tmp_path, capsys):
