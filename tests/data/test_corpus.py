@@ -190,6 +190,20 @@ def test_folders_and_recursive_globs(tmp_path, monkeypatch):
     assert find_inputs(other_spellings) == ["tree/a.txt"]
 
 
+def test_links_are_followed_and_files_come_once(tmp_path, monkeypatch):
+    for name in ("text/own/a.txt", "elsewhere/below/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "text" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "text" / "own" / "loop").symlink_to("..")
+    (tmp_path / "text" / "same.txt").symlink_to("own/a.txt")
+    monkeypatch.chdir(tmp_path)
+    assert find_inputs("text") == ["text/linked/below/b.txt", "text/own/a.txt"]
+    assert find_inputs("text/same.txt,text") == ["text/same.txt", "text/linked/below/b.txt"]
+    (tmp_path / "text" / "own" / "loop").unlink()
+    assert find_inputs("text/**") == ["text/linked/below/b.txt", "text/own/a.txt"]
+
+
 def test_a_comma_in_a_name_is_escaped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a,b.txt", "c.txt", "d,e.txt"):
