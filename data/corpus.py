@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator
 
 from bort.errors import UserError
+from bort.files import walk
 from bort.tokenization import utf8_bytes
 from data.remote import is_remote, remote_files
 from data.text_formats import (
@@ -113,13 +114,8 @@ def _files_of(pattern: str) -> list[str]:
 
 def _files_below(folder: str) -> list[str]:
     found: list[str] = []
-    places: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if os.path.realpath(parent) in places:  # by a link, which may lead back
-            folders.clear()
-            continue
-        places.add(os.path.realpath(parent))
+    for parent, folders, names in walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if os.path.isfile(path))
 
