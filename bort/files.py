@@ -408,10 +408,15 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> IO[b
 def walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield a folder and those below it as `os.walk` does, in the order of their names.
 
-    Links to folders are followed; each folder comes once, whatever leads to it.
+    Links to folders are followed; each folder comes once, whatever leads to it. Raises `OSError`
+    for one that cannot be read, which `os.walk` leaves out.
     """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     places: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders.sort()
         place = os.path.realpath(parent)
         if place in places:  # by a link, which may lead back

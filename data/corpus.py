@@ -114,9 +114,15 @@ def _files_of(pattern: str) -> list[str]:
 
 def _files_below(folder: str) -> list[str]:
     found: list[str] = []
-    for parent, folders, names in walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    try:
+        for parent, folders, names in walk(folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    except OSError as error:
+        raise UserError(
+            f"--input_file {folder}: {error.filename} cannot be read ({error.strerror}); name the "
+            "folders beside it"
+        ) from None
     return sorted(path for path in found if os.path.isfile(path))
 
 

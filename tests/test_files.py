@@ -454,4 +454,5 @@ def test_files_below_links_are_found_once(tmp_path):
         str(tmp_path), str(tmp_path / "a"), str(tmp_path / "b"),
     ]  # fmt: skip
     assert files.files_named("metrics.json", tmp_path) == [str(tmp_path / "a" / "metrics.json")]
-    assert files.files_named("metrics.json", tmp_path / "missing") == []
+    with pytest.raises(FileNotFoundError):
+        files.files_named("metrics.json", tmp_path / "missing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import json
@@ -202,6 +203,21 @@ def test_links_are_followed_and_files_come_once(tmp_path, monkeypatch):
     assert find_inputs("text/same.txt,text") == ["text/same.txt", "text/linked/below/b.txt"]
     (tmp_path / "text" / "own" / "loop").unlink()
     assert find_inputs("text/**") == ["text/linked/below/b.txt", "text/own/a.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "text" / "closed").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").touch()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read every folder
+    with pytest.raises(UserError, match=r"text/closed cannot be read \(Permission denied\); name"):
+        find_inputs(str(tmp_path / "text"))
 
 
 def test_a_comma_in_a_name_is_escaped(tmp_path, monkeypatch):
