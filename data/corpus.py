@@ -123,7 +123,8 @@ def _files_below(folder: str) -> list[str]:
             f"--input_file {folder}: {error.filename} cannot be read ({error.strerror}); name the "
             "folders beside it"
         ) from None
-    return sorted(path for path in found if os.path.isfile(path))
+    # A link to nothing stays, to be named: its text would be missing.
+    return sorted(path for path in found if os.path.isfile(path) or not os.path.exists(path))
 
 
 def _require_utf8_name(path: str) -> None:

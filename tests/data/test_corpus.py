@@ -205,6 +205,17 @@ def test_links_are_followed_and_files_come_once(tmp_path, monkeypatch):
     assert find_inputs("text/**") == ["text/linked/below/b.txt", "text/own/a.txt"]
 
 
+@pytest.mark.parametrize("pattern", ["text", "text/*"])
+def test_a_link_to_nothing_is_named(tmp_path, monkeypatch, pattern):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").touch()
+    (tmp_path / "text" / "b.txt").symlink_to("missing")  # as git-annex leaves it
+    monkeypatch.chdir(tmp_path)
+    message = r"text/b\.txt: cannot be read \(No such file"
+    with pytest.raises(UserError, match=message), open_sources(pattern):
+        pass
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "text" / "closed").mkdir(parents=True)
     (tmp_path / "text" / "a.txt").touch()
