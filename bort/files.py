@@ -405,6 +405,37 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> IO[b
     raise OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
 
 
+def walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield a folder and those below it as `os.walk` does, in the order of their names.
+
+    Links to folders are followed; each folder comes once, whatever leads to it. Raises `OSError`
+    for one that cannot be read, which `os.walk` leaves out.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    places: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders.sort()
+        place = os.path.realpath(parent)
+        if place in places:  # by a link, which may lead back
+            folders.clear()
+            continue
+        places.add(place)
+        yield parent, folders, names
+
+
+def files_named(name: str, folder: str | os.PathLike[str]) -> list[str]:
+    """Return the files of a name in a folder and below it, links followed, each once."""
+    found: dict[str, str] = {}
+    for parent, _, names in walk(folder):
+        if name in names:
+            path = os.path.join(parent, name)
+            found.setdefault(os.path.realpath(path), path)
+    return sorted(found.values(), key=lambda path: path.split(os.sep))
+
+
 def allow_open_files() -> None:
     """Let this process have as many files open as the system allows it: a mapped one stays open.
 

@@ -45,6 +45,8 @@ def parameter_file(path: str) -> str:
             )
         if path.endswith((".safetensors", ".bin")):
             raise UserError(f"{path}: {_HUGGING_FACE}")
+        if path.endswith(".json"):
+            raise UserError(f"{path}: describes a model; give its .params file or their folder")
         return path
     found, *others = (
         sorted(glob.glob(os.path.join(glob.escape(path), pattern)))

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator
 
 from bort.errors import UserError
+from bort.files import walk
 from bort.tokenization import utf8_bytes
 from data.remote import is_remote, remote_files
 from data.text_formats import (
@@ -67,11 +68,11 @@ class TextFile:
 def find_inputs(patterns: str, is_output: Callable[[str], bool] = lambda path: False) -> list[str]:
     r"""Return the files that a comma-separated list of paths, globs and folders names, each once.
 
-    A file that is named in several ways, such as `a` and `./a`, has the first spelling.
+    A file that is named in several ways, such as `a`, `./a` and by a link, has the first spelling.
     `**` in a glob matches any number of folders; a folder stands for all files in it and below it,
-    except hidden ones; `\,` is a comma in a name; `-` is standard input. The order is that of the
-    list, sorted within a glob or a folder. Of globs and folders, files for which `is_output` holds
-    are left out: what an earlier run has made of the text.
+    except hidden ones. Links to folders are followed. `\,` is a comma in a name; `-` is standard
+    input. The order is that of the list, sorted within a glob or a folder. Of globs and folders,
+    files for which `is_output` holds are left out: what an earlier run has made of the text.
 
     Raises `UserError` for a part of the list that matches no file.
     """
@@ -96,7 +97,7 @@ def find_inputs(patterns: str, is_output: Callable[[str], bool] = lambda path: F
 
 
 def _one_spelling(path: str) -> str:
-    return path if path == STANDARD_INPUT or is_remote(path) else os.path.abspath(path)
+    return path if path == STANDARD_INPUT or is_remote(path) else os.path.realpath(path)
 
 
 def _files_of(pattern: str) -> list[str]:
@@ -112,11 +113,18 @@ def _files_of(pattern: str) -> list[str]:
 
 
 def _files_below(folder: str) -> list[str]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if os.path.isfile(path))
+    found: list[str] = []
+    try:
+        for parent, folders, names in walk(folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    except OSError as error:
+        raise UserError(
+            f"--input_file {folder}: {error.filename} cannot be read ({error.strerror}); name the "
+            "folders beside it"
+        ) from None
+    # A link to nothing stays, to be named: its text would be missing.
+    return sorted(path for path in found if os.path.isfile(path) or not os.path.exists(path))
 
 
 def _require_utf8_name(path: str) -> None:

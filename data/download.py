@@ -151,8 +151,8 @@ def download(
     on_request = []
     for name in expand(names):
         task = get_task(name)
-        missing = [split for split in task.splits if task.find(data_dir, split) is None]
-        if not missing:
+        found = [task.find(data_dir, split) for split in task.splits]
+        if all(path and path.exists() for path in found):  # no link to nothing
             say(f"{name}: in place")
         elif name in SOURCES:
             with lock_folder(str(data_dir / ".downloads"), "--data_dir"):

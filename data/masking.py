@@ -22,6 +22,7 @@ FULL_SENTENCES = "full_sentences"
 SENTENCE_PAIRS = "sentence_pairs"
 SHARE_MASK = 0.8
 SHARE_RANDOM = 0.1
+_SPACES = frozenset("▁Ġ")  # how SentencePiece and byte-level BPE spell a space alone
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,19 @@ class MaskingTable:
         self.maskable[tokenizer.special_ids] = False
         self.plain_ids = np.flatnonzero(self.maskable)
         self.starts_word = tokenizer.word_starts if whole_words else None
+
+
+def require_words(tokenizer: Tokenizer) -> None:
+    """Raise `UserError` for a vocabulary whose tokens do not say where words begin.
+
+    As that of a SentencePiece model which marks their ends: a sentence would be one word.
+    """
+    begin = set(tokenizer.tokens(np.flatnonzero(tokenizer.word_starts).tolist()))
+    if begin <= _SPACES.union(tokenizer.special_tokens.values()):
+        raise UserError(
+            "--whole_word_mask: no token of this vocabulary begins a word, so that nothing says "
+            "what is one; leave it out"
+        )
 
 
 def make_sequences(

@@ -44,6 +44,7 @@ from data.masking import (
     Text,
     make_sequences,
     mask_sequences,
+    require_words,
 )
 from data.shards import (
     MANIFEST_FILE,
@@ -462,9 +463,11 @@ class InstanceMaker:
     """Makes the masked sequences of blocks; a block gives the same ones in every process."""
 
     def __init__(self, settings: InstanceSettings) -> None:
-        """Load the tokenizer; raises `UserError` when that fails or its ids do not fit."""
+        """Load the tokenizer; raises `UserError` when that fails or it does not fit."""
         self.settings = settings
         self.tokenizer = load_tokenizer(settings.tokenizer)
+        if settings.masking.whole_word_mask:
+            require_words(self.tokenizer)
         self._table = MaskingTable(self.tokenizer, settings.masking.whole_word_mask)
         self._ids = id_type(self.tokenizer.vocab_size)
 

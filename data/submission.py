@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import atomic_write, remove_left_overs_of
+from bort.files import atomic_write, files_named, remove_left_overs_of
 from bort.sums import check_sum
 from bort.types import TaskKind
 from data.task import Example, Task, Uid
@@ -132,7 +132,7 @@ def gather(
 
 def _found(task: Task, split: str, runs: Path, data_dir: Optional[Path]) -> Optional[Entry]:
     name = str(task.submission_file(split))
-    paths = sorted(runs.rglob(name))
+    paths = [Path(path) for path in files_named(name, runs)]
     if not paths:
         return None
     if len(paths) > 1:

@@ -194,8 +194,9 @@ class Task:
         return list(dict.fromkeys(paths))
 
     def find(self, data_dir: Union[str, Path, None], split: str) -> Optional[Path]:
-        """Return the path of a split's file, None if it is not there."""
-        return next((path for path in self.search_paths(data_dir, split) if path.exists()), None)
+        """Return the path of a split's file, be it a link to nothing; None if it is not there."""
+        paths = self.search_paths(data_dir, split)
+        return next((path for path in paths if os.path.lexists(path)), None)
 
     def read(
         self,

@@ -441,3 +441,18 @@ def test_the_lines_of_a_small_file_take_little_memory(tmp_path, monkeypatch):
     assert files.lines_of(str(tmp_path / "metrics.jsonl")) == [b"one\n", b"two"]
     (tmp_path / "metrics.jsonl").write_bytes(b"one\nthree\nfour\n")
     assert files.lines_of(str(tmp_path / "metrics.jsonl")) == [b"one\n", b"thre"]
+
+
+def test_files_below_links_are_found_once(tmp_path):
+    (tmp_path / "b" / "run").mkdir(parents=True)
+    (tmp_path / "b" / "run" / "metrics.json").touch()
+    (tmp_path / "b" / "metrics.json").symlink_to("run/metrics.json")
+    (tmp_path / "a").symlink_to("b/run")
+    (tmp_path / "b" / "run" / "back").symlink_to("../..")
+    (tmp_path / "c").symlink_to("missing")
+    assert [parent for parent, _, _ in files.walk(tmp_path)] == [
+        str(tmp_path), str(tmp_path / "a"), str(tmp_path / "b"),
+    ]  # fmt: skip
+    assert files.files_named("metrics.json", tmp_path) == [str(tmp_path / "a" / "metrics.json")]
+    with pytest.raises(FileNotFoundError):
+        files.files_named("metrics.json", tmp_path / "missing")

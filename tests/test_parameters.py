@@ -94,6 +94,12 @@ def test_an_onnx_file_is_no_parameter_file(tmp_path: Path) -> None:
         parameter_file(str(tmp_path / "best.onnx"))
 
 
+def test_the_description_of_a_model_is_no_parameter_file(tmp_path: Path) -> None:
+    (tmp_path / "best.json").touch()
+    with pytest.raises(UserError, match=r"best\.json: describes a model; give its \.params file"):
+        parameter_file(str(tmp_path / "best.json"))
+
+
 def test_a_checkpoint_folder_is_accepted_as_a_model(tiny_model: BortModel, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, tiny_model)
     assert parameter_file(str(path)) == str(path / "model.params")

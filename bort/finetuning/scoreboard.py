@@ -10,7 +10,7 @@ from typing import Mapping, NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import read_json_as
+from bort.files import files_named, read_json_as
 from data.task import Task
 from data.tasks import LEADERBOARDS, get_task, task_names
 
@@ -96,7 +96,8 @@ def metrics_files(folders: Sequence[Path]) -> list[Path]:
         if not folder.is_dir():
             raise UserError(f"{folder}: is not a folder; name one that has runs in it")
     paths: dict[Path, Path] = {}  # as given, by the file that they name
-    for path in sorted(path for folder in folders for path in folder.rglob("metrics.json")):
+    named = [path for folder in folders for path in files_named("metrics.json", folder)]
+    for path in sorted(map(Path, named)):
         paths.setdefault(path.resolve(), path)
     if not paths:
         raise UserError(f"{', '.join(map(str, folders))}: no metrics.json found")

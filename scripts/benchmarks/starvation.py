@@ -19,6 +19,7 @@ from typing import NamedTuple, Optional, Sequence
 
 from benchmarks.workers import metric_lines, require_success, start_training, write_shards
 from bort.config import option, parse
+from bort.errors import UserError
 from bort.types import JSONObject
 
 _WORKERS = 2
@@ -98,11 +99,16 @@ def _passes(settings: StarvationBenchmarkSettings, folder: str) -> tuple[list[fl
             samples.append((done[-1] / steps, _private_memory(family)))
         time.sleep(0.2)
     require_success(process, flags)
-    first, last = (
-        max(memory for part, memory in samples if low <= part < high)
-        for low, high in ((0.1, 0.3), (0.8, 1.0))
-    )
-    return [first, last], len(_still_there(seen))
+    memory = [peak(samples, low, high) for low, high in ((0.1, 0.3), (0.8, 1.0))]
+    return memory, len(_still_there(seen))
+
+
+def peak(samples: Sequence[tuple[float, float]], low: float, high: float) -> float:
+    """Return the largest memory between two parts of a run, of samples (part, memory)."""
+    found = [memory for part, memory in samples if low <= part < high]
+    if not found:
+        raise UserError("--passes: the run was over before its memory could be measured; give more")
+    return max(found)
 
 
 def _flags(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import json
@@ -188,6 +189,46 @@ def test_folders_and_recursive_globs(tmp_path, monkeypatch):
     assert find_inputs("-,tree/a.txt") == ["-", "tree/a.txt"]
     other_spellings = f"tree/a.txt,./tree/a.txt,tree//a.txt,{tmp_path}/tree/*.txt,tree/b/../a.txt"
     assert find_inputs(other_spellings) == ["tree/a.txt"]
+
+
+def test_links_are_followed_and_files_come_once(tmp_path, monkeypatch):
+    for name in ("text/own/a.txt", "elsewhere/below/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "text" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "text" / "own" / "loop").symlink_to("..")
+    (tmp_path / "text" / "same.txt").symlink_to("own/a.txt")
+    monkeypatch.chdir(tmp_path)
+    assert find_inputs("text") == ["text/linked/below/b.txt", "text/own/a.txt"]
+    assert find_inputs("text/same.txt,text") == ["text/same.txt", "text/linked/below/b.txt"]
+    (tmp_path / "text" / "own" / "loop").unlink()
+    assert find_inputs("text/**") == ["text/linked/below/b.txt", "text/own/a.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["text", "text/*"])
+def test_a_link_to_nothing_is_named(tmp_path, monkeypatch, pattern):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").touch()
+    (tmp_path / "text" / "b.txt").symlink_to("missing")  # as git-annex leaves it
+    monkeypatch.chdir(tmp_path)
+    message = r"text/b\.txt: cannot be read \(No such file"
+    with pytest.raises(UserError, match=message), open_sources(pattern):
+        pass
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "text" / "closed").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").touch()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # root may read every folder
+    with pytest.raises(UserError, match=r"text/closed cannot be read \(Permission denied\); name"):
+        find_inputs(str(tmp_path / "text"))
 
 
 def test_a_comma_in_a_name_is_escaped(tmp_path, monkeypatch):

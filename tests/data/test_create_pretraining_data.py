@@ -20,6 +20,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import zstandard
+from sentencepiece import SentencePieceTrainer
 
 import create_pretraining_data
 from bort.errors import UserError
@@ -183,6 +184,29 @@ def test_whole_words_of_real_tokens(tmp_path, tokenizer):
         row[positions], chosen[positions] = true_ids, True
         continues = ~tokenizer.word_starts[row]
         assert (chosen[1:] == chosen[:-1])[continues[1:] & (row[:-1] != tokenizer.bos_id)].all()
+
+
+def test_whole_words_need_a_vocabulary_that_marks_where_they_begin(tmp_path, capsys):
+    with open(tmp_path / "suffix.model", "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(SAMPLE.read_text(encoding="utf-8").split("\n")),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=500,
+            character_coverage=0.99,
+            treat_whitespace_as_suffix=True,
+            byte_fallback=True,
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            control_symbols=["<mask>"],
+            minloglevel=2,
+        )
+    given = {"sentencepiece": tmp_path / "suffix.model"}
+    said = complaint(capsys, tmp_path / "out", whole_word_mask=True, **given)
+    assert "--whole_word_mask: no token of this vocabulary begins a word" in said
+    create(tmp_path / "out", **given)
 
 
 def test_wordpiece_masks_whole_words_and_pads_with_0(tmp_path):

@@ -442,6 +442,10 @@ def test_folder_of_the_user_is_never_touched(server, tmp_path):
     with pytest.raises(UserError, match="glue/CoLA: exists but is not complete; move it away"):
         get(server, tmp_path, "CoLA")
     assert left_over(tmp_path) == ["glue/CoLA/train.tsv"]
+    for name in ("dev.tsv", "test.tsv"):
+        (tmp_path / "glue" / "CoLA" / name).symlink_to("missing")
+    with pytest.raises(UserError, match="glue/CoLA: exists but is not complete; move it away"):
+        get(server, tmp_path, "CoLA")
 
 
 def test_cache_of_gluonnlp_is_left_in_place(server, tmp_path):

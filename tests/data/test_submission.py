@@ -117,6 +117,19 @@ def test_two_runs_of_a_task_are_not_guessed_between(tmp_path):
         gather("glue", tmp_path, TEST_DATA)
 
 
+def test_a_folder_of_links_to_runs_is_a_folder_of_runs(tmp_path):
+    predict("glue", tmp_path / "runs")
+    best = tmp_path / "best"
+    best.mkdir()
+    for path in (tmp_path / "runs").iterdir():
+        (best / path.name).symlink_to(path)
+    (best / "again").symlink_to(tmp_path / "runs" / "CoLA")
+    found = gather("glue", best, TEST_DATA)
+    assert [entry.content for entry in found] == [
+        entry.content for entry in gather("glue", tmp_path / "runs", TEST_DATA)
+    ]
+
+
 def write_cola(folder: Path, content: str, name: str = "CoLA.tsv") -> Path:
     path = folder / name
     path.write_text(content, encoding="utf-8")

@@ -222,6 +222,14 @@ def test_a_missing_file_is_reported_with_its_path_and_the_cure(tmp_path):
         get_task("CoLA").read(tmp_path, "test")
 
 
+def test_a_file_that_is_a_link_to_nothing_is_not_taken_for_absent(tmp_path):
+    """Else a run would end without the predictions of its test set."""
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "CoLA" / "test.tsv").symlink_to("missing")
+    with pytest.raises(UserError, match=r"CoLA/test\.tsv: cannot be read \(No such file"):
+        get_task("CoLA").read(tmp_path, "test")
+
+
 @pytest.mark.parametrize("name", ["SST-2", "BoolQ"])
 def test_split_without_rows_is_refused(name, tmp_path):
     task = get_task(name)

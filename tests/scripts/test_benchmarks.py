@@ -54,6 +54,15 @@ def test_a_process_left_behind_is_found() -> None:
     assert not _still_there(family)
 
 
+def test_a_run_that_is_over_before_its_memory_is_measured_is_named() -> None:
+    from benchmarks.starvation import peak
+
+    samples = [(0.1, 5.0), (0.2, 7.0), (0.5, 9.0)]
+    assert peak(samples, 0.1, 0.3) == 7
+    with pytest.raises(UserError, match="--passes: the run was over before"):
+        peak(samples, 0.8, 1)
+
+
 def test_the_work_of_a_step_is_that_of_its_products() -> None:
     from benchmarks._peers import decoder_flops, encoder_flops
 
