@@ -48,6 +48,10 @@ _VISIBLE_ASCII = re.compile(rb"[!-~]")
 _COMMA = re.compile(r"(?<!\\),")
 
 
+# The shards that are finished have the text of before, and are refused beside another one.
+CHANGED = "changed while it was read; start again with an empty --output_dir when it is complete"
+
+
 @dataclass(frozen=True)
 class TextFile:
     """What was found in one file: the SHA-256, the bytes and the documents of its text.
@@ -234,7 +238,7 @@ def read_scanned(source: TextSource, file: TextFile) -> Iterator[bytes]:
     for _, document in _documents(source, digest.update):
         yield document
     if digest.hexdigest() != file.sha256:
-        raise UserError(f"{source.shown}: changed while it was read; run the same command again")
+        raise UserError(f"{source.shown}: {CHANGED}")
 
 
 def documents_from(source: TextSource, start: int = 0) -> Iterator[tuple[int, bytes]]:

@@ -29,7 +29,7 @@ from bort.files import lock_folder, temporary_name
 from bort.jobs import Executor, Failures
 from bort.progress import ProgressBar
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings, save_tokenizer
-from data.corpus import STANDARD_INPUT, TextFile, documents_from, find_inputs, scan
+from data.corpus import CHANGED, STANDARD_INPUT, TextFile, documents_from, find_inputs, scan
 from data.masking import MaskingSettings, SequenceSettings
 from data.preparation import (
     CorpusSettings,
@@ -351,6 +351,4 @@ def _sized_documents(part: ShardPart) -> Iterator[tuple[bytes, int]]:
             left -= 1
             yield document
         if left:
-            raise UserError(
-                f"{each.source.shown}: changed while it was read; run the same command again"
-            )
+            raise UserError(f"{each.source.shown}: {CHANGED}")

@@ -513,7 +513,7 @@ def test_text_that_changes_between_the_two_readings_is_reported(
     write(*["first"] * 4)
     monkeypatch.setattr(preparation, "scan", scan_and_change)
     said = complaint(capsys, tmp_path / "out", tmp_path / name, num_outputs=2)
-    assert f"{name}: changed while it was read; run the same command again" in said
+    assert f"{name}: changed while it was read; start again with an empty --output_dir" in said
     assert not (tmp_path / "out" / MANIFEST_FILE).exists()
 
 
