@@ -22,7 +22,7 @@ VARIABLES = ("DATA_DIR", "TEXT")
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\x1f' "$@" >>calls
 printf '\\x1e' >>calls
-echo "${@: -1}"
+if [[ " $* " == *" --winners "* ]]; then echo bort_1_4_320_32 1e-3; else echo "${@: -1}"; fi
 """
 
 
