@@ -36,7 +36,7 @@ from bort.bfloat16 import add_copies, has_copies
 from bort.bort import decode
 from bort.communicator import Communicator, SingleProcess, lock_of_rank_0
 from bort.encoder import fuse_qkv
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 from bort.files import (
     allow_open_files,
     has_lock,
@@ -59,6 +59,7 @@ MANIFEST_FILE = "manifest.json"
 PROJECTION_FILE = "projection.npz"
 VERIFIED_FILE = ".verified.json"
 BUILD = "scripts/build_teacher_cache.py"
+ROW_DTYPES = ("float16", "float32")
 _ROWS = re.compile(r"[0-9a-f]{16}\.(npy|json)")
 
 
@@ -91,6 +92,11 @@ def read_cache_manifest(folder: str) -> CacheManifest:
     manifest = read_json_as(path, CacheManifest)
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(f"{path}: of another format version; delete {folder}, run {BUILD} again")
+    if manifest.dtype not in ROW_DTYPES:
+        raise UserError(
+            f"{path}: dtype {quoted(manifest.dtype)} is none of {', '.join(ROW_DTYPES)}; delete "
+            f"{folder}, run {BUILD} again"
+        )
     return manifest
 
 

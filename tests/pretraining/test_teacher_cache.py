@@ -473,6 +473,10 @@ def test_what_is_no_cache_is_refused(data, tmp_path, cache, capsys):
     manifest = read_json(str(folder / "manifest.json"))
     write_json(str(folder / "manifest.json"), {**manifest, "format_version": 2})
     assert "another format version" in refused(capsys, data, folder)
+    write_json(str(folder / "manifest.json"), {**manifest, "dtype": "x" * 5000})
+    said = refused(capsys, data, folder)
+    assert "is none of float16, float32; delete" in said
+    assert len(said) < 1000
     (folder / "manifest.json").write_text("[]")
     assert "manifest.json: Expected `object`" in refused(capsys, data, folder)
 
