@@ -570,7 +570,7 @@ def read_yaml(path: str) -> Any:
     """Read a YAML file of plain values.
 
     Anchors and aliases are refused: a few lines of them expand to gigabytes. So is a key that
-    is twice in one mapping.
+    appears twice in one mapping.
 
     Raises `UserError` when the file is missing, too large or not such YAML.
     """

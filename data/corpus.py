@@ -48,7 +48,7 @@ _VISIBLE_ASCII = re.compile(rb"[!-~]")
 _COMMA = re.compile(r"(?<!\\),")
 
 
-# The shards that are finished have the text of before, and are refused beside another one.
+# Finished shards hold the old text, and a run with the new one refuses to add to them.
 CHANGED = "changed while it was read; start again with an empty --output_dir when it is complete"
 
 

@@ -159,7 +159,7 @@ def canonical(arrays: Arrays, family: str) -> dict[str, np.ndarray]:
         if renamed.startswith(_BODY_PARTS):
             renamed = f"{family}.{renamed}"
         if renamed in found:
-            raise UserError(f"the tensor {quoted(name)} is there under two names")
+            raise UserError(f"the tensor {quoted(name)} appears under two names")
         found[renamed] = array
     return found
 

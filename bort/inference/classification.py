@@ -239,7 +239,7 @@ def _own_texts(row: Mapping[str, object], columns: Sequence[str]) -> list[str]:
     texts = [require_field(row, column, str) for column in columns]
     while len(columns) > 1 and f"text{len(texts) + 1}" in row:
         texts.append(require_field(row, f"text{len(texts) + 1}", str))
-    # A dictionary from pandas may have keys that are no texts: they are ignored as others are.
+    # A dictionary from pandas may have keys that are not strings: ignored, like unknown ones.
     names = (name for name in row if isinstance(name, str))
     numbers = [int(name[4:]) for name in names if re.fullmatch("text[1-9][0-9]{0,5}", name)]
     if len(columns) > 1 and max(numbers) > len(texts):

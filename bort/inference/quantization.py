@@ -79,11 +79,11 @@ def quantize_in_mxnet(network: Block, ids: np.ndarray, valid_length: np.ndarray)
 
 @contextmanager
 def _negative_biases(network: Block) -> Iterator[None]:
-    """Let each attention have a negative value in its biases, of which one may be all zero.
+    """Make one bias of each attention layer negative while its graph is exported.
 
-    They are joined in the graph. What has no negative value there MXNet makes uint8, a type that
-    the layer of the products does not take for a bias. That of the keys changes nothing: it adds
-    the same to the scores of all keys.
+    The graph concatenates the biases of query, key and value. MXNet quantizes a tensor without
+    negative values to uint8, which its int8 FullyConnected does not accept as a bias. A change of
+    the key's bias has no effect: it adds the same number to the scores of all keys.
     """
     changed: list[tuple[Any, Any]] = []
     for layer in network.bort.encoder.transformer_cells:

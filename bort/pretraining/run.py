@@ -338,8 +338,8 @@ def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMappi
         best_counts = data.get("data_eval") == settings.data.data_eval
     if not best_counts and state["best_step"] is not None:
         print(
-            f"warning: --data_eval {settings.data.data_eval}: not those of the checkpoint; "
-            "evaluations from here on do not compare with those before",
+            f"warning: --data_eval {settings.data.data_eval}: not the held-out shards of the "
+            "checkpoint; evaluations from now on do not compare with those before",
             file=sys.stderr,
         )
     return Resumed(data.get("accumulate", settings.data.accumulate), best_counts)

@@ -4,9 +4,9 @@
 #
 #   DATA_DIR=FOLDER ./scripts/experiments/finetuning.sh
 #
-# DATA_DIR has the official files, as described in data/README.md. All of it takes an estimated two days of
-# one core, most of them for MiniLM on RACE-M. These variables choose a part; the table has every run
-# that has finished:
+# DATA_DIR has the official files, as described in data/README.md. All of it takes an estimated two
+# days of one core, mostly for MiniLM on RACE-M. These variables choose a part; the table has every
+# run that has finished:
 #   MODELS  of bert-tiny, paraphrase-MiniLM-L3-v2, all-MiniLM-L6-v2, and each with -random, for
 #           random weights, -bfloat16, for products in bfloat16, or -corrected, for
 #           --bias_correction (default: all but the last two)

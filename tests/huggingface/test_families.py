@@ -460,7 +460,7 @@ def test_tensors_of_other_shapes(tmp_path):
         assert "shape" in refused(tmp_path)
     name = "embeddings.LayerNorm.weight"
     write_tensors(tmp_path, {**tensors, "bert." + name: tensors[name]})
-    assert f"'{name}' is there under two names" in refused(tmp_path).replace("bert.", "")
+    assert f"'{name}' appears under two names" in refused(tmp_path).replace("bert.", "")
     write_tensors(tmp_path, {**tensors, "encoder.adapter.weight": tensors[name]})
     assert "has no parameter for the tensor 'bert.encoder.adapter.weight'" in refused(tmp_path)
 

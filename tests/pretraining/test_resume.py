@@ -226,7 +226,7 @@ def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path, capsy
     state = checkpoint.load(str(folder / "checkpoint_last")).state
     assert state["best_step"] == 4, "without training it would be no better on the same data"
     assert state["best_score"] != best
-    warning = "warning: --data_eval {}: not those of the checkpoint; "
+    warning = "warning: --data_eval {}: not the held-out shards of the checkpoint; "
     assert warning.format(tmp_path / "other") in capsys.readouterr().err
 
 
