@@ -104,19 +104,25 @@ def verify(path: str) -> list[Row]:
     root = Path(path)
     if not root.exists():
         raise UserError(f"{path}: not found")
-    rows = [_file_row(root)] if root.is_file() else list(_rows(root))
+    rows = [_file_row(root)] if root.is_file() else list(_rows(root, {root.resolve()}))
     if not rows:
         raise UserError(f"{path}: holds nothing that this project writes")
     return rows
 
 
-def _rows(folder: Path, part: bool = False) -> Iterator[Row]:
+def _rows(folder: Path, seen: set[Path], part: bool = False) -> Iterator[Row]:
+    """Yield the rows of a folder and of those below it, also behind links, each once."""
     kind = next((kind for kind in KINDS if kind.matches(folder)), None)
     if kind and not part:
         yield _row(str(folder), kind, folder)
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            yield from _rows(path, part=bool(kind) and path.name in PARTS)
+        if path.is_dir():
+            actual = path.resolve()
+            # A link such as `best` names what has a row of its own beside it.
+            beside = path.is_symlink() and folder.resolve() in actual.parents
+            if not beside and actual not in seen:
+                seen.add(actual)
+                yield from _rows(path, seen, part=bool(kind) and path.name in PARTS)
         elif path.suffix == ".zip" or (not part and _is_lone_onnx_file(path)):
             yield _file_row(path)
 

@@ -214,6 +214,20 @@ def test_what_is_not_finished_is_reported(intact, tmp_path, capsys):
     assert rows[str(tmp_path / "run")] == ["pretraining run", "unfinished", "step 4 of 6"]
 
 
+def test_folders_behind_links_are_checked_once(intact, tmp_path, capsys):
+    elsewhere, runs = tmp_path / "disk" / "SST-2", tmp_path / "runs"
+    shutil.copytree(intact / "tuned" / "SST-2", elsewhere)
+    runs.mkdir()
+    (runs / "SST-2").symlink_to(elsewhere, target_is_directory=True)
+    (runs / "again").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "loop").symlink_to(runs, target_is_directory=True)
+    status, rows = table(capsys, runs)
+    assert (status, list(rows)) == (0, [str(runs / "SST-2")])
+    (elsewhere / "best.params").write_bytes(b"")
+    status, rows = table(capsys, runs)
+    assert (status, rows[str(runs / "SST-2")][1]) == (1, "damaged")
+
+
 @pytest.mark.parametrize(
     ("journal", "measured"),
     [("", 0), ('{"sea', 0), ('{"search": {}}\n', 0), ('{"search": {}}\n{"candidate": "a"}\n', 1)],
