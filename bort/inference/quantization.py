@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import contextmanager
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple, Optional, Sequence, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ CALIBRATION_BATCH = 16
 # Less than any error of int8, and enough for MXNet to see that it is negative.
 _NEGATIVE = -1e-6
 
+T = TypeVar("T")
+
 
 class Check(NamedTuple):
     """The development set in one backend; part of the record.
@@ -59,9 +61,14 @@ def calibration_batch(
     encoded: EncodedSet, count: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ids [n, length] and lengths [n] of at most `count` evenly spread inputs of a set."""
-    last = len(encoded.offsets) - 2
-    chosen = np.unique(np.linspace(0, last, count).round().astype(int))
+    chosen = evenly_spread(range(len(encoded.offsets) - 1), count)
     return pad([encoded.input(index) for index in chosen], pad_id)
+
+
+def evenly_spread(items: Sequence[T], count: int) -> list[T]:
+    """Return at most `count` different items of a sequence, from its first on."""
+    chosen = np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))
+    return [items[index] for index in chosen]
 
 
 def quantize_in_mxnet(network: Block, ids: np.ndarray, valid_length: np.ndarray) -> Block:
@@ -201,7 +208,8 @@ class Quantization:
         """Write the models; return their record and the comparison."""
         split = str(self.task.train)
         pad_id = self.tokenizer.pad_id
-        ids, lengths = calibration_batch(self.encode(split)[0], calibration_inputs, pad_id)
+        encoded, _ = self.encode(split, calibration_inputs)
+        ids, lengths = calibration_batch(encoded, calibration_inputs, pad_id)
         metadata = metadata_of(self.path, self.model_config)
         write_onnx(build(self.network, "int8", metadata), files.onnx)
         quantized = quantize_in_mxnet(self.network, ids, lengths)
@@ -245,7 +253,9 @@ class Quantization:
             checks.append(Check(name, points, _cosine(logits, reference)))
         return checks
 
-    def encode(self, split: str) -> tuple[EncodedSet, list[Example]]:
-        """Read and tokenize a split of the task's data."""
+    def encode(self, split: str, at_most: Optional[int] = None) -> tuple[EncodedSet, list[Example]]:
+        """Read a split of the task's data; tokenize all or `at_most` evenly spread examples."""
         examples = self.task.read(self._data_dir, split).examples
+        if at_most is not None:
+            examples = evenly_spread(examples, at_most)
         return encode_examples(examples, self.tokenizer, self.model_config.max_len), examples

@@ -327,7 +327,7 @@ def read_journal(path: Path, *keys: str) -> list[JSONObject]:
 # ---- leaderboards --------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)  # asked for each file of every folder
+@functools.cache  # asked for each file of every folder
 def submission_names() -> dict[str, tuple[Any, str]]:
     """Return the task and split of each official file name."""
     from data.tasks import LEADERBOARDS, get_task, task_names

@@ -600,10 +600,13 @@ def test_biases_without_a_negative_value_become_int8(tmp_path, value):
 
 def test_calibration_inputs_are_spread_over_the_set(tmp_path):
     work = Quantization(str(save_classifier(tmp_path)), str(ROOT / "test_data" / "glue"))
-    encoded, examples = work.encode("train")
+    _, all_examples = work.encode("train")
+    encoded, examples = work.encode("train", 2)
+    assert examples == [all_examples[0], all_examples[-1]]  # no others are tokenized
     ids, lengths = calibration_batch(encoded, 2, pad_id=7)
     expected = work.tokenizer.encode_batch([one.inputs[0][0] for one in examples])
-    for row, length, text in zip(ids, lengths, (expected[0], expected[-1])):
+    assert len(ids) == 2
+    for row, length, text in zip(ids, lengths, expected):
         assert row[1 : length - 1].tolist() == list(text)
         assert (row[length:] == 7).all()
 
