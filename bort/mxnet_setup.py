@@ -142,8 +142,8 @@ def require_docstrings() -> None:
     """Raise `ImportError` under Python's -OO: MXNet builds its own docstrings from others."""
     if sys.flags.optimize > 1:
         raise ImportError(
-            "MXNet needs the docstrings that Python's -OO (PYTHONOPTIMIZE=2) removes; use -O or "
-            "none of both",
+            "MXNet needs the docstrings that Python's -OO (PYTHONOPTIMIZE=2) removes; give -O or "
+            "no such option",
             name="mxnet",
         )
 
