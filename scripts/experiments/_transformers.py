@@ -1,10 +1,10 @@
-"""Fine-tunes a Hugging Face folder on MRPC or STS-B with transformers, for comparison.
+"""Fine-tunes a Hugging Face folder on MRPC, STS-B, RTE or CoLA with transformers, for comparison.
 
     PYTHON scripts/experiments/_transformers.py FOLDER --data GLUE/MRPC --seeds 1,2,3 --lr 3e-4
 
 Needs torch and transformers, and nothing of this project. The recipe is that of
 finetune_classifier.py: AdamW without decay on biases and LayerNorm, linear warmup and decay,
-dropout 0.1, clipping to norm 1, and the best epoch on dev by the mean of the two metrics. Prints
+dropout 0.1, clipping to norm 1, and the best epoch on dev by the mean of the task's metrics. Prints
 them with the seed and the seconds as JSON for each seed.
 """
 
@@ -16,8 +16,10 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,20 +30,43 @@ WITHOUT_DECAY = ("bias", "LayerNorm.weight")
 WARMUP = 0.1
 
 
-# Names of the columns of the two texts and of the label, by the name of the task's folder.
+# Names of the columns of the texts and of the label, by the name of the task's folder.
 COLUMNS = {
-    "MRPC": ("#1 String", "#2 String", "Quality"),
-    "STS-B": ("sentence1", "sentence2", "score"),
+    "MRPC": (("#1 String", "#2 String"), "Quality"),
+    "STS-B": (("sentence1", "sentence2"), "score"),
+    "RTE": (("sentence1", "sentence2"), "label"),
+    "CoLA": (("sentence",), "label"),
 }
-Row = tuple[str, str, float]
+HEADERS = {"CoLA": ["source", "label", "star", "sentence"]}  # of files that have none
+CLASSES = {"entailment": 0.0, "not_entailment": 1.0}
+Row = tuple[tuple[str, ...], float]
 
 
 def read(path: Path) -> list[Row]:
-    """Return the two texts and the label of each row of a task's file."""
-    first, second, label = COLUMNS[path.parent.name]
+    """Return the texts and the label of each row of a task's file."""
+    texts, label = COLUMNS[path.parent.name]
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        rows = csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return [(row[first], row[second], float(row[label])) for row in rows]
+        rows = csv.DictReader(
+            handle, HEADERS.get(path.parent.name), delimiter="\t", quoting=csv.QUOTE_NONE
+        )
+        return [
+            (
+                tuple(row[name] for name in texts),
+                CLASSES[row[label]] if row[label] in CLASSES else float(row[label]),
+            )
+            for row in rows
+        ]
+
+
+def metrics_of(task: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the metrics by which a task's epochs are compared; outputs: [n] or classes [n]."""
+    if task == "STS-B":
+        pearson, spearman = pearsonr(outputs, labels)[0], spearmanr(outputs, labels)[0]
+        return {"pearson": float(pearson), "spearman": float(spearman)}
+    if task == "CoLA":
+        return {"matthews": float(matthews_corrcoef(labels, outputs))}
+    metrics = {"accuracy": float((outputs == labels).mean())}
+    return {**metrics, "f1": float(f1_score(labels, outputs))} if task == "MRPC" else metrics
 
 
 def make_optimizer(network: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -67,10 +92,9 @@ class Run:
 
     def logits(self, rows: list[Row]) -> torch.Tensor:
         """Return the logits of rows."""
-        first, second, _ = zip(*rows)
+        texts = map(list, zip(*(texts for texts, _ in rows)))
         inputs = self.tokenizer(
-            list(first),
-            list(second),
+            *texts,
             truncation=True,
             max_length=self.flags.max_len,
             padding=True,
@@ -99,7 +123,7 @@ class Run:
 
     def loss(self, rows: list[Row]) -> torch.Tensor:
         """Return the mean loss of rows."""
-        logits, labels = self.logits(rows), torch.tensor([label for _, _, label in rows])
+        logits, labels = self.logits(rows), torch.tensor([label for _, label in rows])
         if logits.shape[1] == 1:
             return torch.nn.functional.mse_loss(logits[:, 0], labels)
         return torch.nn.functional.cross_entropy(logits, labels.long())
@@ -110,17 +134,9 @@ class Run:
         self.network.eval()
         parts = [self.dev[start : start + 64] for start in range(0, len(self.dev), 64)]
         logits = torch.cat([self.logits(rows) for rows in parts])
-        labels = torch.tensor([label for _, _, label in self.dev])
-        if logits.shape[1] == 1:
-            given, wanted = logits[:, 0].numpy(), labels.numpy()
-            return {
-                "pearson": float(pearsonr(given, wanted)[0]),
-                "spearman": float(spearmanr(given, wanted)[0]),
-            }
-        predicted = logits.argmax(dim=1)
-        both = (predicted * labels).sum().item()
-        f1 = 2 * both / max(1, (predicted.sum() + labels.sum()).item())
-        return {"accuracy": (predicted == labels).float().mean().item(), "f1": f1}
+        outputs = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(dim=1)
+        labels = np.array([label for _, label in self.dev])
+        return metrics_of(self.flags.data.name, outputs.numpy(), labels)
 
 
 def main() -> None:
