@@ -152,7 +152,15 @@ class Loop:
         self.micro_batches = found.state["micro_batches"]
         if resumed.accumulate != self._accumulate:
             self.micro_batches = self._accumulate * self._workers
+        self._require_micro_batches()  # now: later checkpoints are deleted next
         return resumed
+
+    def _require_micro_batches(self) -> None:
+        if self.micro_batches < self._workers:
+            raise UserError(
+                f"an update of this run takes {self.micro_batches} micro-batches, too few for "
+                f"{self._workers} workers; start fewer, or change the batch by --accumulate"
+            )
 
     def broadcast_state(self) -> None:
         """Give every rank the progress, the parameters and the optimizer state of rank 0."""
@@ -165,11 +173,7 @@ class Loop:
 
         Raises `UserError` when there are more workers than micro-batches in an update.
         """
-        if self.micro_batches < self._workers:
-            raise UserError(
-                f"an update of this run takes {self.micro_batches} micro-batches, too few for "
-                f"{self._workers} workers; start fewer, or change the batch by --accumulate"
-            )
+        self._require_micro_batches()  # again: elastic training may have admitted workers
         gradients = "add" if self._accumulates else "write"
         self.job.network.collect_params().setattr("grad_req", gradients)
         self.reporter.start(

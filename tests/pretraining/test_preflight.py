@@ -162,7 +162,7 @@ def test_what_a_resumed_run_would_refuse_fails(data, tmp_path, capsys):
     rows = checked(capsys, data, tmp_path, status=1, resume=True, seed=5, accumulate=2)
     assert rows["networks"].startswith("FAIL --seed 5: the checkpoint was made with 0")
     rows = checked(capsys, data, tmp_path, status=1, resume=True, accumulate=2, cpu_contexts=3)
-    assert rows["speed"].startswith("FAIL an update of this run takes 2 micro-batches, too few for")
+    assert rows["networks"].startswith("FAIL an update of this run takes 2 micro-batches, too few")
 
 
 def test_a_resumed_run_has_less_to_do_and_loses_nothing(data, tmp_path, capsys):

@@ -256,9 +256,12 @@ def test_a_run_keeps_its_global_batches_on_another_number_of_devices(data, tmp_p
         moved,
         parameters_of(resumed.job.network),
     )
-    crowded = make_run(data, ckpt_dir=moved, cpu_contexts=3, resume=True, **flags)
+    before = sorted(os.listdir(moved))
+    given = {"accumulate": 2, "cpu_contexts": 3, "start_step": 3}
+    crowded = make_run(data, ckpt_dir=moved, **given, **flags)
     with pytest.raises(UserError, match="2 micro-batches, too few for 3 workers"):
         crowded.run()
+    assert sorted(os.listdir(moved)) == before, "the later checkpoint is not deleted"
 
 
 # ---- what is used ------------------------------------------------------------------------------
