@@ -20,6 +20,8 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _PROGRAMS = (_ROOT, os.path.join(_ROOT, "scripts"))
 _interrupts: list[int] = []  # the signals of Ctrl-C that came
 _LONG_WORD = re.compile(r"\S{400,}")
+# In the error of a sum or broadcast under Horovod when another rank has ended.
+_RANK_ENDED = re.compile(r"Horovod has been shut down|Connection (reset|closed) by peer")
 
 
 class UserError(Exception):
@@ -77,9 +79,9 @@ def printable(text: str) -> str:
 def entry_point(main: Main[Result]) -> Main[Result]:
     """Wrap the `main` of a program: what a user or the system causes is one line on stderr.
 
-    Exit status: 1 for `UserError`, a failed read or write, lack of memory and of MXNet; 128 + its
-    number for a signal (130 for Ctrl-C, 141 for a closed pipe, which is silent). Any other
-    exception keeps its traceback, because it is a bug.
+    Exit status: 1 for `UserError`, a failed read or write, lack of memory and of MXNet, and another
+    rank's end; 128 + its number for a signal (130 for Ctrl-C, 141 for a closed pipe, which is
+    silent). Any other exception keeps its traceback, because it is a bug.
     """
 
     @functools.wraps(main)
@@ -112,8 +114,10 @@ def entry_point(main: Main[Result]) -> Main[Result]:
             _exit(1, f"error: {error}")
         except MemoryError:
             _exit(1, "error: out of memory; use smaller batches or fewer processes")
-        except Exception:
+        except Exception as error:
             _exit_if_interrupted()
+            if type(error).__name__ == "MXNetError" and _RANK_ENDED.search(str(error)):
+                _exit(1, "error: another rank has ended, and this one with it; its output says why")
             raise
 
     return wrapped

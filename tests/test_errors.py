@@ -16,6 +16,10 @@ from bort.errors import Stopped, UserError, entry_point, escaped, quoted, reason
 from tests.conftest import ROOT
 
 
+class MXNetError(RuntimeError):
+    """As MXNet's, which takes long to import."""
+
+
 def test_a_user_error_is_printed_in_one_line_with_status_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -32,7 +36,7 @@ def test_a_user_error_is_printed_in_one_line_with_status_1(
     assert printed.out == "so far so good\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), SystemExit(2)])
+@pytest.mark.parametrize("error", [ValueError("by peer"), MXNetError("ours"), SystemExit(2)])
 def test_everything_else_passes_through(
     error: BaseException, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +98,8 @@ def test_a_process_ends_with_status_1_and_a_traceback_only_if_the_mistake_is_our
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
+        (MXNetError("\nHorovod has been shut down. This was"), 1, "error: another rank has ended"),
+        (MXNetError("\nMXNetError: Connection reset by peer"), 1, "error: another rank has ended"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (Stopped(15, "stopped at step 7"), 143, "stopped at step 7\n"),
         (ImportError("MXNet needs docstrings", name="mxnet"), 1, "error: MXNet needs docstrings\n"),

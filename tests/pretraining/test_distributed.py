@@ -147,6 +147,17 @@ def test_two_ranks_resume_a_run_of_one(data, tmp_path, on_one_rank, on_two_ranks
     assert_agree(tmp_path / "0", on_two_ranks / "0")
 
 
+def test_what_rank_0_refuses_is_one_line_and_another_of_the_other_rank(data, tmp_path, on_one_rank):
+    shutil.copytree(on_one_rank, tmp_path / "0", symlinks=True)
+    line = two_ranks_line(data, tmp_path, resume=True, batch_size=5)
+    refused = launched(["-np", "2", "-H", "localhost:2"], *line)
+    assert refused.returncode == 1
+    said = [text for text in refused.stderr.splitlines() if text.startswith("[")]
+    assert len(said) == 2, said
+    assert any("--batch_size 5: the checkpoint was made with 4" in text for text in said)
+    assert any("another rank has ended" in text for text in said)
+
+
 def test_one_rank_resumes_a_run_of_two(data, tmp_path, on_two_ranks):
     folder = tmp_path / "run"
     shutil.copytree(on_two_ranks / "0", folder, symlinks=True)
