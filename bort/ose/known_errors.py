@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import dataclass
-from typing import Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -61,7 +61,9 @@ def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], S
     return list(measured), MeanError(measured)
 
 
-def _read_row(where: str, row: Mapping[str, Optional[str]]) -> tuple[Shape, float]:
+def _read_row(where: str, row: Mapping[Optional[str], Any]) -> tuple[Shape, float]:
+    if None in row:  # what csv keeps the rest of a row under
+        raise UserError(f"{where}: has more fields than the header; numbers have decimal points")
     try:
         shape = shape_of(row["architecture"] or "")
     except UserError as problem:
