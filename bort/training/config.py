@@ -12,7 +12,9 @@ class UpdateSettings:
     """Update: clipping, weight decay, precision."""
 
     weight_decay: float = option(0.01, "weight decay (none on biases and LayerNorm)", minimum=0.0)
-    epsilon: float = option(1e-6, "Adam epsilon", minimum=0.0)
+    # Above 0: weights that have had no gradient yet, as those of positions that no sequence has
+    # reached, would become 0 / 0.
+    epsilon: float = option(1e-6, "Adam epsilon", minimum=1e-30)
     max_norm: float = option(1.0, "gradients are clipped to this global norm", minimum=1e-9)
     dtype: str = option(
         "float32",

@@ -300,6 +300,7 @@ def test_a_second_writer_of_a_run_is_refused(data, tmp_path, capsys):
             "--teacher_cache replaces the teacher: leave --teacher_runtime out",
         ),
         ({"lr": "inf"}, "--lr inf: must be a finite number"),
+        ({"epsilon": 0}, "--epsilon 0.0: must be at least 1e-30"),
         ({"mlm_weight": 0}, "--mlm_weight 0: the loss is zero without a teacher"),
         ({"ckpt_dir": "file"}, "file is not a folder"),
         ({"ckpt_dir": "file/below"}, "file is not a folder"),
