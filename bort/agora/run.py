@@ -32,6 +32,7 @@ from bort.agora.algorithm import AgoraResult, Round
 from bort.agora.config import AgoraTextSettings
 from bort.agora.labellers import FileTimaeus, ModelTimaeus
 from bort.agora.report import ModelMetrics, Report
+from bort.agora.store import Store
 from bort.agora.tau import Change, make_tau, masked_model
 from bort.agora.text import FittedText, TextData
 from bort.cluster import Cluster, refuse_with_cluster
@@ -39,7 +40,7 @@ from bort.communicator import SingleProcess, communicator_of_environment
 from bort.config import as_dict, command_of
 from bort.devices import devices_of
 from bort.errors import DivergedError, UserError
-from bort.files import lock_folder, read_json_as, write_json
+from bort.files import lock_folder, read_json_as, sha256_of, write_json
 from bort.finetuning.classifier import (
     Classifier,
     check_vocabulary,
@@ -58,7 +59,7 @@ from bort.finetuning.predictions import Scoring, logits_of, predict_sets
 from bort.finetuning.run import BEST, METRICS, FinetuningOptions, finetuning_loop
 from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import TaskData, read_prediction_sets, rows_sha256
-from bort.parameters import load_parameters
+from bort.parameters import load_parameters, parameter_file
 from bort.reporter import FolderReporter
 from bort.resume import changed_flags
 from bort.saved_model import MASKED_LM, load_model, save_model
@@ -69,6 +70,7 @@ from data.tasks import get_task
 
 NEVER = 10**9  # no checkpoint inside a fit
 TEST_SUM = "test_sha256"  # of the rows on which the best of the grid was measured
+WEIGHTS = "pretrained"  # the record of the weights that every fit starts from
 # Flags that may differ when a run is resumed. The content of the search space is compared.
 FREE = (
     "max_rounds",
@@ -245,7 +247,7 @@ class _Run:
             self.data.dev,
             settings.task,
             settings.tokenizer,
-            settings.classifier,
+            _pinned(settings.classifier),
             optimizer,
             settings.run.gpus,
         )
@@ -265,6 +267,7 @@ class _Run:
         settings, data, start = self.settings, self.data, time.perf_counter()
         report = Report(self.folder, data, self.space, source)
         store = agora_text.open_store(self.folder)
+        self._check_weights(store)
         test = rows_sha256(data.test)
         self._check_test(store.recall("best_of_grid"), test)
         if isinstance(timaeus, ModelTimaeus):
@@ -306,6 +309,20 @@ class _Run:
         report.finish(result.best, first, best, time.perf_counter() - start)
         shutil.rmtree(self.socrates.folder, ignore_errors=True)
         return report.content
+
+    def _check_weights(self, store: Store) -> None:
+        """Record the weights that fits start from; raises `UserError` when they have changed."""
+        path = self.tuner.classifier.pretrained_parameters
+        if path is None:
+            return
+        found, recorded = {"sha256": sha256_of(path)}, store.recall(WEIGHTS)
+        if recorded is None:
+            store.record(WEIGHTS, found)
+        elif recorded != found:
+            raise UserError(
+                f"{self.folder}: contains a run whose fits start from other weights than "
+                f"--pretrained_parameters {path}; restore them, or give another --output_dir"
+            )
 
     def _check_test(self, best_of_grid: Optional[JSONMapping], test: str) -> None:
         """Raise `UserError` when the best of the grid was measured on another test set."""
@@ -416,6 +433,17 @@ class _Run:
         }
         write_json(os.path.join(self.folder, METRICS), summary)
         return metrics
+
+
+def _pinned(settings: ClassifierSettings) -> ClassifierSettings:
+    """Return the settings with the very file of the weights.
+
+    The newest checkpoint of a run that goes on is another one for a later fit.
+    """
+    if settings.pretrained_parameters is None:
+        return settings
+    path = os.path.realpath(parameter_file(settings.pretrained_parameters))
+    return dataclasses.replace(settings, pretrained_parameters=path)
 
 
 def read_rows(task: Task, settings: TaskSettings) -> TextData:

@@ -35,7 +35,7 @@ SHAPE = "bort_2_2_16_16"
 SPACE = "lr: [1e-2, 1e-3]\nbatch_size: [4]\nepochs: [1]\n"
 
 
-def save(path, kind, task=None):
+def save(path, kind, task=None, seed=4):
     tokenizer = load_tokenizer(TokenizerSettings())
     model_config = ModelConfig(
         SHAPE,
@@ -51,7 +51,7 @@ def save(path, kind, task=None):
         network = build_network(model_config)
     else:
         network, _ = get_bort_model(SHAPE, vocab=tokenizer)
-    redraw(network, seed=4)
+    redraw(network, seed=seed)
     save_model(str(path), network, model_config, tokenizer)
     return str(path)
 
@@ -153,12 +153,13 @@ def test_the_best_of_the_grid_is_measured_again_where_its_record_is_damaged(plac
     assert again["best"] == content["best"]
 
 
-def test_a_run_is_not_resumed_on_another_test_set(places, tmp_path, capsys):
+def test_a_run_is_not_resumed_on_another_test_set_or_from_other_weights(places, tmp_path, capsys):
     shutil.copytree(TEST_DATA / "glue" / "SST-2", tmp_path / "data" / "SST-2")
     test = tmp_path / "data" / "SST-2" / "test.tsv"
     test.write_text("sentence\tlabel\na fine plot\t1\na bad plot\t0\n")
     given = arguments(places, "SST-2", tmp_path / "out", "--tau", "swap", "--max_rounds", "1")
-    given += ["--data_dir", str(tmp_path / "data")]
+    body = shutil.copytree(places / "pretrained", tmp_path / "body")
+    given += ["--data_dir", str(tmp_path / "data"), "--pretrained_parameters", str(body)]
     content = run_agora.main(given)
     test.write_text("sentence\tlabel\na fine plot\t1\na bad plot\t1\n")
     with pytest.raises(SystemExit):
@@ -166,6 +167,10 @@ def test_a_run_is_not_resumed_on_another_test_set(places, tmp_path, capsys):
     assert "a run whose test set had other rows; restore them, or" in capsys.readouterr().err
     test.unlink()
     assert run_agora.main(given)["best_of_grid"] == content["best_of_grid"]
+    save(body / "bort.params", "masked_lm", seed=5)
+    with pytest.raises(SystemExit):
+        run_agora.main(given)
+    assert "contains a run whose fits start from other weights than" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("most", [100, 0])  # updates that a run may skip before it gives up
