@@ -109,7 +109,8 @@ def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[Me
 
 def _train(state: ElasticState) -> list[Metrics]:
     with lost_workers():
-        state.loop.start()
+        # Workers that have joined a run which began with fewer must not end it.
+        state.loop.start(may_idle=True)
         evaluations = state.loop.train(state.commit)
         # A broadcast does not wait on rank 0, which must not leave before the others have it.
         nd.waitall()

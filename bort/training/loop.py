@@ -168,12 +168,14 @@ class Loop:
         self.communicator.broadcast(self.arrays())
         bfloat16.refresh(self.job.network.collect_params().values())
 
-    def start(self) -> None:
+    def start(self, may_idle: bool = False) -> None:
         """Divide the micro-batches among the current ranks, and open the log on rank 0.
 
-        Raises `UserError` when there are more workers than micro-batches in an update.
+        Raises `UserError` when there are more workers than micro-batches in an update, unless the
+        others `may_idle`.
         """
-        self._require_micro_batches()  # again: elastic training may have admitted workers
+        if not may_idle:
+            self._require_micro_batches()
         gradients = "add" if self._accumulates else "write"
         self.job.network.collect_params().setattr("grad_req", gradients)
         self.reporter.start(
@@ -185,6 +187,11 @@ class Loop:
         names = self.communicator.allgather_object([str(device) for device in self.devices])
         for line in (self._description(names), *self.job.notes):
             self.reporter.say(line)
+        if self.micro_batches < self._workers:
+            self.reporter.say(
+                f"warning: {self._workers - self.micro_batches} of {self._workers} workers have "
+                "nothing to do; a run that is started with a larger --accumulate has work for them"
+            )
         if hint := unused_gpus(self.devices):
             self.reporter.say(f"warning: {hint}")
 

@@ -264,6 +264,18 @@ def test_a_run_keeps_its_global_batches_on_another_number_of_devices(data, tmp_p
     assert sorted(os.listdir(moved)) == before, "the later checkpoint is not deleted"
 
 
+def test_workers_that_join_a_run_of_fewer_micro_batches_are_idle(data, tmp_path, capsys):
+    flags = {"num_steps": 3, "data_eval": data / "test"}
+    expected = arrays_of(finished_run(data, ckpt_dir=tmp_path / "one", **flags))
+    run = make_run(data, ckpt_dir=tmp_path / "two", cpu_contexts=2, **flags)
+    run.micro_batches = 1  # as of a run that began with one worker
+    run.start(may_idle=True)
+    run.train()
+    assert "warning: 1 of 2 workers have nothing to do; a run that" in capsys.readouterr().out
+    for name, array in arrays_of(run).items():
+        np.testing.assert_array_equal(array, expected[name], name)
+
+
 # ---- what is used ------------------------------------------------------------------------------
 
 
