@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import sys
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
 import mxnet as mx
 import numpy as np
@@ -43,7 +43,7 @@ from bort.pretraining.teacher import (
 )
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.reporter import CONFIG, FolderReporter, Reporter
-from bort.resume import same_value
+from bort.resume import changed_flags, same_value
 from bort.saved_model import (
     MASKED_LM,
     ModelConfig,
@@ -80,6 +80,14 @@ FIXED_FLAGS = {
     "StudentSettings": ("student_model", "student_parameters"),
     "OptimizerSettings": ("optimizer", "dtype"),
     "RunSettings": ("seed",),
+}
+# What a resumed run may change without a word: how far, where and how it runs, and what is said of
+# it elsewhere.
+UNREMARKABLE_FLAGS = {
+    *("data", "data_eval", "batch_size_eval", "accumulate", "no_verify", "num_steps"),
+    *("dtype", "teacher_dtype", "teacher_runtime", "compression", "on_nonfinite"),
+    *("log_teacher_mse", "log_interval", "ckpt_interval", "keep_checkpoints", "eval_interval"),
+    *("ckpt_dir", "resume", "start_step", "gpus", "cpu_contexts", "check"),
 }
 
 
@@ -329,6 +337,7 @@ def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMappi
                 raise UserError(
                     f"--{flag} {given}: the checkpoint was made with {made_with}; {cure}"
                 )
+    _warn_of_changes(settings, then)
     data = then.get("DataSettings", {})
     if inputs.held_out is None:  # nothing replaces the best checkpoint
         best_counts = True
@@ -343,6 +352,17 @@ def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMappi
             file=sys.stderr,
         )
     return Resumed(data.get("accumulate", settings.data.accumulate), best_counts)
+
+
+def _warn_of_changes(settings: PretrainingSettings, then: Mapping[str, JSONMapping]) -> None:
+    """Name the flags of the loss and the schedule that differ from those of a checkpoint."""
+    recorded = {flag: value for concern in then.values() for flag, value in concern.items()}
+    if changed := changed_flags(recorded, settings, UNREMARKABLE_FLAGS):
+        print(
+            f"warning: {', '.join(changed)}: not what the checkpoint was made with; the run goes "
+            "on with what is given now",
+            file=sys.stderr,
+        )
 
 
 def _default(concern: str, flag: str) -> Any:

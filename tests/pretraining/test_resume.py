@@ -26,6 +26,7 @@ from tests.pretraining.helpers import (
     make_run,
     metrics,
     settings_of_run,
+    teacher_flags,
     write_data,
     write_shards,
 )
@@ -190,6 +191,17 @@ def test_checkpoints_are_float32_for_every_type_of_product(data, tmp_path, bfloa
             pretraining.open_data(settings_of_run(data).data, seed=0),
             checkpoint.latest(str(tmp_path)).state,
         )
+
+
+def test_what_changes_the_loss_or_the_schedule_of_a_resumed_run_is_named(data, tmp_path, capsys):
+    given = {"ckpt_dir": tmp_path, "lr": 0.001, **teacher_flags(data)}
+    finished_run(data, num_steps=1, **given)
+    finished_run(data, num_steps=2, resume=True, ckpt_interval=1, **given)
+    assert "warning" not in capsys.readouterr().err
+    finished_run(data, num_steps=3, resume=True, ckpt_dir=tmp_path, mlm_weight=1)
+    named = "--teacher_model, --teacher_ckpt_dir, --mlm_weight, --lr"
+    said = f"warning: {named}: not what the checkpoint was made with; the run goes on"
+    assert said in capsys.readouterr().err
 
 
 def test_another_accumulation_is_applied_on_resume(data, tmp_path):
