@@ -27,10 +27,11 @@ Ours, where those are silent (the text of the algorithm itself was not available
 the names Socrates, Timaeus and tau was not checked):
 
 - "ordered" is ascending, so that "the first element" is the worst set. A set is the sequence of
-  its (name, value) pairs without the seed. Its longest common subsequence with each other set is
-  found; the longest of these (of equals, the one with the worst-scoring set) is the common part;
-  all sets that contain it are dropped, with the worst. The best set of the round stays while
-  others do. `worst-only` and `halving` (drop the lower half) are alternatives;
+  its (name, value) pairs without the seed and what the whole space shares. Its longest common
+  subsequence with each other set is found; the longest of these (of equals, the one with the
+  worst-scoring set) is the common part; all sets that contain it are dropped, with the worst. The
+  best set of the round stays while others do. `worst-only` and `halving` (drop the lower half) are
+  alternatives;
 - one augmented example per mistake, none in the last round, after which nothing is fitted; one that
   equals a row of dev, test or the current train is drawn again;
 - every fit starts from the initial state; a warm start from the best model so far is an option;

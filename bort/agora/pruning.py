@@ -52,10 +52,13 @@ def sets_to_drop(
     """Return the sets that a round drops, worst first, as indices in the search space.
 
     `order` lists the current sets from worst to best. At least one set is dropped, and the best
-    only when it is the only one.
+    only when it is the only one. What all sets of the search space share does not count as common:
+    a search over `lr` with one value of `epochs` would otherwise lose all but the best at once.
     """
+    shared = [one for one in search_space[0].items() if all(one in s.items() for s in search_space)]
     sequences = [
-        [item for item in search_space[index].items() if item[0] != "seed"] for index in order
+        [one for one in search_space[index].items() if one[0] != "seed" and one not in shared]
+        for index in order
     ]
     dropped = _STRATEGIES[strategy](sequences) | {0}
     if len(order) > 1:

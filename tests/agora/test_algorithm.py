@@ -750,6 +750,14 @@ def test_lcs_drops_those_that_share_the_longest_part_with_the_worst():
     assert module.sets_to_drop([5, 1, 2, 3, 4, 0], space, "lcs") == [5, 2, 4]
 
 
+def test_lcs_ignores_what_the_whole_space_shares():
+    space = [{"rate": rate, "epochs": 5, "batch": 8} for rate in range(4)]
+    assert module.sets_to_drop(range(4), space, "lcs") == [0]
+    assert module.sets_to_drop([0], space[:1], "lcs") == [0]
+    space.append({"rate": 0, "epochs": 6, "batch": 8})  # now epochs are searched, too
+    assert module.sets_to_drop(range(4), space, "lcs") == [0, 1, 2]
+
+
 def test_lcs_compares_names_with_values_and_not_seeds():
     space = [{"rate": 8, "seed": 3}, {"batch": 8, "seed": 3}, {"rate": 1, "seed": 3}]
     assert module.sets_to_drop([0, 1, 2], space, "lcs") == [0]
