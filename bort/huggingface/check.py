@@ -61,12 +61,7 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
     config = read_json_as(os.path.join(folder, "config.json"), HuggingFaceConfig)
     architecture = parse_config(config).architecture
     tokenizer: Any = saved.tokenizer
-    try:
-        theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of many classes
-        raise UserError(
-            f"{folder}: transformers cannot load its tokenizer ({reasons(error)[0]})"
-        ) from None
+    theirs = _load(folder, "tokenizer", transformers.AutoTokenizer)
     for text in _texts(tokenizer):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         if ids != tokenizer.encode(text).tolist():
@@ -75,7 +70,7 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
     body = getattr(saved.network, "bort", saved.network)
     batch = _inputs(tokenizer, options_of(body).type_separator)
     # A body comes without the head that it was given here.
-    model = getattr(transformers, architecture.name).from_pretrained(folder).float().eval()
+    model = _load(folder, "model", getattr(transformers, architecture.name)).float().eval()
     found, their_states = _their_outputs(model, architecture, batch)
     states = _difference(folder, "hidden states", _our_states(body, batch), their_states)
     difference = None
@@ -84,6 +79,16 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
         difference = _difference(folder, "logits", expected, found)
     packages = f"transformers {transformers.__version__}, torch {torch.__version__}"
     return Comparison(difference, states, packages)
+
+
+def _load(folder: str, what: str, theirs: Any) -> Any:
+    """Return what a class of transformers loads; raises `UserError` when it cannot."""
+    try:
+        return theirs.from_pretrained(folder)
+    except Exception as error:  # of many classes
+        raise UserError(
+            f"{folder}: transformers cannot load its {what} ({reasons(error)[0]})"
+        ) from None
 
 
 def _cure(theirs: Any, ours: Any) -> str:

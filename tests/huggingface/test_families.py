@@ -670,6 +670,19 @@ def test_a_cased_vocabulary_that_transformers_takes_for_uncased(tmp_path):
     from_huggingface(str(source), str(tmp_path / "here"))
 
 
+def test_what_transformers_cannot_load_is_reported_in_one_line():
+    from bort.huggingface import check
+
+    class Theirs:
+        @staticmethod
+        def from_pretrained(folder: str) -> None:
+            raise ValueError("The state dictionary is corrupted.\nAre you sure?")
+
+    reason = r"^there: transformers cannot load its model \([^\n]*corrupted[^\n]*\)$"
+    with pytest.raises(UserError, match=reason):
+        check._load("there", "model", Theirs)
+
+
 def electra_tensors() -> dict[str, np.ndarray]:
     zeros = {
         "discriminator_predictions.dense.weight": (HIDDEN, HIDDEN),
