@@ -57,6 +57,7 @@ CONFIG, README = "config.json", "README.md"
 READ_FILES = (
     *(CONFIG, WEIGHTS, "vocab.json", "merges.txt", "tokenizer.model"),
     *(huggingface_tokenizer.JSON, TOKENIZER_CONFIG),
+    *(huggingface_tokenizer.SPECIAL_TOKENS_MAP, huggingface_tokenizer.ADDED_TOKENS),
 )
 OURS = "bort"  # the key of our own entries in config.json
 KEEP, FOLD = "keep", "fold"  # what is done with a body's two token types

@@ -11,7 +11,8 @@ from bort.huggingface.tensors import INDEX, TORCH_WEIGHTS, WEIGHTS
 
 _NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _FILES = re.compile(
-    r"config\.json|tokenizer\.json|tokenizer_config\.json|vocab\.(?:txt|json)|merges\.txt|"
+    r"(?:config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|"
+    r"vocab\.txt|merges\.txt|"
     r"tokenizer\.model|SHA256SUMS|model(?:-\d+-of-\d+)?\.safetensors"
 )
 

@@ -10,8 +10,20 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import (
+    Any,
+    Container,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Union,
+)
 
 from bort.errors import UserError, quoted
 from bort.files import WHOLE_BYTES, open_regular, read_json, read_json_as
@@ -31,6 +43,13 @@ from bort.wordpiece import TOKENIZER_CONFIG, WORDPIECE_TOKENS
 ModelProto = Any  # sentencepiece_model_pb2.ModelProto, which is made at import
 
 JSON = "tokenizer.json"
+SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+# The classes of transformers, without "Fast" at their end, that split texts as the tokenizers here
+# do. Others find the words of a text by a dictionary, for example.
+_KNOWN_CLASSES = frozenset(
+    f"{name}Tokenizer"
+    for name in ("Bert", "DistilBert", "Electra", "GPT2", "PreTrained", "Roberta")
+) | {"TokenizersBackend"}
 
 _SPACE = "▁"  # how SentencePiece writes a space
 # The first character of a special token or a byte token. Hugging Face's unigram would find these
@@ -207,6 +226,7 @@ class _Config:
     """What is read of a tokenizer_config.json; None where an entry is missing."""
 
     add_prefix_space: Optional[bool] = None
+    tokenizer_class: Optional[str] = None  # of config.json, too
 
 
 @dataclass(frozen=True)
@@ -237,23 +257,67 @@ def read_tokenizer(folder: str) -> Tokenizer:
     tokenizer = _read_tokenizer(folder)
     is_bpe = tokenizer.name == ByteLevelBPE.name
     config_path, path = (os.path.join(folder, name) for name in (TOKENIZER_CONFIG, JSON))
+    for name in (TOKENIZER_CONFIG, "config.json"):
+        if os.path.exists(os.path.join(folder, name)):
+            _refuse_class(name, read_json_as(os.path.join(folder, name), _Config))
     if is_bpe and os.path.exists(config_path):
         _refuse_prefix_space(TOKENIZER_CONFIG, read_json_as(config_path, _Config))
-    if not os.path.exists(path):
-        return tokenizer
-    file = read_json_as(path, _TokenizerFile)
-    if is_bpe:
-        _refuse_changes(file)
-    for token in file.added_tokens:
-        if token.content not in tokenizer.special_tokens.values():
-            cure = "if no text has it, delete it from added_tokens"
-            if token.content not in file.model.vocab:  # the embeddings have a row for it, too
-                cure = "convert a model without it"
-            raise UserError(
-                f"{JSON}: transformers finds the added token {quoted(token.content)} in a text, "
-                f"and the tokenizers here do not; {cure}"
-            )
+    if os.path.exists(path):
+        file = read_json_as(path, _TokenizerFile)
+        if is_bpe:
+            _refuse_changes(file)
+        for token in file.added_tokens:
+            _refuse_added(JSON, token.content, tokenizer, file.model.vocab)
+    spelling = tokenizer.tokens(range(tokenizer.vocab_size))
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS):
+        if os.path.exists(os.path.join(folder, name)):
+            for content in _added_tokens(name, read_json(os.path.join(folder, name))):
+                _refuse_added(name, content, tokenizer, spelling)
     return tokenizer
+
+
+def _refuse_class(name: str, config: _Config) -> None:
+    found = config.tokenizer_class
+    if found is not None and re.sub("Fast$", "", found) not in _KNOWN_CLASSES:
+        raise UserError(
+            f"{name}: tokenizer_class is {quoted(found)}, which may split texts into other words; "
+            f"expected one of {', '.join(sorted(_KNOWN_CLASSES))}"
+        )
+
+
+def _refuse_added(name: str, content: str, tokenizer: Tokenizer, known: Container[str]) -> None:
+    """Raise `UserError` for a token of the file `name` that is none of the special ones.
+
+    known: the vocabulary without what was added to it.
+    """
+    if content in tokenizer.special_tokens.values():
+        return
+    cure = "if no text has it, delete it there"
+    if content not in known:  # it has an embedding, too
+        cure = "convert a model without it"
+    raise UserError(
+        f"{name}: transformers finds the added token {quoted(content)} in a text, and the "
+        f"tokenizers here do not; {cure}"
+    )
+
+
+def _added_tokens(name: str, content: Any) -> Iterator[str]:
+    """Yield the tokens that a file beside the vocabulary makes transformers find in texts."""
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: is not a JSON object")
+    if name == ADDED_TOKENS:  # {token: id}
+        yield from content
+        return
+    for key, value in content.items():
+        if key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            several = value.values() if isinstance(value, dict) else value
+            yield from map(_spelling, several if isinstance(several, Iterable) else ())
+        elif key.endswith("_token") and isinstance(value, (str, dict)):
+            yield _spelling(value)
+
+
+def _spelling(token: Any) -> str:
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def _read_tokenizer(folder: str) -> Tokenizer:

@@ -413,6 +413,37 @@ def test_tokens_that_transformers_finds_in_texts_are_refused(tmp_path, bpe, spec
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": {"content": "Ann"}}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["Ann"], "pad_token": "<pad>"}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "Ann"}}),
+        ("tokenizer_config.json", {"mask_token": {"content": "Ann"}}),
+        ("special_tokens_map.json", {"additional_special_tokens": [{"content": "Ann"}]}),
+        ("added_tokens.json", {"Ann": 9999}),
+    ],
+)
+def test_tokens_are_refused_that_files_beside_the_vocabulary_add(tmp_path, bpe, name, content):
+    saved_tokenizer(bpe, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^{name}: .* added token 'Ann' .*; convert a model with"):
+        read_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_that_finds_words_otherwise_is_refused(tmp_path, bpe, name):
+    """BertJapaneseTokenizer has a WordPiece's vocab.txt, but divides a text by a dictionary."""
+    saved_tokenizer(bpe, tmp_path)
+    config = {"tokenizer_class": "RobertaTokenizerFast"}
+    (tmp_path / name).write_text(json.dumps(config), encoding="utf-8")
+    assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
+    edit(tmp_path / name, tokenizer_class="BertJapaneseTokenizer")
+    with pytest.raises(UserError, match=rf"^{name}: tokenizer_class is 'BertJapaneseTokenizer'"):
+        read_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
         ("tokenizer_config.json", {"add_prefix_space": True}, "puts a space before each text"),
