@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Sequence
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import atomic_write, files_named, remove_left_overs_of
+from bort.files import atomic_write, files_named, refuse_overwriting, remove_left_overs_of
 from bort.sums import check_sum
 from bort.types import TaskKind
 from data.task import Example, Task, Uid
@@ -159,7 +159,11 @@ def _filled(task: Task, split: str, data_dir: Optional[Path]) -> Entry:
 
 
 def write_archive(path: Path, entries: Sequence[Entry]) -> None:
-    """Write the zip archive that the leaderboard takes, atomically."""
+    """Write the zip archive that the leaderboard takes, atomically.
+
+    Raises `UserError` when it would replace one of the files that are packed.
+    """
+    refuse_overwriting(str(path), *(entry.origin for entry in entries))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for entry in entries:

@@ -49,6 +49,15 @@ def predict(suite: str, folder: Path, leave_out: tuple[str, ...] = ()) -> None:
             write_submission(task, split, examples, scores, folder / name)
 
 
+def test_the_archive_does_not_replace_a_file_that_it_packs(tmp_path):
+    predict("superglue", tmp_path)
+    packed = tmp_path / "CB" / "CB.jsonl"
+    before = packed.read_bytes()
+    with pytest.raises(UserError, match=r"--output .* would overwrite what it is made from"):
+        write_archive(packed, gather("superglue", tmp_path, TEST_DATA))
+    assert packed.read_bytes() == before
+
+
 @pytest.mark.parametrize(("suite", "files"), [("glue", 11), ("superglue", 10)])
 def test_archive_holds_every_official_file(tmp_path, suite, files):
     predict(suite, tmp_path / "runs")
