@@ -29,19 +29,22 @@ from bort.cluster import Cluster, WorkerKilledError, refuse_with_cluster
 from bort.config import MAX_PROCESSES, as_dict, command_of, option, required
 from bort.errors import UserError, quoted
 from bort.files import (
+    MODEL_BYTES,
     atomic_write,
     await_unlocked,
     lock_folder,
     open_parents,
     read_json_as,
+    sha256_of,
     write_json,
 )
-from bort.finetuning.config import FinetuningSettings
+from bort.finetuning.config import ClassifierSettings, FinetuningSettings
 from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import SETS, check_sets
 from bort.jobs import Executor, ProcessDiedError, Processes
 from bort.journal import DAMAGED
 from bort.mxnet_setup import asked_threads
+from bort.parameters import parameter_file
 from bort.resume import changed_flags
 from bort.sums import write_sums
 from bort.tables import markdown_table
@@ -52,6 +55,7 @@ from data.tasks import get_task
 PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
 FREE = ("output_dir", "resume", "gpus", "log_interval", "cache_dir")  # may differ when resumed
 LOCK_SECONDS = 60.0  # that a run waits for the end of one in its folder, on a machine that was lost
+WEIGHTS = "weights_sha256"  # the key of `weights_sha256` in sweep.json
 MAX_NAME = 255  # characters of a folder's name, all of them ASCII here
 STOPPED = "interrupted; rerun the same command to resume the sweep"
 
@@ -147,19 +151,20 @@ def sweep(
 
     `cluster` is the address of one that does the runs. A failed run does not affect the others.
     Raises `UserError` for failed runs at the end, and for a folder that contains a sweep with other
-    flags, or on other rows, or that another process writes.
+    flags, on other rows or from other weights, or that another process writes.
     """
     refuse_with_cluster(cluster, "--jobs", settings.jobs, 1)
     folder = os.path.join(base.run.output_dir, f"{get_task(base.task.task_name).name}-sweep")
     runs = runs_of(settings, base, folder)
-    sets = {}
+    sets, weights = {}, ""
     try:
         sets = check_sets(base.task)
+        weights = weights_sha256(base.classifier)
     except UserError:  # a finished sweep shows its table without the data
         if any(run.metrics() is None for run in runs):
             raise
     with lock_folder(folder, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
-        claim(folder, base, runs[0].hparams, sets)
+        claim(folder, base, runs[0].hparams, sets, weights)
         set_damaged_aside(runs)
         keep_best_weights(runs)  # a kill may have come before
         pending = [run for run in runs if run.metrics() is None]
@@ -234,12 +239,26 @@ def spelled(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
+def weights_sha256(settings: ClassifierSettings) -> str:
+    """Return the SHA-256 of the weights that every run starts from, "" for random ones.
+
+    Raises `UserError` when they are not there.
+    """
+    path = settings.model_parameters or settings.pretrained_parameters
+    return sha256_of(parameter_file(path), MODEL_BYTES) if path else ""
+
+
 def claim(
-    folder: str, base: FinetuningSettings, hparams: Hyperparameters, sets: Mapping[str, str]
+    folder: str,
+    base: FinetuningSettings,
+    hparams: Hyperparameters,
+    sets: Mapping[str, str],
+    weights: str = "",
 ) -> None:
-    """Record the flags and the rows that all runs share; raises `UserError` for other ones.
+    """Record what all runs share: flags, rows and weights; raises `UserError` for other ones.
 
     sets: SHA-256 of the training and dev sets, empty when these are gone; they may have moved.
+    weights: see `weights_sha256`; also empty when they are gone.
     What an earlier grid left to the flags stays recorded: its runs are there still. A flag that all
     earlier grids varied may have any value.
     """
@@ -266,14 +285,19 @@ def claim(
                 f"{folder}: contains a sweep on other rows; restore them, or give another "
                 "--output_dir"
             )
+        if weights and recorded.get(WEIGHTS, weights) != weights:
+            raise UserError(
+                f"{folder}: contains a sweep from other weights of the same name, such as an "
+                "earlier checkpoint; restore them, or give another --output_dir"
+            )
     shared = {
         name: value
         for group in as_dict(*base).values()
         for name, value in group.items()
         if name not in {*hparams, *FREE} - {"output_dir"}
     }
-    rows = {SETS: dict(sets)} if sets else {}
-    write_json(path, {**recorded, **shared, **rows, "varied": sorted(varied)})
+    sums = {**({SETS: dict(sets)} if sets else {}), **({WEIGHTS: weights} if weights else {})}
+    write_json(path, {**recorded, **shared, **sums, "varied": sorted(varied)})
 
 
 def set_damaged_aside(runs: Sequence[SweepRun]) -> None:

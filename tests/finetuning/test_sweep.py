@@ -362,6 +362,25 @@ def test_a_sweep_belongs_to_its_rows_and_not_to_where_they_are(in_process, monke
     assert "1 runs, 1 already finished" in capsys.readouterr().out
 
 
+def test_a_sweep_belongs_to_the_weights_that_it_starts_from(in_process, capsys):
+    """Of a pretraining run, which goes on, the newest checkpoint is taken."""
+    weights = in_process.folder / "body.params"
+    weights.write_bytes(b"one")
+    given = ("--pretrained_parameters", str(weights))
+    sweep.main(in_process.flags(*given, seed=[0], lr=[0.01]))
+    weights.write_bytes(b"other")
+    with pytest.raises(SystemExit):
+        sweep.main(in_process.flags(*given, seed=[0, 1], lr=[0.01]))
+    assert "contains a sweep from other weights of the same name" in capsys.readouterr().err
+    assert len(in_process.calls("start")) == 1
+    weights.unlink()
+    sweep.main(in_process.flags(*given, seed=[0], lr=[0.01]))
+    assert "1 runs, 1 already finished" in capsys.readouterr().out
+    weights.write_bytes(b"one")
+    sweep.main(in_process.flags(*given, seed=[0, 1], lr=[0.01]))
+    assert len(in_process.calls("start")) == 2
+
+
 def test_a_broken_test_file_is_found_before_any_run(tried, tmp_path, capsys):
     folder = write_reviews(tmp_path / "data") / "SST-2"
     (folder / "test.tsv").write_text("index\tsentence\n0\tfine\n1\n")
