@@ -58,6 +58,8 @@ class ModelConfig:
     inputs_version: version of the texts made from the task's rows (data.task.Task).
     layer_norm_eps, type_separator: of the body (bort.shapes.BodyOptions).
     pooling: what the head is applied to (bort.shapes.POOLINGS).
+    one_separator: another program has trained a classifier of pairs in our form, as the tokenizer
+        says that came with it.
     origin: for a model from the Hugging Face hub its name and revision, for people.
     details: metrics, data and command, for people.
     sha256: of the parameter file; empty where an earlier version has not recorded it.
@@ -77,6 +79,7 @@ class ModelConfig:
     layer_norm_eps: float = LAYER_NORM_EPS
     type_separator: Optional[int] = None
     pooling: str = CLS
+    one_separator: bool = False
     origin: str = ""
     details: JSONObject = dataclasses.field(default_factory=dict)
     sha256: str = dataclasses.field(default="", compare=False)
@@ -178,9 +181,11 @@ def has_our_pairs(model_config: ModelConfig, tokenizer: Tokenizer) -> bool:
     """Return whether a classifier takes pairs of texts in our form, `<s> A </s> B </s>`.
 
     One without a task was trained by another program. BERT's pairs have that form; those of
-    RoBERTa, which has a byte-level BPE, have two separators between the texts.
+    RoBERTa, which has a byte-level BPE, have two separators between the texts, unless it was
+    trained with a tokenizer that was written here.
     """
-    return bool(model_config.task) or tokenizer.name != ByteLevelBPE.name
+    is_ours = bool(model_config.task) or model_config.one_separator
+    return is_ours or tokenizer.name != ByteLevelBPE.name
 
 
 def verify_parameters(path: str, model_config: ModelConfig) -> None:

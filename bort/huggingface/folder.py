@@ -12,13 +12,14 @@ Needs NumPy and safetensors; torch only for weights in pytorch_model.bin.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from types import MappingProxyType
 from typing import Mapping, NamedTuple, Optional
 
 import numpy as np
 
-from bort.errors import UserError, quoted
+from bort.errors import UserError, escaped, quoted
 from bort.files import atomic_write, read_json_as, write_json
 from bort.huggingface import tokenizer as huggingface_tokenizer
 from bort.huggingface import weights as huggingface
@@ -100,8 +101,9 @@ def write(folder: str, saved: SavedModel, family: Optional[str] = None) -> Archi
     family: one of `bort.huggingface.families.WRITTEN`; None: that of the model's tokenizer.
 
     Raises `UserError` for a model without tokenizer, with parameters that are NaN or infinite, or
-    that no architecture computes.
+    that no architecture computes, and when a file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     tokenizer = require_tokenizer(saved)
@@ -112,8 +114,11 @@ def write(folder: str, saved: SavedModel, family: Optional[str] = None) -> Archi
     arrays = huggingface.to_huggingface(
         parameters, architecture, tokenizer.pad_id, saved.model_config.body_options
     )
-    # transformers refuses a file without the format.
-    save_file(arrays, os.path.join(folder, WEIGHTS), metadata={"format": "pt"})
+    path = os.path.join(folder, WEIGHTS)
+    try:  # transformers refuses a file without the format
+        save_file(arrays, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # also of a full disk
+        raise UserError(f"{path}: cannot be written ({escaped(str(error))})") from None
     card = model_card(
         saved.model_config, architecture, tokenizer.special_tokens, separators=separators_of(saved)
     )
@@ -224,11 +229,19 @@ def read_folder(folder: str, token_types: str = KEEP, origin: str = "") -> Impor
         separator = tokenizer.eos_id if keep else None
         options = BodyOptions(description.layer_norm_eps, separator)
         model_config = _model_config(config, description, options, tokenizer, origin)
+        if _is_foreign_roberta(model_config, tokenizer):
+            one = huggingface_tokenizer.has_one_separator(folder)
+            model_config = dataclasses.replace(model_config, one_separator=one)
         converted = _checked_arrays(tensors, description, model_config, tokenizer)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     network = _network(model_config, converted.parameters)
     return Import(SavedModel(network, model_config, tokenizer), converted.notices)
+
+
+def _is_foreign_roberta(model_config: ModelConfig, tokenizer: Tokenizer) -> bool:
+    """Return whether only its tokenizer says in which form a classifier takes pairs."""
+    return model_config.kind != MASKED_LM and not has_our_pairs(model_config, tokenizer)
 
 
 def _keeps_types(description: Description, token_types: str) -> bool:

@@ -3,7 +3,7 @@
 The file is written without the package that reads it, so that it gives our ids: `<s> A </s>` and
 `<s> A </s> B </s>`. Hugging Face's own RoBERTa tokenizer puts two `</s>` between a pair, which no
 model here was trained on; ours is therefore of the generic class, which AutoTokenizer loads. Only
-a RoBERTa classifier of another program gets two back.
+a RoBERTa classifier of another program gets two back, if its tokenizer.json does not put one there.
 """
 
 from __future__ import annotations
@@ -245,6 +245,7 @@ class _TokenizerFile:
     model: _Model
     pre_tokenizer: Optional[_PreTokenizer] = None
     normalizer: Any = None
+    post_processor: Any = None
     added_tokens: Sequence[_AddedToken] = ()
 
 
@@ -318,6 +319,18 @@ def _added_tokens(name: str, content: Any) -> Iterator[str]:
 
 def _spelling(token: Any) -> str:
     return str(token.get("content") if isinstance(token, dict) else token)
+
+
+def has_one_separator(folder: str) -> bool:
+    """Return whether tokenizer.json puts one token between two texts, as those written here do."""
+    path = os.path.join(folder, JSON)
+    processor = read_json_as(path, _TokenizerFile).post_processor if os.path.exists(path) else None
+    pair = processor.get("pair") if isinstance(processor, dict) else None
+    parts = pair if isinstance(pair, list) else []
+    texts = [
+        place for place, part in enumerate(parts) if isinstance(part, dict) and "Sequence" in part
+    ]
+    return len(texts) == 2 and texts[1] - texts[0] == 2
 
 
 def _read_tokenizer(folder: str) -> Tokenizer:

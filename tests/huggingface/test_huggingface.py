@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import shutil
 import sys
 import unicodedata
@@ -630,6 +631,37 @@ def test_a_roberta_of_another_program_keeps_the_form_of_its_pairs(tmp_path, bpe,
     assert theirs.encode("he sat", "on it").ids == [bpe.bos_id, *first, *ends, *second, bpe.eos_id]
     card = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
     assert f"it puts {['one', 'two'][separators - 1]} `</s>` between two texts" in card
+
+
+def test_a_full_disk_is_reported_in_one_line(tmp_path, bpe, capsys):
+    saved(tmp_path / "model", "classification", bpe, task="MNLI")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # bytes of a file
+    try:
+        with pytest.raises(SystemExit):
+            convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "model.safetensors: cannot be written (" in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_fine_tuned_there_with_our_tokenizer_keeps_the_form_of_its_pairs(tmp_path, bpe):
+    """transformers saves the tokenizer that it has loaded, and nothing of the task it trains."""
+    saved(tmp_path / "model", "classification", bpe, task="MNLI")
+    convert([str(tmp_path / "model"), "--output", str(tmp_path / "there")])
+    (tmp_path / "there" / "SHA256SUMS").unlink()
+    edit(tmp_path / "there" / "config.json", bort={})
+    bring_back([str(tmp_path / "there"), "--output", str(tmp_path / "here")])
+    model_config = load_model(str(tmp_path / "here")).model_config
+    assert (model_config.task, model_config.one_separator) == ("", True)
+    convert([str(tmp_path / "here"), "--output", str(tmp_path / "again")])
+    theirs, again = (
+        Tokenizer.from_file(str(tmp_path / name / "tokenizer.json")) for name in ("there", "again")
+    )
+    assert again.encode("he sat", "on it").ids == theirs.encode("he sat", "on it").ids
 
 
 def test_the_model_card_has_no_local_paths():
