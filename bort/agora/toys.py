@@ -16,9 +16,9 @@ import numpy as np
 
 from bort.agora import algorithm as agora
 from bort.config import option
-from bort.files import atomic_write
+from bort.files import atomic_write, require_place
 from bort.grids import combinations
-from bort.plots import figure_file
+from bort.plots import figure_file, picture_kind
 from bort.tables import markdown_table
 from bort.types import Hyperparameters
 from data.metrics import accuracy
@@ -192,6 +192,10 @@ def plot_accuracies(accuracies: dict[str, np.ndarray], path: str) -> None:
 
 def run_toys(settings: ToySettings) -> dict[str, np.ndarray]:
     """Compare the methods on every task; print, and if asked write, the table and the plot."""
+    if settings.plot:  # both before minutes of computation
+        picture_kind(settings.plot)
+    for path in filter(None, (settings.plot, settings.table)):
+        require_place(path)
     warnings.simplefilter("ignore")  # biased training sets and short fits are intended here
     start = time.perf_counter()
     accuracies = {

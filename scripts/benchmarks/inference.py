@@ -29,7 +29,7 @@ import numpy as np
 
 from bort.config import counts_of, option, parse
 from bort.errors import UserError
-from bort.files import require_writable
+from bort.files import require_place, require_writable
 from bort.inference.runtime import BACKENDS, available_backends
 from bort.plots import figure_file, picture_kind
 from bort.processor import multiplies_bfloat16
@@ -109,6 +109,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[tuple[Way, str, Cell], fl
     if settings.plot:  # before minutes of measurements
         picture_kind(settings.plot)
         require_writable(os.path.dirname(settings.plot) or ".", "--plot")
+        require_place(settings.plot)
     threads = [str(count) for count in counts_of("--threads", settings.threads)]
     rows = rows_of(settings.networks.split(","), threads)
     cells = [Cell(*one) for one in itertools.product(*_lists(settings))]

@@ -35,6 +35,23 @@ def test_interval_is_students():
     assert half == pytest.approx(3.18245 * np.sqrt(5 / 3) / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("flag", "name", "message"),
+    [
+        ("--plot", "x.words", "use .png, .pdf or .svg"),
+        ("--plot", "absent/x.png", "there is no folder"),
+        ("--table", "absent/x.md", "there is no folder"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_any_draw(
+    tmp_path, monkeypatch, capsys, flag, name, message
+):
+    monkeypatch.setattr(toys, "compare_methods", lambda *_: pytest.fail("computed"))
+    with pytest.raises(SystemExit):
+        agora_toys.main([flag, str(tmp_path / name)])
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_table_and_plot(tmp_path, capsys, figures):
     plot, table = tmp_path / "toys.png", tmp_path / "toys.md"

@@ -146,6 +146,10 @@ def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(
 ):
     monkeypatch.setattr(inference, "_peaks_of", lambda _: pytest.fail("measured"))
     (tmp_path / "file").touch()
-    for name, message in (("x.words", "use .png, .pdf or .svg"), ("file/x.png", "is not a folder")):
+    for name, message in (
+        ("x.words", "use .png, .pdf or .svg"),
+        ("file/x.png", "is not a folder"),
+        ("absent/x.png", "there is no folder"),
+    ):
         with pytest.raises(UserError, match=message):
             inference.main(["--plot", str(tmp_path / name)])
