@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence
 from unittest import mock
 
 from bort.errors import UserError
@@ -51,6 +52,18 @@ def step_apart(command: Sequence[str], threads: int) -> Iterator[Callable[[], fl
         yield step
     finally:
         process.communicate()
+
+
+def check_dtypes(dtypes: str) -> None:
+    """Raise `UserError` for a precision of --dtypes, separated by commas, that there is not."""
+    if unknown := set(dtypes.split(",")) - {"float32", "bfloat16"}:
+        raise UserError(f"--dtypes: {', '.join(sorted(unknown))} unknown; float32, bfloat16")
+
+
+def check_python(path: Optional[str]) -> None:
+    """Raise `UserError` when the interpreter of --pytorch is no program."""
+    if path and not shutil.which(path):
+        raise UserError(f"--pytorch {path}: is no program; name the python of an environment")
 
 
 def whole_batches(rows: int, batch_size: int) -> int:

@@ -26,6 +26,8 @@ import numpy as np
 
 from benchmarks._peers import (
     Work,
+    check_dtypes,
+    check_python,
     decoder_flops,
     encoder_flops,
     print_floors,
@@ -38,6 +40,7 @@ from benchmarks.workers import write_shards
 from bort import mxnet_setup
 from bort.config import option, parse
 from bort.mxnet_setup import cpu_threads, usable_cores
+from bort.shapes import body_shape
 
 MLM_WEIGHT, TEACHER_WEIGHT, TEMPERATURE = 0.1, 0.5, 2.0
 MASKED = 0.15
@@ -63,6 +66,13 @@ class DistillationBenchmarkSettings:
     stock_only: Optional[str] = option(
         None, "measure only the original's recipe with this teacher ('none': without), step by step"
     )
+
+    def check(self) -> None:
+        """Raise `UserError` for a precision or a teacher that there is not."""
+        check_dtypes(self.dtypes)
+        check_python(self.pytorch)
+        for teacher in self.teachers.split(","):
+            body_shape(teacher)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:

@@ -21,6 +21,8 @@ import numpy as np
 
 from benchmarks._peers import (
     Work,
+    check_dtypes,
+    check_python,
     encoder_flops,
     print_floors,
     pytorch_command,
@@ -30,7 +32,6 @@ from benchmarks._peers import (
 )
 from benchmarks.distillation import ENCODER_PARAMETERS
 from bort.config import option, parse
-from bort.errors import UserError
 from bort.mxnet_setup import cpu_threads
 
 LABELS = ("0", "1")
@@ -53,8 +54,8 @@ class FinetuningBenchmarkSettings:
 
     def check(self) -> None:
         """Raise `UserError` for a precision that there is not."""
-        if unknown := set(self.dtypes.split(",")) - {"float32", "bfloat16"}:
-            raise UserError(f"--dtypes: {', '.join(sorted(unknown))} unknown; float32, bfloat16")
+        check_dtypes(self.dtypes)
+        check_python(self.pytorch)
 
 
 class RandomTokenizer:

@@ -107,6 +107,29 @@ def test_a_process_that_ends_instead_of_making_a_step_is_named() -> None:
             step()
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("finetuning", ["--dtypes", "float99"], "--dtypes: float99 unknown; float32, bfloat16"),
+        ("distillation", ["--dtypes", "float32,float99"], "--dtypes: float99 unknown"),
+        (
+            "distillation",
+            ["--pytorch", "/absent/python"],
+            "--pytorch /absent/python: is no program",
+        ),
+        ("distillation", ["--teachers", "roberta_12_768_12,x"], "model name 'x'"),
+    ],
+)
+def test_what_there_is_not_is_named_before_anything_is_measured(
+    name: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmark import main
+
+    with pytest.raises(SystemExit):
+        main([name, *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_parts_of_benchmarks_are_no_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmark import main
 
