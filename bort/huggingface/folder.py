@@ -225,7 +225,8 @@ def read_folder(folder: str, token_types: str = KEEP, origin: str = "") -> Impor
         if not description.has_class:
             found = huggingface.with_head(description.architecture, tensors)
             description = description._replace(architecture=found)
-        keep = _keeps_types(description, token_types)
+        gives_types = huggingface_tokenizer.gives_types(folder, description.architecture.family)
+        keep = _keeps_types(description, token_types, gives_types)
         separator = tokenizer.eos_id if keep else None
         options = BodyOptions(description.layer_norm_eps, separator)
         model_config = _model_config(config, description, options, tokenizer, origin)
@@ -244,12 +245,16 @@ def _is_foreign_roberta(model_config: ModelConfig, tokenizer: Tokenizer) -> bool
     return model_config.kind != MASKED_LM and not has_our_pairs(model_config, tokenizer)
 
 
-def _keeps_types(description: Description, token_types: str) -> bool:
+def _keeps_types(description: Description, token_types: str, gives_types: bool) -> bool:
     """Return whether a network gets token types.
+
+    gives_types: whether its tokenizer does. Without, a classifier was trained on type 0 alone.
 
     Raises `UserError` when those of a fine-tuned classifier would be dropped: it may take pairs.
     """
     has_two = description.token_types == TOKEN_TYPES
+    if has_two and description.architecture.is_classifier and not gives_types:
+        return False
     if has_two and token_types == FOLD and description.architecture.is_classifier:
         raise UserError(
             f"--token_types fold: {description.architecture.name} may take pairs of texts, whose "

@@ -27,6 +27,7 @@ from typing import (
 
 from bort.errors import UserError, quoted
 from bort.files import WHOLE_BYTES, open_regular, read_json, read_json_as
+from bort.huggingface.families import FAMILIES
 from bort.huggingface.tensors import refuse_lfs_pointer
 from bort.tokenization import (
     SPECIAL_TOKENS,
@@ -50,6 +51,8 @@ _KNOWN_CLASSES = frozenset(
     f"{name}Tokenizer"
     for name in ("Bert", "DistilBert", "Electra", "GPT2", "PreTrained", "Roberta")
 ) | {"TokenizersBackend"}
+# Of these, those that give no token types unless their files say otherwise.
+_WITHOUT_TYPES = ("DistilBertTokenizer", "GPT2Tokenizer", "RobertaTokenizer")
 
 _SPACE = "▁"  # how SentencePiece writes a space
 # The first character of a special token or a byte token. Hugging Face's unigram would find these
@@ -227,6 +230,7 @@ class _Config:
 
     add_prefix_space: Optional[bool] = None
     tokenizer_class: Optional[str] = None  # of config.json, too
+    model_input_names: Optional[List[str]] = None
 
 
 @dataclass(frozen=True)
@@ -319,6 +323,19 @@ def _added_tokens(name: str, content: Any) -> Iterator[str]:
 
 def _spelling(token: Any) -> str:
     return str(token.get("content") if isinstance(token, dict) else token)
+
+
+def gives_types(folder: str, family: str) -> bool:
+    """Return whether transformers gives the second text of a pair type 1.
+
+    family: decides the class of the tokenizer where no file names it.
+    """
+    path = os.path.join(folder, TOKENIZER_CONFIG)
+    config = read_json_as(path, _Config) if os.path.exists(path) else _Config()
+    if config.model_input_names is not None:
+        return "token_type_ids" in config.model_input_names
+    name = config.tokenizer_class or f"{FAMILIES[family].class_name}Tokenizer"
+    return re.sub("Fast$", "", name) not in _WITHOUT_TYPES
 
 
 def has_one_separator(folder: str) -> bool:

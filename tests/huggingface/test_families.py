@@ -432,6 +432,36 @@ def test_types_of_a_classifier_are_not_folded(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "keeps"),
+    [
+        ({}, True),
+        ({"tokenizer_class": "BertTokenizerFast"}, True),
+        ({"tokenizer_class": "DistilBertTokenizerFast"}, False),
+        ({"model_input_names": ["input_ids", "attention_mask"]}, False),
+        ({"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}, True),
+    ],
+)
+def test_a_classifier_has_the_types_that_its_tokenizer_gives(tmp_path, config, keeps):
+    tensors = write_folder(tmp_path, architectures=["BertForSequenceClassification"])
+    shapes = {
+        "pooler.dense.weight": (HIDDEN, HIDDEN),
+        "pooler.dense.bias": (HIDDEN,),
+        "classifier.weight": (2, HIDDEN),
+        "classifier.bias": (2,),
+    }
+    head = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    write_tensors(tmp_path, {**tensors, **head})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (network, model_config, _), notices = read_folder(str(tmp_path))
+    assert model_config.type_separator == (SEPARATOR if keeps else None)
+    dropped = "token type 0 is added to the positions, type 1 is dropped"
+    assert notices == ([] if keeps else [dropped])
+    types = TYPES if keeps else np.zeros_like(TYPES)
+    expected = hidden_states("bert", tensors, PAIR, types, 0.01)
+    np.testing.assert_allclose(states_of(network.bort, PAIR), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("config.json", "config.json: cannot be read"),
