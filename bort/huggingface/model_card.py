@@ -8,7 +8,7 @@ import shlex
 from typing import Any, Iterator, Mapping, Sequence, Union
 
 from bort.huggingface.families import Architecture
-from bort.saved_model import ModelConfig
+from bort.saved_model import MASKED_LM, ModelConfig
 from bort.tokenization import SPECIAL_TOKENS
 
 _PIPELINES = {"MaskedLM": "fill-mask", "MultipleChoice": "multiple-choice"}
@@ -98,7 +98,9 @@ def model_card(
     """
     details = dict(model_config.details)
     command = details.pop("command", _NOT_RECORDED)
-    task, title, data = "masked language modelling", model_config.model, _NOT_RECORDED
+    is_masked_lm = model_config.kind == MASKED_LM
+    task = "masked language modelling" if is_masked_lm else model_config.kind.replace("_", " ")
+    title, data = model_config.model, _NOT_RECORDED
     if model_config.task:
         task = f"{model_config.task} ({model_config.kind})"
         title = f"{model_config.model}, {model_config.task}"

@@ -633,6 +633,20 @@ def test_a_roberta_of_another_program_keeps_the_form_of_its_pairs(tmp_path, bpe,
     assert f"it puts {['one', 'two'][separators - 1]} `</s>` between two texts" in card
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("masked_lm", "masked language modelling"),
+        ("classification", "classification, labels a, b"),
+        ("multiple_choice", "multiple choice"),
+    ],
+)
+def test_the_model_card_of_a_model_without_a_task_names_its_kind(kind, task):
+    labels = ("a", "b") if kind == "classification" else ()
+    model_config = ModelConfig(MODEL, 9, "f", kind, labels=labels)
+    assert f"- Task: {task}\n" in model_card(model_config, Architecture("bert", "MaskedLM"))
+
+
 def test_a_full_disk_is_reported_in_one_line(tmp_path, bpe, capsys):
     saved(tmp_path / "model", "classification", bpe, task="MNLI")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
