@@ -171,7 +171,11 @@ def _check_flags(
 def for_task(classifier: Classifier, task: Task, max_len: int, details: JSONMapping) -> Classifier:
     """Return a loaded classifier as one that is trained further on a task."""
     model_config = dataclasses.replace(
-        classifier.model_config, task=task.name, max_len=max_len, details=dict(details)
+        classifier.model_config,
+        task=task.name,
+        max_len=max_len,
+        race_cast=task.cast if isinstance(task, Race) else "",
+        details=dict(details),
     )
     return classifier._replace(model_config=model_config)
 

@@ -590,6 +590,24 @@ def test_races_joined_cast_is_one_input_of_four_classes(tmp_path):
         load_classifier(str(tmp_path / "RACE-H"), get_task("RACE-H"), [mx.cpu()])
 
 
+def test_a_classifier_of_another_program_learns_the_cast_of_race(tmp_path):
+    tokenizer = ByteLevelBPE([*SPECIAL_TOKENS.values(), *BYTE_TO_CHARACTER.values()], [])
+    model_config = ModelConfig(
+        SHAPE, tokenizer.vocab_size, tokenizer.fingerprint, "classification", labels=tuple("ABCD"),
+        num_outputs=4, max_len=48,
+    )  # fmt: skip
+    body = tmp_path / "body" / "best.params"
+    save_model(str(body), build_network(model_config), model_config, tokenizer)
+    flags = {"task_name": "RACE-H", "model_name": None}
+    finetuned(
+        TEST_DATA, tmp_path / "a", race_cast="joined", epochs=1, model_parameters=body, **flags
+    )
+    trained = tmp_path / "a" / "RACE-H"
+    assert json.loads((trained / "best.json").read_text())["race_cast"] == "joined"
+    flags |= {"only_inference": True, "model_parameters": trained}
+    finetuned(TEST_DATA, tmp_path / "a", **flags)
+
+
 def test_pairs_are_not_predicted_with_a_roberta_of_another_program(tmp_path):
     """It was trained on pairs with two separators between the texts; it can learn our form."""
     tokenizer = ByteLevelBPE([*SPECIAL_TOKENS.values(), *BYTE_TO_CHARACTER.values()], [])
