@@ -617,10 +617,11 @@ def infer(
             f"{task.searched(settings.task.data_dir, (*task.dev, *task.test))}"
         )
     classifier = build_classifier(settings, task, devices, communicator.size)
-    if classifier.model_config.task not in (task.name, task.model_task):
+    own = classifier.model_config.task
+    if own and own not in (task.name, task.model_task):  # another program's has none
         raise UserError(
-            f"--model_parameters {settings.classifier.model_parameters}: a model of "
-            f"{classifier.model_config.task}; give one of {task.model_task or task.name}"
+            f"--model_parameters {settings.classifier.model_parameters}: a model of {own}; give "
+            f"one of {task.model_task or task.name}"
         )
     refuse_answers_of_another(settings, task)
     with memory_errors(MEMORY_CURE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,13 @@ import pytest
 import finetune_classifier
 from bort.errors import Stopped, UserError
 from bort.files import read_json
-from bort.saved_model import ModelConfig, build_network, save_model
+from bort.saved_model import (
+    ModelConfig,
+    build_network,
+    read_model_config,
+    save_model,
+    save_model_config,
+)
 from bort.tokenization import BYTE_TO_CHARACTER, SAMPLE_MODEL, SPECIAL_TOKENS, ByteLevelBPE
 from data.submission import check_submission
 from data.tasks import get_task, task_names
@@ -656,6 +663,12 @@ def test_diagnostics_are_predicted_with_the_model_of_their_task(tmp_path):
         finetuned(
             TEST_DATA / "superglue", tmp_path, task_name="BoolQ", model_parameters=rte, **flags
         )
+    path = str(rte / "best.params")  # as one that another program has trained
+    save_model_config(path, dataclasses.replace(read_model_config(path), task=""), None)
+    again = finetuned(
+        TEST_DATA / "superglue", tmp_path / "y", task_name="AX-g", model_parameters=rte, **flags
+    )
+    assert again["test"]["metrics"] == found["test"]["metrics"]
 
 
 # ---- mistakes of the user ----------------------------------------------------------------------
