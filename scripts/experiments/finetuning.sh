@@ -13,7 +13,7 @@
 #   TASKS   of the names below
 #   SEEDS   default 1,2,3; seed 0 is left out of the table: it chose the rates, with
 #           SEEDS=0 RATES=1e-4,3e-4,1e-3 TASKS="MRPC CoLA"
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need DATA_DIR "the folder of the official files of the tasks"
 
 models="bert-tiny paraphrase-MiniLM-L3-v2 all-MiniLM-L6-v2"

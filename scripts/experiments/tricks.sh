@@ -9,7 +9,7 @@
 #   MODELS  default bert-tiny all-MiniLM-L6-v2
 #   TASKS   default SST-2 MRPC STS-B
 #   LOW     task of the comparison of types (default STS-B)
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need DATA_DIR "the folder of the official files of the tasks"
 
 MODELS=${MODELS:-bert-tiny all-MiniLM-L6-v2} TASKS=${TASKS:-SST-2 MRPC STS-B} LOW=${LOW:-STS-B}

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # AX-g: the Winogender diagnostic set of SuperGLUE, predicted with the model of superglue-rte.sh.
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 predict AX-g SuperGLUERTE "$@"

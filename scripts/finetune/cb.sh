@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # CB: does the premise commit its speaker to the hypothesis? 250 training examples.
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 finetune CB --epochs 100 --batch_size 8 --max_len 256 "$@"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # MRPC: do two sentences from the news have the same meaning? 3,668 training examples.
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 finetune MRPC --epochs 50 --batch_size 8 --max_len 128 "$@"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # MultiRC: which answers to a question about a paragraph are correct? 27,243 training examples.
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 finetune MultiRC --epochs 20 --batch_size 16 --max_len 512 "$@"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # RACE-H: high-school reading comprehension; 62,445 training examples, four inputs each.
-source "${BASH_SOURCE[0]%/*}/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 finetune RACE-H --epochs 20 --batch_size 8 --max_len 512 "$@"

@@ -85,6 +85,15 @@ def test_an_argument_starts_no_experiment(script, project):
     assert not (project.folder / "calls").exists()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_finds_the_project_when_it_is_called_in_its_own_folder(script, project):
+    folder = project.folder / "scripts/experiments"
+    command = ["bash", f"{script}.sh", "argument"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")
+
+
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "quick_start"])
 def test_a_missing_variable_is_named_before_anything_starts(script, project):
     result = project.run(script)

@@ -110,6 +110,19 @@ def test_settings_of_a_task(project, script):
     assert settings.run.seed == 0
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_script_of_a_task_finds_the_project_when_it_is_called_in_its_own_folder(
+    project, script
+):
+    folder = project.folder / "scripts/finetune"
+    run = subprocess.run(
+        ["bash", f"{script}.sh", "--config", "file"],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: --config: the defaults of this script would override")
+
+
 def test_the_environment_variables(project):
     settings = project.settings(
         "MRPC", PRETRAINED_PARAMETERS="runs/a body", DATA_DIR="my data", OUTPUT_DIR="my runs"
