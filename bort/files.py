@@ -122,15 +122,18 @@ def require_place(path: str) -> None:
         _refuse_special_file(path, os.path.realpath(path))
 
 
-def refuse_overwriting(output: str | None, *inputs: str) -> None:
-    """Raise `UserError` when the file to be written is one of those that it is made from."""
+def refuse_overwriting(output: str | None, *inputs: str, flag: str = "--output") -> None:
+    """Raise `UserError` when the file to be written is one of those that it is made from.
+
+    flag: the one that named the output, for the message.
+    """
     if output is None or is_stream(output):
         return
     for path in inputs:
         with contextlib.suppress(OSError):  # raised where one of them is not there
             if os.path.samefile(output, path):
                 raise UserError(
-                    f"--output {output}: would overwrite what it is made from; name another file"
+                    f"{flag} {output}: would overwrite what it is made from; name another file"
                 )
 
 

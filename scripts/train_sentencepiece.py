@@ -22,7 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point, reasons
-from bort.files import atomic_write, is_stream, remove_left_overs_of, require_place
+from bort.files import (
+    atomic_write,
+    is_stream,
+    refuse_overwriting,
+    remove_left_overs_of,
+    require_place,
+)
 from bort.sums import write_sums
 from bort.tokenization import SPECIAL_TOKENS
 from data.corpus import MAX_DOCUMENT_BYTES, open_sources, read_documents, scan
@@ -62,6 +68,8 @@ def main(argv: Optional[Sequence[str]] = None) -> str:
     (settings,) = parse("Train a SentencePiece model.", argv, SentencePieceSettings)
     require_place(settings.model_file)
     with open_sources(settings.input_file, settings.text_field) as sources:
+        texts = [source.path for source in sources]
+        refuse_overwriting(settings.model_file, *texts, flag="--model_file")
         for source in sources:
             scan(source)
         generator = Random(settings.random_seed)

@@ -462,6 +462,19 @@ def test_long_lines_are_used_for_training(tmp_path):
     assert "▁zyxwv" in trained.tokens(range(280))
 
 
+@pytest.mark.parametrize("name", ["text.txt", "link"])
+def test_the_text_is_not_overwritten_by_the_model(tmp_path, capsys, name):
+    text = tmp_path / "text.txt"
+    text.write_bytes(SAMPLE_TEXT.read_bytes())
+    (tmp_path / "link").symlink_to(text)
+    with pytest.raises(SystemExit):
+        train(tmp_path / name, input_file=f"{SAMPLE_TEXT},{text}")
+    assert capsys.readouterr().err.startswith(
+        f"error: --model_file {tmp_path / name}: would overwrite what it is made from"
+    )
+    assert text.read_bytes() == SAMPLE_TEXT.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
