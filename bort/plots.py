@@ -41,6 +41,7 @@ def picture_kind(path: str) -> str:
     from matplotlib.backend_bases import FigureCanvasBase
 
     kind = os.path.splitext(path)[1][1:].lower() or "png"
-    if kind not in FigureCanvasBase.get_supported_filetypes():
+    # LaTeX writes .pgf, and is rarely installed.
+    if kind == "pgf" or kind not in FigureCanvasBase.get_supported_filetypes():
         raise UserError(f"{path}: a plot cannot be written as .{kind}; use .png, .pdf or .svg")
     return kind

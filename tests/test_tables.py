@@ -37,6 +37,7 @@ def test_a_plot_that_fails_leaves_nothing(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(KeyError), figure_file(str(tmp_path / "plot.png"), 2, 1):
         raise KeyError
-    with pytest.raises(UserError, match=r"a plot cannot be written as .words; use .png"):
-        figure_file(str(tmp_path / "plot.words"), 2, 1).__enter__()
+    for kind in ("words", "pgf"):
+        with pytest.raises(UserError, match=rf"a plot cannot be written as \.{kind}; use .png"):
+            figure_file(str(tmp_path / f"plot.{kind}"), 2, 1).__enter__()
     assert list(tmp_path.iterdir()) == []
