@@ -65,6 +65,12 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **keywords: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments; raises `UserError` for a flag that is empty."""
+        parsed = super().parse_args(args, namespace)
+        _refuse_empty(vars(parsed), self._actions)
+        return parsed
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments, after a check that they are UTF-8."""
         for word in sys.argv[1:] if args is None else args:
@@ -146,18 +152,16 @@ def parse(
         )
         _use_config(parser, argv, classes)
     parsed = vars(parser.parse_args(argv))
-    _refuse_empty(parsed, classes)
     return tuple(build(cls, parsed) for cls in classes)
 
 
-def _refuse_empty(parsed: JSONMapping, classes: Sequence[type]) -> None:
-    """Raise `UserError` for an empty text, as of an unset shell variable, which meant no flag."""
+def _refuse_empty(parsed: JSONMapping, actions: Sequence[argparse.Action]) -> None:
+    """Raise `UserError` for an empty flag, as of an unset shell variable, which meant no flag."""
     config = parsed.get("config")
     cure = f"set it to null in a copy of {config}" if config else "leave the flag out"
-    for cls in classes:
-        for field in dataclasses.fields(cls):
-            if parsed.get(field.name) == "" and field.default != "":
-                raise UserError(f"--{field.name}: is empty; give a value, or {cure}")
+    for action in actions:
+        if action.option_strings and parsed.get(action.dest) == "" and action.default != "":
+            raise UserError(f"--{action.dest}: is empty; give a value, or {cure}")
 
 
 def _refuse_renamed(parser: OneLineParser, argv: Sequence[str], renamed: Mapping[str, str]) -> None:

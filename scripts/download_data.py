@@ -21,7 +21,6 @@ def main(argv: Optional[Sequence[str]] = None) -> Path:
     parser.add_argument("names", nargs="+", help="tasks, or glue, superglue, race, all")
     parser.add_argument(
         "--data_dir",
-        type=Path,
         default=default_data_dir(),
         help="folder for the data (default %(default)s)",
     )

@@ -130,6 +130,16 @@ def test_values_outside_the_limits_are_refused(flag: str, value: str, complaint:
     assert str(caught.value) == complaint
 
 
+def test_an_empty_flag_is_refused_beside_arguments_without_a_flag() -> None:
+    parser = parser_for("Cooks.", CookingSettings)
+    parser.add_argument("guest")
+    parser.add_argument("--drink", default="tea")
+    assert parser.parse_args(["Ann", "--dish", "rice"]).cook is None
+    for flag in ("--cook", "--drink"):
+        with pytest.raises(UserError, match=f"^{flag}: is empty; give a value, or leave the flag"):
+            parser.parse_args(["Ann", "--dish", "rice", flag, ""])
+
+
 @pytest.mark.parametrize("text", ["", "5,", "x", "0", "1.5", "-1", "9,513", "9" * 5000])
 def test_a_list_of_counts_has_whole_numbers_within_limits(text: str) -> None:
     assert counts_of("--lengths", "1,512", maximum=512) == [1, 512]

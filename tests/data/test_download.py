@@ -286,7 +286,7 @@ def test_damaged_or_hostile_archive_leaves_nothing(server, tmp_path, content, me
 
 
 def test_servers_that_are_not_https_are_refused(tmp_path, capsys):
-    for server in ("file:///etc", "http://example.org", "ftp://example.org", "example.org", ""):
+    for server in ("file:///etc", "http://example.org", "ftp://example.org", "example.org"):
         with pytest.raises(SystemExit):
             download_data.main(["CoLA", "--data_dir", str(tmp_path), "--server", server])
         assert capsys.readouterr().err == f"error: --server {server}: must begin with https://\n"
