@@ -148,6 +148,7 @@ def download(
     it was asked for as "all".
     """
     check_server(server)
+    server = server.rstrip("/")
     on_request = []
     for name in expand(names):
         task = get_task(name)
@@ -175,7 +176,13 @@ def check_server(server: str) -> None:
     A user name, password or query is refused, and not repeated: what is a secret must not be in a
     message or in source.json.
     """
-    parts = urllib.parse.urlsplit(server)
+    try:
+        parts = urllib.parse.urlsplit(server)
+        is_address = parts.port != 0 and re.fullmatch("[!-~]+", server)
+    except ValueError:  # brackets of IPv6, a port that is no number
+        is_address = None
+    if not is_address:
+        raise UserError("--server: is no web address; give https://host/path, in ASCII")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UserError("--server: must be https://host/path without user name, password or query")
     if not _is_allowed(server, from_this_machine=True):
@@ -225,7 +232,7 @@ def _download_task(task: Task, data_dir: Path, server: str) -> str:
         fetched = [downloads / name for _, name in SOURCES[task.name]]
         for path, (remote, _) in zip(fetched, SOURCES[task.name]):
             if not path.exists():
-                fetch(f"{server.rstrip('/')}/{remote}", path)
+                fetch(f"{server}/{remote}", path)
             _check_sha256(path, remote)
         with _staging(folder) as staging:
             try:

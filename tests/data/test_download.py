@@ -293,6 +293,26 @@ def test_servers_that_are_not_https_are_refused(tmp_path, capsys):
     assert left_over(tmp_path) == []
 
 
+def test_the_recorded_address_is_the_one_that_was_asked(server, tmp_path):
+    path = offer(server, "CoLA")
+    download(["CoLA"], tmp_path, f"{server.address}/", lambda line: None)
+    record = json.loads((tmp_path / "glue" / "CoLA" / "source.json").read_text())
+    assert [source["url"] for source in record["sources"]] == [f"{server.address}{path}"]
+    assert server.requests == [(path, None)]
+
+
+@pytest.mark.parametrize(
+    "server",
+    ["http://[::1", "https://example.org:port", "https://example.org/ä", "https://example.org\n"],
+)
+def test_a_server_that_is_no_address_is_one_line(tmp_path, capsys, server):
+    with pytest.raises(SystemExit):
+        download_data.main(["CoLA", "--data_dir", str(tmp_path), "--server", server])
+    expected = "error: --server: is no web address; give https://host/path, in ASCII\n"
+    assert capsys.readouterr().err == expected
+    assert left_over(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "server", ["https://ada:s3cret@example.org", "https://example.org/?k=s3cret"]
 )
