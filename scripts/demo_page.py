@@ -12,6 +12,7 @@ downloaded by npm while the page is written; without npm, --packages names its f
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(argv: Optional[Sequence[str]] = None) -> DemoPage:
     page = write_demo_page(parsed["model"], settings.output, settings.packages)
     print(f"{settings.output}: a browser downloads {page.megabytes:,.1f} MB")
     print(f"int8: the cosine similarity of its logits to MXNet's is {page.comparison.cosine:.5f}")
-    print(f"serve it: python -m http.server 8000 --directory {settings.output}")
+    print(f"serve it: python -m http.server 8000 --directory {shlex.quote(settings.output)}")
     return page
 
 

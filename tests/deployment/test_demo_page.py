@@ -8,6 +8,7 @@ import hashlib
 import http.server
 import json
 import re
+import shlex
 import shutil
 import threading
 from contextlib import contextmanager
@@ -68,6 +69,15 @@ def test_a_page_holds_all_that_it_loads(tokenizer, tmp_path, packages, capsys): 
     assert re.fullmatch(rf"{page}: a browser downloads \d+\.\d MB", printed[0])
     # Special tokens in a text are plain text, as here.
     assert json.loads((page / "model" / "tokenizer.json").read_text("utf-8"))["added_tokens"] == []
+
+
+def test_the_command_that_serves_a_page_can_be_pasted_into_a_shell(tmp_path, packages, capsys):  # noqa: F811
+    (tmp_path / "my pages").mkdir()
+    page = write_page(
+        tmp_path / "my pages", "classification", "sentencepiece", "--packages", str(packages)
+    )
+    *_, command = capsys.readouterr().out.splitlines()
+    assert shlex.split(command.partition(": ")[2])[-2:] == ["--directory", str(page)]
 
 
 def test_verify_detects_a_damaged_page(tmp_path, packages, capsys):  # noqa: F811
