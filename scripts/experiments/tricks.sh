@@ -15,8 +15,12 @@ need DATA_DIR "the folder of the official files of the tasks"
 MODELS=${MODELS:-bert-tiny all-MiniLM-L6-v2} TASKS=${TASKS:-SST-2 MRPC STS-B} LOW=${LOW:-STS-B}
 runs=$EXPERIMENTS/finetuning
 
-# trained <model> <task>: prints the saved model of the best run, if there is one.
-trained() { compgen -G "$runs/$1/$2-sweep/*/$2/best.params" || true; }
+# trained <model> <task>: prints the saved model of the best run, if there is one. The sweep of seed 0,
+# which chose the rates, has kept one of its own.
+trained() {
+    compgen -G "$runs/$1/$2-sweep/*/$2/best.params" |
+        grep -Ev '[/,]seed=0(,[^/]*)?/[^/]*/best\.params$' || true
+}
 
 for model in $MODELS; do
     for task in $TASKS; do
