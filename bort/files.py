@@ -113,6 +113,11 @@ def is_stream(path: str) -> bool:
     return not stat.S_ISREG(kind) and not stat.S_ISDIR(kind)
 
 
+def summary_stream(output: str) -> IO[str]:
+    """Return where to print what was written: not on standard output, if that may be `output`."""
+    return sys.stderr if is_stream(output) else sys.stdout
+
+
 def require_place(path: str) -> None:
     """Raise `UserError` when there can be no file of this name.
 

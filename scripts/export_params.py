@@ -49,7 +49,7 @@ def export(path: str, output: str, dtype: str) -> list[str]:
     original's, whose LayerNorms, embeddings and pooling are Bort's, when a parameter is NaN or
     infinite in `dtype`, and when the file cannot be written.
     """
-    from bort.files import refuse_overwriting
+    from bort.files import refuse_overwriting, summary_stream
     from bort.parameters import check_finite, parameter_file
     from bort.saved_model import load_model, model_config_path
     from bort.shapes import BORT_OPTIONS, CLS
@@ -74,7 +74,8 @@ def export(path: str, output: str, dtype: str) -> list[str]:
     names = sorted(model._collect_params_with_prefix())
     print(
         f"{output}: {len(names)} arrays of {model_config.model}, {model_config.kind}, {dtype}, "
-        f"{size:,.1f} MB"
+        f"{size:,.1f} MB",
+        file=summary_stream(output),
     )
     return names
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 from bort.config import OneLineParser
 from bort.errors import entry_point, printable
+from bort.files import summary_stream
 from data.submission import Entry, gather, write_archive
 from data.tasks import LEADERBOARDS
 
@@ -38,9 +39,9 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Entry]:
     arguments = parser.parse_args(argv)
     entries = gather(arguments.suite, arguments.runs, arguments.data_dir, arguments.fill_missing)
     write_archive(arguments.output, entries)
-    for entry in entries:
-        print(f"{entry.name:<14}{entry.rows:>8} rows  {printable(entry.origin)}")
-    print(f"{arguments.output}: {len(entries)} files")
+    lines = [f"{one.name:<14}{one.rows:>8} rows  {printable(one.origin)}" for one in entries]
+    lines.append(f"{arguments.output}: {len(entries)} files")
+    print("\n".join(lines), file=summary_stream(str(arguments.output)))
     return entries
 
 

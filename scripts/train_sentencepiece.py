@@ -28,6 +28,7 @@ from bort.files import (
     refuse_overwriting,
     remove_left_overs_of,
     require_place,
+    summary_stream,
 )
 from bort.sums import write_sums
 from bort.tokenization import SPECIAL_TOKENS
@@ -81,7 +82,8 @@ def main(argv: Optional[Sequence[str]] = None) -> str:
     if not is_stream(settings.model_file):
         folder, name = os.path.split(settings.model_file)
         write_sums(folder, [name])
-    print(f"{settings.model_file}: {settings.vocab_size} tokens")
+    summary = f"{settings.model_file}: {settings.vocab_size} tokens"
+    print(summary, file=summary_stream(settings.model_file))
     return settings.model_file
 
 

@@ -462,6 +462,14 @@ def test_long_lines_are_used_for_training(tmp_path):
     assert "▁zyxwv" in trained.tokens(range(280))
 
 
+def test_nothing_but_the_model_goes_to_standard_output_that_takes_it(tmp_path, capfdbinary):
+    flags = ["--input_file", str(SAMPLE_TEXT), "--vocab_size", "1000"]
+    train_sentencepiece.main([*flags, "--model_file", "/dev/stdout"])
+    path = tmp_path / "new.model"
+    path.write_bytes(capfdbinary.readouterr().out)
+    assert load_tokenizer(TokenizerSettings(sentencepiece=str(path))).vocab_size == 1000
+
+
 @pytest.mark.parametrize("name", ["text.txt", "link"])
 def test_the_text_is_not_overwritten_by_the_model(tmp_path, capsys, name):
     text = tmp_path / "text.txt"

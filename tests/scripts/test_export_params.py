@@ -251,17 +251,20 @@ def test_an_output_never_replaces_the_model(run, capsys, name):
     assert own.read_bytes() == before
 
 
-def test_an_output_that_is_a_link_or_a_fifo_stays_one(run, tmp_path):
+def test_an_output_that_is_a_link_or_a_fifo_stays_one(run, tmp_path, capsys):
     target, link, fifo = tmp_path / "target", tmp_path / "link", tmp_path / "fifo"
     link.symlink_to(target)
     main([str(run), "--output", str(link)])
     assert link.is_symlink()
+    assert capsys.readouterr().out.startswith(f"{link}: ")
     os.mkfifo(fifo)
     with ThreadPoolExecutor(1) as pool:
         content = pool.submit(fifo.read_bytes)
         main([str(run), "--output", str(fifo)])
         assert content.result() == target.read_bytes()
     assert fifo.is_fifo()
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err[: len(f"{fifo}: ")]) == ("", f"{fifo}: ")
 
 
 def test_values_that_float16_cannot_hold_are_named(run, tmp_path, capsys):
