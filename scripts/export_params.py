@@ -47,7 +47,7 @@ def export(path: str, output: str, dtype: str) -> list[str]:
 
     Raises `UserError` when the model cannot be loaded or is not one of GluonNLP's and the
     original's, whose LayerNorms, embeddings and pooling are Bort's, when a parameter is NaN or
-    infinite in `dtype`, and when the file cannot be written.
+    infinite in `dtype`, and when the file cannot be written or has the name of another model.
     """
     from bort.files import refuse_overwriting, summary_stream
     from bort.parameters import check_finite, parameter_file
@@ -56,6 +56,11 @@ def export(path: str, output: str, dtype: str) -> list[str]:
 
     found = parameter_file(path)
     refuse_overwriting(output, found, model_config_path(found))
+    config = model_config_path(output)
+    if os.path.exists(config):
+        raise UserError(
+            f"--output {output}: {config} says that another model has this name; name another file"
+        )
     model, model_config, _ = load_model(found)
     if model_config.body_options != BORT_OPTIONS:
         raise UserError(

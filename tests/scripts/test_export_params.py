@@ -251,6 +251,15 @@ def test_an_output_never_replaces_the_model(run, capsys, name):
     assert own.read_bytes() == before
 
 
+def test_an_output_never_replaces_another_model(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(run / "step-0000012", other)
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    said = complaint(capsys, run, "--output", other / "model.params")
+    assert said.startswith(f"error: --output {other}/model.params: {other}/model.json says that")
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+
+
 def test_an_output_that_is_a_link_or_a_fifo_stays_one(run, tmp_path, capsys):
     target, link, fifo = tmp_path / "target", tmp_path / "link", tmp_path / "fifo"
     link.symlink_to(target)
