@@ -104,25 +104,38 @@ def verify(path: str) -> list[Row]:
     root = Path(path)
     if not root.exists():
         raise UserError(f"{path}: not found")
-    rows = [_file_row(root)] if root.is_file() else list(_rows(root, {root.resolve()}))
+    rows = [_file_row(root)] if root.is_file() else list(_rows(root))
     if not rows:
         raise UserError(f"{path}: holds nothing that this project writes")
     return rows
 
 
-def _rows(folder: Path, seen: set[Path], part: bool = False) -> Iterator[Row]:
-    """Yield the rows of a folder and of those below it, also behind links, each once."""
+def _rows(root: Path) -> Iterator[Row]:
+    """Yield the rows of a folder and of those below it, each once.
+
+    What links lead to comes last: so what is below the folder has its own name, whatever links are
+    beside it. Links to folders above lead back here.
+    """
+    links, seen = [root], set(root.resolve().parents)
+    for folder in links:  # grows
+        if folder.resolve() not in seen:
+            yield from _rows_below(folder, seen, links)
+
+
+def _rows_below(
+    folder: Path, seen: set[Path], links: list[Path], part: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of a folder and of those below it; note what was seen, and the links."""
+    seen.add(folder.resolve())
     kind = next((kind for kind in KINDS if kind.matches(folder)), None)
     if kind and not part:
         yield _row(str(folder), kind, folder)
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            actual = path.resolve()
-            # A link such as `best` names what has a row of its own beside it.
-            beside = path.is_symlink() and folder.resolve() in actual.parents
-            if not beside and actual not in seen:
-                seen.add(actual)
-                yield from _rows(path, seen, part=bool(kind) and path.name in PARTS)
+        is_part = bool(kind) and path.name in PARTS
+        if path.is_dir() and path.is_symlink():
+            links += [] if is_part else [path]
+        elif path.is_dir():
+            yield from _rows_below(path, seen, links, is_part)
         elif path.suffix == ".zip" or (not part and _is_lone_onnx_file(path)):
             yield _file_row(path)
 

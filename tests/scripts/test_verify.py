@@ -228,6 +228,21 @@ def test_folders_behind_links_are_checked_once(intact, tmp_path, capsys):
     assert (status, rows[str(runs / "SST-2")][1]) == (1, "damaged")
 
 
+def test_links_hide_nothing_that_is_below_the_folder(intact, tmp_path, capsys):
+    """A link that is named as a part of a run may lead to a run of its own."""
+    for name in ("runs/a", "runs/b"):
+        shutil.copytree(intact / "tuned" / "SST-2", tmp_path / name)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.json").write_text("{}")
+    shutil.rmtree(tmp_path / "runs" / "a" / "tensorboard")
+    (tmp_path / "runs" / "a" / "tensorboard").symlink_to("../b", target_is_directory=True)
+    (tmp_path / "runs" / "a" / "link").symlink_to("../b", target_is_directory=True)
+    (tmp_path / "runs" / "up").symlink_to("..", target_is_directory=True)
+    (tmp_path / "runs" / "self").symlink_to("self", target_is_directory=True)
+    status, rows = table(capsys, tmp_path / "runs")
+    assert (status, list(rows)) == (0, [str(tmp_path / "runs" / name) for name in "ab"])
+
+
 @pytest.mark.parametrize(
     ("journal", "measured"),
     [("", 0), ('{"sea', 0), ('{"search": {}}\n', 0), ('{"search": {}}\n{"candidate": "a"}\n', 1)],
