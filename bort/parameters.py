@@ -64,6 +64,20 @@ def parameter_file(path: str) -> str:
     return found[0]
 
 
+def fixed_parameter_file(path: str) -> str:
+    """Return the parameter file of a path under a name that stays when a run goes on.
+
+    `checkpoint_last` and other links to its folder are followed. A link to the file itself is not:
+    what describes the model is beside the link.
+
+    Raises `UserError` as `parameter_file`.
+    """
+    folder, name = os.path.split(parameter_file(path))
+    while os.path.islink(folder):
+        folder = os.path.join(os.path.dirname(folder), os.readlink(folder))
+    return os.path.join(folder, name)
+
+
 def read_arrays(path: str) -> dict[str, np.ndarray]:
     """Return the arrays of a file by name, read-only and memory-mapped.
 

@@ -17,7 +17,12 @@ from mxnet import nd
 from bort import checkpoint
 from bort.bort import BortModel, get_bort_model
 from bort.errors import UserError
-from bort.parameters import parameter_file, read_arrays, save_parameters
+from bort.parameters import (
+    fixed_parameter_file,
+    parameter_file,
+    read_arrays,
+    save_parameters,
+)
 
 
 def save_checkpoint(folder: Path, model: Any, step: int = 1, fingerprint: str = "f1") -> Path:
@@ -60,6 +65,23 @@ def test_a_folder_with_one_parameter_file_is_accepted_for_it(tmp_path: Path) -> 
     (folder / "vocab.json").touch()
     (folder / "roberta.params").touch()
     assert parameter_file(str(folder)) == str(folder / "roberta.params")
+
+
+def test_a_parameter_file_that_stays_when_its_run_goes_on(
+    tiny_model: BortModel, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = save_checkpoint(run, tiny_model) / "model.params"
+    link = tmp_path / "link"
+    link.symlink_to(first.parent, target_is_directory=True)
+    for path in (run, link, run / "checkpoint_last", first):
+        assert fixed_parameter_file(str(path)) == str(first)
+    stored, model = tmp_path / "store" / "4f2a", tmp_path / "model"
+    stored.parent.mkdir()
+    stored.touch()
+    model.mkdir()
+    (model / "best.params").symlink_to(stored)  # best.json is beside the link
+    assert fixed_parameter_file(str(model)) == str(model / "best.params")
 
 
 def test_several_parameter_files_are_listed_not_guessed(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ from bort.finetuning.predictions import Scoring, logits_of, predict_sets
 from bort.finetuning.run import BEST, METRICS, FinetuningOptions, finetuning_loop
 from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import TaskData, read_prediction_sets, rows_sha256
-from bort.parameters import load_parameters, parameter_file
+from bort.parameters import fixed_parameter_file, load_parameters
 from bort.reporter import FolderReporter
 from bort.resume import changed_flags
 from bort.saved_model import MASKED_LM, load_model, save_model
@@ -442,7 +442,7 @@ def _pinned(settings: ClassifierSettings) -> ClassifierSettings:
     """
     if settings.pretrained_parameters is None:
         return settings
-    path = os.path.realpath(parameter_file(settings.pretrained_parameters))
+    path = fixed_parameter_file(settings.pretrained_parameters)
     return dataclasses.replace(settings, pretrained_parameters=path)
 
 

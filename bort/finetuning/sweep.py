@@ -44,7 +44,7 @@ from bort.finetuning.task_data import SETS, check_sets
 from bort.jobs import Executor, ProcessDiedError, Processes
 from bort.journal import DAMAGED
 from bort.mxnet_setup import asked_threads
-from bort.parameters import parameter_file
+from bort.parameters import fixed_parameter_file, parameter_file
 from bort.resume import changed_flags
 from bort.sums import write_sums
 from bort.tables import markdown_table
@@ -55,6 +55,7 @@ from data.tasks import get_task
 PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
 FREE = ("output_dir", "resume", "gpus", "log_interval", "cache_dir")  # may differ when resumed
 LOCK_SECONDS = 60.0  # that a run waits for the end of one in its folder, on a machine that was lost
+STARTS = ("model_parameters", "pretrained_parameters")  # the flags that name weights
 WEIGHTS = "weights_sha256"  # the key of `weights_sha256` in sweep.json
 MAX_NAME = 255  # characters of a folder's name, all of them ASCII here
 STOPPED = "interrupted; rerun the same command to resume the sweep"
@@ -156,10 +157,11 @@ def sweep(
     refuse_with_cluster(cluster, "--jobs", settings.jobs, 1)
     folder = os.path.join(base.run.output_dir, f"{get_task(base.task.task_name).name}-sweep")
     runs = runs_of(settings, base, folder)
-    sets, weights = {}, ""
+    sets, start, weights = {}, base.classifier, ""
     try:
         sets = check_sets(base.task)
-        weights = weights_sha256(base.classifier)
+        start = fixed_weights(base.classifier)
+        weights = weights_sha256(start)
     except UserError:  # a finished sweep shows its table without the data
         if any(run.metrics() is None for run in runs):
             raise
@@ -171,7 +173,7 @@ def sweep(
         print(f"{folder}: {len(runs)} runs, {len(runs) - len(pending)} already finished")
         if pending:
             with executor_of(settings.jobs, cluster, folder, base.run.gpus) as executor:
-                run_all(pending, executor, runs)
+                run_all(from_weights(pending, start), executor, runs)
         rows = table(runs)
         write_table(folder, rows)
     print(as_markdown(rows), end="")
@@ -246,6 +248,27 @@ def weights_sha256(settings: ClassifierSettings) -> str:
     """
     path = settings.model_parameters or settings.pretrained_parameters
     return sha256_of(parameter_file(path), MODEL_BYTES) if path else ""
+
+
+def fixed_weights(settings: ClassifierSettings) -> ClassifierSettings:
+    """Return the settings with the very file of the weights.
+
+    The newest checkpoint of a run that goes on is another one for a later run of the sweep. Raises
+    `UserError` when they are not there.
+    """
+    given = {name: getattr(settings, name) for name in STARTS}
+    files = {name: fixed_parameter_file(path) for name, path in given.items() if path}
+    (fixed,) = with_values((settings,), files)
+    return fixed
+
+
+def from_weights(runs: Sequence[SweepRun], start: ClassifierSettings) -> list[SweepRun]:
+    """Return runs that start from the weights of other settings."""
+    values = {name: getattr(start, name) for name in STARTS}
+    return [
+        run._replace(settings=FinetuningSettings(*with_values(run.settings, values)))
+        for run in runs
+    ]
 
 
 def claim(

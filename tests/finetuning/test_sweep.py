@@ -47,6 +47,7 @@ def note(word):
     with open(os.path.join(here, "calls"), "a") as calls:
         call = {"what": word, "lr": lr, "seed": seed, "resume": flags["--resume"],
                 "pid": os.getpid(), "gpus": flags.get("--gpus"),
+                "weights": flags.get("--pretrained_parameters"),
                 "threads": os.environ["OMP_NUM_THREADS"]}
         calls.write(json.dumps(call) + "\\n")
 def stop(*_):
@@ -379,6 +380,19 @@ def test_a_sweep_belongs_to_the_weights_that_it_starts_from(in_process, capsys):
     weights.write_bytes(b"one")
     sweep.main(in_process.flags(*given, seed=[0, 1], lr=[0.01]))
     assert len(in_process.calls("start")) == 2
+
+
+def test_all_runs_of_a_sweep_start_from_one_checkpoint(in_process):
+    """As a run that goes on moves `checkpoint_last`, this link may be moved between two runs."""
+    weights = in_process.folder / "first" / "body.params"
+    weights.parent.mkdir()
+    weights.touch()
+    link = in_process.folder / "newest"
+    link.symlink_to("first", target_is_directory=True)
+    sweep.main(in_process.flags("--pretrained_parameters", str(link), seed=[0, 1], lr=[0.01]))
+    assert [call["weights"] for call in in_process.calls("start")] == [str(weights)] * 2
+    recorded = read_json(str(in_process.results / "sweep.json"))
+    assert recorded["pretrained_parameters"] == str(link)
 
 
 def test_a_broken_test_file_is_found_before_any_run(tried, tmp_path, capsys):
