@@ -46,10 +46,15 @@ ModelProto = Any  # sentencepiece_model_pb2.ModelProto, which is made at import
 JSON = "tokenizer.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 # The classes of transformers, without "Fast" at their end, that split texts as the tokenizers here
-# do. Others find the words of a text by a dictionary, for example.
+# do; those from the second line on are BERT's under other names. Others find the words of a text
+# by a dictionary, for example.
 _KNOWN_CLASSES = frozenset(
     f"{name}Tokenizer"
-    for name in ("Bert", "DistilBert", "Electra", "GPT2", "PreTrained", "Roberta")
+    for name in (
+        *("Bert", "DistilBert", "Electra", "GPT2", "PreTrained", "Roberta"),
+        *("ConvBert", "DPRContextEncoder", "DPRQuestionEncoder", "LayoutLM", "Lxmert"),
+        *("MobileBert", "SqueezeBert"),
+    )
 ) | {"TokenizersBackend"}
 # Of these, those that give no token types unless their files say otherwise.
 _WITHOUT_TYPES = ("DistilBertTokenizer", "GPT2Tokenizer", "RobertaTokenizer")

@@ -439,6 +439,8 @@ def test_a_tokenizer_that_finds_words_otherwise_is_refused(tmp_path, bpe, name):
     config = {"tokenizer_class": "RobertaTokenizerFast"}
     (tmp_path / name).write_text(json.dumps(config), encoding="utf-8")
     assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
+    edit(tmp_path / name, tokenizer_class="DPRQuestionEncoderTokenizer")  # BERT's
+    assert read_tokenizer(str(tmp_path)).fingerprint == bpe.fingerprint
     edit(tmp_path / name, tokenizer_class="BertJapaneseTokenizer")
     with pytest.raises(UserError, match=rf"^{name}: tokenizer_class is 'BertJapaneseTokenizer'"):
         read_tokenizer(str(tmp_path))
