@@ -86,6 +86,9 @@ Model = Any  # what `Socrates.fit` returns
 MapFits = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 TIMAEUS_ACCURACY = 2 / 3  # the author's bound: a labeller must be better than this
 FIT = "fit-"  # begins the name of a fit in a store
+# The entry of a run's record which says that pruning ignores what the whole space shares. A run
+# without it was begun by an earlier version, and is pruned as it began.
+CONSTANTS = "constants"
 IMBALANCE = 0.5  # a class share this far from an equal share, relatively, is worth a warning
 
 
@@ -383,13 +386,14 @@ def _rounds(
     space = list(range(len(fitting.search_space)))
     passes, limit = settings.replay + 1, settings.max_rounds
     steps = limit and limit * passes
+    constants_count = CONSTANTS not in fitting.store.recall("run")
     for step in itertools.islice(itertools.count(), steps):
         fits = fitting.fit_all(step, space, data)
         mistakes = augmentation.mistakes(fits[-1].predictions)
         pruned: list[int] = []
         if mistakes and (step + 1) % passes == 0:
             order = [fit.index for fit in fits]
-            pruned = sets_to_drop(order, fitting.search_space, settings.prune)
+            pruned = sets_to_drop(order, fitting.search_space, settings.prune, constants_count)
         # Nothing would be fitted on the augmented data.
         last = len(pruned) == len(space) or step + 1 == steps
         augmented = [] if last else augmentation.augment(step, mistakes, data)
@@ -474,8 +478,8 @@ def _check_store(
     arguments = json.loads(json.dumps(arguments, default=repr))
     recorded = store.recall("run")
     if recorded is None:
-        store.record("run", arguments)
-    elif recorded != arguments:
+        store.record("run", {**arguments, CONSTANTS: "ignored"})
+    elif {**recorded, **arguments} != recorded:
         names = [name for name, value in arguments.items() if recorded.get(name) != value]
         raise OtherRunError(
             f"the store contains a run with another {', '.join(names)}: use a new folder"

@@ -47,15 +47,21 @@ _STRATEGIES: dict[str, Callable[[Sequence[Sequence[Any]]], set[int]]] = {
 
 
 def sets_to_drop(
-    order: Sequence[int], search_space: Sequence[Hyperparameters], strategy: str
+    order: Sequence[int],
+    search_space: Sequence[Hyperparameters],
+    strategy: str,
+    constants_count: bool = False,
 ) -> list[int]:
     """Return the sets that a round drops, worst first, as indices in the search space.
 
     `order` lists the current sets from worst to best. At least one set is dropped, and the best
     only when it is the only one. What all sets of the search space share does not count as common:
     a search over `lr` with one value of `epochs` would otherwise lose all but the best at once.
+
+    constants_count: it does, as in runs that an earlier version began.
     """
-    shared = [one for one in search_space[0].items() if all(one in s.items() for s in search_space)]
+    constants = search_space[0].items() if not constants_count else ()
+    shared = [one for one in constants if all(one in s.items() for s in search_space)]
     sequences = [
         [one for one in search_space[index].items() if one[0] != "seed" and one not in shared]
         for index in order

@@ -758,6 +758,17 @@ def test_lcs_ignores_what_the_whole_space_shares():
     assert module.sets_to_drop(range(4), space, "lcs") == [0, 1, 2]
 
 
+def test_a_run_that_an_earlier_version_began_is_pruned_as_it_began():
+    space = combinations({"degree": [1, 2, 3], "decay": [1e-3], "seed": [0]})
+    store, earlier = Store(), Store()
+    assert len(run(search_space=space, store=store).rounds[0].pruned) == 1
+    begun = {name: value for name, value in store.recall("run").items() if name != "constants"}
+    earlier.record("run", begun)
+    first = run(search_space=space, store=earlier)
+    assert len(first.rounds[0].pruned) == 2, "the constant decay counts as common"
+    assert comparable(run(search_space=space, store=earlier)) == comparable(first)
+
+
 def test_lcs_compares_names_with_values_and_not_seeds():
     space = [{"rate": 8, "seed": 3}, {"batch": 8, "seed": 3}, {"rate": 1, "seed": 3}]
     assert module.sets_to_drop([0, 1, 2], space, "lcs") == [0]
