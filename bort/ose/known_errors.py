@@ -62,7 +62,7 @@ def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], S
 
 
 def _read_row(where: str, row: Mapping[Optional[str], Any]) -> tuple[Shape, float]:
-    if None in row:  # what csv keeps the rest of a row under
+    if any(row.get(None, ())):  # the rest of a row; spreadsheets may write it empty
         raise UserError(f"{where}: has more fields than the header; numbers have decimal points")
     try:
         shape = shape_of(row["architecture"] or "")

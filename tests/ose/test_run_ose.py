@@ -13,6 +13,7 @@ import pytest
 
 from bort.ose import run
 from bort.ose.bert_family import bert_small_space
+from bort.ose.known_errors import read_errors
 from bort.shapes import shape_of
 from scripts import run_ose
 
@@ -190,6 +191,13 @@ def test_invalid_errors_are_named_by_line(capsys, tmp_path, lines, message):
     path = write_errors(tmp_path, *lines)
     assert message in complaint(capsys, "--errors", path, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_empty_fields_at_the_end_of_a_row_of_errors_are_no_more_than_the_header(tmp_path):
+    """As of a spreadsheet that had a third column."""
+    path = write_errors(tmp_path, "bort_4_8_768_1024,2,", "bort_2_4_128_64,3,,")
+    space = [shape_of("bort_4_8_768_1024"), shape_of("bort_2_4_128_64")]
+    assert list(read_errors(str(path), space)[0]) == space
 
 
 def test_other_invalid_input(capsys, tmp_path):
