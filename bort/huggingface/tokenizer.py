@@ -335,11 +335,14 @@ def gives_types(folder: str, family: str) -> bool:
 
     family: decides the class of the tokenizer where no file names it.
     """
-    path = os.path.join(folder, TOKENIZER_CONFIG)
-    config = read_json_as(path, _Config) if os.path.exists(path) else _Config()
-    if config.model_input_names is not None:
-        return "token_type_ids" in config.model_input_names
-    name = config.tokenizer_class or f"{FAMILIES[family].class_name}Tokenizer"
+    paths = (os.path.join(folder, name) for name in (TOKENIZER_CONFIG, "config.json"))
+    own, model = (
+        read_json_as(path, _Config) if os.path.exists(path) else _Config() for path in paths
+    )
+    if own.model_input_names is not None:
+        return "token_type_ids" in own.model_input_names
+    usual = f"{FAMILIES[family].class_name}Tokenizer"
+    name = own.tokenizer_class or model.tokenizer_class or usual
     return re.sub("Fast$", "", name) not in _WITHOUT_TYPES
 
 

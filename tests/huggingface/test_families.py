@@ -432,17 +432,21 @@ def test_types_of_a_classifier_are_not_folded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "keeps"),
+    ("config", "of_model", "keeps"),
     [
-        ({}, True),
-        ({"tokenizer_class": "BertTokenizerFast"}, True),
-        ({"tokenizer_class": "DistilBertTokenizerFast"}, False),
-        ({"model_input_names": ["input_ids", "attention_mask"]}, False),
-        ({"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}, True),
+        ({}, None, True),
+        ({}, "DistilBertTokenizer", False),
+        ({"tokenizer_class": "BertTokenizerFast"}, "DistilBertTokenizer", True),
+        ({"tokenizer_class": "DistilBertTokenizerFast"}, None, False),
+        ({"model_input_names": ["input_ids", "attention_mask"]}, None, False),
+        ({"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}, None, True),
     ],
 )
-def test_a_classifier_has_the_types_that_its_tokenizer_gives(tmp_path, config, keeps):
-    tensors = write_folder(tmp_path, architectures=["BertForSequenceClassification"])
+def test_a_classifier_has_the_types_that_its_tokenizer_gives(tmp_path, config, of_model, keeps):
+    """of_model: the class that config.json names, which counts where the tokenizer names none."""
+    tensors = write_folder(
+        tmp_path, architectures=["BertForSequenceClassification"], tokenizer_class=of_model
+    )
     shapes = {
         "pooler.dense.weight": (HIDDEN, HIDDEN),
         "pooler.dense.bias": (HIDDEN,),
