@@ -65,7 +65,7 @@ def parameter_file(path: str) -> str:
 
 
 def fixed_parameter_file(path: str) -> str:
-    """Return the parameter file of a path under a name that stays when a run goes on.
+    """Return the parameter file of a path under a name that stays while a run trains.
 
     `checkpoint_last` and other links to its folder are followed. A link to the file itself is not:
     what describes the model is beside the link.

@@ -438,7 +438,7 @@ class _Run:
 def _pinned(settings: ClassifierSettings) -> ClassifierSettings:
     """Return the settings with the very file of the weights.
 
-    The newest checkpoint of a run that goes on is another one for a later fit.
+    A pretraining run that is still training has another newest checkpoint for a later fit.
     """
     if settings.pretrained_parameters is None:
         return settings

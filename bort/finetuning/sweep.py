@@ -253,8 +253,8 @@ def weights_sha256(settings: ClassifierSettings) -> str:
 def fixed_weights(settings: ClassifierSettings) -> ClassifierSettings:
     """Return the settings with the very file of the weights.
 
-    The newest checkpoint of a run that goes on is another one for a later run of the sweep. Raises
-    `UserError` when they are not there.
+    A pretraining run that is still training has another newest checkpoint for a later run of the
+    sweep. Raises `UserError` when the weights are not there.
     """
     given = {name: getattr(settings, name) for name in STARTS}
     files = {name: fixed_parameter_file(path) for name, path in given.items() if path}

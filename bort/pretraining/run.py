@@ -359,8 +359,8 @@ def _warn_of_changes(settings: PretrainingSettings, then: Mapping[str, JSONMappi
     recorded = {flag: value for concern in then.values() for flag, value in concern.items()}
     if changed := changed_flags(recorded, settings, UNREMARKABLE_FLAGS):
         print(
-            f"warning: {', '.join(changed)}: not what the checkpoint was made with; the run goes "
-            "on with what is given now",
+            f"warning: {', '.join(changed)}: not what the checkpoint was made with; continuing "
+            "with the values given now",
             file=sys.stderr,
         )
 

@@ -364,7 +364,7 @@ def test_a_sweep_belongs_to_its_rows_and_not_to_where_they_are(in_process, monke
 
 
 def test_a_sweep_belongs_to_the_weights_that_it_starts_from(in_process, capsys):
-    """Of a pretraining run, which goes on, the newest checkpoint is taken."""
+    """Of a pretraining run, which is still training, the newest checkpoint is taken."""
     weights = in_process.folder / "body.params"
     weights.write_bytes(b"one")
     given = ("--pretrained_parameters", str(weights))
@@ -383,7 +383,7 @@ def test_a_sweep_belongs_to_the_weights_that_it_starts_from(in_process, capsys):
 
 
 def test_all_runs_of_a_sweep_start_from_one_checkpoint(in_process):
-    """As a run that goes on moves `checkpoint_last`, this link may be moved between two runs."""
+    """As a run in training moves `checkpoint_last`, this link may be moved between two runs."""
     weights = in_process.folder / "first" / "body.params"
     weights.parent.mkdir()
     weights.touch()

@@ -200,7 +200,7 @@ def test_what_changes_the_loss_or_the_schedule_of_a_resumed_run_is_named(data, t
     assert "warning" not in capsys.readouterr().err
     finished_run(data, num_steps=3, resume=True, ckpt_dir=tmp_path, mlm_weight=1)
     named = "--teacher_model, --teacher_ckpt_dir, --mlm_weight, --lr"
-    said = f"warning: {named}: not what the checkpoint was made with; the run goes on"
+    said = f"warning: {named}: not what the checkpoint was made with; continuing"
     assert said in capsys.readouterr().err
 
 
