@@ -671,7 +671,7 @@ def is_running(pid):
 def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path, num_workers):
     text = tmp_path / "a.txt"
     text.write_bytes(SAMPLE.read_bytes() * 100)
-    values = {"num_outputs": 30, "dupe_factor": 2}
+    values = {"num_outputs": 30, "dupe_factor": 2}  # many, so that a busy machine kills in time
     command = program(tmp_path / "out", text, num_workers=num_workers, **values)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     unfinished = tmp_path / "out" / UNFINISHED_FILE
@@ -686,7 +686,7 @@ def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path, num_workers):
     process.wait()
     wait_for(lambda: not any(map(is_running, workers)))
     finished = read_json(str(unfinished))["shards"]
-    assert 2 <= len(finished) < 30  # many, so that a busy machine kills it in time
+    assert 2 <= len(finished) < 30
     before = {one["file"]: (tmp_path / "out" / one["file"]).stat().st_mtime_ns for one in finished}
     with pytest.raises(UserError, match="was interrupted: run it again, it resumes"):
         open_shards(str(tmp_path / "out"))

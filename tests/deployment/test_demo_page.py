@@ -71,7 +71,7 @@ def test_a_page_holds_all_that_it_loads(tokenizer, tmp_path, packages, capsys): 
     assert json.loads((page / "model" / "tokenizer.json").read_text("utf-8"))["added_tokens"] == []
 
 
-def test_the_command_that_serves_a_page_can_be_pasted_into_a_shell(tmp_path, packages, capsys):  # noqa: F811
+def test_the_command_that_serves_a_page_is_quoted(tmp_path, packages, capsys):  # noqa: F811
     (tmp_path / "my pages").mkdir()
     page = write_page(
         tmp_path / "my pages", "classification", "sentencepiece", "--packages", str(packages)
