@@ -60,7 +60,8 @@ class BucketSampler:
         lengths: [sequences], in tokens.
         batch_size: sequences per micro-batch; with `use_avg_len` about that many tokens.
         num_buckets: buckets of equal width between the shortest and the longest sequence.
-        seed: for shuffling; None does not shuffle and sorts each whole bucket, for evaluation.
+        seed: for shuffling; None, for evaluation, sorts each whole bucket and begins with the
+            longest sequences: the memory that they have freed is enough for all that follow.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class BucketSampler:
         if epoch is None or epoch.number != number:
             epoch = self._held = None  # never hold two epochs
             epoch = self._held = self._epoch(number)
-        batch = index if epoch.batches is None else int(epoch.batches[index])
+        batch = int(epoch.batches[index])
         bucket = int(np.searchsorted(self._first_batches, batch, side="right")) - 1
         first, end = self._bounds[bucket : bucket + 2]
         start = first + (batch - self._first_batches[bucket]) * self._sizes[bucket]
@@ -121,9 +122,9 @@ class BucketSampler:
                 half = max(1, -(-len(members) // size) // 2)
                 window = min(SHUFFLE_WINDOW, half) * size
             _sort_windows(members, self._lengths, window)
-        if generator is None:
-            return _Epoch(number, sequences, None)
         batches = np.arange(self.batches_per_epoch, dtype=self._buckets.dtype)
+        if generator is None:
+            return _Epoch(number, sequences, batches[::-1])
         generator.shuffle(batches)
         return _Epoch(number, sequences, batches)
 
@@ -133,7 +134,7 @@ class _Epoch(NamedTuple):
 
     number: int
     sequences: np.ndarray  # [sequences], bucket by bucket, a bucket's batches one after the other
-    batches: np.ndarray | None  # [batches]: the order of the batches; None: as they are
+    batches: np.ndarray  # [batches]: the order of the batches
 
 
 def _buckets_of(lengths: np.ndarray, widths: np.ndarray) -> np.ndarray:

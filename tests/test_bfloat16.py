@@ -295,4 +295,4 @@ def megabytes(lengths):
 print(-megabytes(range(400, 440)) + megabytes(range(440, 600)))
 """
     command = [sys.executable, "-c", code]
-    assert int(subprocess.check_output(command, cwd=ROOT, text=True)) < 250  # 690 without the bound
+    assert int(subprocess.check_output(command, cwd=ROOT, text=True)) < 60  # 690 without the bound

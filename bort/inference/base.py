@@ -184,17 +184,19 @@ class TokenBatch(NamedTuple):
 def token_batches(
     sequences: Sequence[np.ndarray], batch_size: int, max_len: int, pad_id: int
 ) -> Iterator[TokenBatch]:
-    """Yield sequences of token ids in batches of similar lengths, of at most `max_len`.
+    """Yield sequences of token ids in batches of similar lengths, the longest first.
+
+    The memory that a batch has freed is enough for a shorter one, not for a longer one.
 
     Raises `UserError` for a batch size below 1, which would leave sequences without an answer.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: expected 1 or more")
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(sequences), batch_size):
         indices = order[start : start + batch_size]
-        longest = int(lengths[indices[-1]])
+        longest = int(lengths[indices[0]])
         width = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, max(max_len, longest))
         yield TokenBatch(*pad([sequences[index] for index in indices], pad_id, width), indices)
 
