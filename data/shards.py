@@ -216,6 +216,8 @@ def read_manifest(folder: str, name: str = MANIFEST_FILE) -> Manifest:
         cure = "make the folder with create_pretraining_data.py"
         if os.path.exists(os.path.join(folder, UNFINISHED_FILE)):
             cure = "create_pretraining_data.py was interrupted: run it again, it resumes"
+        if not os.path.exists(folder):
+            raise UserError(f"{folder}: not found; {cure}")
         raise UserError(f"{folder}: holds no complete set of shards ({name}); {cure}")
     if is_lfs_pointer(path):
         raise UserError(f"{path}: is a Git LFS pointer; fetch the folder with git lfs pull")

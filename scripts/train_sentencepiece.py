@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 import string
 import sys
 from dataclasses import dataclass
@@ -128,9 +129,21 @@ def train(settings: SentencePieceSettings, sentences: Sequence[str]) -> bytes:
             minloglevel=2,  # errors are exceptions
         )
     except RuntimeError as error:
-        reason = reasons(error)[-1].rpartition("] ")[2]
-        raise UserError(f"--vocab_size {settings.vocab_size}: {reason}") from None
+        raise UserError(f"--vocab_size {settings.vocab_size}: {_reason(error)}") from None
     return model.getvalue()
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return why SentencePiece refuses a size, with flags of this program as the cure."""
+    message = str(error)
+    if fewest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"the text needs at least {fewest[1]}: one for each character, special token and byte; "
+            "give as many, or a lower --character_coverage"
+        )
+    if most := re.search(r"set it to a value <= (\d+)", message):
+        return f"the text gives no more than {most[1]} tokens; give as many or fewer, or more text"
+    return reasons(error)[-1]
 
 
 def _sentences(sources: Sequence[TextSource]) -> Iterator[str]:

@@ -486,8 +486,8 @@ def test_the_text_is_not_overwritten_by_the_model(tmp_path, capsys, name):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"vocab_size": 50_000}, "--vocab_size 50000: Vocabulary size too high"),
-        ({"vocab_size": 10}, "--vocab_size 10: Vocabulary size is smaller"),
+        ({"vocab_size": 50_000}, "--vocab_size 50000: the text gives no more than "),
+        ({"vocab_size": 10}, "--vocab_size 10: the text needs at least "),
         ({"vocab_size": 0}, "--vocab_size 0: must be at least 1"),
         ({"vocab_size": 2**31}, "--vocab_size 2147483648: must be at most 2147483647"),
         ({"character_coverage": 0.5}, "--character_coverage 0.5: must be at least 0.98"),

@@ -12,7 +12,7 @@ from typing import Mapping
 import numpy as np
 
 from bort.errors import UserError, escaped, quoted, reasons
-from bort.files import MODEL_BYTES, open_regular, read_json_as
+from bort.files import MODEL_BYTES, is_lfs_pointer, open_regular, read_json_as
 from bort.types import JSONMapping
 
 WEIGHTS, INDEX, TORCH_WEIGHTS = (
@@ -23,7 +23,6 @@ WEIGHTS, INDEX, TORCH_WEIGHTS = (
 # Types of safetensors; bfloat16, which NumPy lacks, is read as the upper half of float32.
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 _SAFE_TORCH = (2, 6)  # older versions run code hidden in files that are loaded with weights_only
-_LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,7 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
 
 def refuse_lfs_pointer(path: str) -> None:
     """Raise `UserError` when Git LFS left a pointer in place of a file."""
-    try:
-        with open_regular(path, MODEL_BYTES) as file:
-            start = file.read(len(_LFS_START))
-    except OSError as error:
-        raise UserError(f"{os.path.basename(path)}: cannot be read ({error.strerror})") from None
-    if start == _LFS_START:
+    if is_lfs_pointer(path):
         raise UserError(
             f"{os.path.basename(path)}: is a Git LFS pointer, not the file; run `git lfs pull`"
         )
@@ -86,7 +80,9 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     try:
         with open_regular(path, MODEL_BYTES) as file:
             tensors = deserialize(file.read())
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+    except SafetensorError as error:
         raise UserError(f"{name}: cannot be read ({escaped(str(error))})") from None
     return {key: _array(f"{name}: {quoted(key)}", tensor) for key, tensor in tensors}
 

@@ -190,7 +190,7 @@ def test_a_resumed_run_has_less_to_do_and_loses_nothing(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "row", "what"),
     [
-        ({"data": "absent"}, "data", "absent: holds no complete set of shards"),
+        ({"data": "absent"}, "data", "absent: not found; make the folder with create_p"),
         ({"data_eval": "foreign"}, "data", "made with another tokenizer"),
         ({"gpus": "7"}, "device", "--gpus 7: MXNet sees 0 GPU(s) here"),
         ({"gpus": "x"}, "device", "--gpus x: expected device numbers"),

@@ -509,7 +509,7 @@ def test_a_cache_of_another_tokenizer_or_for_other_shards_is_refused(data, tmp_p
 def test_a_build_names_the_folders_that_it_cannot_use(data, tmp_path, capsys, monkeypatch):
     for given, what in (
         (f"{data}/train,", "--data .*: has an empty name"),
-        (f"{data}/train, {data}/none", r"error: /.*/none: holds no complete set of shards"),
+        (f"{data}/train, {data}/none", r"error: /.*/none: not found; make the folder with"),
         (f"{data}/test, {data}/train", r"--data /.*/test: holds sequences of \d+ tokens, but the"),
     ):
         said = complaint(capsys, build, build_line(data, tmp_path / "cache", data=given))
