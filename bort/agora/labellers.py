@@ -65,8 +65,16 @@ class FileTimaeus:
     """
 
     def __init__(self, task: Task, path: str, to_label: str) -> None:
-        """Read the labels; raises `UserError` naming the first invalid line."""
+        """Read the labels.
+
+        Raises `UserError` naming the first invalid line, and when both files are one.
+        """
         self.task, self.path, self.to_label = task, path, to_label
+        if os.path.realpath(path) == os.path.realpath(to_label):
+            raise UserError(
+                f"--timaeus_labels {path}: is replaced by the run, which writes there what it "
+                "lacks; move it to another name and give that"
+            )
         self.known: dict[Any, _Known] = {}
         for number, line in enumerate(_lines(path), start=1):
             if line.strip():
@@ -103,9 +111,11 @@ class FileTimaeus:
         """Return the labels of inputs.
 
         Raises `LabelsMissingError` after it has written the inputs without a label to `to_label`,
-        and `UserError` for a line that can match no input, because it has another number of texts.
+        and `UserError` for a line that can match no input, because it has another number of texts,
+        and for labels that were given in `to_label` only.
         """
         self._require_shapes({_shape(each) for each in inputs})
+        self._require_appended()
         missing = [each for each in inputs if input_key(each) not in self.known]
         if missing:
             write_lines(self.to_label, ({"inputs": each, "label": None} for each in missing))
@@ -117,6 +127,17 @@ class FileTimaeus:
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.to_label)
         return np.array([self.known[input_key(each)].label for each in inputs])
+
+    def _require_appended(self) -> None:
+        """Raise `UserError` rather than replace a file in which somebody has entered labels."""
+        for number, line in enumerate(_lines(self.to_label), start=1):
+            where = f"{self.to_label}:{number}"
+            inputs, label = _parsed(where, line) if line.strip() else ([], None)
+            if label is not None and input_key(inputs) not in self.known:
+                raise UserError(
+                    f"{where}: has a label that {self.path} lacks; append the lines to that file, "
+                    "and rerun the same command to resume"
+                )
 
     def _require_shapes(self, shapes: set[tuple[int, ...]]) -> None:
         for known in self.known.values():

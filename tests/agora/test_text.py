@@ -323,6 +323,22 @@ def test_labels_made_elsewhere(finished, tmp_path):
     assert not wanted.exists()
 
 
+def test_labels_that_were_entered_in_the_file_of_missing_ones_are_kept(tmp_path):
+    labels, wanted = tmp_path / "labels.jsonl", tmp_path / "to_label.jsonl"
+    line = '{"inputs": [["a"]], "label": %s}\n'
+    wanted.write_text(line % '"1"', encoding="utf-8")
+    timaeus = FileTimaeus(TASK, str(labels), str(wanted))
+    for inputs in ([(("a",),), (("b",),)], []):
+        with pytest.raises(UserError, match=r"to_label.jsonl:1: has a label that .* lacks; append"):
+            timaeus.label(inputs)
+    assert wanted.read_text(encoding="utf-8") == line % '"1"'
+    labels.write_bytes(wanted.read_bytes())
+    with pytest.raises(LabelsMissingError, match="1 inputs have no label"):
+        FileTimaeus(TASK, str(labels), str(wanted)).label([(("a",),), (("b",),)])
+    with pytest.raises(UserError, match=r"to_label.jsonl: is replaced by the run"):
+        FileTimaeus(TASK, str(tmp_path / "." / "to_label.jsonl"), str(wanted))
+
+
 @pytest.mark.parametrize(
     ("task", "line", "message"),
     [
