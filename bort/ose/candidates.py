@@ -208,6 +208,11 @@ def check_journals(folder: str, description: JSONMapping) -> None:
             )
 
 
+def has_journal(folder: str) -> bool:
+    """Return whether a search has written its measurements into a folder."""
+    return bool(_journals(folder))
+
+
 def _journals(folder: str) -> list[str]:
     return glob.glob(os.path.join(glob.escape(folder), "journal-*.jsonl"))
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from bort import jobs
@@ -27,6 +28,7 @@ from bort.ose.candidates import (
     SurrogateError,
     check_journals,
     executor_map,
+    has_journal,
 )
 from bort.ose.config import (
     SearchSettings,
@@ -116,12 +118,27 @@ def known_search(
     if not settings.errors:
         show(space, None, settings, {}, everything)
         return None
+    refuse_replacing(settings.errors, settings.output_dir)
     errors = Errors(*read_errors(settings.errors, space.shapes))
     strides = read_strides(settings, len(errors.space))
     results = run_searches(space, errors, settings.seed, strides)
     with lock_folder(settings.output_dir, "--output_dir"):
         show(space, errors, settings, results, everything)
     return results[settings.stride]
+
+
+def refuse_replacing(errors: str, folder: str) -> None:
+    """Raise `UserError` when the table would replace the known errors, or that of a training."""
+    if os.path.realpath(errors) == os.path.realpath(os.path.join(folder, "ose.csv")):
+        raise UserError(
+            f"--errors {errors}: would be replaced by the table of this search; name another "
+            "--output_dir"
+        )
+    if has_journal(folder):
+        raise UserError(
+            f"--output_dir {folder}: has a search that trained its architectures, whose table "
+            "would be replaced; name another one"
+        )
 
 
 def open_manifests(settings: TrainingSettings) -> list[Manifest]:

@@ -193,6 +193,20 @@ def test_invalid_errors_are_named_by_line(capsys, tmp_path, lines, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_search_keeps_its_errors_and_the_results_of_a_training(capsys, tmp_path):
+    path = write_errors(tmp_path, "bort_4_8_768_1024,2").rename(tmp_path / "ose.csv")
+    before = path.read_bytes()
+    line = complaint(capsys, "--errors", path, "--output_dir", f"{tmp_path}/.")
+    assert "ose.csv: would be replaced by the table of this search" in line
+    assert path.read_bytes() == before
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "journal-0.jsonl").touch()
+    line = complaint(capsys, "--errors", path, "--output_dir", folder)
+    assert "out: has a search that trained its architectures, whose table would be repla" in line
+    assert [entry.name for entry in folder.iterdir()] == ["journal-0.jsonl"]
+
+
 def test_empty_fields_at_the_end_of_a_row_of_errors_are_no_more_than_the_header(tmp_path):
     """As of a spreadsheet that had a third column."""
     path = write_errors(tmp_path, "bort_4_8_768_1024,2,", "bort_2_4_128_64,3,,")
