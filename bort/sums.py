@@ -48,7 +48,12 @@ def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
             continue
         if is_lfs_pointer(found):  # its reader reports that
             continue
-        if not os.path.isfile(found) or sha256_of(found, MODEL_BYTES) != digest:
+        if not os.path.isfile(found):
+            kind = "not a file" if os.path.lexists(found) else "missing"
+            raise UserError(
+                f"{found}: is {kind}, but listed in {SUMS}; restore the file, or delete its line"
+            )
+        if sha256_of(found, MODEL_BYTES) != digest:
             raise UserError(
                 f"{found}: its SHA-256 is not that in {SUMS}; restore the file, or delete {SUMS} "
                 "if you have changed it"
