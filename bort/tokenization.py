@@ -192,6 +192,25 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
             os.replace(path, f"{path}.old")
 
 
+def refuse_other_tokenizer(tokenizer: Tokenizer, folder: str, flag: str) -> None:
+    """Raise `UserError` when a model or shards in a folder need the tokenizer there, not this one.
+
+    flag: the one that named the folder, for the message.
+    """
+    pattern = re.compile(r".+\.params|part-[0-9]{5,}\.npz")
+    with contextlib.suppress(FileNotFoundError):
+        for name in filter(pattern.fullmatch, sorted(os.listdir(folder))):
+            before = None
+            with contextlib.suppress(UserError):  # a damaged one is written again
+                before = load_tokenizer_folder(os.path.join(folder, TOKENIZER_FOLDER))
+            if before and before.fingerprint != tokenizer.fingerprint:
+                raise UserError(
+                    f"{flag} {folder}: has {name} with its {TOKENIZER_FOLDER}/, which another "
+                    "vocabulary would replace; name another folder"
+                )
+            return
+
+
 def is_wordpiece_file(path: str) -> bool:
     """Return whether the name of a file is that of a WordPiece: .txt, or tokenizer.json."""
     return path.endswith(".txt") or os.path.basename(path) == TOKENIZER_JSON

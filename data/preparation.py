@@ -32,6 +32,7 @@ from bort.tokenization import (
     TOKENIZER_FOLDER,
     TokenizerSettings,
     load_tokenizer,
+    refuse_other_tokenizer,
     save_tokenizer,
 )
 from data.corpus import TextFile, open_sources, read_scanned, scan
@@ -195,8 +196,10 @@ def plan_of(maker: InstanceMaker, corpus: CorpusSettings, files: list[TextFile])
         inputs=files,
         shards=[],
     )
-    earlier = _earlier_manifest(corpus.output_dir)
-    return plan if earlier is None else _resumed(corpus.output_dir, plan, earlier)
+    if earlier := _earlier_manifest(corpus.output_dir):
+        plan = _resumed(corpus.output_dir, plan, earlier)
+    refuse_other_tokenizer(tokenizer, corpus.output_dir, "--output_dir")
+    return plan
 
 
 def _earlier_manifest(folder: str) -> Optional[Manifest]:

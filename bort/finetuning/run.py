@@ -62,6 +62,7 @@ from bort.parameters import load_parameters, parameter_file
 from bort.reporter import FolderReporter, Reporter
 from bort.resume import same_value
 from bort.saved_model import read_model_config, save_model, save_model_config
+from bort.tokenization import refuse_other_tokenizer
 from bort.training.job import (
     Evaluation,
     Job,
@@ -522,6 +523,7 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> JSONOb
     with lock_of_rank_0(folder, "--output_dir", communicator), memory_errors(MEMORY_CURE):
         if communicator.rank == 0 and not run.resume:
             refuse_other_run(folder)
+            refuse_other_tokenizer(classifier.tokenizer, folder, "--output_dir")
         training = finetuning_run(settings, classifier, data, communicator, devices)
         training.loop.run()
         return conclude(training, rows, sets, scoring_of(settings, communicator, devices))

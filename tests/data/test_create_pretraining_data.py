@@ -761,6 +761,19 @@ def test_the_tokenizer_of_removed_shards_is_replaced(tmp_path):
     assert {path.name for path in (output / "tokenizer").iterdir()} == names, "nothing is lost"
 
 
+def test_the_tokenizer_of_a_model_is_not_replaced(tmp_path, capsys):
+    output = tmp_path / "out"
+    create(output)
+    for path in output.glob("*.*"):
+        path.unlink()
+    (output / "best.params").touch()
+    before = content(output / "tokenizer")
+    line = complaint(capsys, output, vocab_file=write_vocabulary(tmp_path))
+    assert f"--output_dir {output}: has best.params with its tokenizer/, which another voc" in line
+    assert content(output / "tokenizer") == before
+    assert create(output).shards, "its own tokenizer may stay"
+
+
 def test_other_arguments_are_refused(tmp_path, capsys):
     create(tmp_path / "out")
     before = content(tmp_path / "out")

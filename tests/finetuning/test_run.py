@@ -26,6 +26,7 @@ from bort.saved_model import (
     save_model_config,
 )
 from bort.tokenization import BYTE_TO_CHARACTER, SAMPLE_MODEL, SPECIAL_TOKENS, ByteLevelBPE
+from bort.wordpiece import read_wordpiece
 from data.submission import check_submission
 from data.tasks import get_task, task_names
 from tests.conftest import ROOT
@@ -834,6 +835,15 @@ def test_another_runs_folder_is_not_overwritten(reviews, tmp_path, capsys):
     before = (tmp_path / "SST-2" / "best.params").read_bytes()
     assert "has another run" in complaint(capsys, arguments(reviews, tmp_path))
     assert (tmp_path / "SST-2" / "best.params").read_bytes() == before
+
+
+def test_the_tokenizer_of_shards_is_not_replaced(reviews, tmp_path, capsys):
+    tokenizer = tmp_path / "SST-2" / "tokenizer"
+    read_wordpiece(write_vocabulary(tmp_path)).save(str(tokenizer))
+    (tmp_path / "SST-2" / "part-00000.npz").touch()
+    line = complaint(capsys, arguments(reviews, tmp_path))
+    assert "SST-2: has part-00000.npz with its tokenizer/, which another vocabulary" in line
+    assert [path.name for path in tokenizer.iterdir()] == ["tokenizer.json"]
 
 
 def test_weights_of_another_shape_and_too_little_memory_are_explained(
