@@ -40,6 +40,8 @@ _COMPRESSED_SUFFIXES = (*_OPEN, ".zst")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _OBJECT_BEGINS = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*["\[{\w-]')
+# JSON that is a list or has an object over several lines: JSON lines with a mistake, not text.
+_JSON_BEGINS = re.compile(rb'\[\s*\{\s*"|\{\s*\n\s*"')
 # The first bytes of compressed data, for names that do not say it.
 _COMPRESSED = {
     ".gz": re.compile(rb"\x1f\x8b\x08"),
@@ -66,6 +68,15 @@ _BINARY = {
     b"\x93NUMPY": "a NumPy array",
     b"SQLite format 3": "an SQLite database",
 }
+# What text of other formats begins with; it would be trained on with its marks.
+_MARKED = {
+    re.compile(rb"<!doctype html|<html\b", re.IGNORECASE): "HTML",
+    re.compile(rb"<\?xml\b"): "XML",
+    re.compile(rb"<doc id="): "marked by WikiExtractor, whose --json writes JSON lines",
+    re.compile(rb"WARC/\d"): "a web archive",
+    re.compile(rb"\{\\rtf"): "an RTF document",
+}
+_TABLE_SUFFIXES = (".csv", ".tsv")
 _ACCEPTED = (
     "give UTF-8 text or JSON lines (.jsonl, .ndjson, .json), plain or compressed with gzip, bzip2, "
     "xz or zstd, or parquet (.parquet)"
@@ -208,11 +219,12 @@ def _decompress_zstd(file: Any) -> Iterator[bytes]:
 def text_pieces(source: TextSource, start: int = 0) -> Iterator[bytes]:
     """Yield a file's text from byte `start` in pieces.
 
-    Raises `UserError` for a binary file, which it names.
+    Raises `UserError` for a binary file, markup or a table, which it names.
     """
     _refuse_lfs_pointer(source)
     for number, piece in enumerate(read_pieces(source.path, source.shown, start)):
-        if number == start == 0 and (kind := _kind_of_binary(piece)):
+        kind = number == start == 0 and (_kind_of_binary(piece) or _kind_of_marked(source, piece))
+        if kind:
             raise UserError(f"{source.shown}: is {kind}, not text; {_ACCEPTED}")
         yield piece
 
@@ -235,6 +247,14 @@ def _kind_of_binary(piece: bytes) -> Optional[str]:
     return "binary" if b"\0" in piece else None
 
 
+def _kind_of_marked(source: TextSource, piece: bytes) -> Optional[str]:
+    begins = piece.removeprefix(BYTE_ORDER_MARK).lstrip()
+    for mark, kind in _MARKED.items():
+        if mark.match(begins):
+            return kind
+    return "a table" if suffixes(source.path).startswith(_TABLE_SUFFIXES) else None
+
+
 # ---- JSON lines ----------------------------------------------------------------------------------
 
 
@@ -242,12 +262,16 @@ def is_json_lines(source: TextSource, first_piece: bytes) -> bool:
     """Tell JSON lines by their name or their first rows.
 
     Those are an object with the text field, or two objects; of a row longer than a piece, the
-    beginning of an object.
+    beginning of an object. A list of objects, and one over several lines, are JSON lines that their
+    reader refuses.
     """
     name = suffixes(source.path)
     if any(name.startswith(suffix) for suffix in _JSON_SUFFIXES):
         return True
-    lines = first_piece.removeprefix(BYTE_ORDER_MARK).lstrip().split(b"\n")
+    content = first_piece.removeprefix(BYTE_ORDER_MARK).lstrip()
+    if _JSON_BEGINS.match(content):
+        return True
+    lines = content.split(b"\n")
     if len(lines) == 1 and len(first_piece) >= READ_BYTES:
         return bool(_OBJECT_BEGINS.match(lines[0]))
     row, following, *_ = *filter(bytes.strip, lines), b"", b""

@@ -414,6 +414,35 @@ def test_binary_files_are_named(tmp_path, kind, compressed):
         scan(TextSource(str(path)))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "id,text\n1,One.\n", "is a table, not text; give UTF-8 text"),
+        ("a.tsv.gz", "id\ttext\n1\tOne.\n", "is a table, not text"),
+        ("a.txt", "\ufeff\n<!DOCTYPE HTML>\n<p>One.</p>\n", "is HTML, not text"),
+        ("a", "<html lang='en'>\nOne.\n</html>\n", "is HTML, not text"),
+        ("a.xml", "<?xml version='1.0'?>\n<a>One.</a>\n", "is XML, not text"),
+        ("wiki_00", '<doc id="1">\nOne.\n</doc>\n', "is marked by WikiExtractor, whose --json"),
+        ("a.wet", "WARC/1.0\r\nWARC-Type: conversion\r\n\r\nOne.\r\n", "is a web archive, not t"),
+        ("a.rtf", "{\\rtf1\\ansi One.}\n", "is an RTF document, not text"),
+        ("a.txt", '[{"text": "One."},\n{"text": "Two."}]\n', "line 1: is not JSON .*; JSON lines"),
+        ("a.txt", '[{"text": "One."}]\n', "line 1: is \\[.*, expected an object with 'text'"),
+        ("a", '{\n "text": "One."\n}\n', "line 1: is not JSON .*; JSON lines hold one object per"),
+    ],
+)
+def test_text_of_other_formats_is_named(tmp_path, name, content, says):
+    path, compress = tmp_path / name, gzip.compress if name.endswith(".gz") else bytes
+    path.write_bytes(compress(content.encode()))
+    with pytest.raises(UserError, match=rf"{path}(: |, ){says}"):
+        scan(TextSource(str(path)))
+
+
+@pytest.mark.parametrize("text", ["<unk> is a token.\n", "[1] One.\n", "{One}\n", "<documents>\n"])
+def test_text_that_begins_with_a_bracket_is_text(tmp_path, text):
+    (tmp_path / "a").write_text(text)
+    assert list(read_documents(TextSource(str(tmp_path / "a")))) == [text.strip().encode()]
+
+
 def test_git_lfs_pointers_are_named(tmp_path):
     pytest.importorskip("pyarrow")
     for name in ("a.txt", "a.parquet", "a.jsonl"):
