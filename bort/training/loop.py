@@ -90,6 +90,7 @@ class Loop:
         self._accumulate = accumulate
         self.micro_batches = accumulate * self._workers
         self.stop_requested = False
+        self.stop_signal = int(signal.SIGTERM)  # that asked for it, where it reached this rank
         self._log_interval, self._on_nonfinite = log_interval, on_nonfinite
         self._accumulator = self._new_accumulator()
         self._untimed_tokens = 0.0  # of the interval, read before this process resumed the run
@@ -201,10 +202,10 @@ class Loop:
         """Train from where `start` left the run up to the last step; returns the evaluations.
 
         `commit` is called between two steps, after each metric line: a moment when the sums of the
-        interval are empty. Raises `Stopped` when a rank got SIGTERM; a checkpoint is saved then.
+        interval are empty. Raises `Stopped` when a rank got SIGTERM or SIGHUP, after a checkpoint.
         """
         evaluations: list[Metrics] = []
-        with closing(self.batches()) as batches, self.reporter, stop_on_sigterm(self):
+        with closing(self.batches()) as batches, self.reporter, stop_on_signals(self):
             self._ended_early = self.job.evaluation.stop_early()
             stop = self._evaluate_before_training(evaluations)
             self._stopwatch.lap()
@@ -218,7 +219,7 @@ class Loop:
                 stop = self._save_and_evaluate(evaluations, stop)
             if stop:
                 step = self.progress.step
-                raise Stopped(signal.SIGTERM, f"stopped after step {step}; --resume continues")
+                raise Stopped(self.stop_signal, f"stopped after step {step}; --resume continues")
         return evaluations
 
     def train_step(self, batches: Iterator[MicroBatch]) -> None:
@@ -593,14 +594,26 @@ def _require_state(found: checkpoint.Checkpoint) -> None:
 
 
 @contextmanager
-def stop_on_sigterm(loop: Loop) -> Iterator[None]:
-    """Let SIGTERM, which a cluster sends before it takes a machine, end the run after its step."""
+def stop_on_signals(loop: Loop) -> Iterator[None]:
+    """Let a signal end the run after its step.
+
+    A cluster sends SIGTERM before it takes a machine, the system SIGHUP when the terminal is
+    closed; under nohup that is ignored.
+    """
+    terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
 
     def request(number: int, frame: FrameType | None) -> None:
-        loop.stop_requested = True
+        if number == signal.SIGHUP:  # to write to a closed terminal would be an error
+            for descriptor in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        loop.stop_requested, loop.stop_signal = True, number
 
-    before = signal.signal(signal.SIGTERM, request)
+    caught = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
+    before = [(number, signal.signal(number, request)) for number in caught]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)

@@ -555,25 +555,28 @@ def test_a_damaged_newest_checkpoint_is_skipped(data, tmp_path, uninterrupted, c
     assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
 
 
-def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(data, tmp_path, uninterrupted):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    data, tmp_path, uninterrupted, number
+):
     from bort import checkpoint
     from bort.pretraining import run as pretraining
 
     flags = resumable_flags(data, "plain")
-    before = signal.getsignal(signal.SIGTERM)
+    outside = signal.signal(number, signal.SIG_DFL)  # it may be ignored, as under nohup
     rate_of = pretraining.linear_warmup_decay
 
     def warned(step, *rest):
         if step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return rate_of(step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretraining, "linear_warmup_decay", warned)
         with pytest.raises(Stopped, match="stopped after step 7; --resume continues") as stopped:
             finished_run(data, ckpt_dir=tmp_path, **flags)
-    assert stopped.value.signum == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert stopped.value.signum == number
+    assert signal.signal(number, outside) is signal.SIG_DFL
     assert checkpoint.latest(str(tmp_path)).state["step"] == 7
     resumed = finished_run(data, ckpt_dir=tmp_path, resume=True, **flags)
     assert (digest(resumed), metrics(tmp_path)) == uninterrupted("plain")
