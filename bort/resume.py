@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from typing import Any, Collection, Sequence
 
 from bort.errors import UserError
@@ -39,6 +40,16 @@ def changed_flags(
             field.name, recorded.get(field.name, field.default), getattr(each, field.name)
         )
     ]
+
+
+def warn_of(changed: Sequence[str]) -> None:
+    """Name the flags, if any, that a resumed run has other values of than its checkpoint."""
+    if changed:
+        print(
+            f"warning: {', '.join(changed)}: not what the checkpoint was made with; continuing "
+            "with the values given now",
+            file=sys.stderr,
+        )
 
 
 def same_value(name: str, recorded: object, given: object) -> bool:

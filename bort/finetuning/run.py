@@ -60,7 +60,7 @@ from bort.finetuning.task_data import (
 )
 from bort.parameters import load_parameters, parameter_file
 from bort.reporter import FolderReporter, Reporter
-from bort.resume import same_value
+from bort.resume import same_value, warn_of
 from bort.saved_model import read_model_config, save_model, save_model_config
 from bort.tokenization import refuse_other_tokenizer
 from bort.training.job import (
@@ -86,7 +86,10 @@ FIXED_FLAGS: Mapping[type, Sequence[str]] = {
     FinetuningRunSettings: ("seed",),
     TaskSettings: ("max_len",),
     FinetuningOptimizerSettings: ("batch_size", "num_buckets", "dtype"),
-    ClassifierSettings: ("pooling", "extra_layer", "pretrained_parameters", "model_parameters"),
+    ClassifierSettings: (
+        *("pooling", "extra_layer", "init", "prob"),
+        *("pretrained_parameters", "model_parameters"),
+    ),
 }
 METRICS = "metrics.json"
 # The learning rate after the schedule has ended (the original's fine-tuning).
@@ -454,6 +457,17 @@ def check_resume(
     Raises `UserError` when the micro-batches are not those that the checkpoint counts, its arrays
     would not fit, or its evaluations are of other rows.
     """
+    for concern, flag in ((each, flag) for each, flags in FIXED_FLAGS.items() for flag in flags):
+        # A flag that the checkpoint does not know had its default.
+        then, now = (
+            each.get(concern.__name__, {}).get(flag, getattr(concern, flag))
+            for each in (state["settings"], config)
+        )
+        same = same_value(flag, then, now)
+        if flag == "dtype":
+            same = stored_dtype(then) == stored_dtype(now)
+        if not same:
+            raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
     for name, value in identity.items():
         if name != SETS and state.get(name) != value:
             raise UserError(
@@ -467,20 +481,23 @@ def check_resume(
             f"--resume: the checkpoint in {folder} is of a run with other rows in "
             f"{' and '.join(changed)}; restore them, or give another --output_dir"
         )
-    for concern, flag in ((each, flag) for each, flags in FIXED_FLAGS.items() for flag in flags):
-        # A flag that the checkpoint does not know had its default.
-        then, now = (
-            each.get(concern.__name__, {}).get(flag, getattr(concern, flag))
-            for each in (state["settings"], config)
-        )
-        same = same_value(flag, then, now)
-        if flag == "dtype":
-            same = stored_dtype(then) == stored_dtype(now)
-        if not same:
-            raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
+    _warn_of_changes(config, state["settings"])
     recorded = state["settings"].get("FinetuningOptimizerSettings", {})
     best_counts = _is_best_of(os.path.join(folder, BEST), state["best_step"])
     return Resumed(recorded.get("accumulate", accumulate), best_counts)
+
+
+def _warn_of_changes(config: JSONMapping, then: JSONMapping) -> None:
+    """Name the flags of the training that differ from those of a checkpoint."""
+    warn_of(
+        [
+            f"--{flag}"
+            for concern in (ClassifierSettings, FinetuningOptimizerSettings)
+            for flag, value in config.get(concern.__name__, {}).items()
+            if flag not in UNREMARKABLE_FLAGS
+            and not same_value(flag, then.get(concern.__name__, {}).get(flag, value), value)
+        ]
+    )
 
 
 def _is_best_of(path: str, step: Optional[int]) -> bool:
@@ -566,6 +583,11 @@ def finished_run(
 IRRELEVANT_FLAGS = {
     *("task_name", "cache_dir", "output_dir", "resume", "log_interval", "ckpt_interval"),
     *("gpus", "cpu_contexts", "dev_batch_size", "skip_bad_rows", "on_nonfinite"),
+}
+# What a resumed run may change without a warning.
+UNREMARKABLE_FLAGS = {
+    *IRRELEVANT_FLAGS,
+    *("epochs", "training_steps", "accumulate", "dtype", "model_name"),
 }
 
 

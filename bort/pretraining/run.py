@@ -43,7 +43,7 @@ from bort.pretraining.teacher import (
 )
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
 from bort.reporter import CONFIG, FolderReporter, Reporter
-from bort.resume import changed_flags, same_value
+from bort.resume import changed_flags, same_value, warn_of
 from bort.saved_model import (
     MASKED_LM,
     ModelConfig,
@@ -357,12 +357,7 @@ def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMappi
 def _warn_of_changes(settings: PretrainingSettings, then: Mapping[str, JSONMapping]) -> None:
     """Name the flags of the loss and the schedule that differ from those of a checkpoint."""
     recorded = {flag: value for concern in then.values() for flag, value in concern.items()}
-    if changed := changed_flags(recorded, settings, UNREMARKABLE_FLAGS):
-        print(
-            f"warning: {', '.join(changed)}: not what the checkpoint was made with; continuing "
-            "with the values given now",
-            file=sys.stderr,
-        )
+    warn_of(changed_flags(recorded, settings, UNREMARKABLE_FLAGS))
 
 
 def _default(concern: str, flag: str) -> Any:

@@ -464,7 +464,8 @@ def test_the_best_model_is_of_the_resumed_run(reviews, tmp_path, monkeypatch):
     ("flags", "says"),
     [
         ({"seed": 8}, "--seed 8: the checkpoint was made with 7"),
-        ({"batch_size": 8}, "batches_per_epoch"),
+        ({"batch_size": 8}, "--batch_size 8: the checkpoint was made with 4"),
+        ({"init": "xavier"}, "--init xavier: the checkpoint was made with normal"),
         # The same number of batches an epoch, but other ones: some rows would be seen twice.
         ({"num_buckets": 4}, "--num_buckets 4: the checkpoint was made with 3"),
         ({"train_rows": 60}, "examples 64, now 60"),
@@ -477,6 +478,26 @@ def test_another_run_is_not_resumed(reviews, tmp_path, finished, flags, says):
     shutil.copytree(finished[0], tmp_path, symlinks=True, dirs_exist_ok=True)
     with pytest.raises(UserError, match=says):
         make_run(reviews, tmp_path, resume=True, **{**RESUMED, **flags}).loop.run()
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ({}, ""),
+        ({"epochs": 9, "dev_batch_size": 1, "log_interval": 1}, ""),
+        (
+            {"lr": 1e-3, "dropout": 0.3},
+            "warning: --dropout, --lr: not what the checkpoint was made with; continuing with the "
+            "values given now\n",
+        ),
+    ],
+)
+def test_changed_flags_of_a_resumed_run_are_named(
+    reviews, tmp_path, finished, capsys, flags, warned
+):
+    shutil.copytree(finished[0], tmp_path, symlinks=True, dirs_exist_ok=True)
+    make_run(reviews, tmp_path, **{**RESUMED, **flags, "resume": True}).loop.setup()
+    assert capsys.readouterr().err == warned
 
 
 def test_a_run_is_not_resumed_from_other_weights(reviews, tmp_path, finished):
