@@ -304,6 +304,12 @@ def check_agora(folder: Path) -> Found:
                                   *names]))  # fmt: skip
 
 
+def check_fit(folder: Path) -> Found:
+    """Read the metrics of a fit that was interrupted: those that have ended are models of a run."""
+    check_metrics(folder / "metrics.jsonl", may_be_empty=not checkpoint.steps(str(folder)))
+    return Found(False, "not finished; Agora's command repeats it")
+
+
 def check_ose(folder: Path) -> Found:
     """Read the table of a search and its journal."""
     journals = sorted(folder.glob("journal-*.jsonl"))

@@ -69,6 +69,15 @@ def _is_submission(folder: Path) -> bool:
     return answers or any(not checks.is_task_data(folder / name) for name in known)
 
 
+def _is_run_with(concern: str) -> Callable[[Path], bool]:
+    """Return whether a run's config.json has a concern that those of pretraining lack.
+
+    The others, too, have checkpoints until they end.
+    """
+    says, is_pretraining = (_says("config.json", key) for key in (concern, "StudentSettings"))
+    return lambda folder: says(folder) and not is_pretraining(folder)
+
+
 # The first that matches names a folder; what it may match as well stands below it.
 KINDS: Sequence[Kind] = (
     Kind("checkpoint", _is_checkpoint, checks.check_checkpoint),
@@ -78,10 +87,10 @@ KINDS: Sequence[Kind] = (
     Kind("sweep", _has("sweep.json", "sweep.tsv"), checks.check_sweep),
     Kind("OSE search", _holds(r"ose\.json|journal-\d+\.jsonl"), checks.check_ose),
     Kind("Agora run", _has("agora.json", "journal.jsonl"), checks.check_agora),
+    Kind("fine-tuning run", _is_run_with("FinetuningRunSettings"), checks.check_finetuning),
+    Kind("fit of Agora", _is_run_with("Fit"), checks.check_fit),
     Kind("pretraining run", _holds(r"step-\d{7,}"), checks.check_pretraining),
     Kind("pretraining run", _says("config.json", "StudentSettings"), checks.check_pretraining),
-    Kind("fine-tuning run", _says("config.json", "FinetuningRunSettings"),
-         checks.check_finetuning),
     Kind("fine-tuning run", _has("metrics.json"), checks.check_finetuning),
     Kind("teacher cache", _has("projection.npz"), checks.check_teacher_cache),
     Kind("shards", _holds(r"part-\d+\.npz"), checks.check_shards),

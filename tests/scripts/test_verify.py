@@ -205,12 +205,17 @@ def test_what_is_not_finished_is_reported(intact, tmp_path, capsys):
     shutil.copytree(intact / "tuned" / "SST-2", tmp_path / "SST-2")
     (tmp_path / "SST-2" / "metrics.json").unlink()
     shutil.copytree(intact / "run", tmp_path / "run", symlinks=True)
+    shutil.copytree(tmp_path / "run" / "step-0000004", tmp_path / "SST-2" / "step-0000004")
     shutil.rmtree(tmp_path / "run" / "step-0000006")
     for link in ("checkpoint_last", "checkpoint_best"):
         (tmp_path / "run" / link).unlink()
+    fit = tmp_path / "agora" / "fits" / "tmp"
+    shutil.copytree(tmp_path / "run" / "step-0000004", fit / "step-0000004")
+    write_json(str(fit / "config.json"), {"Fit": {"lr": 1e-3}})
     status, rows = table(capsys, tmp_path)
-    assert status == 2
-    assert rows[str(tmp_path / "SST-2")][1] == "unfinished"
+    assert status == 3
+    assert rows[str(fit)][:2] == ["fit of Agora", "unfinished"]
+    assert rows[str(tmp_path / "SST-2")][:2] == ["fine-tuning run", "unfinished"]
     assert rows[str(tmp_path / "run")] == ["pretraining run", "unfinished", "step 4 of 6"]
 
 
