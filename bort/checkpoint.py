@@ -296,10 +296,13 @@ def path_of(folder: str, step: int) -> str:
 
 
 def newest_path(folder: str) -> str | None:
-    """Return the path of a run's newest checkpoint, links or not; None when there is none."""
+    """Return the folder of a run's newest checkpoint, links or not; None when there is none.
+
+    Not its link, which a run in training may move while the files there are read one by one.
+    """
     last = os.path.join(folder, LAST)
     if os.path.isdir(last):
-        return last
+        return os.path.join(folder, os.readlink(last)) if os.path.islink(last) else last
     names = _names(folder)
     return os.path.join(folder, names[-1]) if names else None
 

@@ -76,6 +76,7 @@ def test_a_parameter_file_that_stays_when_its_run_goes_on(
     link.symlink_to(first.parent, target_is_directory=True)
     for path in (run, link, run / "checkpoint_last", first):
         assert fixed_parameter_file(str(path)) == str(first)
+    assert parameter_file(str(run)) == str(first), "what is beside it is of the same checkpoint"
     stored, model = tmp_path / "store" / "4f2a", tmp_path / "model"
     stored.parent.mkdir()
     stored.touch()
