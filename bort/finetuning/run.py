@@ -657,12 +657,20 @@ def infer(
 
 
 def refuse_answers_of_another(settings: FinetuningSettings, task: Task) -> None:
-    """Raise `UserError` when predictions would replace those of a run with another model."""
-    model = parameter_file(str(settings.classifier.model_parameters))
+    """Raise `UserError` when predictions would replace those of a run with another model.
+
+    A run that has not finished will write them; its model is any of its checkpoints till then.
+    """
+    model = os.path.realpath(parameter_file(str(settings.classifier.model_parameters)))
     for name in filter(None, (task.name, task.model_task)):
         folder = os.path.join(settings.run.output_dir, name)
-        own = os.path.realpath(os.path.join(folder, BEST)) == os.path.realpath(model)
-        if os.path.exists(os.path.join(folder, METRICS)) and not own:
+        is_run = any(
+            os.path.exists(os.path.join(folder, file)) for file in (METRICS, "config.json")
+        )
+        own = model == os.path.realpath(os.path.join(folder, BEST))
+        if not os.path.exists(os.path.join(folder, METRICS)):
+            own = own or model.startswith(os.path.join(os.path.realpath(folder), "step-"))
+        if is_run and not own:
             raise UserError(
                 f"{folder}: has a run with another model than {model}, whose predictions would "
                 "be replaced; name another --output_dir"

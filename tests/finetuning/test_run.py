@@ -813,6 +813,16 @@ def test_the_answers_of_another_model_are_not_replaced(reviews, tmp_path, capsys
     finetuned(reviews, tmp_path / "a", model_parameters=own, **flags)
     (own / "best.params").rename(tmp_path / "kept.params")  # a sweep keeps the best run's alone
     assert "SST-2: has a run with another model than" in complaint(capsys, line)
+    (own / "metrics.json").unlink()  # as in a run that has not finished
+    assert "SST-2: has a run with another model than" in complaint(capsys, line)
+
+
+def test_a_checkpoint_of_an_unfinished_run_is_its_own_model(reviews, tmp_path, finished, capsys):
+    folder = tmp_path / "SST-2"
+    shutil.copytree(finished[0] / "SST-2", folder, symlinks=True)
+    flags = {"only_inference": True, "model_name": None, "model_parameters": folder}
+    answers = finetuned(reviews, tmp_path, **flags)["dev"]["file"]
+    assert answers == str(folder / "dev_predictions.jsonl")
 
 
 def test_a_model_of_other_inputs_is_refused(tmp_path, capsys):
