@@ -38,7 +38,7 @@ from bort.agora.text import FittedText, TextData
 from bort.cluster import Cluster, refuse_with_cluster
 from bort.communicator import SingleProcess, communicator_of_environment
 from bort.config import as_dict, command_of
-from bort.devices import devices_of
+from bort.devices import devices_of, resolve_dtype
 from bort.errors import DivergedError, UserError
 from bort.files import lock_folder, read_json_as, sha256_of, write_json
 from bort.finetuning.classifier import (
@@ -179,9 +179,15 @@ class FineTuner:
         classifier, scoring = self.load(os.path.join(folder, BEST))
         return logits_of(classifier, rows, scoring)
 
+    def devices(self) -> Sequence[Context]:
+        """Return the devices of this process; `UserError` where they or their type are not here."""
+        devices = devices_of(self.gpus, 1, SingleProcess())
+        resolve_dtype(self.optimizer.dtype, devices)
+        return devices
+
     def load(self, path: str) -> tuple[Classifier, Scoring]:
         """Load a model that predicts the task, and how it scores."""
-        devices = devices_of(self.gpus, 1, SingleProcess())
+        devices = self.devices()
         classifier = load_classifier(path, self.task, devices)
         scoring = self._scoring(self.optimizer, devices)
         return prepared(classifier, self.optimizer.dtype, devices), scoring
@@ -256,6 +262,7 @@ class _Run:
 
     def run(self) -> JSONObject:
         """Run all rounds under the folder's lock; returns the content of agora.json."""
+        self.tuner.devices()
         tau = make_tau(self.settings.tau, self.infill, self.data.task)
         timaeus, source = self.timaeus()
         check_vocabulary(self.settings.classifier, self.settings.tokenizer)

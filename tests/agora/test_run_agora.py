@@ -281,6 +281,8 @@ def test_every_kind_of_task(places, tmp_path, name):
         (["--vocab_file", "VOCABULARY"], "trained with another vocabulary than wordpiece of"),
         (["--task_name", "AX"], "--task_name AX: has no training set; run MNLI"),
         (["--task_name", "CB"], "whose labels are not those of CB"),
+        (["--gpus", "0,0"], "error: --gpus 0,0: names a device twice"),
+        (["--dtype", "float16"], "error: --dtype float16: needs GPUs"),
         (["--lower", "0.5"], "--lower 0.5: must not be above --upper 0.2"),
     ],
 )
