@@ -222,6 +222,8 @@ def read_manifest(folder: str, name: str = MANIFEST_FILE) -> Manifest:
     if is_lfs_pointer(path):
         raise UserError(f"{path}: is a Git LFS pointer; fetch the folder with git lfs pull")
     content = read_json(path)
+    if isinstance(content, dict) and "teacher_sha256" in content:
+        raise UserError(f"{folder}: holds a teacher cache, not shards; name another folder")
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(

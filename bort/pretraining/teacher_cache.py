@@ -40,6 +40,7 @@ from bort.errors import UserError, quoted
 from bort.files import (
     allow_open_files,
     has_lock,
+    read_json,
     read_json_as,
     require_open,
     sha256_of,
@@ -89,6 +90,9 @@ def read_cache_manifest(folder: str) -> CacheManifest:
     path = os.path.join(folder, MANIFEST_FILE)
     if not os.path.exists(path):
         raise UserError(f"--teacher_cache {folder}: is not a teacher cache; {BUILD} makes one")
+    content = read_json(path)
+    if isinstance(content, dict) and "shards" in content:
+        raise UserError(f"{folder}: holds shards, not a teacher cache; name another folder")
     manifest = read_json_as(path, CacheManifest)
     if manifest.format_version != FORMAT_VERSION:
         raise UserError(f"{path}: of another format version; delete {folder}, run {BUILD} again")

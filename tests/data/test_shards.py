@@ -448,6 +448,12 @@ def test_a_folder_without_manifest(tmp_path):
         open_shards(str(tmp_path))
 
 
+def test_a_teacher_cache_in_place_of_shards_is_named(tmp_path):
+    write_json(str(tmp_path / MANIFEST_FILE), {"teacher_sha256": "0", "format_version": 1})
+    with pytest.raises(UserError, match=f"{tmp_path}: holds a teacher cache, not shards; name"):
+        open_shards(str(tmp_path))
+
+
 def test_a_manifest_of_another_format(tmp_path):
     write_folder(tmp_path)
     content = read_json(str(tmp_path / MANIFEST_FILE))

@@ -469,6 +469,8 @@ def test_what_is_no_cache_is_refused(data, tmp_path, cache, capsys):
         assert f"--teacher_cache {folder}: is not a teacher cache; scripts/build" in refused(
             capsys, data, folder
         )
+    said = refused(capsys, data, data / "train")
+    assert said.startswith(f"error: {data / 'train'}: holds shards, not a teacher cache; name ")
     folder = copy_of(cache, tmp_path / "future")
     manifest = read_json(str(folder / "manifest.json"))
     write_json(str(folder / "manifest.json"), {**manifest, "format_version": 2})
