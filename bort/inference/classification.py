@@ -94,14 +94,13 @@ class ClassificationPipeline:
     def most_texts(self) -> Optional[int]:
         """Return the largest number of texts of an input; None: any, of candidates and options.
 
-        A classifier that another program has trained does not say whether it takes pairs. A BERT
-        with token types may.
+        A classifier that another program has trained does not say whether it takes pairs. One whose
+        pairs have our form may, with token types or without.
         """
         kind, labels = self.model_config.kind, self.model_config.labels
         if kind == TaskKind.CANDIDATES or (kind == TaskKind.MULTIPLE_CHOICE and not labels):
             return None
-        has_types = self.model_config.type_separator is not None
-        may_take_pairs = has_types and has_our_pairs(self.model_config, self.tokenizer)
+        may_take_pairs = has_our_pairs(self.model_config, self.tokenizer)
         if self.task is None and self.num_texts == 1 and may_take_pairs:
             return 2
         return self.num_texts

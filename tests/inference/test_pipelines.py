@@ -237,9 +237,35 @@ def test_a_bert_of_another_program_takes_single_texts_and_pairs(tmp_path, capfdb
     ):
         with pytest.raises(UserError, match=message):
             list(predict(str(tmp_path), [row]))
-    _saved(tmp_path / "other" / "bert.params", model_config, tokenizer)  # without types
+
+
+@pytest.mark.parametrize("one_separator", [True, False])
+def test_pairs_without_token_types(tmp_path, one_separator):
+    """Of a BERT whose tokenizer gives none, and of a RoBERTa whose tokenizer was written here."""
+    bert = WordPiece(VOCABULARY, Normalizer())
+    roberta = ByteLevelBPE([*SPECIAL_TOKENS.values(), *BYTE_TO_CHARACTER.values()], [])
+    vocabulary = roberta if one_separator else bert
+    model_config = ModelConfig(
+        *(SHAPE, vocabulary.vocab_size, vocabulary.fingerprint, "regression"),
+        num_outputs=1,
+        one_separator=one_separator,
+    )
+    model = _saved(tmp_path / "best.params", model_config, vocabulary)
+    ends = [[*vocabulary.encode(text), vocabulary.eos_id] for text in ("the man", "ran")]
+    ids = [vocabulary.bos_id, *itertools.chain(*ends)]
+    expected = model.network(nd.array([ids]), nd.array([len(ids)])).asnumpy().item()
+    (found,) = predict(str(tmp_path), [["the man", "ran"]])
+    assert found.value == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_roberta_of_another_program_takes_no_pairs(tmp_path):
+    vocabulary = ByteLevelBPE([*SPECIAL_TOKENS.values(), *BYTE_TO_CHARACTER.values()], [])
+    model_config = ModelConfig(
+        SHAPE, vocabulary.vocab_size, vocabulary.fingerprint, "regression", num_outputs=1
+    )
+    _saved(tmp_path / "best.params", model_config, vocabulary)
     with pytest.raises(UserError, match="has 2 texts, expected 1 "):
-        list(predict(str(tmp_path / "other"), [["the man", "ran"]]))
+        list(predict(str(tmp_path), [["the man", "ran"]]))
 
 
 def test_a_choice_without_labels_takes_any_number_of_options(tmp_path, tokenizer, capfdbinary):
