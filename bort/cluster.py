@@ -187,7 +187,8 @@ class Cluster(Executor):
     def workers(self) -> int:  # type: ignore[override]  # it changes here
         """Return how many jobs the workers run at once, 1 while there are none."""
         if time.monotonic() - self._counted > WORKERS_POLL:
-            slots = self._client.run_on_scheduler(_count_slots, gpus=self._gpus)
+            with self._loss_named():
+                slots = self._client.run_on_scheduler(_count_slots, gpus=self._gpus)
             if not slots and (self._slots or self._counted < 0):
                 wanted = f" with the resource GPU={self._gpus}" if self._gpus else ""
                 print(
@@ -202,7 +203,8 @@ class Cluster(Executor):
     ) -> Future[Result]:
         """Send the job to the scheduler; returns its future."""
         if not self._started:
-            self._await_end(self._folder)  # of the jobs of a command that was killed
+            with self._loss_named():
+                self._await_end(self._folder)  # of the jobs of a command that was killed
             self._started = True
         content, file, digest = self._sent(function)
         job = Job(
@@ -210,13 +212,14 @@ class Cluster(Executor):
             *(environment(), self._threads, self._caps, self._patience),
         )
         mine: Future[Result] = Future()
-        theirs = self._client.submit(
-            run_job,
-            job,
-            key=f"bort-{uuid.uuid4().hex}",
-            pure=False,
-            resources={"GPU": self._gpus} if self._gpus else None,
-        )
+        with self._loss_named():
+            theirs = self._client.submit(
+                run_job,
+                job,
+                key=f"bort-{uuid.uuid4().hex}",
+                pure=False,
+                resources={"GPU": self._gpus} if self._gpus else None,
+            )
         with self._lock:
             self._futures[theirs.key] = theirs
         name = str(args[0] if args else function)[:200]
@@ -280,9 +283,25 @@ class Cluster(Executor):
                     "say why; often memory runs out"
                 )
             return None, error
-        return None, UserError(
+        return None, self._lost()
+
+    def _lost(self) -> UserError:
+        return UserError(
             f"--cluster {self._address}: the scheduler was lost; rerun the same command to resume"
         )
+
+    @contextmanager
+    def _loss_named(self) -> Iterator[None]:
+        """Raise `UserError` for what Dask raises when the scheduler is lost.
+
+        That is a timeout while the client tries to reconnect, and any error after it.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OSError) or self._client.status != "running":
+                raise self._lost() from None
+            raise
 
     def as_completed(
         self,
@@ -353,7 +372,8 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # errors come as exceptions
     import distributed
 
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # Dask has set it again
+    for name in ("distributed", "distributed.client"):  # Dask has set them again
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     queue = None
     try:
         kind, _, path = address.partition(":")

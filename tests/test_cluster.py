@@ -301,17 +301,29 @@ def test_jobs_end_with_a_killed_driver(nodes, tmp_path):
 
 
 @pytest.mark.cluster
-def test_a_lost_scheduler_is_reported(tmp_path, folder):
+def test_a_lost_scheduler_is_reported(tmp_path, folder, monkeypatch, capfd):
     pytest.importorskip("distributed")
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 5.0)
     options = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"}
     with Nodes(tmp_path / "nodes", count=1, **options) as made:
         with Cluster(made.address, folder) as executor:
             running = executor.submit(write_pid_and_sleep, tmp_path / "pid")
             pid = wait_for(tmp_path / "pid")
             made.scheduler.kill()
-            with pytest.raises(UserError, match="scheduler was lost; rerun the same command"):
+            made.scheduler.wait()
+            named = partial(pytest.raises, UserError, match="scheduler was lost; rerun the same")
+            executor._counted = -float("inf")
+            with named():  # while the client tries to reconnect
+                assert executor.workers
+            with named():
                 running.result(60)
+            wait_until(lambda: executor._client.status == "closed")
+            with named():
+                executor.submit(abs, -1)
+            with named():
+                assert executor.workers
         assert gone(pid, 30)
+    assert capfd.readouterr().err == ""
 
 
 # ---- who is refused ------------------------------------------------------------------------------
