@@ -81,7 +81,7 @@ END_POLL = 0.1  # seconds between looks whether jobs have ended
 DISK_SECONDS = 5.0  # in which a file of the driver has to appear on a worker's machine
 END_SECONDS = 120.0  # that a job which is told to end has to save its state
 SENT_BYTES = 8192  # of a function; a larger one goes to the shared disk
-PACKAGES = ("numpy", "gluonnlp", "tiktoken", "sentencepiece")
+PACKAGES = ("numpy", "gluonnlp", "tiktoken", "sentencepiece", "tokenizers")
 # Before MXNet is imported, which sets the variable.
 _USERS_THREADS = asked_threads() or None
 _ADDRESS = re.compile(r"(?:tcp|tls)://[^/]+:\d+/?")

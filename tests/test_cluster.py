@@ -108,6 +108,17 @@ def test_machines_with_other_versions_are_named():
             cluster.compare_versions("tcp://s:1", {**same, **other})
 
 
+@pytest.mark.parametrize("package", ["numpy", "tokenizers", "sentencepiece", "tiktoken"])
+def test_a_worker_with_another_package_is_refused(tmp_path, package):
+    """Those that tokenize may give other ids to the same text."""
+    job = cluster.Job(
+        *(b"", "", "", b"", str(tmp_path), str(tmp_path)),
+        *({**cluster.environment(), package: "0.0"}, 1, jobs.UNLIMITED, 0.0),
+    )
+    with pytest.raises(UserError, match=rf"has {package} \S+, the driver 0\.0; install the same"):
+        cluster._check_machine(job)
+
+
 # ---- jobs ----------------------------------------------------------------------------------------
 
 
