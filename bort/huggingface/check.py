@@ -12,8 +12,8 @@ from mxnet import nd
 from bort.bort import decode, encode, masked_hidden, options_of, types_of
 from bort.errors import UserError, quoted, reasons
 from bort.files import read_json_as
-from bort.huggingface.config import HuggingFaceConfig, parse_config
-from bort.huggingface.families import CHOICE_HEAD, Architecture
+from bort.huggingface.config import HuggingFaceConfig, parse_config, with_model_type
+from bort.huggingface.families import CHOICE_HEAD, FAMILIES, Architecture
 from bort.saved_model import SavedModel
 from bort.shapes import MAX_LENGTH
 from bort.tokenization import Tokenizer
@@ -59,9 +59,12 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     config = read_json_as(os.path.join(folder, "config.json"), HuggingFaceConfig)
-    architecture = parse_config(config).architecture
+    architecture = parse_config(with_model_type(config, folder)).architecture
     tokenizer: Any = saved.tokenizer
-    theirs = _load(folder, "tokenizer", transformers.AutoTokenizer)
+    tokenizer_class = "AutoTokenizer"
+    if config.model_type is None:  # by which it would find the class
+        tokenizer_class = f"{FAMILIES[architecture.family].class_name}TokenizerFast"
+    theirs = _load(folder, "tokenizer", getattr(transformers, tokenizer_class))
     for text in _texts(tokenizer):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         if ids != tokenizer.encode(text).tolist():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Mapping, NamedTuple, Optional, Tuple
 
 from bort.errors import UserError, quoted
-from bort.huggingface.families import BODY, Architecture, architecture_of, family_of
+from bort.huggingface.families import BODY, FAMILIES, Architecture, architecture_of, family_of
+from bort.huggingface.tensors import read_tensors
 from bort.shapes import (
     MAX_LENGTH,
     TOKEN_TYPES,
@@ -92,6 +93,21 @@ class Description(NamedTuple):
     layer_norm_eps: float
     token_types: int
     has_class: bool = True
+
+
+def with_model_type(config: HuggingFaceConfig, folder: str) -> HuggingFaceConfig:
+    """Return the config of a folder with a model_type, which those of 2019 may lack.
+
+    It is that of the class, or of the family whose prefix the tensors have, if any.
+    """
+    if config.model_type is not None:
+        return config
+    if config.architectures:
+        family: Optional[str] = architecture_of(", ".join(config.architectures)).family
+    else:
+        prefixes = {name.partition(".")[0] for name in read_tensors(folder)}
+        family = next(iter(prefixes & FAMILIES.keys()), None)
+    return replace(config, model_type=family)
 
 
 def parse_config(config: HuggingFaceConfig) -> Description:

@@ -177,6 +177,8 @@ def family_of(model_type: Optional[str]) -> str:
     """Return a model type if it is supported; else raises `UserError` with the reason."""
     if model_type in FAMILIES:
         return str(model_type)
+    if model_type is None:
+        raise UserError(f"config.json has no model_type; add one of {', '.join(FAMILIES)}")
     reason = _REFUSED_TYPES.get(str(model_type))
     raise UserError(
         f"model_type is {quoted(model_type)}{f': {reason}' if reason else ''}; "

@@ -29,6 +29,7 @@ from bort.huggingface.config import (
     OurEntries,
     configuration,
     parse_config,
+    with_model_type,
 )
 from bort.huggingface.families import (
     CHOICE_HEAD,
@@ -219,6 +220,7 @@ def read_folder(folder: str, token_types: str = KEEP, origin: str = "") -> Impor
     check_sums(folder, READ_FILES)
     config = read_json_as(os.path.join(folder, CONFIG), HuggingFaceConfig)
     try:
+        config = with_model_type(config, folder)
         description = parse_config(config)
         tokenizer = huggingface_tokenizer.read_tokenizer(folder)
         tensors = huggingface.canonical(read_tensors(folder), description.architecture.family)

@@ -420,6 +420,29 @@ def test_a_configuration_that_does_not_fit(tmp_path, config, message):
     assert message in refused(tmp_path)
 
 
+@FAMILIES
+@pytest.mark.parametrize("has_class", [True, False])
+def test_a_configuration_without_a_type(tmp_path, family, has_class):
+    """As those of 2019, such as BERT-tiny's: its class says it, or the names of its tensors."""
+    classes = {} if has_class else {"architectures": None}
+    for name, types in (("with", {}), ("without", {"model_type": None})):
+        write_folder(tmp_path / name, family, **classes, **types)
+    expected, found = (read(str(tmp_path / name)) for name in ("with", "without"))
+    assert found.model_config == expected.model_config
+    parameters, others = (
+        saved.network._collect_params_with_prefix() for saved in (found, expected)
+    )
+    for name, parameter in parameters.items():
+        np.testing.assert_array_equal(parameter.data().asnumpy(), others[name].data().asnumpy())
+
+
+def test_neither_a_type_nor_a_prefix(tmp_path):
+    write_folder(tmp_path, prefix=False, model_type=None, architectures=None)
+    assert "config.json has no model_type; add one of roberta, bert, distilbert" in refused(
+        tmp_path
+    )
+
+
 def test_embeddings_of_another_size(tmp_path):
     write_folder(tmp_path, "electra", embedding_size=16)
     assert "embedding_size is 16: the networks here embed tokens in the" in refused(tmp_path)

@@ -331,7 +331,7 @@ def test_a_configuration_tells_its_shape():
         ("model_type", "albert", "is 'albert': all its layers share one set of parameters"),
         ("model_type", "deberta-v2", "its attention has relative positions"),
         ("model_type", "gpt2", "model_type is 'gpt2'; expected one of roberta, bert, distilbert"),
-        ("model_type", None, "model_type is None"),
+        ("model_type", None, "config.json has no model_type; add one of roberta, bert, distilb"),
         ("hidden_act", "gelu_new", "hidden_act is 'gelu_new'"),
         ("layer_norm_eps", 0.0, "layer_norm_eps is 0.0"),
         ("layer_norm_eps", 1e-320, "layer_norm_eps is 1e-320"),
