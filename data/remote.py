@@ -33,7 +33,7 @@ def remote_files(pattern: str) -> list[str]:
     with remote_errors(pattern):
         file_system, path = _file_system(pattern)
         if pattern.startswith("http"):
-            return [pattern] if file_system.exists(path) else []
+            return [pattern] if _is_served(file_system, path) else []
         folder = path
         if star := _GLOB.search(path):
             folder = path[: star.start()].rpartition("/")[0]
@@ -44,6 +44,21 @@ def remote_files(pattern: str) -> list[str]:
             return [pattern] if file_system.exists(path) else []
         chosen = [each for each in found if not _is_hidden(each, folder)]
         return sorted(map(file_system.unstrip_protocol, chosen))
+
+
+def _is_served(file_system: Any, address: str) -> bool:
+    """Return whether a web server has a file.
+
+    fsspec says of every failure that there is none: any other than that is raised.
+    """
+    try:
+        file_system.info(address)
+    except FileNotFoundError as error:
+        reason = error.__cause__
+        if reason is None or getattr(reason, "status", None) == 404:
+            return False
+        raise reason from None
+    return True
 
 
 def _is_hidden(path: str, folder: str) -> bool:

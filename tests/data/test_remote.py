@@ -8,6 +8,7 @@ import json
 import pytest
 
 import create_pretraining_data
+from bort.errors import UserError
 from data import corpus, remote, shard_jobs
 from data.corpus import documents_from, find_inputs, read_documents
 from data.shard_jobs import survey_files
@@ -150,6 +151,44 @@ def test_a_missing_package_and_a_failing_server_are_named(tmp_path, bucket, caps
     line = capsys.readouterr().err
     assert "a.txt: cannot be read (CredentialsError: Unable to locate credentials)" in line
     assert line.count("\n") == 1
+
+
+class WebServer:
+    """fsspec's file system of web servers: every failure is a FileNotFoundError."""
+
+    def __init__(self, failure=None):
+        self.failure = failure
+
+    def info(self, address):
+        if self.failure is not None:
+            raise FileNotFoundError(address) from self.failure
+        return {"name": address, "size": None, "type": "file"}
+
+
+class StatusError(Exception):
+    """As aiohttp's ClientResponseError."""
+
+    def __init__(self, status):
+        super().__init__(f"{status}, message='Forbidden'")
+        self.status = status
+
+
+def test_what_a_web_server_says_is_reported(monkeypatch):
+    """One that is away, or refuses, does not say that there is no such file."""
+    address = "https://a.example/text.txt?part=1"
+    for failure, message in (
+        (None, None),
+        (StatusError(404), "--input_file .*: no such file"),
+        (StatusError(403), r"text.txt\?part=1: cannot be read \(StatusError: 403"),
+        (ConnectionRefusedError(111, "refused"), "cannot be read .ConnectionRefusedError"),
+    ):
+        server = WebServer(failure)
+        monkeypatch.setattr(remote, "_file_system", lambda path, server=server: (server, path))
+        if message is None:
+            assert find_inputs(address) == [address]
+            continue
+        with pytest.raises(UserError, match=message):
+            find_inputs(address)
 
 
 def test_damaged_bytes_are_named(tmp_path, bucket):
