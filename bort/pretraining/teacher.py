@@ -79,7 +79,7 @@ def require_same_tokenizer(path: str, fingerprint: str) -> None:
     if any(each and each != fingerprint for each in found):
         raise UserError(
             f"{path}: trained with another tokenizer{_vocabulary_of(path)} than the one of the "
-            "shards; teacher and student need the same vocabulary"
+            "shards; teacher, student and shards need the same vocabulary"
         )
 
 

@@ -634,6 +634,7 @@ def test_weights_of_another_tokenizer_are_refused_wherever_they_are_given(
         given["teacher_model"] = SHAPE
         said = complaint(capsys, build, build_line(data, tmp_path / "cache", **given))
         assert "trained with another tokenizer than the one of the shards" in said
+        assert "teacher, student and shards need the same vocabulary" in said
         assert not (tmp_path / "cache").exists()
     said = complaint(capsys, main, arguments(data, ckpt_dir=tmp_path / "new", **given))
     assert "trained with another tokenizer than the one of the shards" in said
