@@ -39,6 +39,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -440,8 +441,7 @@ def _start_queue(kind: str, path: str) -> dask_jobqueue.JobQueueCluster:
     Raises `UserError` for a mistake in the file and for a batch job that the queue refuses; those
     submitted before it are cancelled.
     """
-    import dask_jobqueue
-
+    dask_jobqueue = _import_job_queues()
     where = f"--cluster {kind}:{path}"
     content = read_yaml(path)
     jobs = content.get("jobs") if isinstance(content, dict) else None
@@ -472,6 +472,16 @@ def _start_queue(kind: str, path: str) -> dask_jobqueue.JobQueueCluster:
             queue.close()
         raise UserError(f"{where}: {command} refused a job: {reasons(error)[-1]}") from None
     return queue
+
+
+def _import_job_queues() -> ModuleType:
+    """Import dask_jobqueue, but not its way with a Ctrl-C: the process would end with status 0."""
+    before = signal.getsignal(signal.SIGINT)
+    import dask_jobqueue
+
+    if signal.getsignal(signal.SIGINT) is not before:
+        signal.signal(signal.SIGINT, before)
+    return dask_jobqueue
 
 
 async def _submit(queue: dask_jobqueue.JobQueueCluster) -> None:

@@ -189,6 +189,18 @@ def test_a_job_that_the_queue_refuses_ends_the_program(slurm, tmp_path):
     assert (tmp_path / "cancelled").read_text().split() == ["7"]
 
 
+def test_a_ctrl_c_stays_one_of_python(tmp_path):
+    """dask_jobqueue lets it end the process with status 0, without a word."""
+    pytest.importorskip("dask_jobqueue")
+    code = (
+        "import signal; from bort.cluster import _import_job_queues; _import_job_queues(); "
+        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_a_queue_without_its_commands_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("dask_jobqueue")
     queue = tmp_path / "queue.yaml"
