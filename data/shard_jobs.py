@@ -26,7 +26,7 @@ from bort.arrays import map_npy
 from bort.cluster import Cluster
 from bort.errors import UserError
 from bort.files import lock_folder, temporary_name
-from bort.jobs import Executor, Failures
+from bort.jobs import Executor, Failures, stopped_by_sigterm
 from bort.progress import ProgressBar
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings, save_tokenizer
 from data.corpus import CHANGED, STANDARD_INPUT, TextFile, documents_from, find_inputs, scan
@@ -50,6 +50,7 @@ from data.shards import Manifest, ShardEntry, is_output, shard_name
 from data.text_formats import TextSource, size_of
 
 GROUP_BYTES = 256 << 20  # small files are surveyed together
+STOPPED = "interrupted; rerun the same command to resume"
 
 
 class Group(NamedTuple):
@@ -121,7 +122,8 @@ def make_shards_on(cluster: str, corpus: CorpusSettings, maker: InstanceMaker) -
     """
     start = time.perf_counter()
     sources = _readable_everywhere(corpus)
-    with lock_folder(corpus.output_dir, "--output_dir"):
+    # SIGTERM cancels the batch jobs, too.
+    with lock_folder(corpus.output_dir, "--output_dir"), stopped_by_sigterm(STOPPED):
         cluster_executor = Cluster(cluster, corpus.output_dir, threads=1)
         with cluster_executor as executor, _index_folder(corpus.output_dir) as folder:
             surveys = _survey(executor, sources, folder)

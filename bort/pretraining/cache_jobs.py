@@ -14,7 +14,7 @@ from bort.devices import devices_of, resolve_dtype
 from bort.encoder import fuse_qkv
 from bort.errors import UserError
 from bort.files import lock_folder
-from bort.jobs import Failures
+from bort.jobs import Failures, stopped_by_sigterm
 from bort.pretraining.teacher import LiveTeacher, load_teacher
 from bort.pretraining.teacher_cache import (
     CacheManifest,
@@ -30,6 +30,8 @@ from bort.pretraining.teacher_cache import (
 from bort.progress import ProgressBar
 from bort.types import Block
 from data.shards import Shard, ShardEntry, ShardSet
+
+STOPPED = "interrupted; rerun the same command to resume"
 
 
 class CacheJob(NamedTuple):
@@ -73,7 +75,8 @@ def build_cache_on(
     manifest = cache_manifest(teacher, teacher_model, sets[0].manifest, dtype)
     pad_id = sets[0].manifest.pad_id
     job = CacheJob(os.path.abspath(folder), weights, gpus, manifest, pad_id, batch_size)
-    with lock_folder(folder, "--output_dir"):
+    # SIGTERM cancels the batch jobs, too.
+    with lock_folder(folder, "--output_dir"), stopped_by_sigterm(STOPPED):
         with Cluster(cluster, folder, gpus=gpus) as executor:
             prepare_cache(folder, teacher, manifest)
             _cache_missing(executor, job, pairs)

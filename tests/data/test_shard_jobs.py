@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import random
+import signal
 from itertools import product
 
 import pytest
@@ -182,6 +184,33 @@ def test_a_shard_that_fails_is_named_and_the_others_are_kept(tmp_path, here, mon
     assert sorted(path.name for path in (tmp_path / "out").glob("*")) == [
         *("manifest.unfinished.json", "part-00000.npz", "part-00002.npz")
     ]
+
+
+def test_sigterm_lets_the_cluster_end_its_jobs(tmp_path, here, monkeypatch, capsys):
+    """Without, batch jobs that the command has submitted would stay in their queue."""
+    ended = []
+
+    class Interrupted(Jobs):
+        def submit(self, *_, **__):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def shutdown(self, *_, **__):
+            ended.append(True)
+
+    def fail(*_):
+        raise AssertionError("the program would have died")
+
+    monkeypatch.setattr(shard_jobs, "Cluster", Interrupted)
+    before = signal.signal(signal.SIGTERM, fail)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            create(tmp_path / "out", [SAMPLE], num_outputs=2, cluster="tcp://x:1")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("interrupted; rerun the same command to resume\n")
+    assert ended
+    assert not list((tmp_path / "out").glob(".index*"))
 
 
 def test_another_tokenizer_on_a_machine_is_refused(tmp_path):
