@@ -375,17 +375,26 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
 
     for name in ("distributed", "distributed.client"):  # Dask has set them again
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    class Client(distributed.Client):
+        """One that `Cluster` closes: it does not wait for 40 s if it failed while it connected."""
+
+        def __del__(self) -> None:
+            pass
+
     queue = None
     try:
         kind, _, path = address.partition(":")
         if kind in _JOB_QUEUES:
             queue = _start_queue(kind, path)
-            client = distributed.Client(queue, set_as_default=False)
+            client = Client(queue, set_as_default=False)
         else:
             scheduler = _scheduler_of(address)
-            client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+            client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         compare_versions(address, client.get_versions())
         return client, queue
+    except MemoryError:  # Dask takes the first bytes of other protocols for a huge length
+        raise UserError(f"--cluster {address}: what answers there is no Dask scheduler") from None
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--cluster {address}: cannot be reached ({reasons(error)[0]}); scripts/README.md says "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -356,6 +359,27 @@ def test_an_address_without_a_scheduler_is_refused(tmp_path, folder, monkeypatch
     ):
         with pytest.raises(UserError, match=message):
             Cluster(address, folder)
+
+
+def test_another_server_is_no_scheduler(folder, capfd):
+    """Nothing is left to Dask's destructor of a client, which waits for 40 s."""
+    pytest.importorskip("distributed")
+
+    class Greeting(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n")
+            self.request.recv(1)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Greeting) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = "tcp://127.0.0.1:{1}".format(*server.server_address)
+        begin = time.monotonic()
+        with pytest.raises(UserError, match=f"^--cluster {address}: what answers there is no Dask"):
+            Cluster(address, folder)
+        gc.collect()
+        server.shutdown()
+    assert time.monotonic() - begin < 30
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.cluster
