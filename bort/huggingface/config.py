@@ -159,7 +159,7 @@ def _require_our_computation(
     """Raise `UserError` for an entry whose value our networks do not have."""
     positions = MAX_LENGTH + architecture.unused_positions * (pad_id + 1)
     expected = {
-        "hidden_act": ("gelu",),
+        "hidden_act": ("gelu", "gelu_python"),  # the same function in other code
         "type_vocab_size": (1, TOKEN_TYPES),
         "max_position_embeddings": (positions,),
         "position_embedding_type": ("absolute",),

@@ -405,7 +405,7 @@ def refused(folder: Path, **others: Any) -> str:
     ("config", "message"),
     [
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu': the networks here have 'gelu'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new': the networks here have 'gelu' or"),
         ({"model_type": "albert"}, "all its layers share one set of parameters"),
         ({"max_position_embeddings": 128}, "max_position_embeddings is 128"),
         ({"vocab_size": SIZE + 1}, f"has {SIZE + 1} tokens and pads with 0, its tokenizer has"),
@@ -418,6 +418,14 @@ def refused(folder: Path, **others: Any) -> str:
 def test_a_configuration_that_does_not_fit(tmp_path, config, message):
     write_folder(tmp_path, **config)
     assert message in refused(tmp_path)
+
+
+def test_the_gelu_of_older_versions_is_the_same_function(tmp_path):
+    write_folder(tmp_path, hidden_act="gelu_python")
+    assert (
+        read_folder(str(tmp_path)).saved.model_config.model
+        == f"bort_{LAYERS}_{HEADS}_{INNER}_{HIDDEN}"
+    )
 
 
 @FAMILIES
