@@ -17,6 +17,7 @@ Anyone who reaches the scheduler can run code on the workers: use TLS or a close
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import importlib.metadata
@@ -390,16 +391,32 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
             client = Client(queue, set_as_default=False)
         else:
             scheduler = _scheduler_of(address)
+            asyncio.run(_require_answer(scheduler))
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         compare_versions(address, client.get_versions())
         return client, queue
-    except MemoryError:  # Dask takes the first bytes of other protocols for a huge length
-        raise UserError(f"--cluster {address}: what answers there is no Dask scheduler") from None
+    except (asyncio.TimeoutError, MemoryError):  # for a huge length: what another server says first
+        raise UserError(
+            f"--cluster {address}: no Dask scheduler answers there; scripts/README.md says how to "
+            "start one"
+        ) from None
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"--cluster {address}: cannot be reached ({reasons(error)[0]}); scripts/README.md says "
             "how to start a scheduler, and how to use certificates"
         ) from None
+
+
+async def _require_answer(scheduler: str) -> None:
+    """Raise what shows that no scheduler answers in time: Dask's client would wait without end."""
+    import distributed
+    from distributed.comm import connect
+
+    arguments = distributed.Security().get_connection_args("client")
+    # Its own limit does not hold where a server accepts the connection and says nothing.
+    answer = connect(scheduler, timeout=CONNECT_SECONDS, **arguments)
+    comm = await asyncio.wait_for(answer, CONNECT_SECONDS + 2)
+    await comm.close()
 
 
 def _scheduler_of(address: str) -> str:

@@ -361,20 +361,23 @@ def test_an_address_without_a_scheduler_is_refused(tmp_path, folder, monkeypatch
             Cluster(address, folder)
 
 
-def test_another_server_is_no_scheduler(folder, capfd):
+@pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n"])
+def test_another_server_is_no_scheduler(folder, capfd, monkeypatch, greeting):
     """Nothing is left to Dask's destructor of a client, which waits for 40 s."""
     pytest.importorskip("distributed")
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1.0)
 
     class Greeting(socketserver.BaseRequestHandler):
         def handle(self):
-            self.request.sendall(b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n")
-            self.request.recv(1)
+            self.request.sendall(greeting)
+            while self.request.recv(1000):
+                pass
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Greeting) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = "tcp://127.0.0.1:{1}".format(*server.server_address)
         begin = time.monotonic()
-        with pytest.raises(UserError, match=f"^--cluster {address}: what answers there is no Dask"):
+        with pytest.raises(UserError, match=f"^--cluster {address}: no Dask scheduler answers"):
             Cluster(address, folder)
         gc.collect()
         server.shutdown()
