@@ -23,6 +23,8 @@ need DATA_DIR "the folder of the official files of the tasks"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 TASKS=${TASKS:-SST-2 MRPC RTE}
 METHODS=${METHODS:-mistakes real replay longer random plain infill eight}
+one_of TASKS SST-2 MRPC RTE
+one_of METHODS mistakes real replay longer random plain infill eight
 out=$EXPERIMENTS/agora teacher=$EXPERIMENTS/teacher/model draws=5
 if [[ " $METHODS " == *" infill "* ]]; then scripts/experiments/teacher.sh; fi
 mkdir -p "$out"
@@ -49,10 +51,6 @@ prepare() {
         RTE)
             draw_flags=(--draws $draws --train 750 --test 400 --timaeus_train 1200 --timaeus_dev 150)
             timaeus_flags=(--epochs 5 --bias_correction)
-            ;;
-        *)
-            echo "error: TASKS: $task is none of SST-2 MRPC RTE" >&2
-            exit 2
             ;;
     esac
     sets=$out/$task/sets timaeus=$out/$task/timaeus/$task

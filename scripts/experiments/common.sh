@@ -23,6 +23,25 @@ need() {
     fi
 }
 
+# one_of <variable> <names...>: ends the experiment where the variable has another name.
+one_of() {
+    local name
+    for name in ${!1}; do
+        if [[ " ${*:2} " != *" $name "* ]]; then
+            echo "error: $1: $name is none of ${*:2}" >&2
+            exit 2
+        fi
+    done
+}
+
+# number <variable>: ends the experiment where the variable is set to no positive integer.
+number() {
+    if [[ ! ${!1:-1} =~ ^[1-9][0-9]{0,6}$ ]]; then
+        echo "error: $1=${!1}: must be a number from 1 to 9999999" >&2
+        exit 2
+    fi
+}
+
 # once <result> <command...>: runs the command unless its result is there.
 once() {
     if [[ ! -e $1 ]]; then

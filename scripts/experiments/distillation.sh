@@ -27,11 +27,17 @@
 #   ROWS            rows of each task to train on, for two epochs (default 1000)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
-ARMS="mlm ${ARMS-mlm-bfloat16 mlm-kd kd mlm-kd-live}"
+ARMS="mlm ${ARMS-mlm-bfloat16 mlm-kd kd mlm-kd-live}" START=${START:-bert-tiny}
 TASKS=${TASKS-SST-2 MRPC STS-B CoLA RTE}
+one_of START bert-tiny random
+one_of ARMS mlm mlm-bfloat16 mlm-kd kd mlm-kd-live
+one_of TASKS SST-2 MRPC STS-B CoLA RTE QQP MNLI QNLI WNLI BoolQ CB COPA MultiRC ReCoRD \
+    SuperGLUERTE WiC WSC RACE-M RACE-H
+number STEPS
+number ROWS
 [[ -z $TASKS ]] || need DATA_DIR "the folder of the official files of the tasks"
 scripts/experiments/teacher.sh
-start=${START:-bert-tiny} teacher_dtype=${TEACHER_DTYPE:-float32}
+start=$START teacher_dtype=${TEACHER_DTYPE:-float32}
 folder=$EXPERIMENTS/distillation/$start teacher=$EXPERIMENTS/teacher
 teacher_flags=(--teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model"
     --teacher_dtype "$teacher_dtype")
@@ -75,7 +81,7 @@ student() {
         mlm-kd-live) flags=("${teacher_flags[@]}" --mlm_weight 0.1 --teacher_ce_weight 0.5) ;;
     esac
     pretrain "$4" "$steps" --data "$folder/train" "${held_out[@]}" "${student[@]}" \
-        --batch_size 8 --lr "$2" --warmup_ratio $warmup --seed "$3" --eval_interval $((steps / 4)) \
+        --batch_size 8 --lr "$2" --warmup_ratio $warmup --seed "$3" --eval_interval $(((steps + 3) / 4)) \
         --ckpt_interval "$steps" "${flags[@]}" "${@:5}"
 }
 

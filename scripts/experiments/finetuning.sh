@@ -19,6 +19,8 @@ need DATA_DIR "the folder of the official files of the tasks"
 models="bert-tiny paraphrase-MiniLM-L3-v2 all-MiniLM-L6-v2"
 MODELS=${MODELS:-$models $(printf '%s-random ' $models)}
 TASKS=${TASKS:-MRPC STS-B CoLA RTE CB COPA WSC SST-2 BoolQ RACE-M}
+one_of MODELS $models $(for name in $models; do echo "$name"-{random,bfloat16,corrected}; done)
+one_of TASKS MRPC STS-B CoLA RTE CB COPA WSC SST-2 BoolQ RACE-M
 runs=$EXPERIMENTS/finetuning
 
 # flags_of <task>: sets `flags` to those that all models share.
@@ -33,10 +35,6 @@ flags_of() {
         SST-2) flags+=(--epochs 1 --max_len 64 --batch_size 64) ;;
         BoolQ) flags+=(--epochs 1 --max_len 256) ;;
         RACE-M) flags+=(--epochs 1 --max_len 256 --batch_size 8) ;;
-        *)
-            echo "error: TASKS: $1 is none of MRPC STS-B CoLA RTE CB COPA WSC SST-2 BoolQ RACE-M" >&2
-            exit 2
-            ;;
     esac
 }
 

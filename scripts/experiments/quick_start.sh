@@ -9,6 +9,7 @@
 # and accuracy. The result is in $EXPERIMENTS/quick_start. Besides the variables of common.sh:
 #   QUICK_STEPS   updates of 16 sequences (default 300)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+number QUICK_STEPS
 folder=$EXPERIMENTS/quick_start
 pretrained bert-tiny
 mkdir -p "$folder"

@@ -13,6 +13,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 folder=$EXPERIMENTS/teacher
+number TEACHER_STEPS
 steps=${TEACHER_STEPS:-3000}
 pretrained all-MiniLM-L6-v2
 

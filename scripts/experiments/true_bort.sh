@@ -17,6 +17,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 need DATA_DIR "the folder of the official files of the tasks"
+number BORT_STEPS
+number ROWS
 scripts/experiments/teacher.sh
 folder=$EXPERIMENTS/true_bort teacher=$EXPERIMENTS/teacher shape=bort_4_8_768_1024
 steps=${BORT_STEPS:-4000} dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenizer/tokenizer.json

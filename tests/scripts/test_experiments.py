@@ -115,8 +115,36 @@ def test_a_missing_variable_is_named_before_anything_starts(script, project):
 
 
 @pytest.mark.parametrize(
+    ("script", "variable", "value", "said"),
+    [
+        ("distillation", "ARMS", "kd mlm-dk", "error: ARMS: mlm-dk is none of mlm mlm-bfloat16"),
+        ("distillation", "START", "Random", "error: START: Random is none of bert-tiny random"),
+        ("distillation", "TASKS", "SST-2 SST2", "error: TASKS: SST2 is none of SST-2 MRPC"),
+        ("distillation", "STEPS", "1e3", "error: STEPS=1e3: must be a number from 1 to 9999999"),
+        ("agora", "METHODS", "mistake", "error: METHODS: mistake is none of mistakes real"),
+        ("agora", "TASKS", "CoLA", "error: TASKS: CoLA is none of SST-2 MRPC RTE"),
+        ("finetuning", "MODELS", "bert-tiny-randm", "error: MODELS: bert-tiny-randm is none of"),
+        ("finetuning", "TASKS", "MRPC sst", "error: TASKS: sst is none of MRPC"),
+        ("teacher", "TEACHER_STEPS", "010", "error: TEACHER_STEPS=010: must be a number"),
+        ("true_bort", "ROWS", "0", "error: ROWS=0: must be a number"),
+        ("quick_start", "QUICK_STEPS", "-1", "error: QUICK_STEPS=-1: must be a number"),
+    ],
+)
+def test_a_wrong_value_is_named_before_anything_starts(script, variable, value, said, project):
+    variables = {"TEXT": "text.txt", "DATA_DIR": "data", variable: value}
+    result = project.run(script, **variables)
+    assert result.returncode == 2
+    assert result.stderr.startswith(said)
+    assert not (project.folder / "calls").exists()
+
+
+@pytest.mark.parametrize(
     ("script", "variables"),
-    [*((script, {}) for script in SCRIPTS), ("distillation", {"START": "random"})],
+    [
+        *((script, {}) for script in SCRIPTS),
+        ("distillation", {"START": "random"}),
+        ("distillation", {"STEPS": "3"}),
+    ],
 )
 def test_every_command_of_an_experiment_has_flags_that_exist(script, variables, project, capsys):
     result = project.run(script, TEXT="text.txt", DATA_DIR="data", **variables)
