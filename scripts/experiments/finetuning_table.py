@@ -4,9 +4,9 @@
     python scripts/experiments/finetuning_table.py RUNS
 
 RUNS contains <model>/<task>-sweep/<run>/<task>/metrics.json; a folder <model>-random has the runs
-of the same shape from random weights. Runs with seed 0 are left out: they chose the rates. The
-published scores are those of the test sets in the README of google-research/bert, whose BERT-Tiny
-has the weights that those here were trained from.
+of the same shape from random weights. Only runs with the same rate share a row. Runs with seed 0
+are left out: they chose the rates. The published scores are those of the test sets in the README of
+google-research/bert, whose BERT-Tiny has the weights that those here were trained from.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from bort.tables import markdown_table, spread
 from data.tasks import get_task
 
 RANDOM = "-random"
-HEADER = ("task", "network", "metric", "pretrained", "random weights", "most frequent answer")
-HEADER += ("published", "runs", "minutes a run")
+Key = tuple[str, str, str]  # task, network, and rate, or all that varies but the seed
+HEADER = ("task", "network", "rate", "metric", "pretrained", "random weights")
+HEADER += ("most frequent answer", "published", "runs", "minutes a run")
 # On the test set, in points; by (network, task, metric).
 PUBLISHED = {
     ("bert-tiny", "CoLA", "matthews"): 0.0,
@@ -56,14 +57,15 @@ def main(argv: Optional[Sequence[str]] = None) -> str:
     return table
 
 
-def _cells(folder: Path) -> dict[tuple[str, str], Cell]:
-    """Return the finished runs by (task, network). Raises `UserError` where there is none."""
-    cells: dict[tuple[str, str], Cell] = {}
+def _cells(folder: Path) -> dict[Key, Cell]:
+    """Return the finished runs by key. Raises `UserError` where there is none."""
+    cells: dict[Key, Cell] = {}
     for path in sorted(folder.glob("*/*-sweep/*/*/metrics.json")):
         network, run = path.parts[-5], path.parts[-3]
         if re.search(r"\bseed=0\b", run):
             continue
-        key = (path.parts[-2], network.removesuffix(RANDOM))
+        varied = ",".join(part for part in run.split(",") if not part.startswith("seed="))
+        key = (path.parts[-2], network.removesuffix(RANDOM), varied.removeprefix("lr="))
         cell = cells.setdefault(key, Cell([], []))
         (cell.random if network.endswith(RANDOM) else cell.pretrained).append(read_run(path))
     if not cells:
@@ -71,14 +73,14 @@ def _cells(folder: Path) -> dict[tuple[str, str], Cell]:
     return cells
 
 
-def _rows(cells: dict[tuple[str, str], Cell]) -> Iterator[list[str]]:
-    for (task, network), cell in sorted(cells.items()):
+def _rows(cells: dict[Key, Cell]) -> Iterator[list[str]]:
+    for (task, network, varied), cell in sorted(cells.items()):
         runs = cell.pretrained + cell.random
         split = get_task(task).dev[0]
         for metric, guess in runs[0].baseline[split].items():
             published = PUBLISHED.get((network, task, metric))
             yield [
-                *(task, network, metric),
+                *(task, network, varied, metric),
                 *(_scores(part, split, metric) for part in cell),
                 f"{100 * guess:.1f}",
                 "-" if published is None else f"{published:.1f}",
