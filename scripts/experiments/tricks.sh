@@ -12,21 +12,15 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need DATA_DIR "the folder of the official files of the tasks"
 
-MODELS=${MODELS:-bert-tiny all-MiniLM-L6-v2} TASKS=${TASKS:-SST-2 MRPC STS-B} LOW=${LOW:-STS-B}
+export MODELS=${MODELS:-bert-tiny all-MiniLM-L6-v2} TASKS=${TASKS:-SST-2 MRPC STS-B}
+LOW=${LOW:-STS-B}
+one_of LOW MRPC STS-B CoLA RTE CB COPA WSC SST-2 BoolQ RACE-M
 runs=$EXPERIMENTS/finetuning
 
-# trained <model> <task>: prints the saved model of the best run, if there is one. The sweep of seed 0,
-# which chose the rates, has kept one of its own.
-trained() {
-    compgen -G "$runs/$1/$2-sweep/*/$2/best.params" |
-        grep -Ev '[/,]seed=0(,[^/]*)?/[^/]*/best\.params$' || true
-}
-
+scripts/experiments/finetuning.sh >&2 # also what an interruption has left of a sweep
 for model in $MODELS; do
     for task in $TASKS; do
-        [[ -n $(trained "$model" "$task") ]] ||
-            MODELS=$model TASKS=$task scripts/experiments/finetuning.sh
-        best=$(trained "$model" "$task")
+        best=$("$python" scripts/experiments/tricks_table.py --best "$runs/$model/$task-sweep")
         once "$(dirname "$best")/int8/best.json" \
             "$python" scripts/quantize.py "$best" --data_dir "$DATA_DIR"
     done

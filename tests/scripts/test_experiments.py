@@ -94,17 +94,6 @@ def test_a_script_finds_the_project_when_it_is_called_in_its_own_folder(script, 
     assert result.stderr.startswith("usage: ")
 
 
-def test_tricks_leave_out_the_runs_of_seed_0_that_chose_the_rates(project):
-    sweep = "runs/experiments/finetuning/bert-tiny/MRPC-sweep"
-    for run in ("lr=0.001,seed=0", "seed=0,lr=0.001", "seed=10,lr=0.001"):
-        (project.folder / sweep / run / "MRPC").mkdir(parents=True)
-        (project.folder / sweep / run / "MRPC" / "best.params").touch()
-    result = project.run("tricks", DATA_DIR="data", MODELS="bert-tiny", TASKS="MRPC")
-    assert result.returncode == 0, result.stderr
-    models = [words[1] for words in project.calls() if words[0] == "scripts/quantize.py"]
-    assert models == [f"{sweep}/seed=10,lr=0.001/MRPC/best.params"]
-
-
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "quick_start"])
 def test_a_missing_variable_is_named_before_anything_starts(script, project):
     result = project.run(script)
