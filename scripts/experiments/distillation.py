@@ -47,8 +47,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         seconds = step_seconds(folder / "times")
         if REFERENCE in arms.keys() & seconds.keys():  # an unfinished experiment may have no times
             print(seconds_table(arms, seconds))
-        if (folder / "tasks").exists():
-            print(tasks_table(folder / "tasks"))
+        print(tasks_table(folder / "tasks"), end="")
         draw(arms, str(folder / "curves.png"))
 
 
@@ -141,14 +140,25 @@ def seconds_table(arms: Arms, seconds: dict[str, float], reference: str = REFERE
 
 
 def tasks_table(folder: Path) -> str:
-    """Return the dev scores of folder/ARM/SEED, 0 to 100, by arm and task, over the seeds."""
-    scores = {arm.name: read_scores([arm]) for arm in sorted(folder.glob("*"))}
+    """Return the dev scores of folder/ARM/SEED, 0 to 100, by arm and task, over the seeds.
+
+    A cell with fewer seeds than others says how many; "" before any run has finished.
+    """
+    arms = sorted({path.parents[2] for path in folder.glob("*/*/*/metrics.json")})
+    scores = {arm.name: read_scores([arm]) for arm in arms}
     tasks = sorted({task for of_arm in scores.values() for task in of_arm})
+    seeds = max((len(runs) for of_arm in scores.values() for runs in of_arm.values()), default=0)
     rows = [
-        [arm, *(spread(of_arm[task], 1) if task in of_arm else "-" for task in tasks)]
+        [arm, *(_score(of_arm.get(task, []), seeds) for task in tasks)]
         for arm, of_arm in scores.items()
     ]
-    return markdown_table(["arm", *tasks], rows)
+    return markdown_table(["arm", *tasks], rows) if rows else ""
+
+
+def _score(runs: Sequence[float], seeds: int) -> str:
+    if not runs:
+        return "-"
+    return spread(runs, 1) + (f" ({len(runs)} of {seeds})" if len(runs) < seeds else "")
 
 
 def draw(arms: Arms, path: str) -> None:

@@ -37,8 +37,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     folder = parser.parse_args(argv).folder
     run = read_run(str(folder / "model"))
     print(curve_table(run))
-    print(hours_table(statistics.median(run.curve("train", "tokens_per_second").values)))
-    print(tasks_table(folder / "tasks"))
+    speeds = run.curve("train", "tokens_per_second").values
+    if speeds:  # none yet in a run that has just begun
+        print(hours_table(statistics.median(speeds)))
+    print(tasks_table(folder / "tasks"), end="")
 
 
 def curve_table(run: Run) -> str:

@@ -181,8 +181,22 @@ def test_the_tables_of_the_distillation(tmp_path, capsys):
     # In the 10 s of mlm's 200 steps, kd makes 100.
     assert ["kd", "100", "100", "5.500 ± 0.500"] in rows
     assert ["mlm", "50", "200", "4.500 ± 0.500"] in rows
-    assert rows[-2:] == [["kd", "55.0 ± 7.1"], [""]]
+    assert rows[-1] == ["kd", "55.0 ± 7.1"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_arm_whose_fine_tuning_has_begun_only_is_left_out(tmp_path):
+    for arm, seeds, accuracy in (("mlm", (1, 2), 0.5), ("start", (1,), 0.25), ("kd", (), 0.0)):
+        (tmp_path / arm / "3/SST-2").mkdir(parents=True)  # training
+        for seed in seeds:
+            (tmp_path / f"{arm}/{seed}/SST-2").mkdir(parents=True)
+            answers = {"dev": {"rows": 2, "metrics": {"accuracy": accuracy}}}
+            content = json.dumps({"task": "SST-2", "answers": answers})
+            (tmp_path / f"{arm}/{seed}/SST-2/metrics.json").write_text(content)
+    (tmp_path / "notes.txt").touch()
+    rows = distillation.tasks_table(tmp_path).splitlines()[2:]
+    assert rows == ["| mlm | 50.0 ± 0.0 |", "| start | 25.0 (1 of 2) |"]
+    assert not distillation.tasks_table(tmp_path / "nothing")
 
 
 def test_the_losses_of_an_experiment_without_times_are_shown(tmp_path, capsys):
@@ -237,6 +251,14 @@ def test_the_tables_of_the_true_bort(tmp_path, capsys):
     assert "| 100 | 7.000 | 25.0 | 2.000 |" in shown
     # 44,100 updates of 8,192 tokens are 352,800 s at 1,024 tokens a second.
     assert "| 44,100 | 361 million | 98 |" in shown
+
+
+def test_the_true_bort_before_its_first_line_of_training(tmp_path, capsys):
+    write_run(tmp_path / "model", [10.0])
+    with (tmp_path / "model/metrics.jsonl").open("ab") as file:
+        file.write(line_of({"step": 0, "phase": "eval", "kl": 2.0}))
+    true_bort.main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| 0 | 10.000 | 0.0 | 2.000 |", ""]
 
 
 def test_the_reference_of_python_is_split_into_topics_that_are_held_out_or_not(tmp_path):
