@@ -42,6 +42,21 @@ number() {
     fi
 }
 
+# begun_with <folder> <variable=value...>: ends the experiment where its folder was begun with other
+# values: what is there is skipped, so that its results would mix both.
+begun_with() {
+    local file=$1/variables.txt
+    if [[ ! -e $file ]]; then
+        mkdir -p "$1"
+        printf '%s\n' "${@:2}" >"$file.part"
+        mv "$file.part" "$file"
+    elif [[ $(printf '%s\n' "${@:2}") != "$(<"$file")" ]]; then
+        echo "error: $1: was begun with $(paste -s -d ' ' "$file"); set these," \
+            "remove the folder, or set EXPERIMENTS to another" >&2
+        exit 2
+    fi
+}
+
 # once <result> <command...>: runs the command unless its result is there.
 once() {
     if [[ ! -e $1 ]]; then
@@ -69,7 +84,16 @@ shards() {
 
 # pretrain <run> <steps> <flags...>: trains up to a step, from the last checkpoint if there is one.
 pretrain() {
-    once "$1/$(printf 'step-%07d' "$2")" "$python" run_pretraining_distillation.py \
+    local end trained
+    end=$1/$(printf 'step-%07d' "$2")
+    for trained in "$1"/step-???????; do
+        if [[ -e $trained && ${trained##*-} > ${end##*-} ]]; then
+            echo "error: $1: has been trained for more than $2 steps; remove it, or set" \
+                "EXPERIMENTS to another folder" >&2
+            exit 2
+        fi
+    done
+    once "$end" "$python" run_pretraining_distillation.py \
         --ckpt_dir "$1" --num_steps "$2" --batch_size 16 --batch_size_eval 16 \
         --keep_checkpoints 1 --log_interval 25 --resume "${@:3}"
 }

@@ -54,6 +54,8 @@ else
     steps=${STEPS:-240} rates=${RATES:-1.25e-4 2.5e-4 5e-4} every=20 warmup=0.1
 fi
 
+begun_with "$folder" "TEACHER_STEPS=${TEACHER_STEPS:-3000}" "TEACHER_DTYPE=$teacher_dtype" \
+    "STEPS=$steps" "RATES=$rates" "ROWS=${ROWS:-1000}"
 mkdir -p "$folder/times"
 documents() {
     awk -v every=$every 'BEGIN { RS = ""; ORS = "\n\n" } NR % every == 0' "$teacher/train.txt" \

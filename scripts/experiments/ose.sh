@@ -21,7 +21,7 @@ folder=$EXPERIMENTS/ose
 tables=scripts/experiments/ose_tables.py
 top=bort_6_12_1536_384
 rates=(5e-4 1e-3 2e-3 5e-3 1e-2)
-mkdir -p "$folder"
+begun_with "$folder" "TEACHER_STEPS=${TEACHER_STEPS:-3000}"
 
 documents() { # <text> <every> <result>
     awk -v every="$2" 'BEGIN { RS = ""; ORS = "\n\n" } NR % every == 1' "$1" >"$3.part"

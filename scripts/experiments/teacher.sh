@@ -38,6 +38,7 @@ hold_out() {
 }
 
 once "$folder/test.txt" hold_out
+begun_with "$folder" "TEXT=$TEXT"
 for part in train test; do
     shards "$folder/$part.txt" "$folder/$part"
 done

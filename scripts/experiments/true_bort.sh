@@ -8,8 +8,9 @@
 # not leave the plateau of word frequencies; with what is set below it does. It can be stopped and
 # continued at any time (Ctrl-C or SIGTERM leave a checkpoint). At the end of BORT_STEPS it, and
 # random weights, are fine-tuned on SST-2 and MRPC, and it is converted for Hugging Face with a card
-# that says how little text it has seen.
-# Results, in $EXPERIMENTS/true_bort: model, huggingface, tasks, and the tables on standard output.
+# that says how little text it has seen. A larger BORT_STEPS goes on from there.
+# Results, in $EXPERIMENTS/true_bort: model, huggingface-STEPS, tasks, and the tables on standard
+# output.
 # Besides the variables of common.sh and teacher.sh:
 #   DTYPE, TEACHER_DTYPE   types of the products (default auto and float32)
 #   BORT_STEPS   updates of 8 sequences (default 4000: two hours of one core)
@@ -23,13 +24,14 @@ scripts/experiments/teacher.sh
 folder=$EXPERIMENTS/true_bort teacher=$EXPERIMENTS/teacher shape=bort_4_8_768_1024
 steps=${BORT_STEPS:-4000} dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenizer/tokenizer.json
 
+begun_with "$folder" "TEACHER_STEPS=${TEACHER_STEPS:-3000}" "ROWS=${ROWS:-500}"
 pretrain "$folder/model" "$steps" --data "$teacher/train" --data_eval "$teacher/test" \
     --student_model $shape --teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model" \
     --teacher_dtype "${TEACHER_DTYPE:-float32}" --dynamic_masking --dtype "$dtype" --dropout 0 --batch_size 8 \
     --lr 2.5e-4 --warmup_ratio 0.2 --seed 0 --eval_interval $(((steps + 5) / 6)) --ckpt_interval 200
 for seed in 1 2 3; do
     for task in SST-2 MRPC; do
-        for start in pretrained random; do
+        for start in "step-$steps" random; do
             weights=(--model_name $shape --vocab_file "$tokenizer")
             [[ $start == random ]] || weights=(--pretrained_parameters "$folder/model")
             once "$folder/tasks/$start/$seed/$task/metrics.json" "$python" finetune_classifier.py \
@@ -39,6 +41,6 @@ for seed in 1 2 3; do
         done
     done
 done
-once "$folder/huggingface" "$python" scripts/convert_to_huggingface.py "$folder/model" \
-    --output "$folder/huggingface"
+once "$folder/huggingface-$steps" "$python" scripts/convert_to_huggingface.py "$folder/model" \
+    --output "$folder/huggingface-$steps"
 "$python" scripts/experiments/true_bort.py "$folder"

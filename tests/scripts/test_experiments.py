@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -295,6 +296,52 @@ def test_text_is_held_out_and_a_step_whose_result_is_there_is_skipped(project):
     (folder / "model/step-0000007").mkdir(parents=True)
     assert not project.run("teacher", **variables).returncode
     assert not (project.folder / "calls").exists()
+
+
+def test_a_run_that_has_come_farther_is_not_taken_for_a_shorter_one(project):
+    assert not project.run("quick_start", QUICK_STEPS="200").returncode
+    (project.folder / "runs/experiments/quick_start/model/step-0000200").mkdir(parents=True)
+    result = project.run("quick_start", QUICK_STEPS="99")
+    assert result.returncode == 2
+    assert "quick_start/model: has been trained for more than 99 steps" in result.stderr
+    assert not project.run("quick_start", QUICK_STEPS="1000").returncode
+
+
+@pytest.mark.parametrize(
+    ("script", "variable", "value"),
+    [
+        ("teacher", "TEXT", "other.txt"),
+        ("distillation", "STEPS", "480"),
+        ("distillation", "RATES", "1e-4"),
+        ("distillation", "ROWS", "5"),
+        ("ose", "TEACHER_STEPS", "9"),
+        ("true_bort", "ROWS", "5"),
+    ],
+)
+def test_results_with_other_variables_are_not_mixed(script, variable, value, project):
+    given = {"TEXT": "text.txt", "DATA_DIR": "data", "TASKS": "MRPC", "ARMS": ""}
+    assert not project.run(script, **given).returncode
+    assert not project.run(script, **given).returncode
+    result = project.run(script, **{**given, variable: value})
+    assert result.returncode == 2
+    assert ": was begun with " in result.stderr
+    assert f"{variable}=" in result.stderr
+
+
+def test_a_longer_true_bort_is_fine_tuned_and_converted_again(project):
+    for steps in ("100", "200"):
+        variables = {"TEXT": "text.txt", "DATA_DIR": "data", "BORT_STEPS": steps}
+        assert not project.run("true_bort", **variables).returncode
+        folder = project.folder / "runs/experiments/true_bort"
+        for seed, task in itertools.product("123", ("SST-2", "MRPC")):
+            path = folder / f"tasks/step-{steps}/{seed}/{task}"
+            path.mkdir(parents=True)
+            (path / "metrics.json").touch()
+        (folder / f"huggingface-{steps}").mkdir()
+        calls = [call[0] for call in project.calls() if "true_bort" in " ".join(call)]
+        assert calls.count("scripts/convert_to_huggingface.py") == 1
+        assert calls.count("finetune_classifier.py") == 12
+        (project.folder / "calls").unlink()
 
 
 def test_a_text_that_is_not_held_out_to_its_end_is_not_trained_on(project):
