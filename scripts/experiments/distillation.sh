@@ -93,7 +93,10 @@ measure() {
     rm -rf "$folder/timed"
     for count in 20 80; do
         time student "$1" "$2" 1 "$folder/timed/$count" --num_steps $count \
-            >/dev/null 2>&1
+            >"$folder/timed.log" 2>&1 || {
+            cat "$folder/timed.log" # not to stderr, which has the times
+            exit 1
+        }
     done 2>"$folder/timed-$1"
     mv "$folder/timed-$1" "$folder/times/$1"
 }
