@@ -78,6 +78,10 @@ def with_real_rows(
     Raises `UserError` when lines and labels do not belong together or are too few.
     """
     header, *rows = lines
+    if column not in header.split("\t"):
+        raise UserError(f"--task_name {settings.task_name}: its training file has no header")
+    if not real:
+        raise UserError(f"{settings.agora}: its last fits had no augmented examples to replace")
     end = settings.first_real + real
     if len(labels) != len(rows):
         raise UserError(f"{settings.labels}: has {len(labels)} lines for {len(rows)} rows of train")

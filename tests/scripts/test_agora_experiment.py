@@ -62,6 +62,23 @@ def test_rows_that_are_not_there_are_named(drawn, tmp_path, capsys, flags, messa
     assert not (tmp_path / "made").exists()
 
 
+def test_a_run_without_augmented_examples_is_named(drawn, tmp_path, capsys):
+    write_json(str(tmp_path / "agora/MRPC/agora.json"), {"rounds": [{"train_size": 1}]})
+    with pytest.raises(SystemExit):
+        label_real_rows.main([*drawn, "--rows", "1", "--first_real", "2"])
+    assert f"{tmp_path / 'agora'}: its last fits had no augmented" in capsys.readouterr().err
+
+
+def test_a_file_without_a_header_is_not_taken_for_one_with(drawn, tmp_path, capsys):
+    (tmp_path / "draw/glue/CoLA").mkdir()
+    (tmp_path / "draw/glue/CoLA/train.tsv").write_text("a\t1\t\tOne.\n" * 5)
+    (tmp_path / "agora/CoLA").mkdir()
+    write_json(str(tmp_path / "agora/CoLA/agora.json"), {"rounds": [{"train_size": 1}]})
+    with pytest.raises(SystemExit):
+        label_real_rows.main([*drawn, "--task_name", "CoLA"])
+    assert "--task_name CoLA: its training file has no header" in capsys.readouterr().err
+
+
 def test_labels_of_other_rows_are_refused(drawn, tmp_path, capsys):
     (tmp_path / "labels.tsv").write_text("0\t0.5\n")
     with pytest.raises(SystemExit):
