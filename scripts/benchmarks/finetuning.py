@@ -30,9 +30,10 @@ from benchmarks._peers import (
     units_of,
     whole_batches,
 )
-from benchmarks.distillation import ENCODER_PARAMETERS
 from bort.config import option, parse
 from bort.mxnet_setup import cpu_threads
+from bort.ose.bert_family import BertFamily
+from bort.shapes import shape_of
 
 LABELS = ("0", "1")
 EXAMPLES = 64
@@ -118,7 +119,9 @@ def _work(settings: FinetuningBenchmarkSettings) -> Work:
     tokens, units = settings.batch_size * settings.length, units_of(settings.model)
     flops = encoder_flops(settings.model, tokens, settings.length, settings.batch_size)
     flops -= 4 * tokens * units**2
-    return Work(3 * flops, settings.vocab_size * units + ENCODER_PARAMETERS)
+    head = (units + len(LABELS)) * (units + 1)
+    body = BertFamily(settings.vocab_size).parameter_size(shape_of(settings.model))
+    return Work(3 * flops, body + head)
 
 
 def our_step(

@@ -75,6 +75,18 @@ def test_the_work_of_a_step_is_that_of_its_products() -> None:
     assert decoder_flops(8, vocab_size=50, positions=3) == 3 * 2 * 8 * (8 + 50)
 
 
+@pytest.mark.parametrize("model", ["bort_4_8_768_1024", "bort_1_2_32_16"])
+def test_a_step_of_fine_tuning_updates_the_parameters_of_its_model(model: str) -> None:
+    from benchmarks.finetuning import LABELS, FinetuningBenchmarkSettings, _work
+
+    from bort.saved_model import ModelConfig, build_network
+
+    config = ModelConfig(model, 100, "random", "classification", "SST-2", LABELS, 2)
+    parameters = build_network(config, dropout=0.1).collect_params().values()
+    trained = sum(np.prod(each.shape) for each in parameters if each.grad_req != "null")
+    assert _work(FinetuningBenchmarkSettings(model, vocab_size=100)).parameters == trained
+
+
 @pytest.mark.parametrize("batch_size", [8, 48, 128])
 def test_every_step_of_fine_tuning_that_is_measured_is_a_full_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
