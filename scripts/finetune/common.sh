@@ -31,10 +31,13 @@ classify() {
 # finetune <task> <flags...>: trains from the released model or from PRETRAINED_PARAMETERS; with
 # --model_parameters from a fine-tuned model, which contains a body.
 finetune() {
-    local weights flags=()
+    local weights flag flags=()
     weights=$(flag_value --pretrained_parameters "$@")
     weights=${weights:-${PRETRAINED_PARAMETERS:-model/bort.params}}
     [[ -z $(flag_value --model_parameters "$@") ]] || weights=none
+    for flag; do
+        [[ $flag != -h && $flag != --help ]] || weights=none # needs none
+    done
     if [[ $weights == model/bort.params ]]; then
         # Only the released weights come without a vocabulary.
         flags=(--dataset_name openwebtext_ccnews_stories_books_cased)

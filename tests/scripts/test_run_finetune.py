@@ -123,6 +123,11 @@ def test_the_script_of_a_task_finds_the_project_when_it_is_called_in_its_own_fol
     assert run.stderr.startswith("error: --config: the defaults of this script would override")
 
 
+def test_help_needs_no_weights(project):
+    (project.folder / "model/bort.params").unlink()
+    assert project.call("CoLA", "--help")[-1] == "--help"
+
+
 def test_the_environment_variables(project):
     settings = project.settings(
         "MRPC", PRETRAINED_PARAMETERS="runs/a body", DATA_DIR="my data", OUTPUT_DIR="my runs"
