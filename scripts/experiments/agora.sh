@@ -134,4 +134,4 @@ for task in $TASKS; do
         agora SST-2 eight 200 --images_per_mistake 8
     fi
 done
-"$python" scripts/experiments/agora_table.py "${tables[@]}" | tee "$out/table.md"
+keep "$out/table.md" "$python" scripts/experiments/agora_table.py "${tables[@]}"

@@ -65,6 +65,13 @@ once() {
     fi
 }
 
+# keep <file> <command...>: prints what the command prints, and writes the file if it succeeds.
+keep() {
+    "${@:2}" >"$1.part"
+    mv "$1.part" "$1"
+    cat "$1"
+}
+
 # pretrained <name>: converts the weights of that name once, and sets `saved` to the saved model.
 pretrained() {
     [[ -e $WEIGHTS/$1 ]] || scripts/experiments/fetch_weights.sh "$WEIGHTS"

@@ -84,4 +84,4 @@ once "$folder/theory/ose.json" search "$folder/theory" --space "$folder/space.ya
             --eval_interval 500 --ckpt_interval 500 --keep_checkpoints 1
     done
 done
-"$python" "$tables" "$folder" | tee "$folder/tables.md"
+keep "$folder/tables.md" "$python" "$tables" "$folder"

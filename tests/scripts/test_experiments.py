@@ -328,6 +328,18 @@ def test_results_with_other_variables_are_not_mixed(script, variable, value, pro
     assert f"{variable}=" in result.stderr
 
 
+def test_a_table_stays_when_the_next_one_fails(project):
+    variables = {"DATA_DIR": "data", "TASKS": "MRPC", "METHODS": "plain"}
+    done = project.run("agora", **variables)
+    table = project.folder / "runs/experiments/agora/table.md"
+    assert done.stdout.endswith(content := table.read_text())
+    assert content
+    python = project.folder / ".venv/bin/python"
+    python.write_text(PYTHON + "if [[ $1 == *agora_table.py ]]; then echo wrong; exit 1; fi\n")
+    assert project.run("agora", **variables).returncode == 1
+    assert table.read_text() == content
+
+
 def test_a_longer_true_bort_is_fine_tuned_and_converted_again(project):
     for steps in ("100", "200"):
         variables = {"TEXT": "text.txt", "DATA_DIR": "data", "BORT_STEPS": steps}
