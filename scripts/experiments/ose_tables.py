@@ -61,8 +61,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def read_report(path: str) -> Row:
-    """Read the ose.json of a search; the errors of runs that failed become infinite."""
+    """Read the ose.json of a search; the errors of runs that failed become infinite.
+
+    Rows that are not trained, such as that of T, are left out.
+    """
     report: Row = read_json(path)
+    report["table"] = [row for row in report["table"] if row["errors"]]
     for row in report["table"]:
         row["errors"] = [math.inf if error is None else error for error in row["errors"]]
         row["error"] = math.inf if row["error"] is None else row["error"]
@@ -187,9 +191,13 @@ def choices(reports: Reports) -> list[list[str]]:
 def _choice(names: Mapping[int, str], w: Mapping[int, float], stride: int) -> str:
     """Return the shape of the largest W at a stride, its share, and whether it breaks the bound.
 
-    Both mappings are by position in the ordered space.
+    Both mappings are by position in the ordered space. "-" where a stride visits none that has been
+    trained.
     """
-    best = max((position for position in w if position % stride == 0), key=w.__getitem__)
+    visited = [position for position in w if position % stride == 0 and w[position]]
+    if not visited:
+        return "-"
+    best = max(visited, key=w.__getitem__)
     share = w[best] / max(w.values())
     note = "" if share >= 1 / stride else ", below the bound"
     return f"{names[best]} ({share:.0%}{note})"

@@ -108,6 +108,22 @@ def experiment(tmp_path):
     return tmp_path
 
 
+def test_the_tables_of_a_search_that_did_not_train_all(tmp_path, capsys):
+    short = [
+        row(0, "a", 100, 0.9, [None, 2.1]),
+        row(1, "b", 200, 0.8, [None, 1.6]),
+        {**row(2, "T", 900, 0.0, [1.0]), "errors": [], "error": None},
+    ]
+    write_search(tmp_path / "search-200", short)
+    write_search(tmp_path / "search-1000", short[1:2])
+    ose_tables.main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "0 of 2 shapes below it with every seed" in out
+    assert "| 200 | divergence | 0 | - | - | - |" in out
+    assert "| 200 | divergence | 1 | b (100%) | a (86%) | a (86%) |" in out
+    assert "| 1000 | divergence | 1 | b (100%) | - | - |" in out
+
+
 def test_the_tables_of_an_experiment(experiment, capsys):
     ose_tables.main([str(experiment)])
     out = capsys.readouterr().out
