@@ -100,20 +100,23 @@ def _cluster(folder: str, workers: int) -> Iterator[psutil.Process]:
                 started.append(
                     psutil.Popen(words, stdout=handle, stderr=subprocess.STDOUT, env=environment)
                 )
-        _await_workers(log, workers)
+        _await_workers(log, workers, started)
         yield started[0]
     finally:
         for process in reversed(started):
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
         for process in started:
             process.wait()
 
 
-def _await_workers(log: str, workers: int) -> None:
+def _await_workers(log: str, workers: int, started: Sequence[psutil.Popen]) -> None:
+    """Wait for the workers; raises `UserError` when one, or the scheduler, does not start."""
     end = time.monotonic() + SECONDS
-    while Path(log).read_text(encoding="utf-8").count("Registered to:") < workers:
-        if time.monotonic() > end:
-            raise UserError(f"the workers did not start; see {log}")
+    while (text := Path(log).read_text(encoding="utf-8")).count("Registered to:") < workers:
+        ended = any(process.poll() is not None for process in started)
+        if ended or time.monotonic() > end:  # the log is about to be removed
+            raise UserError(f"scheduler and workers did not start: {' '.join(text[-300:].split())}")
         time.sleep(0.1)
 
 

@@ -54,6 +54,20 @@ def test_a_process_left_behind_is_found() -> None:
     assert not _still_there(family)
 
 
+def test_a_cluster_that_does_not_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import cluster
+
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no such option >&2\nexit 2\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    said = r"did not start: .*no such option"
+    with pytest.raises(UserError, match=said), cluster._cluster(str(tmp_path), 2):
+        pass
+
+
 def test_a_run_that_is_over_before_its_memory_is_measured_is_named() -> None:
     from benchmarks.starvation import peak
 
