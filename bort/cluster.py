@@ -395,7 +395,8 @@ def _connect(address: str) -> tuple[distributed.Client, Optional[dask_jobqueue.J
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         compare_versions(address, client.get_versions())
         return client, queue
-    except (asyncio.TimeoutError, MemoryError):  # for a huge length: what another server says first
+    # Dask takes the first words of another server for the length of a message.
+    except (asyncio.TimeoutError, MemoryError):
         raise UserError(
             f"--cluster {address}: no Dask scheduler answers there; scripts/README.md says how to "
             "start one"

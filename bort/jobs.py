@@ -631,7 +631,9 @@ def _watch_parent(parent: int) -> None:
 
 
 @contextmanager
-def stopped_by_sigterm(message: str) -> Iterator[None]:
+def stopped_by_sigterm(
+    message: str = "interrupted; rerun the same command to resume",
+) -> Iterator[None]:
     """Let SIGTERM raise `Stopped` in the main thread; its message is this one."""
 
     def stop(signum: int, _: object) -> None:

@@ -50,7 +50,6 @@ from data.shards import Manifest, ShardEntry, is_output, shard_name
 from data.text_formats import TextSource, size_of
 
 GROUP_BYTES = 256 << 20  # small files are surveyed together
-STOPPED = "interrupted; rerun the same command to resume"
 
 
 class Group(NamedTuple):
@@ -123,7 +122,7 @@ def make_shards_on(cluster: str, corpus: CorpusSettings, maker: InstanceMaker) -
     start = time.perf_counter()
     sources = _readable_everywhere(corpus)
     # SIGTERM cancels the batch jobs, too.
-    with lock_folder(corpus.output_dir, "--output_dir"), stopped_by_sigterm(STOPPED):
+    with lock_folder(corpus.output_dir, "--output_dir"), stopped_by_sigterm():
         cluster_executor = Cluster(cluster, corpus.output_dir, threads=1)
         with cluster_executor as executor, _index_folder(corpus.output_dir) as folder:
             surveys = _survey(executor, sources, folder)

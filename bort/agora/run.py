@@ -81,7 +81,6 @@ FREE = (
     "search_space",
     "timaeus_labels",
 )
-STOPPED = "interrupted; rerun the same command to resume"
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ def run_agora(settings: AgoraTextSettings, cluster: Optional[str] = None) -> JSO
     if communicator.rank > 0:
         jobs.serve(communicator)
         return {}
-    with warnings.catch_warnings(), jobs.stopped_by_sigterm(STOPPED):
+    with warnings.catch_warnings(), jobs.stopped_by_sigterm():
         warnings.showwarning = _print_warning  # type: ignore[assignment]  # fewer named arguments
         executor = Cluster(cluster, _folder(settings), gpus=settings.run.gpus) if cluster else None
         with agora_text.fits_on(settings.run.workers, communicator, executor) as map_fits:

@@ -31,8 +31,6 @@ from bort.progress import ProgressBar
 from bort.types import Block
 from data.shards import Shard, ShardEntry, ShardSet
 
-STOPPED = "interrupted; rerun the same command to resume"
-
 
 class CacheJob(NamedTuple):
     """What all jobs of a cache share."""
@@ -76,7 +74,7 @@ def build_cache_on(
     pad_id = sets[0].manifest.pad_id
     job = CacheJob(os.path.abspath(folder), weights, gpus, manifest, pad_id, batch_size)
     # SIGTERM cancels the batch jobs, too.
-    with lock_folder(folder, "--output_dir"), stopped_by_sigterm(STOPPED):
+    with lock_folder(folder, "--output_dir"), stopped_by_sigterm():
         with Cluster(cluster, folder, gpus=gpus) as executor:
             prepare_cache(folder, teacher, manifest)
             _cache_missing(executor, job, pairs)
