@@ -95,10 +95,11 @@ def tiny_archives(monkeypatch, server):
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
+    """An archive of `files`: the same bytes at any time, as a ZipInfo is dated 1980."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in files.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 

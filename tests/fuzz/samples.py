@@ -291,10 +291,11 @@ def write_task_data(folder: Path, source: str = "glue/CoLA") -> None:
 
 
 def write_zip(path: Path, task: str = "SST-2") -> None:
-    """Write an archive as the server of GLUE gives it."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    """Write an archive as the server of GLUE gives it; the same bytes at any time."""
+    with zipfile.ZipFile(path, "w") as archive:
         for file in sorted((TEST_DATA / "glue" / task).iterdir()):
-            archive.write(file, f"{task}/{file.name}")
+            member = zipfile.ZipInfo(f"{task}/{file.name}")
+            archive.writestr(member, file.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def write_metrics(path: Path) -> None:
