@@ -14,8 +14,8 @@
 #   real       the grid on as many real rows as `mistakes` has augmented ones, labelled by Timaeus
 #   longer     the grid on the scarce rows, with as many updates as the last fits of `mistakes`
 #   plain      one fine-tuning run
-# Results, in $EXPERIMENTS/agora: the drawn sets, the runs, and table.md. An interrupted experiment
-# resumes. Besides the variables of common.sh: OMP_NUM_THREADS (default 1), and, to choose a part,
+# Results, in $EXPERIMENTS/agora/TASK: the drawn sets, the runs, and table.md. An interrupted
+# experiment resumes. Besides the variables of common.sh: OMP_NUM_THREADS (default 1), and these:
 #   TASKS     of SST-2 MRPC RTE (default all)
 #   METHODS   of the above (default all); the table needs `mistakes`
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -113,10 +113,9 @@ real() {
     done
 }
 
-tables=()
 for task in $TASKS; do
     prepare "$task"
-    sizes=500
+    tables=() sizes=500
     if [[ $task == SST-2 ]]; then sizes="100 200 500"; fi
     for rows in $sizes; do
         agora "$task" mistakes "$rows"
@@ -124,6 +123,7 @@ for task in $TASKS; do
         tables+=("$out/$task/$rows")
     done
     if [[ $task == SST-2 ]]; then
+        # As many updates as the last fits of `mistakes` had, by the mean of RESULTS.md's draws.
         agora SST-2 longer 100 --epochs 19 --max_rounds 1
         agora SST-2 longer 200 --epochs 13 --max_rounds 1
         agora SST-2 replay 100 --replay 1
@@ -133,5 +133,5 @@ for task in $TASKS; do
         agora SST-2 infill 200 --tau infill --tau_model "$teacher"
         agora SST-2 eight 200 --images_per_mistake 8
     fi
+    keep "$out/$task/table.md" "$python" scripts/experiments/agora_table.py "${tables[@]}"
 done
-keep "$out/table.md" "$python" scripts/experiments/agora_table.py "${tables[@]}"

@@ -67,6 +67,7 @@ once() {
 
 # keep <file> <command...>: prints what the command prints, and writes the file if it succeeds.
 keep() {
+    mkdir -p "${1%/*}"
     "${@:2}" >"$1.part"
     mv "$1.part" "$1"
     cat "$1"

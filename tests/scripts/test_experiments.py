@@ -331,13 +331,20 @@ def test_results_with_other_variables_are_not_mixed(script, variable, value, pro
 def test_a_table_stays_when_the_next_one_fails(project):
     variables = {"DATA_DIR": "data", "TASKS": "MRPC", "METHODS": "plain"}
     done = project.run("agora", **variables)
-    table = project.folder / "runs/experiments/agora/table.md"
+    table = project.folder / "runs/experiments/agora/MRPC/table.md"
     assert done.stdout.endswith(content := table.read_text())
     assert content
     python = project.folder / ".venv/bin/python"
     python.write_text(PYTHON + "if [[ $1 == *agora_table.py ]]; then echo wrong; exit 1; fi\n")
     assert project.run("agora", **variables).returncode == 1
     assert table.read_text() == content
+
+
+def test_each_task_of_agora_has_a_table(project):
+    for task in ("MRPC", "RTE"):
+        assert not project.run("agora", DATA_DIR="data", TASKS=task, METHODS="plain").returncode
+    tables = (project.folder / "runs/experiments/agora").glob("*/table.md")
+    assert sorted(table.parent.name for table in tables) == ["MRPC", "RTE"]
 
 
 def test_a_longer_true_bort_is_fine_tuned_and_converted_again(project):
