@@ -29,7 +29,7 @@ from bort.errors import UserError
 from bort.files import new_folder, read_json, write_json
 from bort.huggingface.folder import write_description
 from bort.huggingface.tokenizer import JSON
-from bort.inference.classification import num_texts
+from bort.inference.classification import most_texts, num_texts
 from bort.inference.masked_lm import readable_text
 from bort.parameters import check_finite, parameter_file
 from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, load_model
@@ -44,6 +44,7 @@ _PRECISION = "int8"  # a quarter of the download
 # What page.js loads of a tokenizer and a config.
 _MODEL_FILES = ("config.json", JSON, "tokenizer_config.json")
 _FIELDS = ("Text", "Second text")
+_OPTIONAL_FIELD = "Second text, if the model takes pairs"
 
 
 class DemoPage(NamedTuple):
@@ -141,7 +142,8 @@ def _describe(saved: SavedModel, megabytes: int) -> JSONObject:
         "title": title,
         "subtitle": f"{model_config.model}, int8",
         "model_class": f"AutoModelFor{onnx_architecture(saved).head}",
-        "fields": _fields(model_config),
+        "fields": _fields(saved),
+        "required": _num_texts(model_config),
         "example": f"The old man went to the {mask}." if is_masked_lm else "",
         "labels": list(model_config.labels),
         "low": low,
@@ -158,10 +160,15 @@ def _describe(saved: SavedModel, megabytes: int) -> JSONObject:
     }
 
 
-def _fields(model_config: ModelConfig) -> list[str]:
+def _fields(saved: SavedModel) -> list[str]:
     """Return the labels of the fields: the names of the task's texts, if it has words for them."""
+    model_config, tokenizer = saved.model_config, saved.tokenizer
+    assert tokenizer is not None
     count, task = _num_texts(model_config), _task(model_config)
-    columns = task.text_columns if task and model_config.kind != MASKED_LM else ()
+    is_masked_lm = model_config.kind == MASKED_LM
+    if not is_masked_lm and count == 1 and most_texts(model_config, task, tokenizer) == 2:
+        return [_FIELDS[0], _OPTIONAL_FIELD]
+    columns = task.text_columns if task and not is_masked_lm else ()
     if not columns or not all(name[0].isalpha() for name in columns):  # MRPC: #1 String
         return list(_FIELDS[:count])
     return [re.sub(r"(\d+)$", r" \1", name.capitalize()) for name in columns]  # Sentence 1

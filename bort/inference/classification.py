@@ -92,18 +92,8 @@ class ClassificationPipeline:
 
     @property
     def most_texts(self) -> Optional[int]:
-        """Return the largest number of texts of an input; None: any, of candidates and options.
-
-        A classifier that another program has trained does not say whether it takes pairs. One whose
-        pairs have our form may, with token types or without.
-        """
-        kind, labels = self.model_config.kind, self.model_config.labels
-        if kind == TaskKind.CANDIDATES or (kind == TaskKind.MULTIPLE_CHOICE and not labels):
-            return None
-        may_take_pairs = has_our_pairs(self.model_config, self.tokenizer)
-        if self.task is None and self.num_texts == 1 and may_take_pairs:
-            return 2
-        return self.num_texts
+        """Return the largest number of texts of an input; None: any, of candidates and options."""
+        return most_texts(self.model_config, self.task, self.tokenizer)
 
     @property
     def schema(self) -> InputSchema:
@@ -225,6 +215,22 @@ def num_texts(model_config: ModelConfig, task: Optional[Task]) -> int:
     if model_config.race_cast == "joined":
         return 1 + len(model_config.labels)
     return len(task.text_columns) or 2 if task else 1
+
+
+def most_texts(
+    model_config: ModelConfig, task: Optional[Task], tokenizer: Tokenizer
+) -> Optional[int]:
+    """Return the largest number of texts of an input; None: any, of candidates and options.
+
+    A classifier that another program has trained does not say whether it takes pairs. One whose
+    pairs have our form may, with token types or without.
+    """
+    kind, labels = model_config.kind, model_config.labels
+    if kind == TaskKind.CANDIDATES or (kind == TaskKind.MULTIPLE_CHOICE and not labels):
+        return None
+    count = num_texts(model_config, task)
+    may_take_pairs = task is None and count == 1 and has_our_pairs(model_config, tokenizer)
+    return 2 if may_take_pairs else count
 
 
 def _query_number(example: Example) -> int:

@@ -105,6 +105,10 @@ def test_the_page_names_the_kind_of_model(tmp_path, packages):  # noqa: F811
     assert description(page)["fields"] == ["Text", "Second text"]
     found = description(write_page(tmp_path / "c", "regression", "byte_level_bpe", *flags, task=""))
     assert (found["low"], found["title"], found["fields"]) == (None, "regression", ["Text"])
+    # Another program's BERT may have learned pairs; its RoBERTa has pairs of another form.
+    page = write_page(tmp_path / "f", "classification", "wordpiece", *flags, task="")
+    assert description(page)["fields"] == ["Text", "Second text, if the model takes pairs"]
+    assert description(page)["required"] == 1
     found = description(write_page(tmp_path / "d", "masked_lm", "byte_level_bpe", *flags))
     tokenizer = TOKENIZERS["byte_level_bpe"]()
     assert (found["mask"], found["mask_id"]) == ("<mask>", tokenizer.mask_id)
@@ -233,6 +237,22 @@ def test_a_browser_scores_a_pair_of_texts(tokenizer, tmp_path, tmp_path_factory)
         score = np.clip(backend.logits(ids[None], np.array([len(ids)]))[0, 0], 0, 5)
         np.testing.assert_allclose(shares(answer), [score / 5], atol=1e-4)
         assert abs(float(answer["rows"][0]["value"]) - score) < 6e-4
+
+
+@pytest.mark.slow
+def test_a_browser_takes_one_text_or_two_where_a_model_does(tmp_path, tmp_path_factory):
+    flags = "--packages", archives(tmp_path_factory)
+    page = write_page(tmp_path, "classification", "wordpiece", *flags, task="")
+    saved = load_model(str(tmp_path / "model"))
+    inputs = [[TEXTS[0], " "], TEXTS[:2], [" ", TEXTS[0]]]
+    *answers, refused = seen_on(page, tmp_path_factory, inputs)["answers"]
+    backend = backend_for(saved.network, "onnx-int8")
+    for texts, answer in zip(inputs, answers):
+        given = [one.strip() for one in texts if one.strip()]
+        (ids,) = encode_inputs(saved.tokenizer, [given], MAX_LEN)
+        expected = softmax(backend.logits(ids[None], np.array([len(ids)])))[0]
+        np.testing.assert_allclose(shares(answer), expected, atol=1e-4)
+    assert refused == {"status": "Type a text first.", "rows": []}
 
 
 @pytest.mark.slow

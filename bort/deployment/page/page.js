@@ -210,7 +210,9 @@ function draw(groups) {
 }
 
 async function predict(loaded) {
-  const texts = [...document.querySelectorAll("textarea")].map((area) => area.value);
+  const values = [...document.querySelectorAll("textarea")].map((area) => area.value);
+  const { required } = loaded.page; // so many texts; the model takes those after them, too
+  const texts = values.filter((text, number) => number < required || text.trim() !== "");
   element("submit").disabled = true;
   try {
     if (texts.some((text) => text.trim() === "")) throw new Error("Type a text first.");
