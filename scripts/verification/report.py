@@ -9,6 +9,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 from bort.errors import UserError, printable
 from bort.files import read_json
+from bort.huggingface.families import FAMILIES
 from bort.sums import SUMS, check_sums
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE
 from scripts.verification import checks
@@ -78,6 +79,18 @@ def _is_run_with(concern: str) -> Callable[[Path], bool]:
     return lambda folder: says(folder) and not is_pretraining(folder)
 
 
+def _is_of_another_family(folder: Path) -> bool:
+    """Return whether a Hugging Face folder holds a network that this project does not have."""
+    if not _has("config.json")(folder) or _has(SUMS)(folder):
+        return False
+    try:
+        content = read_json(str(folder / "config.json"))
+    except UserError:
+        return False
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    return isinstance(model_type, str) and model_type not in FAMILIES
+
+
 # The first that matches names a folder; what it may match as well stands below it.
 KINDS: Sequence[Kind] = (
     Kind("checkpoint", _is_checkpoint, checks.check_checkpoint),
@@ -136,7 +149,8 @@ def _rows_below(
 ) -> Iterator[Row]:
     """Yield the rows of a folder and of those below it; note what was seen, and the links."""
     seen.add(folder.resolve())
-    kind = next((kind for kind in KINDS if kind.matches(folder)), None)
+    kinds = [] if _is_of_another_family(folder) else KINDS
+    kind = next((kind for kind in kinds if kind.matches(folder)), None)
     if kind and not part:
         yield _row(str(folder), kind, folder)
     for path in sorted(folder.iterdir()):

@@ -201,6 +201,18 @@ def test_a_wordpiece_alone_is_a_tokenizer(tmp_path):
     assert (row.what, row.state) == ("tokenizer", "damaged")
 
 
+@pytest.mark.parametrize("model_type", ["t5", "gpt2", "bert"])
+def test_a_network_of_another_family_is_not_damaged(tmp_path, model_type):
+    write_json(str(tmp_path / "config.json"), {"model_type": model_type}, with_sum=False)
+    for name in ("model.safetensors", "vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes(b"")
+    if model_type == "bert":
+        assert [row.state for row in verify_folder(str(tmp_path))] == ["damaged"]
+    else:
+        with pytest.raises(UserError, match="holds nothing that this project writes"):
+            verify_folder(str(tmp_path))
+
+
 def test_what_is_not_finished_is_reported(intact, tmp_path, capsys):
     shutil.copytree(intact / "tuned" / "SST-2", tmp_path / "SST-2")
     (tmp_path / "SST-2" / "metrics.json").unlink()
