@@ -339,6 +339,8 @@ def gives_types(folder: str, family: str) -> bool:
     own, model = (
         read_json_as(path, _Config) if os.path.exists(path) else _Config() for path in paths
     )
+    if _type_of_second_text(folder) == 0:
+        return False
     if own.model_input_names is not None:
         return "token_type_ids" in own.model_input_names
     usual = f"{FAMILIES[family].class_name}Tokenizer"
@@ -348,14 +350,33 @@ def gives_types(folder: str, family: str) -> bool:
 
 def has_one_separator(folder: str) -> bool:
     """Return whether tokenizer.json puts one token between two texts, as those written here do."""
+    places = [place for place, _ in _texts_of_pair(_post_processor(folder))]
+    return len(places) == 2 and places[1] - places[0] == 2
+
+
+def _type_of_second_text(folder: str) -> Optional[int]:
+    """Return the token type that tokenizer.json gives the second text; None if it does not say."""
+    processor = _post_processor(folder)
+    if processor.get("type") == "RobertaProcessing":
+        return 0
+    texts = [text for _, text in _texts_of_pair(processor)]
+    return texts[1].get("type_id") if len(texts) == 2 else None
+
+
+def _post_processor(folder: str) -> JSONObject:
     path = os.path.join(folder, JSON)
     processor = read_json_as(path, _TokenizerFile).post_processor if os.path.exists(path) else None
-    pair = processor.get("pair") if isinstance(processor, dict) else None
-    parts = pair if isinstance(pair, list) else []
-    texts = [
-        place for place, part in enumerate(parts) if isinstance(part, dict) and "Sequence" in part
+    return processor if isinstance(processor, dict) else {}
+
+
+def _texts_of_pair(processor: JSONObject) -> list[tuple[int, JSONObject]]:
+    """Return the place in the template of a pair, and the entry, of each of its texts."""
+    pair = processor.get("pair")
+    return [
+        (place, part["Sequence"])
+        for place, part in enumerate(pair if isinstance(pair, list) else [])
+        if isinstance(part, dict) and isinstance(part.get("Sequence"), dict)
     ]
-    return len(texts) == 2 and texts[1] - texts[0] == 2
 
 
 def _read_tokenizer(folder: str) -> Tokenizer:

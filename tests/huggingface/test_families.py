@@ -25,6 +25,7 @@ from bort.errors import UserError
 from bort.huggingface.convert import from_huggingface
 from bort.huggingface.folder import read, read_folder, write
 from bort.huggingface.hub import locate
+from bort.huggingface.tokenizer import gives_types
 from bort.inference.pipelines import fill_mask
 from bort.saved_model import ModelConfig, SavedModel, build_network, load_model
 from bort.shapes import BodyOptions
@@ -456,6 +457,10 @@ def test_embeddings_of_another_size(tmp_path):
     assert "embedding_size is 16: the networks here embed tokens in the" in refused(tmp_path)
 
 
+def text(type_id):
+    return {"Sequence": {"id": "A", "type_id": type_id}}
+
+
 def test_types_of_a_classifier_are_not_folded(tmp_path):
     write_folder(tmp_path, architectures=["BertForSequenceClassification"])
     message = refused(tmp_path, token_types="fold")
@@ -494,6 +499,25 @@ def test_a_classifier_has_the_types_that_its_tokenizer_gives(tmp_path, config, o
     types = TYPES if keeps else np.zeros_like(TYPES)
     expected = hidden_states("bert", tensors, PAIR, types, 0.01)
     np.testing.assert_allclose(states_of(network.bort, PAIR), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("processor", "gives"),
+    [
+        (None, True),
+        ({"type": "BertProcessing"}, True),
+        ({"type": "RobertaProcessing"}, False),
+        ({"type": "TemplateProcessing", "pair": [text(0), text(1)]}, True),
+        ({"type": "TemplateProcessing", "pair": [text(0), text(0)]}, False),
+    ],
+)
+def test_tokenizer_json_says_which_type_the_second_text_has(tmp_path, processor, gives):
+    """transformers 4.57 gives these types, be token_type_ids among the inputs of a RoBERTa."""
+    content = {"model": {"vocab": {}}, "post_processor": processor}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    assert gives_types(str(tmp_path), "roberta") is gives
 
 
 @pytest.mark.parametrize(
