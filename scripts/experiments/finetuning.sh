@@ -8,8 +8,8 @@
 # days of one core, mostly for MiniLM on RACE-M. These variables choose a part; the table has every
 # run that has finished:
 #   MODELS  of bert-tiny, paraphrase-MiniLM-L3-v2, all-MiniLM-L6-v2, and each with -random, for
-#           random weights, -bfloat16, for products in bfloat16, or -corrected, for
-#           --bias_correction (default: all but the last two)
+#           random weights, or with -corrected, for --bias_correction, -float32 or -bfloat16, for
+#           the type of products, or both in this order (default: as they are, and -random)
 #   TASKS   of the names below
 #   SEEDS   default 1,2,3; seed 0 is left out of the table: it chose the rates, with
 #           SEEDS=0 RATES=1e-4,3e-4,1e-3 TASKS="MRPC CoLA"
@@ -19,7 +19,7 @@ need DATA_DIR "the folder of the official files of the tasks"
 models="bert-tiny paraphrase-MiniLM-L3-v2 all-MiniLM-L6-v2"
 MODELS=${MODELS:-$models $(printf '%s-random ' $models)}
 TASKS=${TASKS:-MRPC STS-B CoLA RTE CB COPA WSC SST-2 BoolQ RACE-M}
-one_of MODELS $models $(for name in $models; do echo "$name"-{random,bfloat16,corrected}; done)
+one_of MODELS $(for one in $models; do echo "$one"{-random,{,-corrected}{,-float32,-bfloat16}}; done)
 one_of TASKS MRPC STS-B CoLA RTE CB COPA WSC SST-2 BoolQ RACE-M
 runs=$EXPERIMENTS/finetuning
 
@@ -41,7 +41,7 @@ flags_of() {
 # start_of <model>: sets `start` to the flags of its initial weights and `rate` to its rate.
 start_of() {
     local name shape
-    name=$(sed -E 's/-(random|bfloat16|corrected)$//' <<<"$1")
+    name=$(sed -E 's/(-(random|corrected|float32|bfloat16))+$//' <<<"$1")
     pretrained "$name"
     start=(--pretrained_parameters "$saved")
     if [[ $1 == *-random ]]; then
@@ -53,8 +53,9 @@ start_of() {
         bert-tiny*) rate=3e-4 ;;
         *) start+=(--pooling mean --dtype auto) ;; # the mean, as sentence models were trained with
     esac
+    if [[ $1 == *-float32 ]]; then start+=(--dtype float32); fi
     if [[ $1 == *-bfloat16 ]]; then start+=(--dtype bfloat16); fi
-    if [[ $1 == *-corrected ]]; then start+=(--bias_correction); fi
+    if [[ $1 == *-corrected* ]]; then start+=(--bias_correction); fi
 }
 
 for task in $TASKS; do

@@ -340,6 +340,16 @@ def test_a_table_stays_when_the_next_one_fails(project):
     assert table.read_text() == content
 
 
+def test_a_model_of_finetuning_may_have_a_correction_and_a_type(project):
+    models = "bert-tiny-corrected-bfloat16 all-MiniLM-L6-v2-float32"
+    project.run("finetuning", DATA_DIR="data", TASKS="MRPC", MODELS=models)
+    tiny, minilm = (call for call in project.calls() if call[0] == "scripts/sweep.py")
+    runs = "runs/experiments/finetuning"
+    assert f"{runs}/bert-tiny-corrected-bfloat16" in tiny
+    assert tiny[-3:] == ["--dtype", "bfloat16", "--bias_correction"]
+    assert minilm[-2:] == ["--dtype", "float32"]
+
+
 def test_each_task_of_agora_has_a_table(project):
     for task in ("MRPC", "RTE"):
         assert not project.run("agora", DATA_DIR="data", TASKS=task, METHODS="plain").returncode
