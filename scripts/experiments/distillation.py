@@ -162,14 +162,18 @@ def _score(runs: Sequence[float], seeds: int) -> str:
 
 
 def draw(arms: Arms, path: str) -> None:
-    """Plot the held-out loss of the arms by step: means, and a band of a standard deviation."""
+    """Plot the held-out loss of the arms by step: means, and a band of a standard deviation.
+
+    Step 0 is left out: beside its loss, the arms would look the same.
+    """
     with figure_file(path, 7, 4.5) as figure:
         axes = figure.add_subplot()
         for number, (arm, runs) in enumerate(arms.items()):
-            steps = last_steps({arm: runs})
+            steps = [step for step in last_steps({arm: runs}) if step > 0]
             losses = np.array([held_out(run, "mlm_loss", steps) for run in runs])
             mean, deviation = losses.mean(axis=0), losses.std(axis=0, ddof=len(runs) > 1)
-            axes.plot(steps, mean, color=f"C{number}", label=f"{arm}, {len(runs)} seed(s)")
+            label = f"{arm}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+            axes.plot(steps, mean, color=f"C{number}", marker=".", label=label)
             axes.fill_between(
                 steps, mean - deviation, mean + deviation, color=f"C{number}", alpha=0.2
             )

@@ -160,7 +160,7 @@ def write_run(path: Path, losses: list[float]) -> None:
     (path / "metrics.jsonl").write_bytes(b"".join(lines))
 
 
-def test_the_tables_of_the_distillation(tmp_path, capsys):
+def test_the_tables_of_the_distillation(tmp_path, capsys, figures):
     for seed, offset in enumerate((0.0, 0.5, 1.0)):
         write_run(tmp_path / f"runs/mlm/{seed}", [8.0, 6.0 + offset, 4.0 + offset])
         write_run(tmp_path / f"runs/kd/{seed}", [8.0, 5.0 + offset, 3.0 + offset])
@@ -184,6 +184,10 @@ def test_the_tables_of_the_distillation(tmp_path, capsys):
     assert ["mlm", "50", "200", "4.500 ± 0.500"] in rows
     assert rows[-1] == ["kd", "55.0 ± 7.1"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (axes,) = figures[0].axes
+    kd, mlm = ((line.get_label(), line.get_xydata().tolist()) for line in axes.get_lines())
+    assert kd == ("kd, 3 seeds", [[100, 5.5], [200, 3.5]])
+    assert mlm == ("mlm, 3 seeds", [[100, 6.5], [200, 4.5]])
 
 
 def test_an_arm_whose_fine_tuning_has_begun_only_is_left_out(tmp_path):
