@@ -3,9 +3,9 @@
 #
 #   TEXT=textbooks.txt,wikipedia.txt,books.txt DATA_DIR=glue ./scripts/experiments/agora.sh
 #
-# Socrates is BERT-tiny on 100, 200 and 500 rows of SST-2, and on 500 of MRPC and RTE, five draws of
-# each. Timaeus is MiniLM-L6, fine-tuned on rows that no draw contains. Methods, some of them on 200
-# rows of SST-2 only:
+# Socrates is BERT-tiny, or another, on 100, 200 and 500 rows of SST-2, and on 500 of MRPC and RTE,
+# five draws of each. Timaeus is MiniLM-L6, fine-tuned on rows that no draw contains. Methods, some
+# of them on 200 rows of SST-2 only:
 #   mistakes   Agora: two augmented examples per mistake, by the four cheap tau-functions
 #   random     the same number of examples from random rows of dev
 #   infill     tau is the masked LM of teacher.sh, which needs TEXT
@@ -14,25 +14,39 @@
 #   real       the grid on as many real rows as `mistakes` has augmented ones, labelled by Timaeus
 #   longer     the grid on the scarce rows, with as many updates as the last fits of `mistakes`
 #   plain      one fine-tuning run
-# Results, in $EXPERIMENTS/agora/TASK: the drawn sets, the runs, and table.md. An interrupted
-# experiment resumes. Besides the variables of common.sh: OMP_NUM_THREADS (default 1), and these:
+# Results, in $EXPERIMENTS/agora/TASK: the drawn sets, the runs, and table.md; in agora-SOCRATES for
+# another one. An interrupted experiment resumes. Besides the variables of common.sh:
+# OMP_NUM_THREADS (default 1), and these:
+#   SOCRATES  bert-tiny (default) or paraphrase-MiniLM-L3-v2
 #   TASKS     of SST-2 MRPC RTE (default all)
 #   METHODS   of the above (default all); the table needs `mistakes`
+#   ROWS      of 100 200 500, of SST-2 (default all)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need DATA_DIR "the folder of the official files of the tasks"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-TASKS=${TASKS:-SST-2 MRPC RTE}
+SOCRATES=${SOCRATES:-bert-tiny} TASKS=${TASKS:-SST-2 MRPC RTE} ROWS=${ROWS:-100 200 500}
 METHODS=${METHODS:-mistakes real replay longer random plain infill eight}
 one_of TASKS SST-2 MRPC RTE
 one_of METHODS mistakes real replay longer random plain infill eight
-out=$EXPERIMENTS/agora teacher=$EXPERIMENTS/teacher/model draws=5
+one_of ROWS 100 200 500
+one_of SOCRATES bert-tiny paraphrase-MiniLM-L3-v2
+data=$EXPERIMENTS/agora out=$EXPERIMENTS/agora teacher=$EXPERIMENTS/teacher/model draws=5
+socrates=()
+if [[ $SOCRATES != bert-tiny ]]; then
+    out+=-$SOCRATES socrates=(--pooling mean --bias_correction)
+fi
 if [[ " $METHODS " == *" infill "* ]]; then scripts/experiments/teacher.sh; fi
-mkdir -p "$out"
-printf 'lr: [5e-4, 2e-4]\n' >"$out/grid.yaml" # chosen on draw 10 of SST-2, which is not reported
-pretrained bert-tiny
-socrates=$saved
+mkdir -p "$data" "$out"
+echo "lr: [5e-4, 2e-4]" >"$out/grid.yaml" # chosen on draw 10 of SST-2, which is not reported
+pretrained "$SOCRATES"
+socrates+=(--pretrained_parameters "$saved")
 pretrained all-MiniLM-L6-v2
 labeller=$saved
+
+# wanted <task> <method> <rows>: whether METHODS and ROWS choose it.
+wanted() {
+    [[ " $METHODS " == *" $2 "* && ($1 != SST-2 || " $ROWS " == *" $3 "*) ]]
+}
 
 # prepare <task>: draws the sets, fine-tunes Timaeus and labels the draws' rows once. Sets `sets`,
 # `timaeus`, and `flags`, those of Socrates' fits for both programs.
@@ -53,11 +67,11 @@ prepare() {
             timaeus_flags=(--epochs 5 --bias_correction)
             ;;
     esac
-    sets=$out/$task/sets timaeus=$out/$task/timaeus/$task
+    sets=$data/$task/sets timaeus=$data/$task/timaeus/$task
     once "$sets/draw-$((draws - 1))/glue/$task/test.tsv" "$python" scripts/draw_subset.py \
         --task_name "$task" --data_dir "$DATA_DIR" --output_dir "$sets" --dev 200 "${draw_flags[@]}"
     once "$timaeus/metrics.json" "$python" finetune_classifier.py --task_name "$task" \
-        --data_dir "$sets/timaeus" --output_dir "${timaeus%/*}" --cache_dir "$out/encoded" \
+        --data_dir "$sets/timaeus" --output_dir "${timaeus%/*}" --cache_dir "$data/encoded" \
         --pretrained_parameters "$labeller" --pooling mean --batch_size 32 --lr 1e-4 \
         --max_len $max_len --dtype auto --resume "${timaeus_flags[@]}"
     for ((draw = 0; draw < draws; draw++)); do # labels for all rows; those from 500 on are used
@@ -65,8 +79,8 @@ prepare() {
             --model_parameters "$timaeus" --input "$sets/draw-$draw/glue/$task/train.tsv" \
             --output "$sets/draw-$draw/labels.tsv"
     done
-    flags=(--task_name "$task" --pretrained_parameters "$socrates" --epochs 8 --batch_size 32
-        --dev_batch_size 100 --num_buckets 4 --max_len $max_len --cache_dir "$out/encoded")
+    flags=(--task_name "$task" "${socrates[@]}" --epochs 8 --batch_size 32
+        --dev_batch_size 100 --num_buckets 4 --max_len $max_len --cache_dir "$data/encoded")
 }
 
 # agora_run <task> <method> <rows> <draw> <flags...>: Agora on one draw.
@@ -77,10 +91,10 @@ agora_run() {
         --tau dropout,swap,crop,noise --images_per_mistake 2 "${@:5}"
 }
 
-# agora <task> <method> <rows> <flags...>: Agora on every draw, if METHODS has this method.
+# agora <task> <method> <rows> <flags...>: Agora on every draw, if it is wanted.
 agora() {
     local draw
-    [[ " $METHODS " == *" $2 "* ]] || return 0
+    wanted "$@" || return 0
     for ((draw = 0; draw < draws; draw++)); do
         agora_run "$1" "$2" "$3" "$draw" --data_dir "$sets/draw-$draw" --train_rows "$3" "${@:4}"
     done
@@ -89,7 +103,7 @@ agora() {
 # plain <task> <rows>: one fine-tuning run on every draw.
 plain() {
     local draw run
-    [[ " $METHODS " == *" plain "* ]] || return 0
+    wanted "$1" plain "$2" || return 0
     for ((draw = 0; draw < draws; draw++)); do
         run=$out/$1/$2/plain/draw-$draw
         once "$run/$1/metrics.json" "$python" finetune_classifier.py "${flags[@]}" \
@@ -101,22 +115,22 @@ plain() {
 # real <task> <rows>: the grid on the scarce rows with as many real ones, labelled by Timaeus, as
 # the last fits of `mistakes` had augmented ones.
 real() {
-    local draw data
-    [[ " $METHODS " == *" real "* ]] || return 0
+    local draw rows
+    wanted "$1" real "$2" || return 0
     for ((draw = 0; draw < draws; draw++)); do
-        data=$out/$1/$2/real/sets-$draw
-        once "$data/glue/$1/train.tsv" "$python" scripts/experiments/label_real_rows.py \
+        rows=$out/$1/$2/real/sets-$draw
+        once "$rows/glue/$1/train.tsv" "$python" scripts/experiments/label_real_rows.py \
             --task_name "$1" --data_dir "$sets/draw-$draw" \
             --labels "$sets/draw-$draw/labels.tsv" --rows "$2" --first_real 500 \
-            --agora "$out/$1/$2/mistakes/draw-$draw" --output_dir "$data"
-        agora_run "$1" real "$2" "$draw" --data_dir "$data" --max_rounds 1
+            --agora "$out/$1/$2/mistakes/draw-$draw" --output_dir "$rows"
+        agora_run "$1" real "$2" "$draw" --data_dir "$rows" --max_rounds 1
     done
 }
 
 for task in $TASKS; do
     prepare "$task"
     tables=() sizes=500
-    if [[ $task == SST-2 ]]; then sizes="100 200 500"; fi
+    if [[ $task == SST-2 ]]; then sizes=$ROWS; fi
     for rows in $sizes; do
         agora "$task" mistakes "$rows"
         real "$task" "$rows"

@@ -354,6 +354,20 @@ def test_a_model_of_finetuning_may_have_a_correction_and_a_type(project):
     assert minilm[-2:] == ["--dtype", "float32"]
 
 
+def test_another_socrates_shares_the_draws_and_the_labeller(project):
+    chosen = {"TASKS": "SST-2", "METHODS": "mistakes", "ROWS": "100"}
+    others = {"DATA_DIR": "data", "SOCRATES": "paraphrase-MiniLM-L3-v2"}
+    assert not project.run("agora", **chosen, **others).returncode
+    draws, timaeus, *_, run, _ = (
+        call for call in project.calls() if "convert" not in call[0] and "predict" not in call[0]
+    )
+    assert "runs/experiments/agora/SST-2/sets" in draws
+    assert "runs/experiments/agora/SST-2/timaeus" in timaeus
+    assert "runs/experiments/agora-paraphrase-MiniLM-L3-v2/SST-2/100/mistakes/draw-4" in run
+    assert "runs/experiments/pretrained/paraphrase-MiniLM-L3-v2" in run
+    assert "mean" in run
+
+
 def test_each_task_of_agora_has_a_table(project):
     for task in ("MRPC", "RTE"):
         assert not project.run("agora", DATA_DIR="data", TASKS=task, METHODS="plain").returncode
