@@ -278,6 +278,11 @@ def read_tokenizer(folder: str) -> Tokenizer:
             _refuse_changes(file)
         for token in file.added_tokens:
             _refuse_added(JSON, token.content, tokenizer, file.model.vocab)
+        if is_bpe and _bpe_of(file).fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{JSON} has another vocabulary, or other merges, than vocab.json and merges.txt; "
+                f"delete these two if {JSON}, which transformers reads, is the model's"
+            )
     spelling = tokenizer.tokens(range(tokenizer.vocab_size))
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS):
         if os.path.exists(os.path.join(folder, name)):
@@ -391,8 +396,12 @@ def _read_tokenizer(folder: str) -> Tokenizer:
         raise UserError(
             f"no tokenizer: neither tokenizer.model, nor vocab.json, nor {JSON}, nor vocab.txt"
         )
+    return _bpe_of(read_json_as(path, _TokenizerFile))
+
+
+def _bpe_of(file: _TokenizerFile) -> ByteLevelBPE:
     try:
-        return ByteLevelBPE(*_byte_level_content(read_json_as(path, _TokenizerFile)))
+        return ByteLevelBPE(*_byte_level_content(file))
     except ValueError as error:
         raise UserError(f"{JSON}: {error}") from None
 

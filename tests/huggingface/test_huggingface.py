@@ -482,6 +482,19 @@ def test_a_byte_level_tokenizer_that_changes_texts_is_refused(tmp_path, bpe, nam
         read_tokenizer(str(tmp_path))
 
 
+def test_two_byte_level_tokenizers_in_a_folder_must_be_the_same(tmp_path, bpe):
+    """transformers reads tokenizer.json, and the files beside it may be those of a first model."""
+    content = saved_tokenizer(bpe, tmp_path)["tokenizer.json"]
+    merges = content["model"]["merges"]
+    for changed in (merges[:-1], [merges[1], merges[0], *merges[2:]]):
+        edit(tmp_path / "tokenizer.json", model={**content["model"], "merges": changed})
+        with pytest.raises(UserError, match=r"or other merges, than vocab\.json and merges\.txt"):
+            read_tokenizer(str(tmp_path))
+    for file in ("vocab.json", "merges.txt"):
+        (tmp_path / file).unlink()
+    assert read_tokenizer(str(tmp_path)).fingerprint != bpe.fingerprint
+
+
 def test_a_sentencepiece_vocabulary_is_restored_from_its_own_file(tmp_path, sample):
     saved_tokenizer(sample, tmp_path)
     assert read_tokenizer(str(tmp_path)).fingerprint == sample.fingerprint
