@@ -24,6 +24,8 @@ TOLERANCE = 1e-4
 _LENGTHS = (MAX_LENGTH, 100, 7)  # of the inputs: all positions, and padding
 _POSITIONS = 7  # compared per input of a masked LM
 _TEXTS = 50
+# Letters that a normalizer may change, as old as Unicode.
+_ACCENTS = "Déjà vu à Ångström: 中文字, ÉCOLE."
 
 
 class Comparison(NamedTuple):
@@ -69,7 +71,7 @@ def compare(saved: SavedModel, folder: str) -> Optional[Comparison]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         if ids != tokenizer.encode(text).tolist():
             message = f"{folder}: its tokenizer and ours differ on {quoted(text)}"
-            raise UserError(message + _cure(theirs, tokenizer))
+            raise UserError(message + _cure(theirs, tokenizer, text))
     body = getattr(saved.network, "bort", saved.network)
     batch = _inputs(tokenizer, options_of(body).type_separator)
     # A body comes without the head that it was given here.
@@ -94,13 +96,19 @@ def _load(folder: str, what: str, theirs: Any) -> Any:
         ) from None
 
 
-def _cure(theirs: Any, ours: Any) -> str:
+def _cure(theirs: Any, ours: Any, text: str) -> str:
     """Return what the user can do about two tokenizers that differ, where it is known."""
-    is_cased = ours.name == WordPiece.name and not ours.normalizer.lowercase
-    if is_cased and getattr(theirs, "do_lower_case", False):
+    if ours.name != WordPiece.name:
+        return ""
+    if not ours.normalizer.lowercase and getattr(theirs, "do_lower_case", False):
         return (
             f": transformers takes a vocabulary for an uncased one unless {TOKENIZER_CONFIG} has "
             '"do_lower_case": false; write it there'
+        )
+    if text == _ACCENTS:
+        return (
+            ": transformers takes strip_accents and tokenize_chinese_chars from "
+            f"{TOKENIZER_CONFIG}, not from tokenizer.json; write the same values there"
         )
     return ""
 
@@ -127,11 +135,15 @@ def report(comparison: Optional[Comparison]) -> Optional[float]:
 
 
 def _texts(tokenizer: Tokenizer) -> list[str]:
-    """Return texts of random tokens, in ASCII: packages have different versions of Unicode."""
+    """Return texts of random tokens, in ASCII: packages have different versions of Unicode.
+
+    The last one has accents and Chinese characters.
+    """
     generator = np.random.default_rng(0)
     ids = generator.integers(0, tokenizer.vocab_size, (_TEXTS, 40))
     texts = [tokenizer.decode(row.tolist()) for row in ids]
-    return ["".join(c for c in text if c.isascii() and c.isprintable()) for text in texts]
+    plain = ["".join(c for c in text if c.isascii() and c.isprintable()) for text in texts]
+    return [*plain, _ACCENTS]
 
 
 def _inputs(tokenizer: Tokenizer, separator: Optional[int]) -> Batch:

@@ -759,6 +759,20 @@ def test_a_cased_vocabulary_that_transformers_takes_for_uncased(tmp_path):
     from_huggingface(str(source), str(tmp_path / "here"))
 
 
+def test_accents_that_transformers_removes(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    source = tmp_path / "there"
+    write_folder(source)
+    WordPiece(VOCABULARY, Normalizer(strip_accents=False)).save(str(source))
+    config = source / "tokenizer_config.json"
+    config.write_text('{"do_lower_case": true}')
+    with pytest.raises(UserError, match="takes strip_accents and tokenize_chinese_chars from"):
+        from_huggingface(str(source), str(tmp_path / "here"))
+    config.write_text('{"do_lower_case": true, "strip_accents": false}')
+    from_huggingface(str(source), str(tmp_path / "here"))
+
+
 def test_what_transformers_cannot_load_is_reported_in_one_line():
     from bort.huggingface import check
 
