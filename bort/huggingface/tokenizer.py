@@ -485,7 +485,8 @@ def _normalizer(rules: Any) -> JSONObject:
     """Return a NormalizerSpec of SentencePiece as a normalizer.
 
     Hugging Face's Precompiled does not compose a letter of three bytes with its marks: decomposed
-    kana, Hangul and Vietnamese would get other ids. SentencePiece's own rules include NFC.
+    kana, Hangul and Vietnamese would get other ids. SentencePiece's own rules compose, too, but
+    neither sort marks nor compose a letter that has one already: texts not in NFC may differ.
     """
     charsmap: bytes = rules.precompiled_charsmap
     steps: list[JSONObject] = [
