@@ -275,9 +275,13 @@ def require_none(folder: str) -> None:
 def require_usable(folder: str, flag: str) -> None:
     """Raise `UserError` when checkpoints cannot be written into a folder, or into a new one there.
 
-    Writes nothing.
+    A checkpoint is refused: its run deletes it in time, with all that is in it. Writes nothing.
     """
     require_writable(folder, flag)
+    if os.path.exists(os.path.join(folder, STATE)):
+        raise UserError(
+            f"{flag} {folder}: is a checkpoint; name the folder of its run, or a new one"
+        )
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if _is_checkpoint(name) and not os.path.isdir(os.path.join(folder, name)):
             raise UserError(

@@ -360,3 +360,11 @@ def test_a_folder_that_cannot_hold_checkpoints_is_named(tmp_path):
     (tmp_path / "run" / "step-0000004").write_text("")
     with pytest.raises(UserError, match="step-0000004 is a file where a checkpoint would go"):
         checkpoint.require_usable(str(tmp_path / "run"), "--ckpt_dir")
+
+
+def test_a_checkpoint_is_not_the_folder_of_a_run(tmp_path):
+    path = save(tmp_path, 4)
+    for name in (path.name, checkpoint.LAST):
+        with pytest.raises(UserError, match=rf"--ckpt_dir .*{name}: is a checkpoint; name the fol"):
+            checkpoint.require_usable(str(tmp_path / name), "--ckpt_dir")
+    checkpoint.require_usable(str(tmp_path), "--ckpt_dir")
