@@ -7,8 +7,11 @@ import os
 import sys
 from typing import Any, Collection, Sequence
 
+from bort import checkpoint
 from bort.errors import UserError
+from bort.files import read_json
 from bort.parameters import parameter_file
+from bort.reporter import CONFIG
 from bort.types import JSONMapping
 
 # Flags that name a model: its file, its folder, or a run.
@@ -21,6 +24,26 @@ PATHS = {
     *("data", "data_eval", "teacher_cache", "data_dir", "vocab_file", "bpe_ranks"),
     "sentencepiece",
 }
+
+
+def refuse_other_config(folder: str, flag: str, concerns: Collection[str]) -> None:
+    """Raise `UserError` when a folder's config.json, which a new run replaces, is no such run's.
+
+    flag: the one that named the folder.
+    concerns: settings classes, one of which the file has if a run of this program wrote it.
+    """
+    path = os.path.join(folder, CONFIG)
+    if checkpoint.steps(folder) or not os.path.exists(path):
+        return
+    try:
+        content = read_json(path, verify=False)
+    except UserError:  # damaged; nothing is lost with it
+        return
+    if not isinstance(content, dict) or content.keys().isdisjoint(concerns):
+        raise UserError(
+            f"{flag} {folder}: holds the {CONFIG} of something else, which a run would replace; "
+            "name another folder"
+        )
 
 
 def changed_flags(

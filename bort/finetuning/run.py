@@ -60,7 +60,7 @@ from bort.finetuning.task_data import (
 )
 from bort.parameters import load_parameters, parameter_file
 from bort.reporter import FolderReporter, Reporter
-from bort.resume import same_value, warn_of
+from bort.resume import refuse_other_config, same_value, warn_of
 from bort.saved_model import read_model_config, save_model, save_model_config
 from bort.tokenization import refuse_other_tokenizer
 from bort.training.job import (
@@ -534,6 +534,7 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> JSONOb
     if run.resume and os.path.exists(os.path.join(folder, METRICS)):
         return finished_run(folder, settings, communicator)
     checkpoint.require_usable(folder, "--output_dir")
+    refuse_other_config(folder, "--output_dir", {FinetuningRunSettings.__name__})
     data, rows = read_task_data(task, settings.task, run.seed)
     sets = read_prediction_sets(task, settings.task, run.output_dir)
     classifier = build_classifier(settings, task, devices, communicator.size)
@@ -679,7 +680,9 @@ def refuse_answers_of_another(settings: FinetuningSettings, task: Task) -> None:
 
 def refuse_other_run(folder: str) -> None:
     """Raise `UserError` when the folder holds another run's results or checkpoints."""
-    if os.path.exists(os.path.join(folder, BEST)) or checkpoint.steps(folder):
+    # Of a sweep, all runs but the best keep their results without their weights.
+    results = any(os.path.exists(os.path.join(folder, name)) for name in (BEST, METRICS))
+    if results or checkpoint.steps(folder):
         raise UserError(
             f"{folder}: has another run; --resume continues it, or name another --output_dir"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import sys
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
@@ -18,7 +17,6 @@ from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict, command_of
 from bort.devices import devices_of, memory_errors, resolve_dtype, stored_dtype
 from bort.errors import UserError
-from bort.files import read_json
 from bort.parameters import load_parameters, parameter_file
 from bort.pretraining.config import (
     SETTINGS_CLASSES,
@@ -42,8 +40,8 @@ from bort.pretraining.teacher import (
     round_teacher,
 )
 from bort.pretraining.teacher_cache import CachedTeacher, open_rows
-from bort.reporter import CONFIG, FolderReporter, Reporter
-from bort.resume import changed_flags, same_value, warn_of
+from bort.reporter import FolderReporter, Reporter
+from bort.resume import changed_flags, refuse_other_config, same_value, warn_of
 from bort.saved_model import (
     MASKED_LM,
     ModelConfig,
@@ -117,24 +115,8 @@ def checked_devices(settings: PretrainingSettings, communicator: Communicator) -
     if settings.teacher.teacher_runtime == "openvino":
         require_openvino(devices)
     checkpoint.require_usable(run.ckpt_dir, "--ckpt_dir")
-    _refuse_other_program(run.ckpt_dir)
+    refuse_other_config(run.ckpt_dir, "--ckpt_dir", {each.__name__ for each in SETTINGS_CLASSES})
     return devices
-
-
-def _refuse_other_program(folder: str) -> None:
-    """Raise `UserError` when a folder's config.json, which a new run replaces, is no run's."""
-    path = os.path.join(folder, CONFIG)
-    if checkpoint.steps(folder) or not os.path.exists(path):
-        return
-    try:
-        content = read_json(path, verify=False)
-    except UserError:  # damaged; nothing is lost with it
-        return
-    if not isinstance(content, dict) or not content.keys() & {c.__name__ for c in SETTINGS_CLASSES}:
-        raise UserError(
-            f"--ckpt_dir {folder}: holds the {CONFIG} of something else, which a run would "
-            "replace; name another folder"
-        )
 
 
 def pretraining_loop(

@@ -866,6 +866,18 @@ def test_another_runs_folder_is_not_overwritten(reviews, tmp_path, capsys):
     before = (tmp_path / "SST-2" / "best.params").read_bytes()
     assert "has another run" in complaint(capsys, arguments(reviews, tmp_path))
     assert (tmp_path / "SST-2" / "best.params").read_bytes() == before
+    (tmp_path / "SST-2" / "best.params").unlink()  # as in a sweep
+    assert "has another run" in complaint(capsys, arguments(reviews, tmp_path, epochs=1))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_config_of_an_agora_run_is_not_replaced(reviews, tmp_path, capsys, resume):
+    config = tmp_path / "SST-2" / "config.json"
+    config.parent.mkdir()
+    config.write_text('{"AgoraRunSettings": {}, "TaskSettings": {"task_name": "SST-2"}}')
+    said = complaint(capsys, arguments(reviews, tmp_path, resume=resume))
+    assert said.startswith(f"error: --output_dir {config.parent}: holds the config.json of someth")
+    assert [path.name for path in config.parent.iterdir()] == ["config.json"]
 
 
 def test_the_tokenizer_of_shards_is_not_replaced(reviews, tmp_path, capsys):
