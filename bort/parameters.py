@@ -57,7 +57,9 @@ def parameter_file(path: str) -> str:
     if not found and any(others):
         raise UserError(f"{path}: {_HUGGING_FACE}")
     if not found:
-        raise UserError(f"{path}: holds no parameters (*.params)")
+        below = sorted(glob.glob(os.path.join(glob.escape(path), "*", "*.params")))
+        cure = os.path.dirname(below[0]) if below else "a model, a checkpoint or a run"
+        raise UserError(f"{path}: holds no parameters (*.params); name {cure}")
     if len(found) > 1:
         names = ", ".join(map(os.path.basename, found))
         raise UserError(f"{path}: holds several parameter files ({names}); name one of them")

@@ -93,13 +93,24 @@ def test_several_parameter_files_are_listed_not_guessed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("", "holds no parameters (*.params)"), ("absent", "not found")]
+    ("name", "said"),
+    [
+        ("", "holds no parameters (*.params); name a model, a checkpoint or a run"),
+        ("absent", "not found"),
+    ],
 )
 def test_no_parameter_file_is_a_user_error(name: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / name
     with pytest.raises(UserError) as caught:
         parameter_file(str(path))
     assert str(caught.value) == f"{path}: {said}"
+
+
+def test_the_folder_of_a_task_is_named_to_who_gives_that_of_all(tmp_path: Path) -> None:
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "best.params").touch()
+    with pytest.raises(UserError, match=rf"no parameters .*; name {tmp_path}/SST-2$"):
+        parameter_file(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["", "model.safetensors"])

@@ -467,7 +467,10 @@ def check_resume(
         if flag == "dtype":
             same = stored_dtype(then) == stored_dtype(now)
         if not same:
-            raise UserError(f"--{flag} {now}: the checkpoint was made with {then}")
+            raise UserError(
+                f"--{flag} {now}: the checkpoint was made with {then}; give that, or another "
+                "--output_dir"
+            )
     for name, value in identity.items():
         if name != SETS and state.get(name) != value:
             raise UserError(

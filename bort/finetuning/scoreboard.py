@@ -100,7 +100,10 @@ def metrics_files(folders: Sequence[Path]) -> list[Path]:
     for path in sorted(map(Path, named)):
         paths.setdefault(path.resolve(), path)
     if not paths:
-        raise UserError(f"{', '.join(map(str, folders))}: no metrics.json found")
+        raise UserError(
+            f"{', '.join(map(str, folders))}: no metrics.json found; name a folder of finished "
+            "fine-tuning or Agora runs"
+        )
     return [*paths.values()]
 
 

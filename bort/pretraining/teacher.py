@@ -99,7 +99,7 @@ def require_shape(path: str, flag: str, model_name: str) -> None:
     except UserError as error:
         raise UserError(f"{flag}: {error}, or one of {', '.join(ROBERTA)}") from None
     if given != body_shape(stated):
-        raise UserError(f"{flag} {model_name}: {path} is of the shape {stated}")
+        raise UserError(f"{flag} {model_name}: {path} is of the shape {stated}; give that")
 
 
 class Teacher(Protocol):

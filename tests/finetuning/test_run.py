@@ -463,7 +463,7 @@ def test_the_best_model_is_of_the_resumed_run(reviews, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"seed": 8}, "--seed 8: the checkpoint was made with 7"),
+        ({"seed": 8}, "the checkpoint was made with 7; give that, or another --output_dir"),
         ({"batch_size": 8}, "--batch_size 8: the checkpoint was made with 4"),
         ({"init": "xavier"}, "--init xavier: the checkpoint was made with normal"),
         # The same number of batches an epoch, but other ones: some rows would be seen twice.

@@ -180,7 +180,7 @@ def test_bodies_of_other_options_are_student_and_teacher(data, tmp_path):
     trained = load_model(str(tmp_path / "run"))
     assert trained.model_config.body_options == options
     for flag, shape in (("student_model", "bort_1_4_32_16"), ("teacher_model", "bort_2_2_32_48")):
-        with pytest.raises(UserError, match=f"--{flag} {shape}: .* is of the shape"):
+        with pytest.raises(UserError, match=f"--{flag} {shape}: .* is of the shape .*; give that"):
             make_run(data, ckpt_dir=tmp_path / "other", **{**given, flag: shape})
 
 
