@@ -236,6 +236,19 @@ def _inside(name: str) -> bool:
     return not os.path.isabs(name) and ".." not in name.split("/")
 
 
+def requested(folder: str, resume: bool, start_step: int) -> Checkpoint | None:
+    """Open the checkpoint that a run begins with; None where it begins anew.
+
+    Raises `UserError` as `at_step` and `latest`, and for a new run in a folder that holds some.
+    """
+    if start_step:
+        return at_step(folder, start_step)
+    if resume:
+        return latest(folder)
+    require_none(folder)
+    return None
+
+
 def latest(folder: str) -> Checkpoint | None:
     """Open the newest valid checkpoint of a run; None when the run has not saved any.
 

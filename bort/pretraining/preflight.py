@@ -20,7 +20,7 @@ from bort.bort import parameter_count
 from bort.communicator import Communicator
 from bort.errors import UserError
 from bort.mxnet_setup import cpu_threads, usable_cores
-from bort.pretraining.config import PretrainingSettings, RunSettings
+from bort.pretraining.config import PretrainingSettings
 from bort.pretraining.run import Inputs, checked_devices, open_data, pretraining_loop
 from bort.pretraining.teacher_cache import read_cache_manifest
 from bort.reporter import NullReporter
@@ -91,7 +91,7 @@ class Preflight:
 
     def _folder_rows(self) -> list[Row]:
         run = self.settings.run
-        self._found = checkpoint_of(run)
+        self._found = checkpoint.requested(run.ckpt_dir, run.resume, run.start_step)
         self._start = self._found.state["step"] if self._found else 0
         return [Row("checkpoints", f"{run.ckpt_dir}, from step {self._start}")]
 
@@ -213,16 +213,6 @@ def data_rows(inputs: Inputs) -> list[Row]:
     if held_out is not None:
         rows.append(Row("held out", f"{held_out.batches_per_epoch:,} batches, same tokenizer"))
     return rows
-
-
-def checkpoint_of(run: RunSettings) -> checkpoint.Checkpoint | None:
-    """Return the checkpoint that a run would start from; raises the same errors as the run."""
-    if run.start_step:
-        return checkpoint.at_step(run.ckpt_dir, run.start_step)
-    if run.resume:
-        return checkpoint.latest(run.ckpt_dir)
-    checkpoint.require_none(run.ckpt_dir)
-    return None
 
 
 def disk_row(folder: str, size: int, checkpoints: int) -> Row:

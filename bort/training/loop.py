@@ -117,8 +117,10 @@ class Loop:
 
     def load_checkpoint(self) -> None:
         """Load the checkpoint that is asked for on rank 0, from which the other ranks get it."""
+        if not self._is_first:
+            return
         saving = self.job.saving
-        found = self._requested_checkpoint() if self._is_first else None
+        found = checkpoint.requested(saving.folder, saving.resume, saving.start_step)
         if found is None:
             return
         resumed = self.check_resume(found)
@@ -365,15 +367,6 @@ class Loop:
         if self._is_first and os.path.isdir(path):
             checkpoint.point(saving.folder, checkpoint.BEST, os.path.basename(path))
             checkpoint.prune(saving.folder, saving.keep, step)
-
-    def _requested_checkpoint(self) -> checkpoint.Checkpoint | None:
-        saving = self.job.saving
-        if saving.start_step:
-            return checkpoint.at_step(saving.folder, saving.start_step)
-        if saving.resume:
-            return checkpoint.latest(saving.folder)
-        checkpoint.require_none(saving.folder)
-        return None
 
     # ---- workers --------------------------------------------------------------------------------
 
