@@ -16,7 +16,7 @@ from data.task import Task
 from data.tasks import get_task
 
 HEADER = (
-    *("task", "rows read", "trained on", "steps", "dev", "most frequent answer", "seconds"),
+    *("run", "task", "rows read", "trained on", "steps", "dev", "most frequent answer", "seconds"),
     "submission",
 )
 
@@ -24,11 +24,13 @@ HEADER = (
 class RunReport(NamedTuple):
     """One task of a run; each field is text, "-" where the run does not record it.
 
+    run: the folder of the results.
     rows: rows of every split, and the official number where fewer were read.
     dev, baseline: the metrics on the dev sets, and those of the most frequent label.
     submission: the files checked against their test sets, or what is wrong with them.
     """
 
+    run: str
     task: str
     rows: str
     train_examples: str
@@ -74,6 +76,7 @@ def _reports(path: Path, run: RunMetrics) -> list[RunReport]:
     # An Agora run records the rows of the sets it predicted, not of its training set.
     rows = run.rows or {name: run.answers[name].rows for name in task.dev if name in run.answers}
     own = RunReport(
+        run=str(path.parent),
         task=task.name,
         rows=_rows(task, {**rows, **tests}),
         train_examples="-" if run.train_examples is None else f"{run.train_examples:,}",
@@ -101,11 +104,11 @@ def _predicted(folder: Path, data_dir: Optional[str], run: RunMetrics) -> list[R
         if other:
             task = get_task(other)
             rows = {split: predictions.rows}
-            checked = _submission(task, rows, data_dir, folder / task.name)
+            own = folder / task.name
+            checked = _submission(task, rows, data_dir, own)
             shown = _metrics({split: predictions.metrics})
-            reports.append(
-                RunReport(task.name, _rows(task, rows), "-", "-", shown, "-", "-", checked)
-            )
+            cells = (str(own), task.name, _rows(task, rows), "-", "-", shown, "-", "-", checked)
+            reports.append(RunReport(*cells))
     return reports
 
 

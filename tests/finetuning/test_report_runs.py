@@ -40,6 +40,7 @@ def test_report_of_a_run_and_of_the_set_that_it_predicts(runs, capsys):
     assert own.dev == "; ".join(f"accuracy {one:.3f}" for one in dev)
     assert own.baseline.count("accuracy") == 2
     assert own.submission == "MNLI-m.tsv: 2 valid, MNLI-mm.tsv: 3 valid"
+    assert (own.run, predicted.run) == (str(runs / "MNLI"), str(runs / "AX"))
     assert predicted.task == "AX"
     assert predicted.submission == "AX.tsv: 4 valid"
     assert predicted.dev.startswith("matthews ")
