@@ -51,6 +51,10 @@ pretrain() {
     if [[ -n $teacher || -n $(flag_value --teacher_cache "$@") ]]; then
         weight=0.1
         teacher_flags+=(--teacher_ce_weight 0.5 --distillation_temperature 2)
+    elif [[ -n ${TEACHER_MODEL:-} ]]; then
+        echo "error: TEACHER_MODEL=$TEACHER_MODEL: there is no teacher; give its checkpoint after" \
+            "the testing data, or unset the variable" >&2
+        exit 2
     fi
     folder=$(flag_value --ckpt_dir "$@")
     folder=${folder:-${CKPT_DIR:-runs/pretraining}}
@@ -83,7 +87,7 @@ make_shards() {
 
 # run_pipeline <workers> [flags...]
 run_pipeline() {
-    local workers=$1 folder=runs/TEST start=$SECONDS
+    local workers=$1 folder=runs/TEST start=$SECONDS TEACHER_MODEL= # its teacher has another shape
     shift
     start_folder "$folder"
     echo "== 1/3 make shards from text"

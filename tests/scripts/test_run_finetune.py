@@ -289,6 +289,19 @@ def test_pretraining_with_a_teacher_flags_and_variables(project):
     assert (project.folder / "out/train.log").exists()
 
 
+def test_the_shape_of_no_teacher_is_refused(project):
+    run = project.run(
+        "1", "train", "test", script="run_pretraining_distillation", TEACHER_MODEL="bort_2_2_8_8"
+    )
+    assert run.returncode == 2
+    assert "TEACHER_MODEL=bort_2_2_8_8: there is no teacher; give its checkpoint" in run.stderr
+    assert not (project.folder / "runs").exists()
+    (project.folder / "test_data").mkdir()
+    (project.folder / "test_data/sample_text.txt").write_text("One.\n\nTwo.\n")
+    words = pretraining_call(project, "1", "TEST", TEACHER_MODEL="bort_2_2_8_8")
+    assert "--teacher_model bort_2_4_512_256" in words
+
+
 def test_pretraining_weighs_the_losses_alike_with_a_teacher_and_its_cache(project):
     live = pretraining_settings(project, "1", "train", "test", "teacher")
     cached = pretraining_settings(project, "1", "train", "test", "--teacher_cache", "cache")
