@@ -42,6 +42,17 @@ number() {
     fi
 }
 
+# rates <variable>: ends the experiment where the variable has anything but numbers.
+rates() {
+    local each
+    for each in ${!1:-}; do
+        if [[ ! $each =~ ^[0-9]*\.?[0-9]+(e-?[0-9]+)?$ ]]; then
+            echo "error: $1: $each is no number; give numbers, separated by spaces" >&2
+            exit 2
+        fi
+    done
+}
+
 # begun_with <folder> <variable=value...>: ends the experiment where its folder was begun with other
 # values: what is there is skipped, so that its results would mix both.
 begun_with() {

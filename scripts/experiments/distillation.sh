@@ -28,16 +28,18 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 ARMS="mlm ${ARMS-mlm-bfloat16 mlm-kd kd mlm-kd-live}" START=${START:-bert-tiny}
-TASKS=${TASKS-SST-2 MRPC STS-B CoLA RTE}
+TASKS=${TASKS-SST-2 MRPC STS-B CoLA RTE} TEACHER_DTYPE=${TEACHER_DTYPE:-float32}
 one_of START bert-tiny random
 one_of ARMS mlm mlm-bfloat16 mlm-kd kd mlm-kd-live
 one_of TASKS SST-2 MRPC STS-B CoLA RTE QQP MNLI QNLI WNLI BoolQ CB COPA MultiRC ReCoRD \
     SuperGLUERTE WiC WSC RACE-M RACE-H
+one_of TEACHER_DTYPE float32 bfloat16
 number STEPS
+rates RATES
 number ROWS
 [[ -z $TASKS ]] || need DATA_DIR "the folder of the official files of the tasks"
 scripts/experiments/teacher.sh
-start=$START teacher_dtype=${TEACHER_DTYPE:-float32}
+start=$START teacher_dtype=$TEACHER_DTYPE
 folder=$EXPERIMENTS/distillation/$start teacher=$EXPERIMENTS/teacher
 teacher_flags=(--teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model"
     --teacher_dtype "$teacher_dtype")

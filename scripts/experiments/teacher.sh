@@ -13,7 +13,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 folder=$EXPERIMENTS/teacher
+DTYPE=${DTYPE:-auto}
 number TEACHER_STEPS
+one_of DTYPE auto float32 bfloat16
 steps=${TEACHER_STEPS:-3000}
 pretrained all-MiniLM-L6-v2
 
@@ -44,5 +46,5 @@ for part in train test; do
 done
 pretrain "$folder/model" "$steps" --data "$folder/train" --data_eval "$folder/test" \
     --student_model bort_6_12_1536_384 --student_parameters "$saved" --mlm_weight 1 \
-    --dynamic_masking --dtype "${DTYPE:-auto}" --lr 5e-4 --warmup_ratio 0.05 --seed 0 \
+    --dynamic_masking --dtype "$DTYPE" --lr 5e-4 --warmup_ratio 0.05 --seed 0 \
     --eval_interval 400 --ckpt_interval 200

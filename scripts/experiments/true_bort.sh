@@ -18,6 +18,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 need DATA_DIR "the folder of the official files of the tasks"
+TEACHER_DTYPE=${TEACHER_DTYPE:-float32}
+one_of TEACHER_DTYPE float32 bfloat16
 number BORT_STEPS
 number ROWS
 scripts/experiments/teacher.sh
@@ -27,7 +29,7 @@ steps=${BORT_STEPS:-4000} dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenize
 begun_with "$folder" "TEACHER_STEPS=${TEACHER_STEPS:-3000}" "ROWS=${ROWS:-500}"
 pretrain "$folder/model" "$steps" --data "$teacher/train" --data_eval "$teacher/test" \
     --student_model $shape --teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model" \
-    --teacher_dtype "${TEACHER_DTYPE:-float32}" --dynamic_masking --dtype "$dtype" --dropout 0 --batch_size 8 \
+    --teacher_dtype "$TEACHER_DTYPE" --dynamic_masking --dtype "$dtype" --dropout 0 --batch_size 8 \
     --lr 2.5e-4 --warmup_ratio 0.2 --seed 0 --eval_interval $(((steps + 5) / 6)) --ckpt_interval 200
 for seed in 1 2 3; do
     for task in SST-2 MRPC; do
