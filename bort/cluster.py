@@ -106,7 +106,13 @@ class ClusterSettings:
         """Raise `UserError` when packages that the flag needs are not installed."""
         if self.cluster is None:
             return
-        queue = self.cluster.partition(":")[0] in _JOB_QUEUES
+        kind, _, path = self.cluster.partition(":")
+        queue = kind in _JOB_QUEUES
+        if queue and not path:
+            raise UserError(
+                f"--cluster {self.cluster}: names no file of the queue's settings; give "
+                f"{kind}:FILE.yaml"
+            )
         for package in ("distributed", *(["dask_jobqueue"] if queue else [])):
             if importlib.util.find_spec(package) is None:
                 raise UserError(

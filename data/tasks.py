@@ -30,7 +30,7 @@ def get_task(name: str, *, race_cast: str = "choices") -> Task:
         if _plain(name) in map(_plain, (cls.name, *cls.aliases)):
             return cls(race_cast) if issubclass(cls, Race) else cls()
     shown = escaped(name)
-    raise UserError(f"--task_name {shown}: unknown; the tasks are {', '.join(task_names())}")
+    raise UserError(f"task {shown}: unknown; the tasks are {', '.join(task_names())}")
 
 
 def check_inputs_version(task: Task, inputs_version: int, path: str) -> None:

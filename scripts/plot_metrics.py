@@ -105,7 +105,9 @@ def read_run(path: str) -> Run:
         with open_regular(file, WHOLE_BYTES) as handle:
             lines = [line for line in handle if line.endswith(b"\n")]
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error}); name the folder of a run") from None
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); name the folder of a run"
+        ) from None
     if not lines:
         raise UserError(f"{file}: holds no metrics yet; wait for the run's first line")
     records = []

@@ -95,6 +95,12 @@ def test_without_the_package_the_flag_says_what_to_install(monkeypatch):
         ClusterSettings("slurm:queue.yaml").check()
 
 
+@pytest.mark.parametrize("given", ["slurm", "pbs:"])
+def test_a_queue_without_its_file_is_named(given):
+    with pytest.raises(UserError, match=rf"^--cluster {given}: names no file of the queue"):
+        ClusterSettings(given).check()
+
+
 def test_machines_with_other_versions_are_named():
     def versions(**packages):
         return {

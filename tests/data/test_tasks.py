@@ -59,7 +59,7 @@ def test_aliases(alias, name):
 
 
 def test_unknown_task_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"--task_name Squad: unknown.*CoLA.*RACE-M"):
+    with pytest.raises(UserError, match=r"task Squad: unknown.*CoLA.*RACE-M"):
         get_task("Squad")
     with pytest.raises(UserError) as found:
         get_task("x" * 5000)

@@ -108,7 +108,7 @@ def test_run_of_agora_is_reported_too(runs, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": "Squad"}, "--task_name Squad: unknown"),
+        ({"task": "Squad"}, "task Squad: unknown"),
         ({"seconds": "long"}, "Expected"),
         ({"steps": float("nan")}, "is not JSON"),
         ({"answers": {"dev_matched": {"rows": 3, "metrics": {"f1": 1.0}}}}, "no metric 'accuracy'"),
