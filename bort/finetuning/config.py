@@ -30,8 +30,8 @@ class TaskSettings:
     train_rows: Optional[int] = option(None, "train on the first N rows only", minimum=1)
     max_len: int = option(
         MAX_LENGTH,
-        "maximum number of tokens; longer inputs are truncated (--only_inference: to the number "
-        "that the model was trained with, whatever this says)",
+        "maximum number of tokens; longer inputs are truncated; a fine-tuned model predicts with "
+        "the number that it was trained with",
         minimum=8,
         maximum=MAX_LENGTH,
     )
