@@ -17,6 +17,7 @@ from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict, command_of
 from bort.devices import devices_of, memory_errors, resolve_dtype, stored_dtype
 from bort.errors import UserError
+from bort.files import MODEL_BYTES, sha256_of
 from bort.parameters import load_parameters, parameter_file
 from bort.pretraining.config import (
     SETTINGS_CLASSES,
@@ -39,7 +40,7 @@ from bort.pretraining.teacher import (
     require_shape,
     round_teacher,
 )
-from bort.pretraining.teacher_cache import CachedTeacher, open_rows
+from bort.pretraining.teacher_cache import CachedTeacher, open_rows, read_cache_manifest
 from bort.reporter import FolderReporter, Reporter
 from bort.resume import changed_flags, refuse_other_config, same_value, warn_of
 from bort.saved_model import (
@@ -270,18 +271,20 @@ def _save_policy(
     def write_model(path: str, progress: Progress) -> None:
         save_model(path, student, model_config(progress), tokenizer)
 
+    teacher = teacher_sha256(settings.teacher)
     identity = {
         "model": settings.student.student_model,
         "vocab_size": manifest.vocab_size,
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "shards_sha256": shards_sha256(manifest),
         "held_out_sha256": inputs.held_out_sha256,
+        "teacher_sha256": teacher,
     }
 
     def resume(state: JSONMapping) -> Resumed:
         if inputs.held_out is None:  # what the best score that is kept was measured on
             identity["held_out_sha256"] = state.get("held_out_sha256")
-        return check_resume(settings, inputs, state)
+        return check_resume(settings, inputs, state, teacher)
 
     return SavePolicy(
         folder=run.ckpt_dir,
@@ -297,8 +300,15 @@ def _save_policy(
     )
 
 
-def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMapping) -> Resumed:
+def check_resume(
+    settings: PretrainingSettings,
+    inputs: Inputs,
+    state: JSONMapping,
+    teacher: Optional[str] = None,
+) -> Resumed:
     """Compare the settings of a run with those of the checkpoint it resumes.
+
+    teacher: see `teacher_sha256`.
 
     Most flags may change. Raises `UserError` for those that may not: the micro-batches would not be
     those that the checkpoint counts, or its arrays would not fit.
@@ -320,6 +330,7 @@ def check_resume(settings: PretrainingSettings, inputs: Inputs, state: JSONMappi
                     f"--{flag} {given}: the checkpoint was made with {made_with}; {cure}"
                 )
     _warn_of_changes(settings, then)
+    _warn_of_teacher(settings.teacher, then, state.get("teacher_sha256"), teacher)
     data = then.get("DataSettings", {})
     if inputs.held_out is None:  # nothing replaces the best checkpoint
         best_counts = True
@@ -340,6 +351,23 @@ def _warn_of_changes(settings: PretrainingSettings, then: Mapping[str, JSONMappi
     """Name the flags of the loss and the schedule that differ from those of a checkpoint."""
     recorded = {flag: value for concern in then.values() for flag, value in concern.items()}
     warn_of(changed_flags(recorded, settings, UNREMARKABLE_FLAGS))
+
+
+def _warn_of_teacher(
+    teacher: TeacherSettings,
+    then: Mapping[str, JSONMapping],
+    before: Optional[str],
+    now: Optional[str],
+) -> None:
+    """Say that the same flags name other weights: a teacher that is still training has new ones."""
+    how = ("teacher_model", "teacher_dtype", "teacher_runtime")
+    renamed = changed_flags(then.get("TeacherSettings", {}), [teacher], how)
+    if before and now and before != now and not renamed:
+        print(
+            f"warning: {teacher.teacher_ckpt_dir or teacher.teacher_cache}: holds another teacher "
+            "than the checkpoint was trained with; continuing with this one",
+            file=sys.stderr,
+        )
 
 
 def _default(concern: str, flag: str) -> Any:
@@ -430,6 +458,15 @@ def build_student(
     set_dtype(network, dtype)
     network.encoder.hybridize(static_alloc=True)
     return network
+
+
+def teacher_sha256(teacher: TeacherSettings) -> Optional[str]:
+    """Return the SHA-256 of the teacher's weights, as the file or its cache has it; None: none."""
+    if teacher.teacher_cache:
+        return read_cache_manifest(teacher.teacher_cache).teacher_sha256
+    if not teacher.teacher_ckpt_dir:
+        return None
+    return sha256_of(parameter_file(teacher.teacher_ckpt_dir), MODEL_BYTES)
 
 
 def build_teacher(

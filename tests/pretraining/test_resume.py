@@ -204,6 +204,21 @@ def test_what_changes_the_loss_or_the_schedule_of_a_resumed_run_is_named(data, t
     assert said in capsys.readouterr().err
 
 
+def test_a_teacher_with_other_weights_than_before_is_named(data, tmp_path, capsys):
+    finished_run(data, ckpt_dir=tmp_path / "teacher", num_steps=1)
+    given = {"ckpt_dir": tmp_path / "run", "teacher_model": SHAPE, "ckpt_interval": 1}
+    given["teacher_ckpt_dir"] = tmp_path / "teacher"
+    finished_run(data, num_steps=1, **given)
+    finished_run(data, num_steps=2, resume=True, **given)
+    assert "warning" not in capsys.readouterr().err
+    finished_run(data, ckpt_dir=tmp_path / "teacher", num_steps=2, resume=True)
+    finished_run(data, num_steps=3, resume=True, **given)
+    said = f"warning: {tmp_path / 'teacher'}: holds another teacher than the checkpoint was trained"
+    assert said in capsys.readouterr().err
+    finished_run(data, num_steps=4, resume=True, **given)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_another_accumulation_is_applied_on_resume(data, tmp_path):
     run = finished_run(data, ckpt_dir=tmp_path, num_steps=2)
     assert run.progress.batches == 2
