@@ -78,6 +78,7 @@ FREE = (
     "gpus",
     "output_dir",
     "cache_dir",
+    "dev_batch_size",  # to be lowered where memory runs out
     "search_space",
     "timaeus_labels",
 )

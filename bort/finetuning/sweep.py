@@ -53,7 +53,11 @@ from bort.types import Hyperparameters, JSONObject
 from data.tasks import get_task
 
 PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
-FREE = ("output_dir", "resume", "gpus", "log_interval", "cache_dir")  # may differ when resumed
+# Flags that may differ when a sweep is resumed: they change no result.
+FREE = (
+    *("output_dir", "resume", "gpus", "log_interval", "ckpt_interval", "cache_dir"),
+    "dev_batch_size",  # to be lowered where memory runs out
+)
 LOCK_SECONDS = 60.0  # that a run waits for the end of one in its folder, on a machine that was lost
 STARTS = ("model_parameters", "pretrained_parameters")  # the flags that name weights
 WEIGHTS = "weights_sha256"  # the key of `weights_sha256` in sweep.json

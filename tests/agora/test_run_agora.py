@@ -110,7 +110,7 @@ def test_a_run_its_files_and_the_same_command_again(places, tmp_path, capsys):
     check_layout(folder, get_task("SST-2"), content)
     assert (folder / "SST-2.tsv").read_text().startswith("index\tprediction\n")
     journal = (folder / "journal.jsonl").read_text()
-    again = run_agora.main([*given, "--workers", "1"])
+    again = run_agora.main([*given, "--workers", "1", "--dev_batch_size", "8"])
     assert (folder / "journal.jsonl").read_text() == journal
     for one in (content, again):
         one.pop("seconds")

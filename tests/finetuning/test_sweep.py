@@ -413,6 +413,7 @@ def test_another_sweep_is_refused(in_process, capsys):
     with pytest.raises(SystemExit):
         sweep.main(in_process.flags("--only_inference", seed=[0], lr=[0.01]))
     assert "unrecognized arguments: --only_inference" in capsys.readouterr().err
+    sweep.main(in_process.flags("--epochs", "3", "--dev_batch_size", "8", seed=[0], lr=[0.01]))
     assert len(in_process.calls("start")) == 1
 
 
