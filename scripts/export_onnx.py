@@ -34,8 +34,8 @@ class OnnxSettings:
 
     output: Optional[str] = option(
         None,
-        "ONNX file (default, but for a checkpoint: beside the parameters, where the runtime `onnx` "
-        "looks for it); with --layout huggingface a new folder",
+        "ONNX file (default: beside the parameters, where the runtime `onnx` looks for it); with "
+        "--layout huggingface a new folder",
     )
     layout: str = option(
         "file",

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import numpy as np
 
-from bort import checkpoint
 from bort.errors import UserError
 from bort.files import refuse_overwriting
 from bort.inference.onnx_file import onnx_session, write_onnx
@@ -39,11 +38,10 @@ def export_onnx(model: str, output: Optional[str] = None) -> Export:
     model: a .params file, its folder, a checkpoint or a run.
 
     Raises `UserError` when the model cannot be loaded, when ONNX Runtime's outputs differ from
-    MXNet's by more than `TOLERANCE`, when the file cannot be written or is the model's own, and for
-    a checkpoint without an `output`.
+    MXNet's by more than `TOLERANCE`, and when the file cannot be written or is the model's own.
     """
     source = parameter_file(model)
-    path = output or _beside(source)
+    path = output or onnx_path(source)
     refuse_overwriting(path, source, model_config_path(source))
     saved = load_model(source)
     check_finite(source, saved.network)
@@ -60,19 +58,6 @@ def export_onnx(model: str, output: Optional[str] = None) -> Export:
         f"opset {OPSET}, {os.path.getsize(path) / 1e6:,.1f} MB"
     )
     return Export(path, difference, largest, description)
-
-
-def _beside(source: str) -> str:
-    """Return where the runtimes look for the graph of a parameter file.
-
-    Raises `UserError` for that of a checkpoint, which its run deletes with all that is in it.
-    """
-    if os.path.exists(os.path.join(os.path.dirname(source), checkpoint.STATE)):
-        raise UserError(
-            f"{source}: is in a checkpoint, which its run deletes in time with all that is in it; "
-            "name the file by --output"
-        )
-    return onnx_path(source)
 
 
 def compare_with_mxnet(network: Block, session: InferenceSession) -> tuple[float, float]:

@@ -17,9 +17,9 @@ import pytest
 from mxnet import nd
 from onnx import helper
 
-from bort import checkpoint, mxnet_setup, processor, saved_model
+from bort import mxnet_setup, processor, saved_model
 from bort.errors import UserError
-from bort.inference import onnx_export, onnx_file, onnx_graph, runtime
+from bort.inference import onnx_file, onnx_graph, runtime
 from bort.inference.classification import load_classifier
 from bort.inference.onnx_file import maps_constants, read_metadata
 from bort.inference.pipelines import predict
@@ -447,14 +447,6 @@ def test_what_cannot_be_run_is_a_one_line_error(quantized, tmp_path):
     export_onnx([str(tmp_path / "lm")])
     assert "is not a classifier" in refusal(tmp_path / "lm" / "bort.onnx", "onnx")
     assert parameters.exists()
-
-
-def test_a_checkpoint_is_not_exported_into_its_own_folder(tmp_path):
-    write = lambda path: Path(path).write_bytes(b"")  # noqa: E731
-    folder = Path(checkpoint.save(str(tmp_path), 3, write, {}, {}))
-    with pytest.raises(UserError, match=r"step-0000003/model\.params: is in a checkpoint.*--out"):
-        onnx_export.export_onnx(str(tmp_path))
-    assert not (folder / "model.onnx").exists()
 
 
 def test_int8_files_are_verified(quantized, tmp_path):
