@@ -72,7 +72,7 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
     dev and test sets. Raises `UserError` for fewer lines than the sets need, for files of another
     draw, and, after removing what was written, for a set that cannot be read back.
     """
-    task = get_task(settings.task_name)
+    task = get_task(settings.task_name, flag="--task_name")
     if task.train is None:
         raise UserError(f"--task_name {task.name}: has no training set to draw from")
     pool = read_pool(task, settings.data_dir, (task.train, task.dev[0]))

@@ -20,17 +20,18 @@ def task_names(suite: str = "") -> list[str]:
     return [cls.name for cls in _CLASSES if suite in ("", cls.suite)]
 
 
-def get_task(name: str, *, race_cast: str = "choices") -> Task:
+def get_task(name: str, *, race_cast: str = "choices", flag: str = "task") -> Task:
     """Return the task of a name or alias; case, dots, dashes and underscores do not matter.
 
     race_cast: how RACE's options are cast, see `data.race.Race`; unused by other tasks.
+    flag: the one that gave the name, for the message.
     Raises `UserError` for an unknown name.
     """
     for cls in _CLASSES:
         if _plain(name) in map(_plain, (cls.name, *cls.aliases)):
             return cls(race_cast) if issubclass(cls, Race) else cls()
     shown = escaped(name)
-    raise UserError(f"task {shown}: unknown; the tasks are {', '.join(task_names())}")
+    raise UserError(f"{flag} {shown}: unknown; the tasks are {', '.join(task_names())}")
 
 
 def check_inputs_version(task: Task, inputs_version: int, path: str) -> None:

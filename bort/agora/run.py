@@ -226,7 +226,12 @@ def run_agora(settings: AgoraTextSettings, cluster: Optional[str] = None) -> JSO
 
 
 def _folder(settings: AgoraTextSettings) -> str:
-    return os.path.join(settings.run.output_dir, get_task(settings.task.task_name).name)
+    return os.path.join(settings.run.output_dir, _task(settings).name)
+
+
+def _task(settings: AgoraTextSettings) -> Task:
+    task = settings.task
+    return get_task(task.task_name, race_cast=task.race_cast, flag="--task_name")
 
 
 def _print_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -238,7 +243,7 @@ class _Run:
 
     def __init__(self, settings: AgoraTextSettings, map_fits: agora.MapFits) -> None:
         self.settings, self.map_fits = settings, map_fits
-        task = get_task(settings.task.task_name, race_cast=settings.task.race_cast)
+        task = _task(settings)
         self.folder = _folder(settings)
         # A fit that diverges must not end the run.
         optimizer = dataclasses.replace(settings.optimizer, on_nonfinite="skip")

@@ -61,7 +61,7 @@ def task_of(settings: FinetuningSettings) -> Task:
         if cast not in (saved, TaskSettings.race_cast):
             raise UserError(f"--race_cast {cast}: the model in {path} has the cast {saved}")
         cast = saved
-    return get_task(name, race_cast=cast)
+    return get_task(name, race_cast=cast, flag="--task_name")
 
 
 def build_classifier(

@@ -159,7 +159,8 @@ def sweep(
     flags, on other rows or from other weights, or that another process writes.
     """
     refuse_with_cluster(cluster, "--jobs", settings.jobs, 1)
-    folder = os.path.join(base.run.output_dir, f"{get_task(base.task.task_name).name}-sweep")
+    task = get_task(base.task.task_name, flag="--task_name")
+    folder = os.path.join(base.run.output_dir, f"{task.name}-sweep")
     runs = runs_of(settings, base, folder)
     sets, start, weights = {}, base.classifier, ""
     try:

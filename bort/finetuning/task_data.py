@@ -89,7 +89,7 @@ def check_sets(settings: TaskSettings) -> dict[str, str]:
 
     Returns the SHA-256 of the training and dev sets.
     """
-    task = get_task(settings.task_name, race_cast=settings.race_cast)
+    task = get_task(settings.task_name, race_cast=settings.race_cast, flag="--task_name")
     data, _ = read_task_data(task, settings, seed=0)
     read_prediction_sets(task, settings)
     return sets_sha256(data)

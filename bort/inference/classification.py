@@ -323,10 +323,8 @@ def _task(path: str, model_config: ModelConfig, name: Optional[str]) -> Optional
     """Return the task whose rows are read; raises `UserError` when the model cannot predict it."""
     if not (name or model_config.task):
         return None
-    try:
-        task = get_task(name or model_config.task, race_cast=model_config.race_cast or "choices")
-    except UserError as error:
-        raise UserError(str(error).replace("--task_name", "--task")) from None
+    cast = model_config.race_cast or "choices"
+    task = get_task(name or model_config.task, race_cast=cast, flag="--task" if name else "task")
     if model_config.task not in (task.name, task.model_task or task.name):
         raise UserError(
             f"--task {task.name}: {path} is a model of {escaped(model_config.task) or 'no task'}"

@@ -44,7 +44,7 @@ class RealRowsSettings:
 def main(argv: Optional[Sequence[str]] = None) -> Path:
     """Write the folder; returns the path of its training file."""
     (settings,) = parse(str(__doc__), argv, RealRowsSettings)
-    task = get_task(settings.task_name)
+    task = get_task(settings.task_name, flag="--task_name")
     if not isinstance(task, GlueTask):
         raise UserError(f"--task_name {task.name}: is not a task of GLUE")
     source = task.find(settings.data_dir, str(task.train))

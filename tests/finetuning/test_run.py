@@ -708,7 +708,7 @@ def complaint(capsys: Any, line: list[str]) -> str:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"task_name": "SST-3"}, "task SST-3: unknown"),
+        ({"task_name": "SST-3"}, "--task_name SST-3: unknown"),
         ({"task_name": "AX"}, "has no training set; fine-tune MNLI"),
         ({"data_dir": "absent"}, "no train set"),
         ({"only_inference": True}, "--only_inference needs --model_parameters"),
