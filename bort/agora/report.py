@@ -10,7 +10,8 @@ import numpy as np
 from bort.agora.algorithm import Best, Label, Round
 from bort.agora.tau import Inputs
 from bort.agora.text import TextData
-from bort.files import atomic_write, write_json
+from bort.errors import UserError
+from bort.files import atomic_write, read_json, write_json
 from bort.plots import figure_file
 from bort.sums import write_sums
 from bort.types import Hyperparameters, JSONObject
@@ -27,12 +28,18 @@ class ModelMetrics(NamedTuple):
 
 
 class Report:
-    """Collects the rounds of a run and writes them after each."""
+    """Collects the rounds of a run and writes them after each.
+
+    A run that is resumed does not write those that are in agora.json before it has more: it may yet
+    be refused, because it is another one.
+    """
 
     def __init__(
         self, folder: str, data: TextData, space: Sequence[Hyperparameters], timaeus: str
     ) -> None:
         self.folder, self.data = folder, data
+        self._path = os.path.join(folder, "agora.json")
+        self._before = _rounds_in(self._path)
         self.rounds: list[Round] = []
         self.content: JSONObject = {
             "format": FORMAT_VERSION,
@@ -49,12 +56,12 @@ class Report:
         self.content["timaeus"].update(metrics._asdict())
 
     def add(self, record: Round) -> None:
-        """Add a round: print it, write agora.json and images.tsv."""
+        """Add a round: print it, and write agora.json and images.tsv unless they have it."""
         self.rounds.append(record)
         self.content["rounds"].append({**record.as_dict(), "label_shares": label_shares(record)})
         print(round_line(record), flush=True)
-        self.write()
-        write_augmented(os.path.join(self.folder, "images.tsv"), self.rounds, self.data)
+        if len(self.rounds) > self._before:
+            self.write()
 
     def finish(self, best: Best, first: ModelMetrics, last: ModelMetrics, seconds: float) -> None:
         """Add the metrics of the best of the grid (the first round) and of the run's best."""
@@ -74,8 +81,17 @@ class Report:
         print(f"Agora             {metrics_line(last)}")
 
     def write(self) -> None:
-        """Write agora.json."""
-        write_json(os.path.join(self.folder, "agora.json"), self.content)
+        """Write agora.json and images.tsv."""
+        write_json(self._path, self.content)
+        write_augmented(os.path.join(self.folder, "images.tsv"), self.rounds, self.data)
+
+
+def _rounds_in(path: str) -> int:
+    """Return how many rounds an agora.json has; 0 where there is none, or a damaged one."""
+    try:
+        return len(read_json(path)["rounds"])
+    except (UserError, KeyError, TypeError):
+        return 0
 
 
 def label_shares(record: Round) -> dict[str, float]:

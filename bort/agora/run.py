@@ -59,7 +59,7 @@ from bort.finetuning.predictions import Scoring, logits_of, predict_sets
 from bort.finetuning.run import BEST, METRICS, FinetuningOptions, finetuning_loop
 from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import TaskData, read_prediction_sets, rows_sha256
-from bort.parameters import fixed_parameter_file, load_parameters
+from bort.parameters import fixed_parameter_file, load_parameters, parameter_file
 from bort.reporter import FolderReporter
 from bort.resume import changed_flags
 from bort.saved_model import MASKED_LM, load_model, save_model
@@ -70,7 +70,8 @@ from data.tasks import get_task
 
 NEVER = 10**9  # no checkpoint inside a fit
 TEST_SUM = "test_sha256"  # of the rows on which the best of the grid was measured
-WEIGHTS = "pretrained"  # the record of the weights that every fit starts from
+# The records of weights: those that every fit starts from, and those of the labeller.
+PRETRAINED, TIMAEUS = "pretrained", "timaeus"
 # Flags that may differ when a run is resumed. The content of the search space is compared.
 FREE = (
     "max_rounds",
@@ -295,7 +296,31 @@ class _Run:
                 content = {**self.metrics_of(model)._asdict(), TEST_SUM: test}
                 store.record("best_of_grid", content)
 
-        result = agora.agora(
+        try:
+            result = self._algorithm(timaeus, tau, store, on_round)
+        except agora.OtherRunError as error:
+            raise UserError(f"{self.folder}: {error}") from None
+        if math.isinf(result.best.score):
+            raise UserError(
+                f"{settings.run.search_space}: every set diverged in every round; lower their lr, "
+                "and give another --output_dir"
+            )
+        best = self.write_best(result)
+        grid = store.recall("best_of_grid")
+        first = ModelMetrics(grid["dev"], grid["test"])
+        report.finish(result.best, first, best, time.perf_counter() - start)
+        shutil.rmtree(self.socrates.folder, ignore_errors=True)
+        return report.content
+
+    def _algorithm(
+        self,
+        timaeus: agora.Timaeus,
+        tau: agora.Tau,
+        store: Store,
+        on_round: Callable[[Round], None],
+    ) -> AgoraResult:
+        settings, data = self.settings, self.data
+        return agora.agora(
             self.socrates,
             timaeus,
             agora_text.examples_of(data.train),
@@ -310,31 +335,24 @@ class _Run:
             map_fits=self.map_fits,
             on_round=on_round,
         )
-        if math.isinf(result.best.score):
-            raise UserError(
-                f"{settings.run.search_space}: every set diverged in every round; lower their lr, "
-                "and give another --output_dir"
-            )
-        best = self.write_best(result)
-        grid = store.recall("best_of_grid")
-        first = ModelMetrics(grid["dev"], grid["test"])
-        report.finish(result.best, first, best, time.perf_counter() - start)
-        shutil.rmtree(self.socrates.folder, ignore_errors=True)
-        return report.content
 
     def _check_weights(self, store: Store) -> None:
-        """Record the weights that fits start from; raises `UserError` when they have changed."""
-        path = self.tuner.classifier.pretrained_parameters
-        if path is None:
-            return
-        found, recorded = {"sha256": sha256_of(path)}, store.recall(WEIGHTS)
-        if recorded is None:
-            store.record(WEIGHTS, found)
-        elif recorded != found:
-            raise UserError(
-                f"{self.folder}: contains a run whose fits start from other weights than "
-                f"--pretrained_parameters {path}; restore them, or give another --output_dir"
-            )
+        """Record the weights of this run; raises `UserError` when they have changed."""
+        start, labeller = self.tuner.classifier.pretrained_parameters, self.settings.run.timaeus
+        for name, path, what in (
+            (PRETRAINED, start, "fits start from other weights than --pretrained_parameters"),
+            (TIMAEUS, labeller, "labeller had other weights than --timaeus"),
+        ):
+            if path is None:
+                continue
+            found, recorded = {"sha256": sha256_of(parameter_file(path))}, store.recall(name)
+            if recorded is None:
+                store.record(name, found)
+            elif recorded != found:
+                raise UserError(
+                    f"{self.folder}: contains a run whose {what} {path}; restore them, or give "
+                    "another --output_dir"
+                )
 
     def _check_test(self, best_of_grid: Optional[JSONMapping], test: str) -> None:
         """Raise `UserError` when the best of the grid was measured on another test set."""

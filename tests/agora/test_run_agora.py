@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bort.agora.labellers import ModelTimaeus
 from bort.bort import get_bort_model
 from bort.files import lock_folder, read_json
 from bort.finetuning.config import (
@@ -171,6 +172,28 @@ def test_a_run_is_not_resumed_on_another_test_set_or_from_other_weights(places, 
     with pytest.raises(SystemExit):
         run_agora.main(given)
     assert "contains a run whose fits start from other weights than" in capsys.readouterr().err
+
+
+def test_a_finished_run_keeps_its_results_when_its_labeller_is_another_one(
+    places, tmp_path, capsys, monkeypatch
+):
+    given = arguments(places, "SST-2", tmp_path, "--tau", "swap", "--max_rounds", "2")
+    labeller = Path(shutil.copytree(places / "timaeus-SST-2", tmp_path / "labeller"))
+    given += ["--timaeus", str(labeller)]
+    run_agora.main(given)
+    folder = tmp_path / "SST-2"
+    written = {name: (folder / name).read_bytes() for name in ("agora.json", "images.tsv")}
+    label = ModelTimaeus.label
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelTimaeus, "label", lambda self, inputs: 1 - label(self, inputs))
+        with pytest.raises(SystemExit):
+            run_agora.main(given)
+    assert f"error: {folder}: fit-0001-" in capsys.readouterr().err
+    save(labeller / "best.params", get_task("SST-2").kind, get_task("SST-2"), seed=5)
+    with pytest.raises(SystemExit):
+        run_agora.main(given)
+    assert f"whose labeller had other weights than --timaeus {labeller};" in capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in written} == written
 
 
 @pytest.mark.parametrize("most", [100, 0])  # updates that a run may skip before it gives up
