@@ -17,7 +17,7 @@ from typing import Iterator, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's code
 
-from bort.config import build, check_limits, option, parser_for
+from bort.config import build, option, parser_for
 from bort.errors import UserError, entry_point
 from bort.tokenization import (
     TOKENIZER_FOLDER,
@@ -74,7 +74,6 @@ def main(argv: Optional[Sequence[str]] = None) -> Statistics:
     parser.add_argument("folder", help="made by create_pretraining_data.py")
     parsed = vars(parser.parse_args(argv))
     settings = build(InspectSettings, parsed)
-    check_limits(settings)
     shards = open_shards(parsed["folder"], remember=False)
     tokenizer = _tokenizer_of(parsed["folder"], shards.manifest, build(TokenizerSettings, parsed))
     statistics = measure(shards, tokenizer)
