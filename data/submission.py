@@ -136,7 +136,10 @@ def _found(task: Task, split: str, runs: Path, data_dir: Optional[Path]) -> Opti
     if not paths:
         return None
     if len(paths) > 1:
-        raise UserError(f"{paths[0]} and {paths[1]}: name a folder with one run of each task")
+        raise UserError(
+            f"{paths[0]} and {paths[1]}: name a folder with one run of each task, or with links to "
+            "them; the best run of a sweep is the one that has best.params"
+        )
     examples = None if data_dir is None else task.read(data_dir, split).examples
     rows = check_submission(paths[0], task, split, examples)
     return Entry(name, rows, str(paths[0]), paths[0].read_bytes())
