@@ -29,7 +29,7 @@ from bort import jobs
 from bort.agora import algorithm as agora
 from bort.agora import text as agora_text
 from bort.agora.algorithm import AgoraResult, Round
-from bort.agora.config import AgoraTextSettings
+from bort.agora.config import AgoraRunSettings, AgoraTextSettings
 from bort.agora.labellers import FileTimaeus, ModelTimaeus
 from bort.agora.report import ModelMetrics, Report
 from bort.agora.store import Store
@@ -61,7 +61,7 @@ from bort.finetuning.search_space import read_space, with_values
 from bort.finetuning.task_data import TaskData, read_prediction_sets, rows_sha256
 from bort.parameters import fixed_parameter_file, load_parameters, parameter_file
 from bort.reporter import FolderReporter
-from bort.resume import changed_flags
+from bort.resume import changed_flags, refuse_other_config
 from bort.saved_model import MASKED_LM, load_model, save_model
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings
 from bort.types import Context, Hyperparameters, JSONMapping, JSONObject
@@ -268,6 +268,7 @@ class _Run:
 
     def run(self) -> JSONObject:
         """Run all rounds under the folder's lock; returns the content of agora.json."""
+        refuse_other_config(self.folder, "--output_dir", {AgoraRunSettings.__name__})
         self.tuner.devices()
         tau = make_tau(self.settings.tau, self.infill, self.data.task)
         timaeus, source = self.timaeus()

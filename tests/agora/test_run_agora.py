@@ -228,6 +228,17 @@ def test_a_model_in_the_folder_is_not_replaced(places, tmp_path, capsys):
     assert Path(timaeus).read_bytes() == before
 
 
+@pytest.mark.parametrize("content", ['{"TaskSettings": {}}', '{"architectures": ["BertModel"]}'])
+def test_the_config_of_something_else_is_not_replaced(places, tmp_path, capsys, content):
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "config.json").write_text(content)
+    with pytest.raises(SystemExit):
+        run_agora.main(arguments(places, "SST-2", tmp_path))
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --output_dir {tmp_path / 'SST-2'}: holds the config.json of so")
+    assert (tmp_path / "SST-2" / "config.json").read_text() == content
+
+
 @pytest.mark.parametrize(("slot", "gpus"), [("0/2", "0"), ("1/2", "1"), (None, "0,1")])
 def test_fits_at_a_time_divide_the_gpus(monkeypatch, slot, gpus):
     from bort.agora import run as agora_run
