@@ -241,6 +241,11 @@ def new_folder(path: str) -> Iterator[str]:
         os.rename(temporary, path)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({_reason(error)})") from None
+    except UserError as error:
+        if temporary not in str(error):
+            raise
+        # The user knows the folder under the name that it was to have.
+        raise UserError(str(error).replace(temporary, path)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -131,6 +131,13 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
         pass
 
 
+def test_a_file_of_a_new_folder_that_cannot_be_written_is_named_as_it_was_to_be(tmp_path):
+    said = f"^{tmp_path}/a/file: cannot be written"
+    with pytest.raises(UserError, match=said), files.new_folder(f"{tmp_path}/a") as folder:
+        raise UserError(f"{folder}/file: cannot be written (No space left on device)")
+    assert left(tmp_path) == []
+
+
 # ---- locks ---------------------------------------------------------------------------------------
 
 HOLDER = """
