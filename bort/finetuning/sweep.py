@@ -179,6 +179,8 @@ def sweep(
         if pending:
             with executor_of(settings.jobs, cluster, folder, base.run.gpus) as executor:
                 run_all(from_weights(pending, start), executor, runs)
+        if best := keep_best_weights(runs):
+            print(f"the best run, whose weights are kept: {best}")
         rows = table(runs)
         write_table(folder, rows)
     print(as_markdown(rows), end="")
@@ -395,8 +397,11 @@ def outcome(run: SweepRun) -> str:
     return f"failed ({lines[-1] if lines else 'no output'})"
 
 
-def keep_best_weights(runs: Sequence[SweepRun]) -> None:
-    """Delete the weights of all finished runs but the best, the first of equals."""
+def keep_best_weights(runs: Sequence[SweepRun]) -> Optional[Path]:
+    """Delete the weights of all finished runs but the best, the first of equals; return its folder.
+
+    None where no run has finished.
+    """
     scores = {
         Path(run.results): metrics.best.score
         for run in runs
@@ -408,6 +413,7 @@ def keep_best_weights(runs: Sequence[SweepRun]) -> None:
             shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
             for name in ("best.json", "best.params"):
                 (folder / name).unlink(missing_ok=True)
+    return best
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -136,9 +136,11 @@ def test_table_has_means_and_spreads_over_seeds(in_process, capsys):
     assert capsys.readouterr().out.endswith(markdown)
 
 
-def test_only_the_best_run_keeps_its_weights(in_process):
+def test_only_the_best_run_keeps_its_weights(in_process, capsys):
     sweep.main(in_process.flags(seed=[0, 1], lr=[0.02, 0.01]))
     assert in_process.weights() == ["seed=1,lr=0.02"]
+    shown = "the best run, whose weights are kept: "
+    assert f"{shown}{in_process.results}/seed=1,lr=0.02/SST-2\n" in capsys.readouterr().out
     kept = in_process.results / "seed=0,lr=0.01" / "SST-2"
     assert {path.name for path in kept.iterdir()} == {"metrics.json", "SST-2.tsv"}
 
