@@ -425,7 +425,8 @@ def read_scores(folder: Path) -> Any:
     from bort.finetuning.scoreboard import as_table, read_scores, suite_score
 
     scores = read_scores([folder / "run"])
-    return as_table("glue", suite_score("glue", scores)), [tuple(one) for one in report([folder])]
+    reports, problems = report([folder])
+    return as_table("glue", suite_score("glue", scores)), [one[1:] for one in reports], problems
 
 
 # ---- models --------------------------------------------------------------------------------------
