@@ -91,6 +91,9 @@ def _is_of_another_family(folder: Path) -> bool:
     return isinstance(model_type, str) and model_type not in FAMILIES
 
 
+# Data that may lie in the folder of something else.
+TEACHER_CACHE = Kind("teacher cache", _has("projection.npz"), checks.check_teacher_cache)
+SHARDS = Kind("shards", _holds(r"part-\d+\.npz"), checks.check_shards)
 # The first that matches names a folder; what it may match as well stands below it.
 KINDS: Sequence[Kind] = (
     Kind("checkpoint", _is_checkpoint, checks.check_checkpoint),
@@ -105,8 +108,7 @@ KINDS: Sequence[Kind] = (
     Kind("pretraining run", _holds(r"step-\d{7,}"), checks.check_pretraining),
     Kind("pretraining run", _says("config.json", "StudentSettings"), checks.check_pretraining),
     Kind("fine-tuning run", _has("metrics.json"), checks.check_finetuning),
-    Kind("teacher cache", _has("projection.npz"), checks.check_teacher_cache),
-    Kind("shards", _holds(r"part-\d+\.npz"), checks.check_shards),
+    *(TEACHER_CACHE, SHARDS),
     Kind("shards", _says(UNFINISHED_FILE, "shards"), checks.check_shards),
     Kind("teacher cache", _says(MANIFEST_FILE, "teacher_sha256"), checks.check_teacher_cache),
     Kind("shards", _has(MANIFEST_FILE), checks.check_shards),
@@ -149,18 +151,28 @@ def _rows_below(
 ) -> Iterator[Row]:
     """Yield the rows of a folder and of those below it; note what was seen, and the links."""
     seen.add(folder.resolve())
-    kinds = [] if _is_of_another_family(folder) else KINDS
-    kind = next((kind for kind in kinds if kind.matches(folder)), None)
-    if kind and not part:
+    kinds = _kinds_of(folder)
+    for kind in [] if part else kinds:
         yield _row(str(folder), kind, folder)
     for path in sorted(folder.iterdir()):
-        is_part = bool(kind) and path.name in PARTS
+        is_part = bool(kinds) and path.name in PARTS
         if path.is_dir() and path.is_symlink():
             links += [] if is_part else [path]
         elif path.is_dir():
             yield from _rows_below(path, seen, links, is_part)
         elif path.suffix == ".zip" or (not part and _is_lone_onnx_file(path)):
             yield _file_row(path)
+
+
+def _kinds_of(folder: Path) -> list[Kind]:
+    """Return what a folder holds: one kind, and shards or a teacher cache beside it."""
+    if _is_of_another_family(folder):
+        return []
+    first = next((kind for kind in KINDS if kind.matches(folder)), None)
+    if first is None:
+        return []
+    beside = [kind for kind in (TEACHER_CACHE, SHARDS) if kind.matches(folder)]
+    return [first, *(kind for kind in beside if kind.name != first.name)]
 
 
 def _is_lone_onnx_file(path: Path) -> bool:

@@ -201,6 +201,17 @@ def test_a_wordpiece_alone_is_a_tokenizer(tmp_path):
     assert (row.what, row.state) == ("tokenizer", "damaged")
 
 
+def test_shards_in_the_folder_of_a_run_are_checked(intact, tmp_path):
+    shutil.copytree(intact / "run", tmp_path / "run")
+    shutil.copytree(intact / "shards", tmp_path / "run", dirs_exist_ok=True)
+    found = [row for row in verify_folder(str(tmp_path)) if row.path == str(tmp_path / "run")]
+    assert [(row.what, row.state) for row in found] == [
+        *(("pretraining run", "complete"), ("shards", "complete"))
+    ]
+    (tmp_path / "run/part-00000.npz").write_bytes(b"damaged")
+    assert [row.state for row in verify_folder(str(tmp_path))].count("damaged") == 1
+
+
 @pytest.mark.parametrize("model_type", ["t5", "gpt2", "bert"])
 def test_a_network_of_another_family_is_not_damaged(tmp_path, model_type):
     write_json(str(tmp_path / "config.json"), {"model_type": model_type}, with_sum=False)
