@@ -21,7 +21,7 @@ from bort.config import option, required
 from bort.errors import UserError
 from bort.files import WHOLE_BYTES, atomic_write, open_regular
 from bort.generators import generator_for
-from bort.sums import write_sums
+from bort.sums import SUMS, write_sums
 from bort.types import TaskKind
 from data.rows import decode, parse_object, read_lines
 from data.task import Task, is_labelled
@@ -90,8 +90,11 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
                 handle.write(files[path])
         for each in sets:
             _read_back(each, task, pool.header)
-        for folder in {os.path.dirname(path) for path in missing}:
-            write_sums(folder, _names_in(folder, files))
+        written = {os.path.dirname(path) for path in missing}
+        for folder in {os.path.dirname(path) for path in files}:
+            # A program that was killed may have left files without their sums.
+            if folder in written or not os.path.exists(os.path.join(folder, SUMS)):
+                write_sums(folder, _names_in(folder, files))
     except BaseException:
         for path in missing:
             with suppress(FileNotFoundError):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bort.sums import check_sums
 from data import subset
 from data.tasks import get_task, task_names
 from scripts import draw_subset
@@ -56,6 +57,15 @@ def test_the_seed_decides_and_draws_differ(tmp_path):
     }
     assert tables["a", 0] == tables["b", 0] != tables["c", 0]
     assert tables["a", 0] != tables["a", 1]
+
+
+def test_sums_that_a_kill_prevented_are_written_by_the_next_run(tmp_path):
+    for _ in range(2):
+        draw_subset.main(arguments(tmp_path))
+        for folder in ("draw-0", "timaeus"):
+            (sums,) = (tmp_path / folder).rglob("SHA256SUMS")
+            check_sums(str(sums.parent))
+            sums.unlink()
 
 
 def test_of_equal_rows_one_is_drawn(tmp_path):
