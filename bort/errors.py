@@ -17,7 +17,7 @@ Main = Callable[[Optional[Sequence[str]]], Result]
 
 QUOTED_CHARACTERS = 200
 _ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-_PROGRAMS = (_ROOT, os.path.join(_ROOT, "scripts"))
+_SCRIPTS = os.path.join(_ROOT, "scripts")
 _interrupts: list[int] = []  # the signals of Ctrl-C that came
 _LONG_WORD = re.compile(r"\S{400,}")
 # In the error of a sum or broadcast under Horovod when another rank has ended.
@@ -124,12 +124,26 @@ def entry_point(main: Main[Result]) -> Main[Result]:
 
 
 def install_interrupt_hook() -> None:
-    """Let Ctrl-C during a program's imports, before its `main`, be one line as well."""
+    """Let Ctrl-C during the imports of one of our programs, before its `main`, be one line as well.
+
+    A program of others that imports the package keeps its own way to end: open files are written,
+    temporary ones removed.
+    """
+    if not _is_our_program():
+        return
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _report
-    program = getattr(sys.modules.get("__main__"), "__file__", None)
-    if program and os.path.realpath(os.path.dirname(program)) in _PROGRAMS:
-        _note_interrupts()
+    _note_interrupts()
+
+
+def _is_our_program() -> bool:
+    # A process that multiprocessing spawns runs the program's file under the second name.
+    main = sys.modules.get("__mp_main__", sys.modules.get("__main__"))
+    program = getattr(main, "__file__", None)
+    if not program:
+        return False
+    folder = os.path.realpath(os.path.dirname(program))
+    return folder == _ROOT or os.path.commonpath((folder, _SCRIPTS)) == _SCRIPTS
 
 
 def _note_interrupts() -> None:

@@ -176,7 +176,8 @@ def test_a_closed_pipe_is_silent():
 
 @pytest.mark.parametrize("raised", ["KeyboardInterrupt", "ValueError('ours')"])
 def test_ctrl_c_before_main_prints_one_line_and_a_bug_keeps_its_traceback(raised):
-    script = f"import bort\nraise {raised}"
+    program = os.path.join(ROOT, "scripts", "predict.py")
+    script = f"__file__ = {program!r}\nimport bort\nraise {raised}"
     ended = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -185,6 +186,30 @@ def test_ctrl_c_before_main_prints_one_line_and_a_bug_keeps_its_traceback(raised
     else:
         assert ended.returncode == 1
         assert "Traceback" in ended.stderr
+
+
+def test_ctrl_c_ends_a_program_of_others_as_without_the_package(tmp_path):
+    script = """
+import atexit
+import bort
+
+file = open("answers.txt", "w")
+file.write("those of an hour")
+atexit.register(print, "at exit")
+raise KeyboardInterrupt
+"""
+    (tmp_path / "theirs.py").write_text(script)
+    ended = subprocess.run(
+        [sys.executable, "theirs.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" in ended.stderr
+    assert ended.stdout == "at exit\n"
+    assert (tmp_path / "answers.txt").read_text() == "those of an hour"
 
 
 def test_an_import_that_ctrl_c_breaks_is_one_line():
