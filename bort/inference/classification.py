@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -304,6 +306,29 @@ def _load(
         return tokenizer, backend.result()
 
 
+class _Turns:
+    """Short turns, until the last of the loadings that overlap has ended."""
+
+    def __init__(self) -> None:
+        self._lock, self._loading, self._before = threading.Lock(), 0, 0.0
+
+    def begin(self) -> None:
+        with self._lock:
+            if not self._loading:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(1e-4)
+            self._loading += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._loading -= 1
+            if not self._loading:
+                sys.setswitchinterval(self._before)
+
+
+_turns = _Turns()
+
+
 @contextmanager
 def _short_turns() -> Iterator[None]:
     """Let threads of Python take turns of 0.1 ms, not of 5 ms.
@@ -311,12 +336,11 @@ def _short_turns() -> Iterator[None]:
     One that reads files asks for its turn after each piece, and the reading of a tokenizer computes
     in Python all the time.
     """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
+    _turns.begin()
     try:
         yield
     finally:
-        sys.setswitchinterval(before)
+        _turns.end()
 
 
 def _task(path: str, model_config: ModelConfig, name: Optional[str]) -> Optional[Task]:

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import os
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -124,19 +125,22 @@ def _check_range(name: str, values: np.ndarray, low: int, high: int) -> None:
 
 
 class MXNetBackend(Backend):
-    """A block of MXNet that takes token ids and lengths."""
+    """A block of MXNet that takes token ids and lengths; one thread at a time runs it."""
 
     def __init__(self, network: Block, vocab_size: int, positions: int = MAX_LENGTH) -> None:
         """Take a network and hybridize it."""
         super().__init__(vocab_size, positions)
         self._network = network
+        # Two first calls at once would both trace the network, in name scopes that they share.
+        self._lock = threading.Lock()
         network.hybridize(static_alloc=True)
 
     def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         from mxnet import nd
 
         arrays = (nd.array(array, dtype="float32") for array in (ids, lengths))
-        return self._network(*arrays).astype("float32", copy=False).asnumpy()
+        with self._lock:
+            return self._network(*arrays).astype("float32", copy=False).asnumpy()
 
 
 class SymbolBackend(MXNetBackend):
@@ -181,7 +185,7 @@ class OnnxBackend(Backend):
 
 
 class OpenVinoBackend(Backend):
-    """A graph written by bort.inference.onnx_graph, in OpenVINO."""
+    """A graph written by bort.inference.onnx_graph, in OpenVINO; one thread at a time runs it."""
 
     def __init__(
         self, model: bytes | str, precision: str = "float32", threads: int | None = None
@@ -206,11 +210,14 @@ class OpenVinoBackend(Backend):
             reason = reasons(error)[-1]
             raise UserError(f"{name}: OpenVINO cannot load it ({reason})") from None
         self._request = compiled.create_infer_request()
+        # The answers lie in the request until the next ones replace them.
+        self._lock = threading.Lock()
 
     def _forward(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         feed = {"input_ids": ids.astype(np.int64), "valid_length": lengths.astype(np.int64)}
-        self._request.infer(feed)
-        return self._request.get_output_tensor(0).data.copy()
+        with self._lock:
+            self._request.infer(feed)
+            return self._request.get_output_tensor(0).data.copy()
 
 
 @functools.lru_cache(maxsize=1)

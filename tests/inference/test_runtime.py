@@ -8,7 +8,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,7 @@ from onnx import helper
 from bort import mxnet_setup, processor, saved_model
 from bort.errors import UserError
 from bort.inference import onnx_file, onnx_graph, runtime
-from bort.inference.classification import load_classifier
+from bort.inference.classification import _short_turns, load_classifier
 from bort.inference.onnx_file import maps_constants, read_metadata
 from bort.inference.pipelines import predict
 from bort.inference.quantization import Quantization, calibration_batch
@@ -406,6 +410,70 @@ def test_onnx_runs_without_mxnet(quantized, name):
         assert answer.label in "01" and "mxnet" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, cwd=ROOT)
+
+
+def test_one_thread_at_a_time_runs_a_network_of_mxnet():
+    """Two first calls at once failed: they shared the name scopes in which MXNet traces it."""
+    running, most = [], []
+
+    class Network:
+        def hybridize(self, **options):
+            """Do nothing."""
+
+        def __call__(self, ids, lengths):
+            running.append(1)
+            most.append(len(running))
+            time.sleep(0.02)
+            running.pop()
+            return nd.zeros((ids.shape[0], 2))
+
+    backend = runtime.MXNetBackend(Network(), vocab_size=9)
+    ids, lengths = np.ones((1, 3), int), np.full(1, 3)
+    with ThreadPoolExecutor(4) as pool:
+        for answer in [pool.submit(backend.logits, ids, lengths) for _ in range(4)]:
+            assert answer.result().shape == (1, 2)
+    assert most == [1] * 4
+
+
+def test_threads_do_not_get_each_others_answers_from_openvino():
+    class Request:
+        """As OpenVINO's: it keeps its answers until the next ones replace them."""
+
+        def infer(self, feed):
+            self.found = feed["input_ids"][:, :1].astype(np.float32)
+            time.sleep(0.01)
+
+        def get_output_tensor(self, number):
+            return SimpleNamespace(data=self.found)
+
+    backend = runtime.OpenVinoBackend.__new__(runtime.OpenVinoBackend)
+    runtime.Backend.__init__(backend, vocab_size=9, positions=9)
+    backend._request, backend._lock = Request(), threading.Lock()
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda n: backend.logits([[n]], [1]).item(), range(8)))
+    assert answers == list(range(8))
+
+
+def test_threads_get_their_own_answers_from_openvino(tmp_path):
+    pytest.importorskip("openvino")
+    backend = load_runtime(str(save_classifier(tmp_path)), "openvino")
+    asked = [np.full((1 + n % 3, 4), 5 + n) for n in range(30)]
+    lengths = [np.full(len(ids), 4) for ids in asked]
+    expected = list(map(backend.logits, asked, lengths))
+    with ThreadPoolExecutor(4) as pool:
+        for found, one in zip(pool.map(backend.logits, asked, lengths), expected):
+            np.testing.assert_allclose(found, one, atol=1e-5)
+
+
+def test_loadings_that_overlap_restore_the_interval_of_threads():
+    before = sys.getswitchinterval()
+    first, second = _short_turns(), _short_turns()
+    for enter in (first, second):
+        enter.__enter__()
+    for leave in (first, second):
+        assert sys.getswitchinterval() < before
+        leave.__exit__(None, None, None)
+    assert sys.getswitchinterval() == before
 
 
 def test_threads_follow_the_environment(monkeypatch):
