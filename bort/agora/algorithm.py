@@ -361,9 +361,10 @@ def agora(
     """
     settings = settings or AgoraSettings()
     check_limits(settings)
+    test_inputs = list(test_inputs)  # a generator would be empty after the first check
     _check_data(train, dev, search_space, test_inputs)
     _check_labels(timaeus, train, dev, objective)
-    store = store or Store()
+    store = Store() if store is None else store
     _check_store(store, seed, settings, search_space, train, dev)
     fitting = _Fitting(socrates, dev, search_space, objective, store, map_fits, settings.warm_start)
     _check_max_rounds(fitting, settings)
@@ -475,7 +476,7 @@ def _check_store(
     arguments = {"seed": seed, **dataclasses.asdict(settings), "search_space": search_space}
     del arguments["max_rounds"]  # decides when the run ends, not its rounds
     arguments.update(train=_digest(train), dev=_digest(dev))
-    arguments = json.loads(json.dumps(arguments, default=repr))
+    arguments = json.loads(json.dumps(arguments, default=_plain))
     recorded = store.recall("run")
     if recorded is None:
         store.record("run", {**arguments, CONSTANTS: "ignored"})
@@ -484,6 +485,11 @@ def _check_store(
         raise OtherRunError(
             f"the store contains a run with another {', '.join(names)}: use a new folder"
         )
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy as Python's, which is equal to it; anything else as text."""
+    return value.item() if isinstance(value, np.generic) else repr(value)
 
 
 def _check_max_rounds(fitting: _Fitting, settings: AgoraSettings) -> None:

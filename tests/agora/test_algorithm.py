@@ -235,6 +235,31 @@ def test_dev_and_test_never_enter_train():
     assert result.rounds[-1].augmented == ()  # no set is left to be fitted on them
 
 
+def test_test_inputs_that_can_be_walked_through_once_are_kept_out_too():
+    test = points(3, seed=2).inputs
+    result = run(tau=lambda example, generator: test[0], test_inputs=iter(test))
+    assert all(one.augmented == () for one in result.rounds)
+
+
+def test_an_empty_store_with_a_length_is_used():
+    class Sized(Store):
+        def __len__(self):
+            return len(self.records)
+
+    store = Sized()
+    run(AgoraSettings(max_rounds=1), store=store)
+    assert len(store) == 1 + len(SPACE)
+
+
+def test_numbers_of_numpy_resume_the_run_of_equal_ones():
+    store = Store()
+    settings = AgoraSettings(max_rounds=1)
+    first = run(settings, store=store, seed=3)
+    space = [{name: np.array(value)[()] for name, value in hparams.items()} for hparams in SPACE]
+    again = run(settings, store=store, seed=np.int64(3), search_space=space)
+    assert again.rounds == first.rounds
+
+
 def test_a_tau_that_changes_nothing_makes_no_image():
     result = run(tau=lambda example, generator: example)
     assert all(one.augmented == () and one.train_size == 12 for one in result.rounds)
