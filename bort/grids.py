@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import Any, Iterable, Mapping, Sized
 
-from bort.errors import UserError
+from bort.errors import UserError, quoted
 
 MAX_COMBINATIONS = 10_000
 
@@ -19,5 +19,11 @@ def check_size(where: str, values: Mapping[str, Sized], limit: int = MAX_COMBINA
 
 
 def combinations(values: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
-    """Return every combination of the values, the last name's changing fastest."""
+    """Return every combination of the values, the last name's changing fastest.
+
+    Raises `UserError` for one text in place of a list: its letters would be the values.
+    """
+    for name, given in values.items():
+        if isinstance(given, (str, bytes)):
+            raise UserError(f"{name}: expected a list of values, found {quoted(given)}")
     return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]

@@ -71,7 +71,7 @@ class Evaluator:
             "repeat": candidate.repeat,
             "seed": self.seed,
         }
-        return json.dumps({**named, **more}, sort_keys=True)
+        return json.dumps({**named, **more}, sort_keys=True, default=_plain)
 
     def __call__(self, candidate: Candidate) -> Measurement:
         """Measure the candidate; an error that is not finite becomes infinity.
@@ -93,6 +93,13 @@ class Evaluator:
         except CapError as exceeded:
             failure = str(exceeded)
         return Measurement(candidate.number, error, time.perf_counter() - start, failure)
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy as Python's, which is equal to it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{quoted(value)}: architectures and hyperparameters hold plain values")
 
 
 # ---- where candidates run ------------------------------------------------------------------------

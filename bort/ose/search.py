@@ -32,6 +32,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Seque
 import numpy as np
 
 from bort.errors import UserError
+from bort.grids import combinations
 from bort.ose.candidates import (
     Architecture,
     Candidate,
@@ -131,12 +132,11 @@ def largest(members: Sequence[Member]) -> Member:
 def hyperparameter_sets(mode: str = "practical", **grid: Sequence[Any]) -> list[Hyperparameters]:
     """Return the mode's settings with every combination of the values of the grid.
 
-    Raises `UserError` for a mode that is not in `MODES`.
+    Raises `UserError` for a mode that is not in `MODES`, and for one text in place of a list.
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r}: must be one of {', '.join(MODES)}")
-    combinations = itertools.product(*grid.values())
-    return [{**MODES[mode], **dict(zip(grid, values))} for values in combinations]
+    return [{**MODES[mode], **chosen} for chosen in combinations(grid)]
 
 
 def extract(
@@ -179,7 +179,9 @@ def extract(
     Raises:
         UserError: an empty space; a stride, a number of repeats or of sets of hyperparameters out
             of range; a T that is not the largest; no W above 0.
+        ValueError: an error below `lower_bound`, as soon as it is measured.
     """
+    hparams = list(hparams)  # walked through twice
     if repeats < 1 or not hparams:
         raise UserError("the search needs at least one repeat and one set of hyperparameters")
     members = ordered(space, parameter_size, inference_cost, tie_break)
@@ -192,7 +194,7 @@ def extract(
     runs = itertools.product(trained, hparams, range(repeats))
     candidates = [Candidate(number, *run) for number, run in enumerate(runs)]
     evaluator = Evaluator(surrogate_error, max_steps, seed)
-    found = _measure(map, evaluator, candidates, journal)
+    found = _measure(map, evaluator, candidates, journal, lower_bound)
 
     table = []
     for (index, member), chosen in itertools.product(enumerate(visited), hparams):
@@ -250,6 +252,7 @@ def _measure(
     evaluator: Evaluator,
     candidates: Sequence[Candidate],
     journal: SearchJournal | None,
+    lower_bound: float,
 ) -> Iterator[Measurement]:
     """Return the measurements in the order of the candidates; record those made now."""
     found: dict[int, Measurement] = {}
@@ -259,6 +262,12 @@ def _measure(
             found[candidate.number] = measurement
     missing = [candidate for candidate in candidates if candidate.number not in found]
     for measurement in spread(evaluator, missing) if missing else ():
+        if measurement.error < lower_bound:  # what follows would be measured in vain
+            architecture = candidates[measurement.number].architecture
+            raise ValueError(
+                f"error {measurement.error} of {architecture}: must not be negative or below "
+                f"lower_bound, {lower_bound}"
+            )
         found[measurement.number] = measurement
         if journal:
             journal.write(evaluator.key(candidates[measurement.number]), measurement)

@@ -238,6 +238,37 @@ def test_a_lower_bound_is_subtracted_before_w_is_taken():
         extract(SPACE, size, cost, smooth_error, lower_bound=2.0)
 
 
+def test_an_error_below_the_lower_bound_ends_the_search_at_once():
+    measured = []
+
+    def error(architecture, *others):
+        measured.append(architecture)
+        return 0.5
+
+    with pytest.raises(ValueError, match=r"below lower_bound, 0\.6"):
+        extract(SPACE, size, cost, error, lower_bound=0.6)
+    assert len(measured) == 1
+
+
+def test_hyperparameters_that_can_be_walked_through_once():
+    chosen = [{"scale": 3}, {"scale": 1}]
+    assert search(noisy_error, hparams=iter(chosen)) == search(noisy_error, hparams=chosen)
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    space = list(itertools.product(np.arange(1, 9), np.arange(1, 9)))
+    chosen = [{"scale": np.int64(2)}]
+    found = extract(space, size, cost, noisy_error, hparams=chosen, seed=np.int64(1))
+    assert found == search(noisy_error, hparams=[{"scale": 2}], seed=1)
+    with pytest.raises(TypeError, match="plain values"):
+        search(hparams=[{"scale": {1}}])
+
+
+def test_one_text_in_place_of_a_list_of_values_is_refused():
+    with pytest.raises(UserError, match="optimizer: expected a list of values, found 'sgd'"):
+        hyperparameter_sets(optimizer="sgd")
+
+
 def test_the_best_of_all_hyperparameter_sets_wins():
     chosen = [{"scale": 3}, {"scale": 1}, {"scale": 2}]
     result = search(noisy_error, hparams=chosen, stride=5)
