@@ -8,7 +8,7 @@ import math
 import os
 import re
 from contextlib import contextmanager
-from typing import Iterable, Iterator, Sequence
+from typing import Iterable, Iterator, Sequence, Union
 
 import numpy as np
 
@@ -28,11 +28,12 @@ _HUGGING_FACE = (
 EMBEDDING, PROJECTION = "word_embed.0.weight", "decoder.3.weight"
 
 
-def parameter_file(path: str) -> str:
+def parameter_file(path: Union[str, os.PathLike[str]]) -> str:
     """Return the parameter file of a path: a file, a checkpoint, or the folder of a run or model.
 
     Raises `UserError` when there is none or several.
     """
+    path = os.fspath(path)
     for candidate in (path, checkpoint.newest_path(path) or path):
         model = os.path.join(candidate, checkpoint.MODEL)
         if os.path.isfile(model) and os.path.isfile(os.path.join(candidate, checkpoint.STATE)):

@@ -13,7 +13,7 @@ import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple, Union
 
 from bort.errors import UserError, quoted
 from bort.files import MODEL_BYTES, atomic_path, read_json_as, sha256_of, write_json
@@ -106,12 +106,16 @@ class SavedModel(NamedTuple):
 
 
 def save_model(
-    path: str, network: Block, model_config: ModelConfig, tokenizer: Optional[Tokenizer]
+    path: Union[str, os.PathLike[str]],
+    network: Block,
+    model_config: ModelConfig,
+    tokenizer: Optional[Tokenizer],
 ) -> None:
     """Write a network to `path`, which ends in .params, with its model config and its tokenizer.
 
     The parameters come last and in one rename: a file that is there has its config beside it.
     """
+    path = os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_path(path) as temporary:
         save_parameters(network, temporary)
@@ -134,7 +138,10 @@ def _save_config(
 
 
 def load_model(
-    path: str, ctx: Optional[Context] = None, dropout: float = 0.0, trainable: bool = False
+    path: Union[str, os.PathLike[str]],
+    ctx: Optional[Context] = None,
+    dropout: float = 0.0,
+    trainable: bool = False,
 ) -> SavedModel:
     """Load a saved model: its .params file, its folder, or a pretraining checkpoint or run.
 

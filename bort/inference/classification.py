@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
-from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
@@ -255,7 +255,10 @@ def _own_texts(row: Mapping[str, object], columns: Sequence[str]) -> list[str]:
 
 
 def load_classifier(
-    path: str, task: Optional[str] = None, runtime: str = "mxnet", batch_size: int = BATCH_SIZE
+    path: Union[str, os.PathLike[str]],
+    task: Optional[str] = None,
+    runtime: str = "mxnet",
+    batch_size: int = BATCH_SIZE,
 ) -> ClassificationPipeline:
     """Load a saved classifier: its .params file or its folder.
 
@@ -266,6 +269,7 @@ def load_classifier(
     Raises `UserError` when there is none, when it is damaged, and for another task than the
     model's.
     """
+    path = os.fspath(path)
     found = parameter_file(path)
     model_config = read_model_config(found)
     if model_config.kind == MASKED_LM:

@@ -5,9 +5,10 @@ A mask is spelled as in the vocabulary: `<mask>`, or `[MASK]` in BERT's.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from typing import Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
@@ -159,11 +160,14 @@ def mask_probabilities(
         yield from probabilities
 
 
-def load_mask_filler(path: str, batch_size: int = BATCH_SIZE) -> FillMaskPipeline:
+def load_mask_filler(
+    path: Union[str, os.PathLike[str]], batch_size: int = BATCH_SIZE
+) -> FillMaskPipeline:
     """Load a pretrained model: a run, a checkpoint, or a parameter file with its model config.
 
     Raises `UserError` when there is none or when it is damaged.
     """
+    path = os.fspath(path)
     found = parameter_file(path)
     model_config = read_model_config(found)
     if model_config.kind != MASKED_LM:

@@ -31,10 +31,13 @@ def predict(
     runtime: one of `bort.inference.runtime.BACKENDS`, or auto.
     task, runtime, batch_size: for a path; a loaded pipeline has its own.
 
-    Raises `UserError` for a path without a classifier, a wrong task, and an invalid input.
+    Raises `UserError` for a path without a classifier, a wrong task, and an invalid input;
+    `TypeError` for another kind of pipeline.
     """
     if isinstance(model, (str, os.PathLike)):
-        model = load_classifier(os.fspath(model), task, runtime, batch_size)
+        model = load_classifier(model, task, runtime, batch_size)
+    elif not isinstance(model, ClassificationPipeline):
+        raise TypeError(f"predict: expected a path or a classifier, found {type(model).__name__}")
     for window in predictions(model, locate(inputs)):
         yield from (prediction for _, prediction in window)
 
@@ -50,9 +53,14 @@ def fill_mask(
     model: a pretraining run, a checkpoint, a saved model, or a loaded `FillMaskPipeline`, which
         has its own batch_size.
 
-    Raises `UserError` for a path without a pretrained model and for a text without a mask.
+    Raises `UserError` for a path without a pretrained model and for a text without a mask;
+    `TypeError` for another kind of pipeline.
     """
     if isinstance(model, (str, os.PathLike)):
-        model = load_mask_filler(os.fspath(model), batch_size)
+        model = load_mask_filler(model, batch_size)
+    elif not isinstance(model, FillMaskPipeline):
+        raise TypeError(
+            f"fill_mask: expected a path or a mask filler, found {type(model).__name__}"
+        )
     for window in predictions(model, locate(texts)):
         yield from (words for _, words in window)

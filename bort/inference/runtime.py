@@ -439,7 +439,9 @@ class Int8Record:
     sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def load_runtime(path: str, name: str, threads: int | None = None) -> Backend:
+def load_runtime(
+    path: Union[str, os.PathLike[str]], name: str, threads: int | None = None
+) -> Backend:
     """Load a saved classifier (its .params file or folder, or a file of export_onnx.py) to run it.
 
     Raises `UserError` for a path without a classifier, for a masked-LM network, for damaged files,
@@ -448,6 +450,7 @@ def load_runtime(path: str, name: str, threads: int | None = None) -> Backend:
     if name not in BACKENDS:
         raise UserError(f"runtime {quoted(name)}: expected one of {', '.join(BACKENDS)}")
     require_processor(name)
+    path = os.fspath(path)
     if path.endswith(".onnx"):
         return _load_onnx_file(path, name, threads)
     found = parameter_file(path)

@@ -23,12 +23,20 @@ import finetune_classifier
 from bort.errors import UserError
 from bort.finetuning.scoring import predict_logits
 from bort.inference import masked_lm, prediction_files
-from bort.inference.base import WINDOW, Located, locate, predictions, windows
+from bort.inference.base import BATCH_SIZE, WINDOW, Located, locate, predictions, windows
 from bort.inference.classification import Prediction, load_classifier
-from bort.inference.masked_lm import MASKS_AT_ONCE, mask_ids
+from bort.inference.masked_lm import MASKS_AT_ONCE, load_mask_filler, mask_ids
 from bort.inference.pipelines import fill_mask, predict
 from bort.inference.prediction_files import InputReader, LineReader
-from bort.saved_model import MASKED_LM, ModelConfig, SavedModel, build_network, save_model
+from bort.inference.runtime import load_runtime
+from bort.saved_model import (
+    MASKED_LM,
+    ModelConfig,
+    SavedModel,
+    build_network,
+    load_model,
+    save_model,
+)
 from bort.tokenization import (
     BYTE_TO_CHARACTER,
     SPECIAL_TOKENS,
@@ -100,6 +108,27 @@ def by_itself(model: SavedModel, *texts: str) -> np.ndarray:
         ids += [*tokenizer.encode(text), tokenizer.eos_id]
     scores = model.network(nd.array([ids]), nd.array([len(ids)])).asnumpy()
     return reference.softmax(scores.astype(np.float64))[0]
+
+
+def test_paths_may_be_objects_everywhere(tmp_path, tokenizer):
+    model = saved(tmp_path / "first", tokenizer)
+    path = tmp_path / "second" / "best.params"
+    save_model(path, *model)
+    assert load_model(path).model_config == model.model_config
+    for runtime in ("mxnet", "onnx"):
+        assert load_runtime(path, runtime).logits([[0, 2]], [2]).shape == (1, 2)
+    assert load_classifier(path).model_config == model.model_config
+    saved_masked_lm(tmp_path / "third", tokenizer)
+    assert load_mask_filler(tmp_path / "third" / "bort.params").batch_size == BATCH_SIZE
+
+
+def test_a_pipeline_of_the_other_kind_is_refused(tmp_path, tokenizer):
+    saved(tmp_path / "classifier", tokenizer)
+    saved_masked_lm(tmp_path / "filler", tokenizer)
+    with pytest.raises(TypeError, match="expected a path or a mask filler, found Classification"):
+        list(fill_mask(load_classifier(tmp_path / "classifier"), ["a <mask>"]))
+    with pytest.raises(TypeError, match="expected a path or a classifier, found FillMaskPipeline"):
+        list(predict(load_mask_filler(tmp_path / "filler"), ["a film"]))
 
 
 def test_predictions_are_in_the_order_of_the_input(tmp_path, tokenizer):
