@@ -29,6 +29,7 @@ from bort.shapes import (
     CLS,
     MAX_LENGTH,
     MEAN,
+    POOLINGS,
     ROBERTA,
     TOKEN_TYPES,
     BodyOptions,
@@ -101,6 +102,9 @@ class BortClassifier(HybridBlock):
     `bort` may be any BERTModel without decoder; `extra_layer` adds a Dense(hidden) in front, which
     the paper is said to have used for CoLA. With `pooling` mean the head takes the mean over the
     tokens, as sentence models do, instead of the first token's vector.
+
+    Raises `ValueError` for a model with decoder, another pooling, and, when it is called, sequences
+    longer than the model's position table.
     """
 
     def __init__(
@@ -112,6 +116,10 @@ class BortClassifier(HybridBlock):
         pooling: str = CLS,
     ) -> None:
         super().__init__()
+        if bort._use_decoder:
+            raise ValueError("the model has a decoder; build it with use_decoder=False")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLINGS)}")
         self.pooling = pooling
         with self.name_scope():
             self.bort = bort
@@ -124,6 +132,11 @@ class BortClassifier(HybridBlock):
                     nn.Dropout(dropout),
                     nn.Dense(num_classes, in_units=bort._units),
                 )
+
+    def __call__(self, inputs: NDArray, valid_length: NDArray) -> NDArray:
+        """Return the logits of the sequences (shapes: see the class)."""
+        check_length(self.bort, inputs)  # once hybridized, it does not call the model
+        return super().__call__(inputs, valid_length)
 
     def hybrid_forward(self, F: Operators, inputs: NDArray, valid_length: NDArray) -> NDArray:  # noqa: N803
         """Return the logits of the sequences (shapes: see the class)."""

@@ -330,6 +330,25 @@ def test_the_classifier_scores_the_first_token(classes: int) -> None:
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("hybridized", [False, True])
+def test_a_classifier_refuses_one_token_too_many(hybridized: bool) -> None:
+    bort, _ = get_bort_model(TINY, vocab=range(50), use_decoder=False, max_length=8)
+    classifier = BortClassifier(bort)
+    initialize(classifier, mx.cpu())
+    classifier.hybridize(hybridized)
+    assert classifier(nd.zeros((1, 8)), nd.array([8])).shape == (1, 2)
+    with pytest.raises(ValueError, match="sequence length 9: the model has 8 positions"):
+        classifier(nd.zeros((1, 9)), nd.array([9]))
+
+
+def test_a_classifier_says_what_it_cannot_be_built_of(tiny_model: BortModel) -> None:
+    with pytest.raises(ValueError, match="has a decoder; build it with use_decoder=False"):
+        BortClassifier(tiny_model)
+    bort, _ = get_bort_model(TINY, vocab=range(50), use_decoder=False)
+    with pytest.raises(ValueError, match="pooling 'max': expected one of cls, mean"):
+        BortClassifier(bort, pooling="max")
+
+
 # ---- parameter files ---------------------------------------------------------------------------
 
 
