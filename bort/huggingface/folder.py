@@ -35,6 +35,7 @@ from bort.huggingface.families import (
     CHOICE_HEAD,
     CLASSIFIER_HEAD,
     MASKED_LM_HEAD,
+    WRITTEN,
     Architecture,
 )
 from bort.huggingface.model_card import model_card
@@ -76,8 +77,11 @@ _OUR_ENTRIES = ("model", "kind", "task", "labels", "max_len", "race_cast", "inpu
 def architecture_for(model_config: ModelConfig, family: str) -> Architecture:
     """Return the architecture that computes what a saved model does.
 
-    Raises `UserError` for the extra dense layer and for mean pooling, which no architecture has.
+    Raises `UserError` for the extra dense layer and for mean pooling, which no architecture has,
+    and for a family that is not one of those written.
     """
+    if family not in WRITTEN:
+        raise UserError(f"family {quoted(family)}: expected one of {', '.join(WRITTEN)}")
     if model_config.extra_layer:
         raise UserError(
             "the classifier was trained with --extra_layer: no architecture of transformers has a "
@@ -215,8 +219,11 @@ def read_folder(folder: str, token_types: str = KEEP, origin: str = "") -> Impor
 
     Every file is checked before the network is built.
 
-    Raises `UserError` naming the file and the entry that stands for another computation than ours.
+    Raises `UserError` naming the file and the entry that stands for another computation than ours,
+    and for another value of `token_types`.
     """
+    if token_types not in (KEEP, FOLD):
+        raise UserError(f"token_types {quoted(token_types)}: expected {KEEP} or {FOLD}")
     check_sums(folder, READ_FILES)
     config = read_json_as(os.path.join(folder, CONFIG), HuggingFaceConfig)
     try:

@@ -28,6 +28,7 @@ from bort.huggingface import check as huggingface_check
 from bort.huggingface import folder as huggingface_folder
 from bort.huggingface import weights as huggingface
 from bort.huggingface.config import Description, HuggingFaceConfig, configuration, parse_config
+from bort.huggingface.convert import to_huggingface as to_folder
 from bort.huggingface.families import Architecture, architecture_of
 from bort.huggingface.model_card import model_card
 from bort.huggingface.tensors import read_tensors
@@ -579,6 +580,14 @@ def test_a_vocabulary_without_a_form_there_is_refused(tmp_path, changes, reason)
 def alone(monkeypatch) -> None:
     """Let the programs find neither torch nor transformers."""
     monkeypatch.setattr(huggingface_check.importlib.util, "find_spec", lambda _: None)
+
+
+def test_another_family_or_treatment_of_token_types_is_refused(tmp_path, sample):
+    saved(tmp_path / "model", "classification", sample)
+    with pytest.raises(UserError, match="family 'electra': expected one of roberta, bert"):
+        to_folder(str(tmp_path / "model"), str(tmp_path / "there"), "electra")
+    with pytest.raises(UserError, match="token_types 'drop': expected keep or fold"):
+        huggingface_folder.read_folder(str(tmp_path / "absent"), token_types="drop")
 
 
 @EVERY
