@@ -2,6 +2,7 @@
 
 Nothing here averages over batches. A set on which a metric is undefined (constant predictions
 under a correlation, no positive under F1) scores 0, so that no `nan` reaches early stopping.
+Labels and predictions of different shapes, which NumPy might broadcast, raise `ValueError`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ import numpy as np
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Fraction of predictions that equal their label; both [n]."""
-    return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
+    labels, predictions = _paired(labels, predictions)
+    return float(np.mean(labels == predictions))
+
+
+def _paired(labels: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(labels), np.asarray(predictions)
+    if first.shape != second.shape:
+        raise ValueError(f"labels have shape {first.shape}, predictions {second.shape}")
+    return first, second
 
 
 def f1(labels: np.ndarray, predictions: np.ndarray, positive: int = 1) -> float:
     """F1 of the class `positive`: 2 tp / (2 tp + fp + fn); both arrays [n]."""
-    actual = np.asarray(labels) == positive
-    predicted = np.asarray(predictions) == positive
+    labels, predictions = _paired(labels, predictions)
+    actual, predicted = labels == positive, predictions == positive
     total = actual.sum() + predicted.sum()
     return float(2 * (actual & predicted).sum() / total) if total else 0.0
 
@@ -51,8 +60,8 @@ def _covariance(first: np.ndarray, second: np.ndarray) -> float:
 
 def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Pearson's linear correlation of two arrays [n]."""
-    first = np.asarray(labels, dtype=np.float64)
-    second = np.asarray(predictions, dtype=np.float64)
+    labels, predictions = _paired(labels, predictions)
+    first, second = labels.astype(np.float64), predictions.astype(np.float64)
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     # Each is scaled to the range 1, as squares of very small values would be 0.
@@ -63,6 +72,7 @@ def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 def spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Spearman's rank correlation of two arrays [n]; equal values share their mean rank."""
+    labels, predictions = _paired(labels, predictions)
     return pearson(_ranks(labels), _ranks(predictions))
 
 

@@ -363,6 +363,7 @@ class AXg(SuperGlueTask):
 
     def metrics(self, examples: Sequence[Example], logits: np.ndarray) -> dict[str, float]:
         """Return accuracy and gender parity."""
+        self.check_scored(examples, logits)
         pairs = [int(example.uid) // 2 for example in examples]  # type: ignore[arg-type]
         parity = metrics.parity(pairs, self.predict(logits))
         return {**super().metrics(examples, logits), "parity": parity}
@@ -415,6 +416,7 @@ class MultiRC(SuperGlueTask):
 
     def metrics(self, examples: Sequence[Example], logits: np.ndarray) -> dict[str, float]:
         """Return F1 over all answers (F1a) and the fraction of questions without a mistake."""
+        self.check_scored(examples, logits)
         labels = np.array([example.label for example in examples])
         predictions = self.predict(logits)
         questions = [_parts(example)[:2] for example in examples]
@@ -548,6 +550,7 @@ class ReCoRD(SuperGlueTask):
 
     def metrics(self, examples: Sequence[Example], logits: np.ndarray) -> dict[str, float]:
         """Return F1 and exact match of the chosen answers, each the best over the right ones."""
+        self.check_scored(examples, logits)
         chosen = self._chosen(examples, logits).values()
         return {
             "f1": float(np.mean([metrics.answer_f1(e.candidate, e.answers) for e in chosen])),

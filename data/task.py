@@ -161,8 +161,19 @@ class Task:
         names = [file.split for file in self.files if file.split.startswith(prefix)]
         return tuple(dict.fromkeys(names))
 
+    def check_split(self, split: str) -> None:
+        """Raise `UserError` for a name that none of the task's splits has."""
+        if split not in self.splits:
+            raise UserError(
+                f"{self.name}: has no split {quoted(split)}, only {', '.join(self.splits)}"
+            )
+
     def official_rows(self, split: str) -> int:
-        """Return how many rows the official file of a split has."""
+        """Return how many rows the official file of a split has.
+
+        Raises `UserError` for a split that the task does not have.
+        """
+        self.check_split(split)
         return next(file.rows for file in self.files if file.split == split)
 
     def withdrawn_version(self, split: str, rows: int) -> str:
@@ -209,10 +220,11 @@ class Task:
         """Read one split. A label in a test file that is not one of the task's counts as absent.
 
         seed: decides the draw of ReCoRD's training candidates; no other task draws.
-        Raises `UserError` when the file is missing, has no valid rows or is not the one that was
-        downloaded (`bort.sums`), and for the first broken row unless `skip_bad_rows` (None: False,
-        and the message does not name the flag of it).
+        Raises `UserError` for a split that the task does not have, when the file is missing, has no
+        valid rows or is not the one that was downloaded (`bort.sums`), and for the first broken row
+        unless `skip_bad_rows` (None: False, and the message does not name the flag of it).
         """
+        self.check_split(split)
         path = self.find(data_dir, split)
         if path is None:
             raise UserError(self._not_found(data_dir, split))
@@ -275,10 +287,20 @@ class Task:
         """Return the official metrics over a whole labelled set.
 
         logits: [n, classes or options], or [n] for regression, in the order of the examples.
+
+        Raises `ValueError` for examples without a label, and for logits of another number.
         """
+        self.check_scored(examples, logits)
         labels = np.array([example.label for example in examples])
         predictions = self.predict(logits)
         return {measure.__name__: measure(labels, predictions) for measure in self.measures}
+
+    def check_scored(self, examples: Sequence[Example], logits: np.ndarray) -> None:
+        """Raise `ValueError` for examples without a label, and for logits of another number."""
+        if not is_labelled(examples):
+            raise ValueError(f"{self.name}: metrics need examples with labels")
+        if len(logits) != len(examples):
+            raise ValueError(f"{self.name}: {len(examples)} examples have {len(logits)} logits")
 
     def score(self, values: Mapping[str, float]) -> float:
         """Return the leaderboard's score: the mean of the headline metrics."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from bort.errors import UserError, escaped
+from bort.errors import UserError, escaped, quoted
 from data.glue import GLUE_TASKS
 from data.race import RACE_TASKS, Race
 from data.super_glue import SUPER_GLUE_TASKS
@@ -16,7 +16,12 @@ _CLASSES: tuple[type[Task], ...] = (*GLUE_TASKS, *SUPER_GLUE_TASKS, *RACE_TASKS)
 
 
 def task_names(suite: str = "") -> list[str]:
-    """Return the names of all tasks, or of those of one suite: glue, superglue or race."""
+    """Return the names of all tasks, or of those of one suite: glue, superglue or race.
+
+    Raises `UserError` for another suite.
+    """
+    if suite not in ("", *SUITES):
+        raise UserError(f"suite {quoted(suite)}: expected one of {', '.join(SUITES)}")
     return [cls.name for cls in _CLASSES if suite in ("", cls.suite)]
 
 

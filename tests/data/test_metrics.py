@@ -28,6 +28,13 @@ def test_hand_worked_example():
     assert metrics.matthews(LABELS, PREDICTIONS) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("name", ["accuracy", "f1", "macro_f1", "pearson", "spearman"])
+@pytest.mark.parametrize("predictions", [PREDICTIONS[:1], PREDICTIONS[:-1], PREDICTIONS[:, None]])
+def test_predictions_of_another_shape_than_the_labels_are_refused(name, predictions):
+    with pytest.raises(ValueError, match=r"labels have shape \(8,\), predictions \("):
+        getattr(metrics, name)(LABELS, predictions)
+
+
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize("seed", range(5))
 def test_classes_equal_scikit_learn(seed, classes):

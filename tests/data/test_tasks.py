@@ -222,6 +222,26 @@ def test_a_missing_file_is_reported_with_its_path_and_the_cure(tmp_path):
         get_task("CoLA").read(tmp_path, "test")
 
 
+def test_a_split_or_suite_that_does_not_exist_is_named_with_those_that_do(tmp_path):
+    with pytest.raises(UserError, match=r"MNLI: has no split 'dev', only train, dev_matched, "):
+        get_task("MNLI").read(TEST_DATA, "dev")
+    with pytest.raises(UserError, match="BoolQ: has no split 'validation', only train, dev, test"):
+        get_task("BoolQ").official_rows("validation")
+    with pytest.raises(UserError, match="suite 'GLUE': expected one of glue, superglue, race"):
+        task_names("GLUE")
+
+
+@pytest.mark.parametrize("name", ["SST-2", "AX-g", "MultiRC", "ReCoRD", "RACE"])
+def test_metrics_refuse_missing_labels_and_another_number_of_logits(name):
+    task = get_task(name)
+    examples = task.read(TEST_DATA, (task.dev or task.test)[0]).examples
+    scores = np.zeros((len(examples), 4 if name == "RACE" else 2))
+    with pytest.raises(ValueError, match=f"{len(examples)} examples have 1 logits"):
+        task.metrics(examples, scores[:1])
+    with pytest.raises(ValueError, match="need examples with labels"):
+        task.metrics([example._replace(label=None) for example in examples], scores)
+
+
 def test_a_file_that_is_a_link_to_nothing_is_not_taken_for_absent(tmp_path):
     """Else a run would end without the predictions of its test set."""
     (tmp_path / "CoLA").mkdir()
