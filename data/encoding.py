@@ -97,8 +97,13 @@ def encode_inputs(
     """Return the ids, int32, of encoder inputs of one or several texts, cut to `max_len` tokens.
 
     The longest texts of an input are cut first, to equal lengths.
+
+    Raises `ValueError` for one text in place of an input, which is a sequence of texts: its letters
+    would be taken for texts.
     """
-    inputs = list(inputs)
+    inputs = [parts if isinstance(parts, str) else tuple(parts) for parts in inputs]
+    if any(isinstance(parts, str) for parts in inputs):
+        raise ValueError("inputs: expected sequences of texts, found one text; write (text,)")
     # Many inputs may share a passage: each text is encoded once.
     texts = list(dict.fromkeys(text for parts in inputs for text in parts))
     ids = dict(zip(texts, tokenizer.encode_batch(texts)))

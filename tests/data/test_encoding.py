@@ -45,6 +45,13 @@ def test_an_input_is_its_texts_between_separators(tokenizer):
     assert single.dtype == np.int32
 
 
+def test_one_text_is_no_input_and_an_input_may_be_walked_through_once(tokenizer):
+    with pytest.raises(ValueError, match="expected sequences of texts, found one text"):
+        encode_inputs(tokenizer, [PAIR, PAIR[0]], 64)
+    (expected,), (found,) = (encode_inputs(tokenizer, [one], 64) for one in (PAIR, iter(PAIR)))
+    assert found.tolist() == expected.tolist()
+
+
 def test_the_longest_text_is_cut_first(tokenizer):
     long, short = "word " * 40, "a cast"
     (cut,) = encode_inputs(tokenizer, [(long, short)], 20)
