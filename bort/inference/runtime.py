@@ -70,7 +70,7 @@ class Backend(abc.ABC):
     def __init__(self, vocab_size: int, positions: int) -> None:
         self._vocab_size, self._positions = vocab_size, positions
 
-    def logits(self, input_ids: np.ndarray, valid_length: np.ndarray) -> np.ndarray:
+    def logits(self, input_ids: ArrayLike, valid_length: ArrayLike) -> np.ndarray:
         """Return the logits, float32 [batch, outputs].
 
         input_ids: integers [batch, length], padded at the end; valid_length: integers [batch].
