@@ -320,9 +320,14 @@ class AgoraResult:
 
 
 def input_key(example: Input) -> Hashable:
-    """Return a key that equal inputs share: arrays and lists by value, dicts by item."""
-    if isinstance(example, (np.ndarray, np.generic)):
-        return input_key(example.tolist())
+    """Return a key that equal inputs share: arrays and lists by value, dicts by item.
+
+    Arrays of other libraries, such as MXNet's, are equal to themselves only: they become NumPy's.
+    """
+    if hasattr(example, "asnumpy"):
+        return input_key(example.asnumpy().tolist())
+    if hasattr(example, "__array__"):
+        return input_key(np.asarray(example).tolist())
     if isinstance(example, (list, tuple)):
         return tuple(map(input_key, example))
     if isinstance(example, dict):

@@ -241,6 +241,30 @@ def test_test_inputs_that_can_be_walked_through_once_are_kept_out_too():
     assert all(one.augmented == () for one in result.rounds)
 
 
+class Tensor:
+    """As those of other libraries: without equality by value."""
+
+    def __init__(self, values):
+        self.values = np.array(values)
+
+
+class MXNetArray(Tensor):
+    def asnumpy(self):
+        return self.values
+
+
+class OtherArray(Tensor):
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+@pytest.mark.parametrize("kind", [MXNetArray, OtherArray])
+def test_a_dev_row_in_train_is_found_among_arrays_of_other_libraries(kind):
+    train, dev = ([kind(row) for row in rows] for rows in ([[1.0, 2], [3, 4]], [[3.0, 4]]))
+    with pytest.raises(module.DevInTrainError, match="row 1 of train is row 0 of dev"):
+        run(train=Examples(train, np.array([0, 1])), dev=Examples(dev, np.array([1])))
+
+
 def test_an_empty_store_with_a_length_is_used():
     class Sized(Store):
         def __len__(self):
