@@ -11,12 +11,17 @@ from bort.grids import MAX_COMBINATIONS, check_size, combinations
 
 
 def test_the_last_name_changes_fastest():
-    assert combinations({"a": [1, 2], "b": "xy"}) == [
+    assert combinations({"a": [1, 2], "b": ["x", "y"]}) == [
         {"a": 1, "b": "x"},
         {"a": 1, "b": "y"},
         {"a": 2, "b": "x"},
         {"a": 2, "b": "y"},
     ]
+
+
+def test_a_text_is_no_list_of_values():
+    with pytest.raises(UserError, match="b: expected a list of values, found 'xy'"):
+        combinations({"a": [1, 2], "b": "xy"})
 
 
 def test_combinations_are_counted_before_they_are_built():
