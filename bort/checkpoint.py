@@ -237,7 +237,7 @@ def _inside(name: str) -> bool:
 
 
 def requested(folder: str, resume: bool, start_step: int) -> Checkpoint | None:
-    """Open the checkpoint that a run begins with; None where it begins anew.
+    """Open the checkpoint that a run begins with; None for a run that begins at step 0.
 
     Raises `UserError` as `at_step` and `latest`, and for a new run in a folder that holds some.
     """
