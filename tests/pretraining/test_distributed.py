@@ -153,6 +153,8 @@ def test_what_rank_0_refuses_is_one_line_and_another_of_the_other_rank(data, tmp
     refused = launched(["-np", "2", "-H", "localhost:2"], *line)
     assert refused.returncode == 1
     said = [text for text in refused.stderr.splitlines() if text.startswith("[")]
+    # The shell of horovodrun may say that it had to end a rank.
+    said = [text for text in said if not text.endswith(":Terminated")]
     assert len(said) == 2, said
     assert any("--batch_size 5: the checkpoint was made with 4" in text for text in said)
     assert any("another rank has ended" in text for text in said)
