@@ -73,6 +73,8 @@ def pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
 def spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Spearman's rank correlation of two arrays [n]; equal values share their mean rank."""
     labels, predictions = _paired(labels, predictions)
+    if np.isnan(labels).any() or np.isnan(predictions).any():
+        return float("nan")  # as SciPy's: NaN has no rank
     return pearson(_ranks(labels), _ranks(predictions))
 
 

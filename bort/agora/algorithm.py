@@ -360,10 +360,12 @@ def agora(
     be pickled when the socrates, its models and the examples can. `on_round` gets the record of
     each round, including those recalled from the store.
 
-    Raises `EmptySearchSpaceError`, `DevInTrainError`, `TestEqualsDevError` or `OtherRunError`
-    before any fit; warns `WeakTimaeusWarning` and `ImbalanceWarning`, which
-    `warnings.simplefilter("error", ...)` turns into errors.
+    Raises `EmptySearchSpaceError`, `DevInTrainError`, `TestEqualsDevError`, `OtherRunError`, or
+    `ValueError` for a negative `seed`, before any fit; warns `WeakTimaeusWarning` and
+    `ImbalanceWarning`, which `warnings.simplefilter("error", ...)` turns into errors.
     """
+    if seed < 0:  # NumPy's generators take none
+        raise ValueError(f"seed {seed}: must not be negative")
     settings = settings or AgoraSettings()
     check_limits(settings)
     test_inputs = list(test_inputs)  # a generator would be empty after the first check

@@ -241,8 +241,13 @@ def _measurement(record: JSONMapping) -> Measurement:
     failure = FAILURES[FAILURES.index(record["failure"])]
     if (error is None) != bool(failure):
         raise ValueError(f"error {quoted(error)} with failure {failure!r}")
-    for name, value in (("error", error), ("seconds", seconds)):
-        known = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (known and 0 <= value < math.inf) and not (name == "error" and failure):
-            raise ValueError(f"{name} {quoted(value)}")
+    if not failure and not _is_finite(error):  # below 0 is fine: see `lower_bound` of the search
+        raise ValueError(f"error {quoted(error)}")
+    if not (_is_finite(seconds) and seconds >= 0):
+        raise ValueError(f"seconds {quoted(seconds)}")
     return Measurement(-1, math.inf if failure else float(error), float(seconds), failure)
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)

@@ -719,6 +719,11 @@ def test_a_limit_of_a_setting_is_named():
         run(AgoraSettings(max_rounds=0))
 
 
+def test_a_negative_seed_is_refused_before_any_fit():
+    with pytest.raises(ValueError, match="seed -1: must not be negative"):
+        run(socrates=None, seed=-1)
+
+
 def test_a_dev_row_in_train_is_refused():
     train, dev = points(12, low=0.0), noisy_dev()
     inputs = [*train.inputs[:5], dev.inputs[17].astype(np.float64).tolist(), *train.inputs[6:]]

@@ -52,6 +52,12 @@ def test_one_text_is_no_input_and_an_input_may_be_walked_through_once(tokenizer)
     assert found.tolist() == expected.tolist()
 
 
+def test_each_text_keeps_a_token_or_the_length_is_refused(tokenizer):
+    assert [len(ids) for ids in encode_inputs(tokenizer, [PAIR], 5)] == [5]
+    with pytest.raises(ValueError, match="max_len 4: leaves no tokens for 2 texts"):
+        encode_inputs(tokenizer, [PAIR], 4)
+
+
 def test_the_longest_text_is_cut_first(tokenizer):
     long, short = "word " * 40, "a cast"
     (cut,) = encode_inputs(tokenizer, [(long, short)], 20)

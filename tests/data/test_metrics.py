@@ -107,6 +107,14 @@ def test_correlations_by_hand():
     assert metrics.spearman(labels, predictions) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("name", ["pearson", "spearman"])
+def test_a_correlation_with_nan_is_nan_as_in_scipy(name):
+    labels, predictions = np.array([1, 2, 3]), np.array([1.0, np.nan, 2.0])
+    stats = pytest.importorskip("scipy.stats")
+    assert np.isnan(stats.spearmanr(labels, predictions)[0])
+    assert np.isnan(getattr(metrics, name)(labels, predictions))
+
+
 def test_whole_set_is_not_the_mean_of_its_batches():
     labels, predictions = random_classes(1, 2)
     batches = [metrics.f1(labels[i : i + 8], predictions[i : i + 8]) for i in range(0, 200, 8)]

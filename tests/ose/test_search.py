@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -236,6 +237,16 @@ def test_a_lower_bound_is_subtracted_before_w_is_taken():
     assert given.best.architecture != extract(SPACE, size, cost, smooth_error).best.architecture
     with pytest.raises(ValueError, match="must not be negative"):
         extract(SPACE, size, cost, smooth_error, lower_bound=2.0)
+
+
+def test_errors_below_0_with_a_lower_bound_below_them_resume(tmp_path):
+    def error(*run):
+        return smooth_error(*run) - 10
+
+    search = functools.partial(extract, SPACE, size, cost, lower_bound=-20.0)
+    expected = search(error, journal=SearchJournal(str(tmp_path), {}))
+    again = SearchJournal(str(tmp_path), {})
+    assert search(lambda *run: pytest.fail("measured again"), journal=again) == expected
 
 
 def test_an_error_below_the_lower_bound_ends_the_search_at_once():
