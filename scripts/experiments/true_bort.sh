@@ -15,7 +15,8 @@
 # Besides the variables of common.sh and teacher.sh:
 #   DTYPE, TEACHER_DTYPE   types of the products (default auto and float32)
 #   BORT_STEPS   updates of 8 sequences (default 4000: two hours of one core)
-#   ROWS         rows of each task to train on, for one epoch (default 500)
+#   ROWS         rows of each task to train on, for one epoch (default 500; the table has all
+#                that were run)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need TEXT "files of English prose, separated by commas"
 need DATA_DIR "the folder of the official files of the tasks"
@@ -25,9 +26,9 @@ number BORT_STEPS
 number ROWS
 scripts/experiments/teacher.sh
 folder=$EXPERIMENTS/true_bort teacher=$EXPERIMENTS/teacher shape=bort_4_8_768_1024
-steps=${BORT_STEPS:-4000} dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenizer/tokenizer.json
+steps=${BORT_STEPS:-4000} rows=${ROWS:-500} dtype=${DTYPE:-auto} tokenizer=$teacher/train/tokenizer/tokenizer.json
 
-begun_with "$folder" "TEACHER_STEPS=${TEACHER_STEPS:-3000}" "ROWS=${ROWS:-500}"
+begun_with "$folder" "TEACHER_STEPS=${TEACHER_STEPS:-3000}"
 pretrain "$folder/model" "$steps" --data "$teacher/train" --data_eval "$teacher/test" \
     --student_model $shape --teacher_model bort_6_12_1536_384 --teacher_ckpt_dir "$teacher/model" \
     --teacher_dtype "$TEACHER_DTYPE" --dynamic_masking --dtype "$dtype" --dropout 0 --batch_size 8 \
@@ -37,10 +38,11 @@ for seed in 1 2 3; do
         for start in "step-$steps" random; do
             weights=(--model_name $shape --vocab_file "$tokenizer")
             [[ $start == random ]] || weights=(--pretrained_parameters "$folder/model")
-            once "$folder/tasks/$start/$seed/$task/metrics.json" "$python" finetune_classifier.py \
-                --task_name $task --data_dir "$DATA_DIR" --train_rows "${ROWS:-500}" --epochs 1 \
-                --batch_size 16 --max_len 64 --lr 1e-4 --dtype "$dtype" --seed $seed --resume \
-                --cache_dir "$folder/encoded" --output_dir "$folder/tasks/$start/$seed" "${weights[@]}"
+            run=$folder/tasks/$start-rows-$rows/$seed
+            once "$run/$task/metrics.json" "$python" finetune_classifier.py --task_name $task \
+                --data_dir "$DATA_DIR" --train_rows "$rows" --epochs 1 --batch_size 16 \
+                --max_len 64 --lr 1e-4 --dtype "$dtype" --seed $seed --resume \
+                --cache_dir "$folder/encoded" --output_dir "$run" "${weights[@]}"
         done
     done
 done

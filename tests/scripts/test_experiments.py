@@ -323,7 +323,7 @@ def test_a_run_that_has_come_farther_is_not_taken_for_a_shorter_one(project):
         ("distillation", "RATES", "1e-4"),
         ("distillation", "ROWS", "5"),
         ("ose", "TEACHER_STEPS", "9"),
-        ("true_bort", "ROWS", "5"),
+        ("true_bort", "TEACHER_STEPS", "9"),
     ],
 )
 def test_results_with_other_variables_are_not_mixed(script, variable, value, project):
@@ -379,19 +379,25 @@ def test_each_task_of_agora_has_a_table(project):
     assert sorted(table.parent.name for table in tables) == ["MRPC", "RTE"]
 
 
-def test_a_longer_true_bort_is_fine_tuned_and_converted_again(project):
-    for steps in ("100", "200"):
-        variables = {"TEXT": "text.txt", "DATA_DIR": "data", "BORT_STEPS": steps}
+@pytest.mark.parametrize("variable", ["BORT_STEPS", "ROWS"])
+def test_a_longer_true_bort_or_more_rows_are_fine_tuned_again(project, variable):
+    for value in ("100", "200"):
+        variables = {"TEXT": "text.txt", "DATA_DIR": "data", variable: value}
+        steps, rows = variables.get("BORT_STEPS", "4000"), variables.get("ROWS", "500")
         assert not project.run("true_bort", **variables).returncode
         folder = project.folder / "runs/experiments/true_bort"
         for seed, task in itertools.product("123", ("SST-2", "MRPC")):
-            path = folder / f"tasks/step-{steps}/{seed}/{task}"
+            path = folder / f"tasks/step-{steps}-rows-{rows}/{seed}/{task}"
             path.mkdir(parents=True)
             (path / "metrics.json").touch()
-        (folder / f"huggingface-{steps}").mkdir()
-        calls = [call[0] for call in project.calls() if "true_bort" in " ".join(call)]
-        assert calls.count("scripts/convert_to_huggingface.py") == 1
-        assert calls.count("finetune_classifier.py") == 12
+        calls = [call for call in project.calls() if "true_bort" in " ".join(call)]
+        runs = [call for call in calls if call[0] == "finetune_classifier.py"]
+        assert len(runs) == 12
+        assert all(rows in run for run in runs)
+        converted = folder / f"huggingface-{steps}"
+        new = not converted.exists()
+        assert [call[0] for call in calls].count("scripts/convert_to_huggingface.py") == new
+        converted.mkdir(exist_ok=True)
         (project.folder / "calls").unlink()
 
 
