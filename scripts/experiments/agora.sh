@@ -3,8 +3,8 @@
 #
 #   TEXT=textbooks.txt,wikipedia.txt,books.txt DATA_DIR=glue ./scripts/experiments/agora.sh
 #
-# Socrates is BERT-tiny, or another, on 100, 200 and 500 rows of SST-2, and on 500 of MRPC and RTE,
-# five draws of each. Timaeus is MiniLM-L6, fine-tuned on rows that no draw contains. Methods, some
+# Socrates is BERT-tiny, or another, on 100, 200 and 500 rows of SST-2, and on 500 of MRPC, RTE and
+# STS-B, five draws of each. Timaeus is MiniLM-L6, fine-tuned on rows that no draw contains. Methods, some
 # of them on 200 rows of SST-2 only:
 #   mistakes   Agora: two augmented examples per mistake, by the four cheap tau-functions
 #   random     the same number of examples from random rows of dev
@@ -18,15 +18,15 @@
 # another one. An interrupted experiment resumes. Besides the variables of common.sh:
 # OMP_NUM_THREADS (default 1), and these:
 #   SOCRATES  bert-tiny (default) or paraphrase-MiniLM-L3-v2
-#   TASKS     of SST-2 MRPC RTE (default all)
+#   TASKS     of SST-2 MRPC RTE STS-B (default all)
 #   METHODS   of the above (default all); the table needs `mistakes`
 #   ROWS      of 100 200 500, of SST-2 (default all)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 need DATA_DIR "the folder of the official files of the tasks"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-SOCRATES=${SOCRATES:-bert-tiny} TASKS=${TASKS:-SST-2 MRPC RTE} ROWS=${ROWS:-100 200 500}
+SOCRATES=${SOCRATES:-bert-tiny} TASKS=${TASKS:-SST-2 MRPC RTE STS-B} ROWS=${ROWS:-100 200 500}
 METHODS=${METHODS:-mistakes real replay longer random plain infill eight}
-one_of TASKS SST-2 MRPC RTE
+one_of TASKS SST-2 MRPC RTE STS-B
 one_of METHODS mistakes real replay longer random plain infill eight
 one_of ROWS 100 200 500
 one_of SOCRATES bert-tiny paraphrase-MiniLM-L3-v2
@@ -66,6 +66,11 @@ prepare() {
             draw_flags=(--draws $draws --train 750 --test 400 --timaeus_train 1200 --timaeus_dev 150)
             timaeus_flags=(--epochs 5 --bias_correction)
             ;;
+        STS-B)
+            draw_flags=(--draws $draws --train 1000 --test 1000 --timaeus_train 4000)
+            draw_flags+=(--timaeus_dev 300)
+            timaeus_flags=(--epochs 3 --bias_correction)
+            ;;
     esac
     sets=$data/$task/sets timaeus=$data/$task/timaeus/$task
     once "$sets/draw-$((draws - 1))/glue/$task/test.tsv" "$python" scripts/draw_subset.py \
@@ -81,6 +86,8 @@ prepare() {
     done
     flags=(--task_name "$task" "${socrates[@]}" --epochs 8 --batch_size 32
         --dev_batch_size 100 --num_buckets 4 --max_len $max_len --cache_dir "$data/encoded")
+    # On STS-B, BERT-tiny needs it as MiniLM-L3 does everywhere.
+    if [[ $task == STS-B && $SOCRATES == bert-tiny ]]; then flags+=(--bias_correction); fi
 }
 
 # agora_run <task> <method> <rows> <draw> <flags...>: Agora on one draw.

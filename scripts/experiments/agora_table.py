@@ -7,7 +7,7 @@ Each folder has a folder per method with a run per draw: `plain` of finetune_cla
 others of run_agora.py. The best of the grid and Timaeus are those of the method `mistakes`. A table
 gives the mean and standard deviation over the draws of the test score and of its difference from
 the best of the grid, the draws won against it, the rows that the last fits had besides the scarce
-ones, the share of augmented examples with the label of their dev example, by how much the dev score
+ones, the share of augmented examples with the class of their dev example, by how much the dev score
 that was selected on exceeds the test score, and the seconds of training.
 """
 
@@ -86,7 +86,8 @@ def run(task: Task, folder: Path) -> Run:
     seconds = sum(record["seconds"] for record in rounds)
     added = rounds[-1]["train_size"] - int(folder.parent.parent.name)
     # Earlier versions made augmented examples in a run of a single round, which fits none.
-    same = _same_labels(folder / task.name / "images.tsv") if len(rounds) > 1 else None
+    compared = len(rounds) > 1 and task.num_outputs > 1  # two values are hardly ever equal
+    same = _same_labels(folder / task.name / "images.tsv") if compared else None
     return Run(task.score(best["dev"]), task.score(best["test"]), seconds, added, same)
 
 

@@ -112,7 +112,7 @@ def test_a_missing_variable_is_named_before_anything_starts(script, project):
         ("distillation", "TASKS", "SST-2 SST2", "error: TASKS: SST2 is none of SST-2 MRPC"),
         ("distillation", "STEPS", "1e3", "error: STEPS=1e3: must be a number from 1 to 9999999"),
         ("agora", "METHODS", "mistake", "error: METHODS: mistake is none of mistakes real"),
-        ("agora", "TASKS", "CoLA", "error: TASKS: CoLA is none of SST-2 MRPC RTE"),
+        ("agora", "TASKS", "CoLA", "error: TASKS: CoLA is none of SST-2 MRPC RTE STS-B"),
         ("finetuning", "MODELS", "bert-tiny-randm", "error: MODELS: bert-tiny-randm is none of"),
         ("finetuning", "TASKS", "MRPC sst", "error: TASKS: sst is none of MRPC"),
         ("distillation", "RATES", "1e-3,2e-3", "error: RATES: 1e-3,2e-3 is no number; give numb"),
