@@ -135,7 +135,10 @@ def prediction_lines(
 
 def skipped_lines(messages: Sequence[str]) -> list[str]:
     """Format the number of skipped rows and the first message."""
-    return [f"  {len(messages)} broken rows skipped: {messages[0]}, ..."] if messages else []
+    if not messages:
+        return []
+    number = f"{len(messages):,} broken rows skipped, the first"
+    return [f"  {number if len(messages) > 1 else '1 broken row skipped'}: {messages[0]}"]
 
 
 def _shown(values: Mapping[str, float]) -> str:

@@ -741,4 +741,7 @@ def summary(metrics: JSONObject) -> str:
     )
     last = f"  {metrics['seconds']:,} s, {metrics['examples_per_second']:,} examples/s"
     sets = prediction_lines(metrics["answers"], metrics["baseline"])
-    return "\n".join([first, *sets, *skipped_lines(metrics["skipped"]), last])
+    # Those of the dev sets are said below each of them.
+    said = {message for answers in metrics["answers"].values() for message in answers["skipped"]}
+    train = [message for message in metrics["skipped"] if message not in said]
+    return "\n".join([first, *skipped_lines(train), *sets, last])

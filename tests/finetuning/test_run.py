@@ -737,15 +737,22 @@ def test_broken_data_are_named(tmp_path, capsys):
     assert "dev.tsv:22" in complaint(capsys, line)
     (folder / "dev.tsv").write_text("sentence\tlabel\n")
     assert "dev.tsv: has no rows" in complaint(capsys, line)
-    (folder / "dev.tsv").write_text(valid + "odd label\t2\n")
-    with open(folder / "test.tsv", "ab") as handle:
-        handle.write(b"11\tan \xff odd byte\n")
+    (folder / "dev.tsv").write_text(valid + "odd label\t2\nodder\t3\n")
+    for name, odd in (("test", b"11\tan \xff odd byte\n"), ("train", b"no label\n")):
+        with open(folder / f"{name}.tsv", "ab") as handle:
+            handle.write(odd)
     capsys.readouterr()
     found = finetune_classifier.main([*line, "--skip_bad_rows", "--epochs", "1"])
     assert found["rows"]["dev"] == 20
-    assert "dev.tsv:22" in found["skipped"][0]
+    assert "dev.tsv:22" in found["skipped"][1]
     assert "test.tsv:12: is not UTF-8" in found["answers"]["test"]["skipped"][0]
-    assert "  1 broken rows skipped: " in capsys.readouterr().out
+    # Each once: those of the training set before the sets, the others below theirs.
+    said = [part for part in capsys.readouterr().out.split("\n") if " skipped" in part]
+    assert [part.replace(f"{folder}/", "") for part in said] == [
+        "  1 broken row skipped: train.tsv:66: expected 2 columns, found 1",
+        "  2 broken rows skipped, the first: dev.tsv:22: label '2' is not one of 0, 1",
+        "  1 broken row skipped: test.tsv:12: is not UTF-8 at byte 7",
+    ]
 
 
 def test_broken_test_files_are_found_before_the_first_step(tmp_path, capsys):
