@@ -396,8 +396,8 @@ def masked_share_report(totals: dict[str, int], settings: InstanceSettings) -> O
     else:
         reason = "the sequences are short, and each has a whole number of masks, at least one"
     return (
-        f"warning: {share:.1%} of the tokens are masked, --masked_lm_prob asks for "
-        f"{wanted:.1%}: {reason}"
+        f"warning: {share:.1%} of the tokens of text (special ones left out) are masked, "
+        f"--masked_lm_prob asks for {wanted:.1%}: {reason}"
     )
 
 

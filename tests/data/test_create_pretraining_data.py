@@ -399,8 +399,8 @@ def test_a_masked_share_far_from_what_was_asked_is_reported(tmp_path, capsys, mo
     assert reported(SAMPLE) == reported(SAMPLE, whole_word_mask=True) == ""
     limited = reported(SAMPLE, max_predictions_per_seq=5)
     assert re.fullmatch(
-        r"warning: \d\.\d% of the tokens are masked, --masked_lm_prob asks for 15\.0%: "
-        r"--max_predictions_per_seq 5 limits it\n",
+        r"warning: \d\.\d% of the tokens of text \(special ones left out\) are masked, "
+        r"--masked_lm_prob asks for 15\.0%: --max_predictions_per_seq 5 limits it\n",
         limited,
     )
     short = tmp_path / "short.txt"
@@ -422,7 +422,7 @@ def test_a_masked_share_far_from_what_was_asked_is_reported(tmp_path, capsys, mo
     greek.write_text("αβγ δεζ\n\n" * 20)
     for flags in ({}, {"whole_word_mask": True}):
         line = reported(greek, vocab_file=words_of_latin, **flags)
-        assert "0.0% of the tokens are masked" in line
+        assert "0.0% of the tokens of text" in line
         assert "all are unknown to the vocabulary" in line
 
 
