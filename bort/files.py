@@ -583,7 +583,7 @@ def read_yaml(path: str) -> Any:
     """Read a YAML file of plain values.
 
     Anchors and aliases are refused: a few lines of them expand to gigabytes. So is a key that
-    appears twice in one mapping.
+    appears twice in one mapping, and a merge key (<<), which may bring one again.
 
     Raises `UserError` when the file is missing, too large or not such YAML.
     """
@@ -619,12 +619,14 @@ def _plain_loader() -> Any:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            """Make a dict; a key that is not a string or is there twice is an error."""
+            """Make a dict; a key that is no string, is there twice or merges is an error."""
             lines: dict[Any, int] = {}
             for key_node, _ in node.value:
                 key, line = key_node.value, key_node.start_mark.line + 1
                 if not isinstance(key, str):
                     raise yaml.YAMLError(f"line {line}: a key must be a plain value")
+                if key_node.tag == "tag:yaml.org,2002:merge":
+                    raise yaml.YAMLError(f"line {line}: merge keys (<<) are not allowed")
                 if key in lines:
                     raise yaml.YAMLError(
                         f"key {quoted(key)} is on line {lines[key]} and again on line {line}"

@@ -392,6 +392,7 @@ def test_json_that_was_edited_is_named_and_its_sum_may_be_left_out(tmp_path):
     ("content", "message"),
     [
         ("a: 1\nb: 2\na: 3\n", "key 'a' is on line 1 and again on line 3"),
+        ("a: 1\n<<: {a: 2}\n", r"line 2: merge keys \(<<\) are not allowed"),
         ("a: &x [1]\nb: *x\n", r"line 2: aliases \(\*name\) are not allowed"),
         ("a: [", "is not YAML"),
         ("[" * 50_000, "nested too deeply"),
