@@ -223,10 +223,11 @@ class InputReader:
         elif self._is_headerless(fields):
             columns = self._schema.headerless
         else:
-            official, own = self._schema.official, self._schema.columns
+            known = dict.fromkeys(filter(None, (self._schema.official, self._schema.columns)))
+            wanted = ", or ".join(" and ".join(columns) for columns in known)
             raise UserError(
-                f"{first.where}: the header has no column {' and '.join(official or own)}; name "
-                f"the columns so or {' and '.join(own)}, or give --input_format text"
+                f"{first.where}: the header has no column {wanted}; rename its columns, or give "
+                "--input_format text"
             )
         return lambda content: table_input(content, columns)
 

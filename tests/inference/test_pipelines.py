@@ -23,11 +23,19 @@ import finetune_classifier
 from bort.errors import UserError
 from bort.finetuning.scoring import predict_logits
 from bort.inference import masked_lm, prediction_files
-from bort.inference.base import BATCH_SIZE, WINDOW, Located, locate, predictions, windows
+from bort.inference.base import (
+    BATCH_SIZE,
+    WINDOW,
+    InputSchema,
+    Located,
+    locate,
+    predictions,
+    windows,
+)
 from bort.inference.classification import Prediction, load_classifier
 from bort.inference.masked_lm import MASKS_AT_ONCE, load_mask_filler, mask_ids
 from bort.inference.pipelines import fill_mask, predict
-from bort.inference.prediction_files import InputReader, LineReader
+from bort.inference.prediction_files import InputReader, LineReader, open_input
 from bort.inference.runtime import load_runtime
 from bort.saved_model import (
     MASKED_LM,
@@ -441,7 +449,10 @@ def test_invalid_lines_are_named_and_nothing_is_left(
         (["--runtime", "onnx-int8"], r"has no int8 model; make it with scripts/quantize.py"),
         (["--input", "missing"], r"--input missing: cannot be read"),
         (["--input", str(DATA)], r"test_data: cannot be read \(Is a directory\)"),
-        (["--input", str(DATA / "glue/CoLA/dev.tsv")], r"dev.tsv:1: the header has no column"),
+        (
+            ["--input", str(DATA / "glue/CoLA/dev.tsv")],
+            r"dev.tsv:1: the header has no column sentence, or text; rename its columns, or give",
+        ),
         (["--output", "no/where"], r"no/where: there is no folder"),
         (["--output", str(DATA)], r"test_data: is a folder; name a file"),
     ],
@@ -452,6 +463,20 @@ def test_invalid_flags_are_named(tmp_path, tokenizer, capsys, flags, message):
     with pytest.raises(SystemExit):
         program.main([*given, *flags])
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_header_is_told_the_columns_once(tmp_path):
+    path = tmp_path / "in.tsv"
+    path.write_text("word\tsentence1\na\tb\n")
+    own = ("text1", "text2")
+    for official, wanted in (
+        (("premise", "hypothesis"), "premise and hypothesis, or text1 and text2"),
+        ((), "text1 and text2"),  # WiC's rows, and those of others, are not texts as they are
+        (own, "text1 and text2"),  # a model of no task
+    ):
+        says = f"in.tsv:1: the header has no column {wanted}; rename its columns"
+        with open_input(str(path)) as lines, pytest.raises(UserError, match=says):
+            InputReader(lines, "auto", InputSchema(own, official))
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "multiple_choice"])
