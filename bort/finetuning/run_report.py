@@ -26,7 +26,8 @@ class RunReport(NamedTuple):
 
     run: the folder of the results.
     rows: rows of every split, and the official number where fewer were read.
-    dev, baseline: the metrics on the dev sets, and those of the most frequent label.
+    dev, baseline: the metrics on the dev sets, named where a task has several, and those of the
+        most frequent label.
     submission: the files checked against their test sets, or what is wrong with them.
     """
 
@@ -123,11 +124,13 @@ def _rows(task: Task, rows_by_split: Mapping[str, int]) -> str:
 
 
 def _metrics(metrics_by_split: Mapping[str, Optional[Mapping[str, float]]]) -> str:
+    several = len(metrics_by_split) > 1
     shown = [
-        ", ".join(f"{name} {value:.3f}" for name, value in (metrics or {}).items())
-        for metrics in metrics_by_split.values()
+        f"{split}: " * several + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        for split, metrics in metrics_by_split.items()
+        if metrics
     ]
-    return "; ".join(filter(None, shown)) or "-"
+    return "; ".join(shown) or "-"
 
 
 def _submission(task: Task, tests: Mapping[str, int], data_dir: Optional[str], folder: Path) -> str:

@@ -35,10 +35,10 @@ def test_report_of_a_run_and_of_the_set_that_it_predicts(runs, capsys):
         "test_matched 2 (of 9,796), test_mismatched 3 (of 9,847)"
     )
     assert (own.train_examples, own.steps) == ("4", str(metrics["steps"]))
-    dev = [metrics["answers"][split]["metrics"]["accuracy"]
-           for split in ("dev_matched", "dev_mismatched")]  # fmt: skip
-    assert own.dev == "; ".join(f"accuracy {one:.3f}" for one in dev)
-    assert own.baseline.count("accuracy") == 2
+    splits = ("dev_matched", "dev_mismatched")
+    dev = {split: metrics["answers"][split]["metrics"]["accuracy"] for split in splits}
+    assert own.dev == "; ".join(f"{split}: accuracy {one:.3f}" for split, one in dev.items())
+    assert [part.split(":")[0] for part in own.baseline.split("; ")] == list(splits)
     assert own.submission == "MNLI-m.tsv: 2 valid, MNLI-mm.tsv: 3 valid"
     assert (own.run, predicted.run) == (str(runs / "MNLI"), str(runs / "AX"))
     assert predicted.task == "AX"
