@@ -21,6 +21,7 @@ from bort.types import JSONMapping, JSONObject
 
 FILE = "metrics.jsonl"
 CONFIG = "config.json"
+NAME_WIDTH = 20  # of the closing table, unless a name is longer: dev_mismatched/accuracy
 BOARD_SECONDS = 10.0  # between writes of TensorBoard's file to the disk
 
 
@@ -262,25 +263,25 @@ def closing_table(metrics_path: str) -> str:
     records = read_records(metrics_path)
     evaluations = [record for record in records if record["phase"] == "eval"]
     training = [record for record in records if record["phase"] == "train"]
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        rows.append(f"{'held out':<20}{'step ' + str(first['step']):>12}{'now':>12}")
+        rows.append(("held out", f"step {first['step']}", "now"))
         rows += [
-            f"{name:<20}{first[name]:>12.4f}{last[name]:>12.4f}"
+            (name, f"{first[name]:.4f}", f"{last[name]:.4f}")
             for name in _metric_names(last)
             if name in first
         ]
     speeds = [record["tokens_per_second"] for record in training if "tokens_per_second" in record]
     if speeds:
-        speed = statistics.median(speeds)
-        rows.append(f"{'tokens/s (median)':<20}{'':>12}{speed:>12,.0f}")
+        rows.append(("tokens/s (median)", "", f"{statistics.median(speeds):,.0f}"))
         # A run that an earlier version began may have lines without.
         shares = dict.fromkeys(n for record in training for n in record if n.endswith("_share"))
         for name in shares:
             share = statistics.median(record[name] for record in training if name in record)
-            rows.append(f"{'time in ' + name[: -len('_share')]:<20}{'':>12}{share:>12.1%}")
-    return "\n".join(rows)
+            rows.append((f"time: {name[: -len('_share')]}", "", f"{share:.1%}"))
+    width = max((NAME_WIDTH, *(len(name) for name, _, _ in rows)))
+    return "\n".join(f"{name:<{width}}{first:>12}{last:>12}" for name, first, last in rows)
 
 
 def _metric_names(record: JSONObject) -> list[str]:

@@ -194,6 +194,7 @@ def test_the_closing_table_compares_first_and_last_and_takes_medians(tmp_path):
         {"step": 0, "phase": "eval", "time": 0, "kl": 2.0},
         *(
             {"step": step, "phase": "train", "tokens_per_second": speed, "student_share": share}
+            | {"communication_share": 0.001}
             for step, speed, share in [(1, 10, 0.9), (2, 1000, 0.5), (3, 1200, 0.6)]
         ),
         {"step": 4, "phase": "train", "tokens_per_second": 1100},
@@ -201,12 +202,25 @@ def test_the_closing_table_compares_first_and_last_and_takes_medians(tmp_path):
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    table = [line.split() for line in closing_table(str(path)).splitlines()]
-    assert table == [
+    lines = closing_table(str(path)).splitlines()
+    assert [line.split() for line in lines] == [
         ["held", "out", "step", "0", "now"],
         ["kl", "2.0000", "0.5000"],
         ["tokens/s", "(median)", "1,050"],
-        ["time", "in", "student", "60.0%"],
+        ["time:", "student", "60.0%"],
+        ["time:", "communication", "0.1%"],
+    ]
+    assert {len(line) for line in lines} == {44}
+
+
+def test_the_closing_table_is_lined_up_for_long_names_too(tmp_path):
+    record = {"step": 3, "phase": "eval", "dev_mismatched/accuracy": 0.5, "score": 0.25}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    assert closing_table(str(path)).splitlines() == [
+        "held out                     step 3         now",
+        "dev_mismatched/accuracy      0.5000      0.5000",
+        "score                        0.2500      0.2500",
     ]
 
 
