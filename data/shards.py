@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 import numpy as np
 
@@ -176,12 +176,28 @@ class Manifest:
             here, there = self.arguments.get(name), other.arguments.get(name)
             if here != there:
                 found.append(f"--{name} was {here}, now {there}")
-        if len(self.inputs) != len(other.inputs):
-            found.append(f"there were {len(self.inputs)} input files, now {len(other.inputs)}")
-        for before, now in zip(self.inputs, other.inputs):
-            if before.sha256 != now.sha256:
-                found.append(f"the text of {now.path} differs from that of {before.path} before")
-        return found
+        return [*found, *_other_inputs(self.inputs, other.inputs)]
+
+
+def _other_inputs(before: Sequence[TextFile], now: Sequence[TextFile]) -> list[str]:
+    """Return in words why input files are others; their names may differ, their order may not."""
+    if [file.sha256 for file in before] == [file.sha256 for file in now]:
+        return []
+    known, given = {file.sha256 for file in before}, {file.sha256 for file in now}
+    missing = dict.fromkeys(file.path for file in before if file.sha256 not in given)
+    new = dict.fromkeys(file.path for file in now if file.sha256 not in known)
+    found = []
+    if len(before) != len(now):
+        found.append(f"there were {len(before)} input files, now {len(now)}")
+    for what, paths in (
+        ("with another text", [path for path in new if path in missing]),
+        ("new", [path for path in new if path not in missing]),
+        ("missing", [path for path in missing if path not in new]),
+    ):
+        if paths:
+            others = f" and {len(paths) - 1:,} more" * (len(paths) > 1)
+            found.append(f"{what}: {paths[0]}{others}")
+    return found or ["the input files come in another order"]
 
 
 def shards_tokenizer(folder: str, manifest: Manifest) -> Optional[Tokenizer]:

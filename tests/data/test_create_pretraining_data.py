@@ -794,7 +794,7 @@ def test_other_text_is_refused_but_another_name_is_not(tmp_path, capsys):
     create(tmp_path / "out", renamed)
     renamed.write_bytes(SAMPLE.read_bytes() + b"More.\n")
     line = complaint(capsys, tmp_path / "out", renamed)
-    assert f"the text of {renamed} differs from that of {renamed} before" in line
+    assert f"other settings: with another text: {renamed}. Give" in line
 
 
 def test_another_tokenizer_is_refused(tmp_path, capsys):

@@ -515,10 +515,22 @@ def test_manifests_round_trip_and_report_differences(tmp_path):
     assert one.differences(other) == [
         "the tokenizer differs",
         "--dupe_factor was 1, now 2",
-        "the text of b.txt differs from that of a.txt before",
+        "new: b.txt",
+        "missing: a.txt",
     ]
     renamed = dataclasses.replace(one, inputs=[dataclasses.replace(TEXT, path="b.txt")])
     assert one.differences(renamed) == []
     assert one.differences(dataclasses.replace(one, inputs=[TEXT, TEXT])) == [
         "there were 1 input files, now 2"
     ]
+    # Of a thousand files the first is another: those after it are not.
+    many = [dataclasses.replace(TEXT, path=f"{n}.txt", sha256=f"{n:x}") for n in range(1000)]
+    first = dataclasses.replace(TEXT, path="00.txt", sha256="ff00")
+    of_many = dataclasses.replace(one, inputs=many)
+    for inputs, says in (
+        ([first, *many], ["there were 1000 input files, now 1001", "new: 00.txt"]),
+        (many[2:], ["there were 1000 input files, now 998", "missing: 0.txt and 1 more"]),
+        ([dataclasses.replace(first, path="0.txt"), *many[1:]], ["with another text: 0.txt"]),
+        (many[::-1], ["the input files come in another order"]),
+    ):
+        assert of_many.differences(dataclasses.replace(one, inputs=inputs)) == says
