@@ -4,8 +4,8 @@
 #   TEXT=textbooks.txt,wikipedia.txt,books.txt DATA_DIR=glue ./scripts/experiments/agora.sh
 #
 # Socrates is BERT-tiny, or another, on 100, 200 and 500 rows of SST-2, and on 500 of MRPC, RTE and
-# STS-B, five draws of each. Timaeus is MiniLM-L6, fine-tuned on rows that no draw contains. Methods, some
-# of them on 200 rows of SST-2 only:
+# STS-B, five draws of each. Timaeus is MiniLM-L6, fine-tuned on rows that no draw contains. Methods,
+# some of them on SST-2 only, or on SST-2 and STS-B:
 #   mistakes   Agora: two augmented examples per mistake, by the four cheap tau-functions
 #   random     the same number of examples from random rows of dev
 #   infill     tau is the masked LM of teacher.sh, which needs TEXT
@@ -153,6 +153,9 @@ for task in $TASKS; do
         plain SST-2 200
         agora SST-2 infill 200 --tau infill --tau_model "$teacher"
         agora SST-2 eight 200 --images_per_mistake 8
+    elif [[ $task == STS-B ]]; then
+        agora STS-B longer 500 --epochs 13 --max_rounds 1
+        agora STS-B replay 500 --replay 1
     fi
     keep "$out/$task/table.md" "$python" scripts/experiments/agora_table.py "${tables[@]}"
 done
