@@ -147,8 +147,9 @@ def save_parameters(model: Block, path: str, deduplicate: bool = True) -> None:
 
     Raises `OSError` when the disk is full: MXNet may not report it.
     """
-    with mxnet_writes(path):
-        model.save_parameters(path, deduplicate=deduplicate)
+    with open(path, "wb") as file, mxnet_writes(path):
+        # Not by its name: MXNet opens names of UTF-8 only, and a folder may have another one.
+        model.save_parameters(f"/proc/self/fd/{file.fileno()}", deduplicate=deduplicate)
     try:
         read_arrays(path)
     except UserError:

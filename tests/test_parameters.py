@@ -50,6 +50,18 @@ def test_a_full_disk_is_reported_without_mxnets_stack(
     assert caught.value.filename == path
 
 
+def test_a_folder_whose_name_is_not_utf8_is_written_to(
+    tiny_model: BortModel, tmp_path: Path
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd \xff"))
+    folder.mkdir()
+    path = str(folder / "x.params")
+    save_parameters(tiny_model, path)
+    assert read_arrays(path)["encoder.position_weight"].shape == (
+        tiny_model.encoder.position_weight.shape
+    )
+
+
 # ---- which file --------------------------------------------------------------------------------
 
 
