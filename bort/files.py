@@ -34,6 +34,7 @@ _COPY_BYTES = 1 << 20
 WHOLE_BYTES, MODEL_BYTES = 1 << 30, 1 << 35
 OWN_SUM = "content_sha256"  # the key under which a JSON file has the SHA-256 of its other content
 _LOCK_POLL = 0.2  # seconds between attempts to get a lock
+_COMMA = re.compile(r"(?<!\\),")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Errors of writing to a full disk, beyond a quota, or to a failing disk.
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -437,6 +438,15 @@ def walk(folder: str | os.PathLike[str]) -> Iterator[tuple[str, list[str], list[
             continue
         places.add(place)
         yield parent, folders, names
+
+
+def listed_names(text: str) -> list[str]:
+    r"""Return the names in the value of a flag, separated by commas; `\,` is a comma in a name.
+
+    Blanks around a name do not count, unless something of that very name is there.
+    """
+    names = (part.replace("\\,", ",") for part in _COMMA.split(text))
+    return [name if os.path.lexists(name) else name.strip() for name in names]
 
 
 def files_named(name: str, folder: str | os.PathLike[str]) -> list[str]:

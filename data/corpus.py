@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator
 
 from bort.errors import UserError
-from bort.files import walk
+from bort.files import listed_names, walk
 from bort.tokenization import utf8_bytes
 from data.remote import is_remote, remote_files
 from data.text_formats import (
@@ -45,7 +45,6 @@ STANDARD_INPUT = "-"
 
 _BLANK_LINES = re.compile(rb"\n[ \t\r\f\v]*\n\s*")
 _VISIBLE_ASCII = re.compile(rb"[!-~]")
-_COMMA = re.compile(r"(?<!\\),")
 
 
 # Finished shards hold the old text, and a run with the new one refuses to add to them.
@@ -81,7 +80,7 @@ def find_inputs(patterns: str, is_output: Callable[[str], bool] = lambda path: F
     Raises `UserError` for a part of the list that matches no file.
     """
     paths: dict[str, str] = {}
-    for pattern in (part.replace("\\,", ",").strip() for part in _COMMA.split(patterns)):
+    for pattern in listed_names(patterns):
         matched = _files_of(pattern) if pattern else []
         found = [path for path in matched if matched == [pattern] or not is_output(path)]
         if pattern and not found:

@@ -22,7 +22,7 @@ from bort.cluster import ClusterSettings
 from bort.communicator import communicator_of_environment
 from bort.config import option, parse, required
 from bort.errors import UserError, entry_point
-from bort.files import require_writable
+from bort.files import listed_names, require_writable
 from data.shards import ShardEntry, ShardSet, open_shards
 
 
@@ -30,7 +30,7 @@ from data.shards import ShardEntry, ShardSet, open_shards
 class CacheSettings:
     """Teacher, shards and cache."""
 
-    data: str = required("folders of shards, separated by commas")
+    data: str = required("folders of shards, separated by commas (\\, is a comma in a name)")
     output_dir: str = required("folder of the cache")
     teacher_model: str = required("roberta_24_1024_16, roberta_12_768_12, or bort_<...>")
     teacher_ckpt_dir: str = required("its weights: a parameter file, a checkpoint, a run's folder")
@@ -89,9 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _shards(folders: str) -> list[ShardSet]:
     from bort.pretraining.run import require_positions
 
-    names = [name.strip() for name in folders.split(",")]
+    names = listed_names(folders)
     if not all(names):
         raise UserError(f"--data {folders}: has an empty name; give folders separated by commas")
+    if len(names) > 1 and os.path.exists(folders):
+        raise UserError(f"--data {folders}: write \\, for a comma in the name of a folder")
     sets = [open_shards(folder) for folder in names]
     for name, one in zip(names, sets):
         require_positions(one, f"--data {name}")

@@ -241,6 +241,14 @@ def test_a_comma_in_a_name_is_escaped(tmp_path, monkeypatch):
         find_inputs("a,b.txt")
 
 
+def test_blanks_around_a_name_count_where_a_file_has_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (" a.txt", "a.txt", "b.txt\n"):
+        (tmp_path / name).touch()
+    assert find_inputs(" a.txt") == [" a.txt"]
+    assert find_inputs("b.txt\n, a.txt,a.txt , a.txt") == ["b.txt\n", " a.txt", "a.txt"]
+
+
 def test_a_name_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "caf\udce9.txt").write_text("One.")
     with pytest.raises(UserError, match=r"caf\\xe9.txt': the name is not UTF-8; rename the file"):

@@ -186,6 +186,16 @@ def test_a_float16_cache_takes_half_the_space_and_prints_its_size(data, tmp_path
     assert sum(path.stat().st_size for path in cache.glob("*.npy")) == rows * 32 * 4 + headers
 
 
+def test_a_comma_in_the_name_of_a_folder_is_escaped(data, tmp_path, capsys):
+    shutil.copytree(data / "test", tmp_path / "a,b")
+    line = ["--output_dir", str(tmp_path / "cache"), "--teacher_model", SHAPE]
+    line += ["--teacher_ckpt_dir", str(data / "teacher.params"), "--data"]
+    with pytest.raises(SystemExit):
+        build([*line, f"{tmp_path}/a,b"])
+    assert "a,b: write \\, for a comma in the name of a folder" in capsys.readouterr().err
+    assert build([*line, f"{tmp_path}/a\\,b"]) > 0
+
+
 # ---- interrupted, repeated, shared ---------------------------------------------------------------
 
 # Dies, as by kill -9, when it has written so many batches.
