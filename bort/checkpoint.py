@@ -217,9 +217,10 @@ def _read_state(path: str) -> JSONObject:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     try:
         state = json.loads(content.decode("utf-8"))
+        intact = isinstance(state, dict) and state.pop(OWN_SUM, None) == json_sha256(state)
     except (ValueError, RecursionError):
         raise UserError(f"{file}: is not JSON") from None
-    if not isinstance(state, dict) or state.pop(OWN_SUM, None) != json_sha256(state):
+    if not intact:
         raise UserError(f"{file}: its own SHA-256 is missing or wrong; altered")
     sums = state.get("sha256")
     if not (

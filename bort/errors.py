@@ -45,7 +45,10 @@ class Stopped(Exception):  # noqa: N818  (not an error: the program did as it wa
 
 def quoted(value: object, characters: int = QUOTED_CHARACTERS) -> str:
     """Return `repr(value)`, shortened: a message never repeats a whole file."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # of JSON that was nested just not too deeply to be read
+        text = f"a {type(value).__name__} that is nested too deeply"
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
 
 

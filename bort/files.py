@@ -532,7 +532,7 @@ def read_json(path: str, verify: bool = True) -> Any:
     try:
         content = json.loads(_content(path).decode("utf-8"))
     except RecursionError:
-        raise UserError(f"{path}: is not JSON that can be read (nested too deeply)") from None
+        raise _nested_too_deeply(path) from None
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({escaped(str(error))})") from None
     return _without_sum(content, path, verify)
@@ -542,12 +542,23 @@ def _without_sum(content: Any, path: str, verify: bool = True) -> Any:
     if not isinstance(content, dict) or OWN_SUM not in content:
         return content  # of an earlier version or another program
     expected = content.pop(OWN_SUM)
-    if verify and expected != json_sha256(content):
+    if verify and expected != _json_sha256_of(content, path):
         raise UserError(
             f"{path}: its content is not that of its {OWN_SUM}: damaged, or edited; restore it, "
             "or delete that line to accept the edit"
         )
     return content
+
+
+def _json_sha256_of(content: object, path: str) -> str:
+    try:
+        return json_sha256(content)
+    except RecursionError:  # writing takes more of the stack than reading
+        raise _nested_too_deeply(path) from None
+
+
+def _nested_too_deeply(where: str) -> UserError:
+    return UserError(f"{where}: is not JSON that can be read (nested too deeply)")
 
 
 def json_sha256(content: object) -> str:
@@ -570,6 +581,8 @@ def read_json_as(path: str, expected: type[Value]) -> Value:
         return msgspec.convert(content, expected)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: {escaped(str(error))}") from None
+    except RecursionError:
+        raise _nested_too_deeply(path) from None
 
 
 def decode_json(content: bytes, expected: Any, where: str) -> Any:
@@ -584,7 +597,7 @@ def decode_json(content: bytes, expected: Any, where: str) -> Any:
     except msgspec.ValidationError as error:
         raise UserError(f"{where}: {escaped(str(error))}") from None
     except RecursionError:
-        raise UserError(f"{where}: is not JSON that can be read (nested too deeply)") from None
+        raise _nested_too_deeply(where) from None
     except (msgspec.DecodeError, ValueError) as error:
         raise UserError(f"{where}: is not JSON ({escaped(str(error))})") from None
 

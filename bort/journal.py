@@ -47,8 +47,8 @@ class Journal:
     cut short. Any other line that is no record is reported with file and line, and moved to
     `<path>.damaged`: its record is missing from `records`, the others are not lost.
 
-    `is_record` tells whether a JSON value is a record; it may raise KeyError, TypeError or
-    ValueError for one that is not.
+    `is_record` tells whether a JSON value is a record; it may raise KeyError, TypeError, ValueError
+    or OverflowError for one that is not.
     """
 
     def __init__(self, path: str, is_record: Callable[[Any], bool]) -> None:
@@ -126,7 +126,7 @@ def _decoded(line: bytes, is_record: Callable[[Any], bool]) -> Any:
     try:
         record = record_of(line)
         valid = is_record(record)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(escaped(f"{type(error).__name__}: {error}")) from None
     if not valid:
         raise ValueError(f"unexpected content {quoted(record)}")

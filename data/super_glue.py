@@ -130,7 +130,10 @@ def _class_index(value: Any, known: Sequence[Any]) -> int:
     """Return the position of a value among the known labels."""
     # Compared as JSON: in Python, True equals 1.
     texts = [json.dumps(label) for label in known]
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = quoted(value)
     if text not in texts:
         raise BadRowError(f"label {escaped(text)} is not one of {', '.join(texts)}")
     return texts.index(text)

@@ -267,6 +267,13 @@ def test_closed_streams_change_nothing():
     assert ended.stdout.endswith("99999\n")
 
 
+def test_a_value_nested_too_deeply_for_repr_is_quoted_by_its_kind():
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    assert quoted(value) == "a list that is nested too deeply"
+
+
 def test_long_values_are_shortened():
     assert quoted("a" * 500) == "'" + "a" * 199 + "... (502 characters)"
     assert escaped("a" * 500) == "a" * 200 + "... (500 characters)"

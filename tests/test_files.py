@@ -348,6 +348,16 @@ def test_json_that_is_not_utf_8_is_refused(tmp_path):
         files.read_json(str(path))
 
 
+def test_json_nested_just_not_too_deeply_to_be_parsed_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    for depth in range(800, 1000):
+        nested = "[" * depth + "]" * depth
+        path.write_text(f'{{"{files.OWN_SUM}": "x", "entries": {nested}, "total": 1}}')
+        for read in (files.read_json, lambda name: files.read_json_as(name, Listing)):
+            with pytest.raises(UserError, match=r"nested too deeply|its content is not"):
+                read(str(path))
+
+
 def test_typed_json(tmp_path):
     path = tmp_path / "x.json"
     files.write_json(str(path), {"entries": [1], "total": 2, "of a later version": 3})

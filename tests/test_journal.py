@@ -51,6 +51,13 @@ def test_lines_of_earlier_versions_without_a_sum_are_read(path):
     assert Journal(str(path), is_record).records == RECORDS[:3]
 
 
+def test_a_number_that_no_float_holds_is_damage(path, capsys):
+    with open(path, "ab") as file:
+        file.write(b'{"n": 1%s}\n' % (b"0" * 400))
+    assert Journal(str(path), lambda value: float(value["n"]) >= 0).records == RECORDS
+    assert "damaged record" in capsys.readouterr().err
+
+
 def test_no_flipped_bit_changes_a_record(path, capsys):
     written = path.read_bytes()
     for place in range(0, 8 * len(written), 3):  # three is prime to eight: each bit of a byte

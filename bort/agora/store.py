@@ -107,13 +107,17 @@ def _is_record(line: Any) -> bool:
 
 
 def _is_fit(content: JSONMapping) -> bool:
-    number, label = (int, float), (int, float, str)
     return (
         isinstance(content["data"], str)
         and isinstance(content["predictions"], list)
-        and all(isinstance(value, label) for value in content["predictions"])
-        and isinstance(content["seconds"], number)
+        and all(isinstance(value, str) or _is_number(value) for value in content["predictions"])
+        and _is_number(content["seconds"])
     )
+
+
+def _is_number(value: Any) -> bool:
+    # JSON's whole numbers may have any number of digits.
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _flush(path: str) -> None:

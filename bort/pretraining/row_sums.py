@@ -66,5 +66,5 @@ def _batch_of(line: bytes) -> Optional[Tuple[int, int]]:
     try:
         record = record_of(line)
         return int(record[SEQUENCES]), int(record[ROWS])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
