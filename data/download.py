@@ -30,7 +30,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, Callable, Iterator, Optional, Sequence
 
 from bort.errors import UserError, escaped, quoted
-from bort.files import lock_folder, sha256_of, write_json
+from bort.files import lock_folder, open_regular, sha256_of, write_json
 from bort.sums import write_sums
 from data.rows import Line, collect, decode, read_lines
 from data.task import Task
@@ -401,12 +401,28 @@ def unpack(archive: Path, names: Sequence[str], folder: Path) -> None:
     Only these names are ever written. Raises `UserError` for a damaged archive, a missing or
     oversized file, and for an archive with links or with paths that lead outside.
     """
+    with _damage_named(archive), zipfile.ZipFile(archive) as opened:
+        for info in opened.infolist():
+            _refuse_unsafe(archive, info)
+        for name in names:
+            _extract(opened, _find_member(opened, name), folder / name)
+
+
+def member_names(archive: Path) -> list[str]:
+    """Return the names in a zip archive; raises `UserError` when it is damaged."""
+    with (
+        _damage_named(archive),
+        open_regular(archive) as file,
+        zipfile.ZipFile(file) as opened,
+    ):
+        return opened.namelist()
+
+
+@contextlib.contextmanager
+def _damage_named(archive: Path) -> Iterator[None]:
+    """Turn what zipfile raises for a damaged archive into a `UserError`."""
     try:
-        with zipfile.ZipFile(archive) as opened:
-            for info in opened.infolist():
-                _refuse_unsafe(archive, info)
-            for name in names:
-                _extract(opened, _find_member(opened, name), folder / name)
+        yield
     except _DAMAGED as error:
         raise UserError(f"{archive}: is damaged ({escaped(str(error))})") from None
     except OSError as error:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import tempfile
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, TypeVar
@@ -273,7 +272,7 @@ def check_answers(path: Path) -> None:
             scores = require_field(parse_object(line.content), "scores", list)
             if not np.isfinite(np.asarray(scores, float)).all():
                 raise BadRowError("has scores that are not finite")
-        except (BadRowError, TypeError, ValueError) as problem:
+        except (BadRowError, TypeError, ValueError, OverflowError) as problem:
             raise UserError(f"{line.where}: {escaped(str(problem))}") from None
 
 
@@ -376,19 +375,24 @@ def check_submission_folder(folder: Path) -> Found:
     return Found(True, ", ".join([*check_submissions(folder), *(path.name for path in answers)]))
 
 
+def is_archive(path: Path) -> bool:
+    """Return whether a file is a zip archive with a leaderboard's file, or cannot be read."""
+    from data.download import member_names
+
+    with suppress(UserError, OSError):
+        return path.suffix == ".zip" and any(n in submission_names() for n in member_names(path))
+    return True
+
+
 def check_archive(path: Path) -> Found:
     """Check every file of a leaderboard's archive."""
-    from data.download import unpack
+    from data.download import member_names, unpack
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError, RuntimeError) as error:
-        raise UserError(f"{path}: is damaged ({error})") from None
-    foreign = sorted(set(names) - set(submission_names()))
-    if broken or foreign or not names:
-        raise UserError(f"{path}: {broken or foreign} is damaged or not a leaderboard's file")
+    names = member_names(path)
+    if not names:
+        raise UserError(f"{path}: holds no files")
+    if foreign := sorted(set(names) - set(submission_names())):
+        raise UserError(f"{path}: {escaped(', '.join(foreign))}: no file of a leaderboard")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path}: has {', '.join(twice)} twice; pack it again")
     suites = {task.suite for name, (task, _) in submission_names().items() if name in names}

@@ -160,7 +160,7 @@ def _rows_below(
             links += [] if is_part else [path]
         elif path.is_dir():
             yield from _rows_below(path, seen, links, is_part)
-        elif path.suffix == ".zip" or (not part and _is_lone_onnx_file(path)):
+        elif checks.is_archive(path) or (not part and _is_lone_onnx_file(path)):
             yield _file_row(path)
 
 

@@ -299,6 +299,30 @@ def test_an_archive_that_no_leaderboard_takes(tmp_path, second, message):
     assert message in row.detail
 
 
+def test_an_archive_of_others_is_left_out_and_a_damaged_one_named(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "SST-2.tsv").write_text("index\tprediction\n0\t1\n")
+    for name, member in (("photos", "a.jpg"), ("torn", "\u00e9.tsv")):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr(member, "x")
+    torn = tmp_path / "torn.zip"
+    torn.write_bytes(torn.read_bytes().replace("\u00e9".encode(), b"\xff\xfe"))
+    (tmp_path / "absent.zip").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe.zip")
+    rows = {Path(row.path).name: row.state for row in verify_folder(str(tmp_path))}
+    damaged = dict.fromkeys(("absent.zip", "pipe.zip", "torn.zip"), "damaged")
+    assert rows == {**damaged, "runs": "complete"}
+    (row,) = verify_folder(str(tmp_path / "photos.zip"))
+    assert row.detail == f"{tmp_path / 'photos.zip'}: a.jpg: no file of a leaderboard"
+
+
+def test_a_score_that_no_float_holds_is_damage(tmp_path):
+    path = tmp_path / "dev_predictions.jsonl"
+    path.write_text(f'{{"scores": [1{"0" * 400}]}}\n')
+    with pytest.raises(UserError, match=r"dev_predictions\.jsonl:1: int too large"):
+        checks.check_answers(path)
+
+
 def test_any_name_of_a_folder_is_one_line(intact, tmp_path, capsys):
     for name in (b"two\nlines", b"esc\x1b[31m", b"not \xff utf-8", "\u00e9\u6f22".encode()):
         path = os.path.join(os.fsencode(tmp_path), name)
