@@ -13,13 +13,13 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, NamedTuple, Optional, Sequence
+from typing import Iterable, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
 from bort.config import option, required
 from bort.errors import UserError
-from bort.files import WHOLE_BYTES, atomic_write, open_regular
+from bort.files import WHOLE_BYTES, atomic_write, lock_folder, open_regular
 from bort.generators import generator_for
 from bort.sums import SUMS, write_sums
 from bort.types import TaskKind
@@ -70,7 +70,8 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
     Of lines with equal inputs the first counts. No line is in two sets, except in train and dev of
     different draws. A task with a second dev set (MNLI's mismatched) has a second pool for its
     dev and test sets. Raises `UserError` for fewer lines than the sets need, for files of another
-    draw, and, after removing what was written, for a set that cannot be read back.
+    draw, while another process draws there, and, after removing what was written, for a set that
+    cannot be read back.
     """
     task = get_task(settings.task_name, flag="--task_name")
     if task.train is None:
@@ -82,6 +83,16 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
         other = Pool(pool.header, _with_columns(other, pool.header, task.name))
         sets += _draw(task, other, settings, number)
     files = {_path(each, task): _content(each, task, pool.header) for each in sets}
+    # In the folder that every draw has: that of its first training set.
+    with lock_folder(os.path.dirname(_path(_first_training_set(sets, task), task)), "--output_dir"):
+        _write(files, sets, task, pool.header)
+    return [*files]
+
+
+def _write(
+    files: Mapping[str, bytes], sets: Sequence[Set], task: Task, header: Optional[bytes]
+) -> None:
+    """Write the files that are missing, and read all sets back."""
     missing = [path for path, content in files.items() if not _is_there(path, content)]
     try:
         for path in missing:
@@ -89,7 +100,7 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
             with atomic_write(path, "wb") as handle:
                 handle.write(files[path])
         for each in sets:
-            _read_back(each, task, pool.header)
+            _read_back(each, task, header)
         written = {os.path.dirname(path) for path in missing}
         for folder in {os.path.dirname(path) for path in files}:
             # A program that was killed may have left files without their sums.
@@ -100,7 +111,10 @@ def draw_subsets(settings: SubsetSettings) -> list[str]:
             with suppress(FileNotFoundError):
                 os.remove(path)
         raise
-    return [*files]
+
+
+def _first_training_set(sets: Sequence[Set], task: Task) -> Set:
+    return next(each for each in sets if each.root.name == "draw-0" and each.split == task.train)
 
 
 def _names_in(folder: str, files: Iterable[str]) -> list[str]:

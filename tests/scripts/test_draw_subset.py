@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bort.files import lock_folder
 from bort.sums import check_sums
 from data import subset
 from data.tasks import get_task, task_names
@@ -66,6 +67,14 @@ def test_sums_that_a_kill_prevented_are_written_by_the_next_run(tmp_path):
             (sums,) = (tmp_path / folder).rglob("SHA256SUMS")
             check_sums(str(sums.parent))
             sums.unlink()
+
+
+def test_two_draws_into_one_folder_do_not_mix(tmp_path, capsys):
+    with lock_folder(str(tmp_path / "draw-0" / "glue" / "SST-2")), pytest.raises(SystemExit):
+        draw_subset.main(arguments(tmp_path))
+    assert "glue/SST-2: process" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.tsv"))
+    draw_subset.main(arguments(tmp_path))
 
 
 def test_of_equal_rows_one_is_drawn(tmp_path):
