@@ -27,7 +27,7 @@ from bort.communicator import Communicator, lock_of_rank_0
 from bort.config import as_dict
 from bort.devices import devices_of, memory_errors, resolve_dtype, stored_dtype
 from bort.errors import UserError
-from bort.files import read_json_as, require_writable, write_json
+from bort.files import lock_folder, read_json_as, require_writable, write_json
 from bort.finetuning.classifier import Classifier, build_classifier, task_of
 from bort.finetuning.config import (
     ClassifierSettings,
@@ -575,6 +575,9 @@ def finished_run(
         )
     path = os.path.join(folder, METRICS)
     if communicator.rank == 0:
+        if checkpoint.steps(folder):  # it was killed at its very end
+            with lock_folder(folder, "--output_dir"):
+                checkpoint.remove_all(folder)
         print(f"{path}: the run has finished, nothing to do")
     try:
         return read_json_as(path, JSONObject)

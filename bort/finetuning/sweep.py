@@ -24,7 +24,7 @@ from typing import Mapping, NamedTuple, NoReturn, Optional, Sequence
 
 import numpy as np
 
-from bort import jobs
+from bort import checkpoint, jobs
 from bort.cluster import Cluster, WorkerKilledError, refuse_with_cluster
 from bort.config import MAX_PROCESSES, as_dict, command_of, option, required
 from bort.errors import UserError, quoted
@@ -174,6 +174,7 @@ def sweep(
         claim(folder, base, runs[0].hparams, sets, weights)
         set_damaged_aside(runs)
         keep_best_weights(runs)  # a kill may have come before
+        remove_left_checkpoints(runs)
         pending = [run for run in runs if run.metrics() is None]
         print(f"{folder}: {len(runs)} runs, {len(runs) - len(pending)} already finished")
         if pending:
@@ -414,6 +415,17 @@ def keep_best_weights(runs: Sequence[SweepRun]) -> Optional[Path]:
             for name in ("best.json", "best.params"):
                 (folder / name).unlink(missing_ok=True)
     return best
+
+
+def remove_left_checkpoints(runs: Sequence[SweepRun]) -> None:
+    """Delete the checkpoints of finished runs, which those leave that are killed at their end.
+
+    But not of one that is deleting them now, on a machine that was lost.
+    """
+    for run in runs:
+        if run.metrics() and checkpoint.steps(run.results):
+            with suppress(UserError), lock_folder(run.results):
+                checkpoint.remove_all(run.results)
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -409,7 +409,9 @@ def test_sigterm_leaves_a_checkpoint_and_no_answers(reviews, tmp_path, uninterru
     found = finetuned(reviews, tmp_path, resume=True, **RESUMED)
     assert (found["history"], metrics(tmp_path / "SST-2")) == uninterrupted[1:]
     assert not list((tmp_path / "SST-2").glob("*step-*"))
+    (tmp_path / "SST-2" / "step-0000011").mkdir()  # as if killed before it was deleted
     assert finetuned(reviews, tmp_path, resume=True, **RESUMED) == found  # nothing to do
+    assert not list((tmp_path / "SST-2").glob("*step-*"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bort.errors import UserError
-from bort.files import read_json
+from bort.files import lock_folder, read_json
 from bort.finetuning import sweep as module
 from bort.finetuning.config import (
     ClassifierSettings,
@@ -322,6 +322,17 @@ def test_weights_that_a_kill_left_are_deleted_at_the_next_call(in_process):
     (in_process.results / "seed=0,lr=0.01" / "SST-2" / "best.params").touch()
     sweep.main(flags)
     assert in_process.weights() == ["seed=1,lr=0.01"]
+
+
+def test_a_checkpoint_that_a_kill_left_is_deleted_at_the_next_call(in_process):
+    flags = in_process.flags(seed=[0, 1], lr=[0.01])
+    sweep.main(flags)
+    left = [in_process.results / f"seed={n},lr=0.01" / "SST-2" / "step-0000003" for n in (0, 1)]
+    for folder in left:
+        folder.mkdir()
+    with lock_folder(str(left[1].parent)):  # by a run that has not ended
+        sweep.main(flags)
+    assert [folder.exists() for folder in left] == [False, True]
 
 
 def test_other_spellings_of_the_paths_resume_the_sweep(in_process, monkeypatch, capsys):
