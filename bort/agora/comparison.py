@@ -102,7 +102,10 @@ def _agora_run(task: Task, folder: str) -> _AgoraRun:
     path = os.path.join(folder, task.name, "agora.json")
     if "best" not in read_json_as(path, dict):
         raise UserError(f"{path}: the run has not finished; rerun its command to resume it")
-    return read_json_as(path, _AgoraRun)
+    run = read_json_as(path, _AgoraRun)
+    if not run.rounds:
+        raise UserError(f"{path}: is not the record of a run, it has no rounds")
+    return run
 
 
 def _scores(
@@ -112,7 +115,10 @@ def _scores(
     for folder, on_test in zip(folders, metrics):
         if not on_test:
             raise UserError(f"{folder}: has no metrics of a test set: there was none with labels")
-        scores.append(task.score(dict(on_test)))
+        try:
+            scores.append(task.score(on_test))
+        except KeyError as error:
+            raise UserError(f"{folder}: its test set has no {error} of {task.name}") from None
     return np.array(scores)
 
 

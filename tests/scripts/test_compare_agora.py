@@ -71,6 +71,22 @@ def test_mistakes_are_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rounds", [], "agora.json: is not the record of a run, it has no rounds"),
+        ("best", {"test": {"f1": 0.5}}, "1: its test set has no 'accuracy' of SST-2"),
+    ],
+)
+def test_records_of_something_else_are_named(tmp_path, capsys, key, value, message):
+    given = write_runs(tmp_path)
+    path = str(tmp_path / "agora" / "1" / "SST-2" / "agora.json")
+    write_json(path, {**read_json(path), key: value})
+    with pytest.raises(SystemExit):
+        compare_agora.main(["SST-2", *given])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("name", "file", "message"),
     [
         ("agora", "agora.json", "agora.json: the run has not finished; rerun its command"),
