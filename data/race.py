@@ -166,7 +166,7 @@ class RaceMiddle(Race):
     files = (File("train", "train", 25421), File("dev", "dev", 1436), File("test", "test", 1436))
 
 
-_MOVE_AWAY = "move it away"
+_MOVE_AWAY = "move it away, or rename it"
 
 
 def _is_numbered(path: Path) -> bool:
@@ -177,6 +177,10 @@ def _articles(file: ArticleFile) -> list[Article]:
     """Return the articles of a file: officially one object, several are one per line."""
     if file.extra:
         raise BadRowError("is beside the numbered files, whose articles it may repeat")
+    try:
+        file.path.name.encode()
+    except UnicodeEncodeError:  # it would be part of the names of predictions
+        raise BadRowError("has a name that is not UTF-8") from None
     content = _content(file.path)
     try:
         json.loads(content)

@@ -51,6 +51,16 @@ def test_unknown_cast_is_refused():
         get_task("RACE-H", race_cast="both")
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    """It would be part of the names of predictions, which are written as UTF-8 after training."""
+    write(tmp_path, "dev/high/a.txt", article())
+    write(tmp_path, "dev/high/caf\udce9.txt", article())
+    with pytest.raises(UserError, match=r"txt:? ?.*has a name that is not UTF-8; move it away, or"):
+        get_task("RACE-H").read(tmp_path, "dev")
+    found = get_task("RACE-H").read(tmp_path, "dev", skip_bad_rows=True)
+    assert (len(found.examples), len(found.skipped)) == (1, 1)
+
+
 def test_other_files_of_the_archive_are_skipped(tmp_path):
     write(tmp_path, "dev/high/1.txt", article())
     write(tmp_path, "dev/high/.DS_Store", b"\x00\x01")
