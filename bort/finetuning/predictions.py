@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Mapping, NamedTuple, Sequence
+from typing import ContextManager, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
 from bort.communicator import Communicator
 from bort.errors import UserError
-from bort.files import atomic_write
+from bort.files import atomic_write, lock_folder
 from bort.finetuning.classifier import Classifier
 from bort.finetuning.scoring import predict_logits
 from bort.finetuning.task_data import PredictionSet
@@ -41,13 +43,19 @@ def predict_sets(
 ) -> JSONObject:
     """Predict dev and test sets and write their files into `output_dir`/<task of the set>.
 
-    SHA256SUMS in each folder has the sums of the files. Returns for each set, by split (of other
-    tasks than `task` by task/split): its number of rows, the messages of skipped rows, the metrics
-    where it is labelled, and the file.
-    Raises `UserError` when a logit is NaN or infinite.
+    SHA256SUMS in each folder has the sums of the files. The caller holds the lock of the folder of
+    `task`; those of other tasks are locked here while they are written. Returns for each set, by
+    split (of other tasks than `task` by task/split): its number of rows, the messages of skipped
+    rows, the metrics where it is labelled, and the file.
+    Raises `UserError` when a logit is NaN or infinite, and when another process writes to a folder.
     """
     results: JSONObject = {}
-    written: list[str] = []
+    written: dict[str, list[str]] = defaultdict(list)  # names of files by task
+
+    def locked(name: str) -> ContextManager[None]:
+        folder = os.path.join(output_dir, name)
+        return nullcontext() if name == task.name else lock_folder(folder, "--output_dir")
+
     for each in sets:
         logits = logits_of(classifier, each.examples, scoring)
         if not np.isfinite(logits).all():
@@ -63,12 +71,13 @@ def predict_sets(
             results[name]["metrics"] = each.task.metrics(each.examples, logits)
         if scoring.communicator.rank == 0:
             folder = os.path.join(output_dir, each.task.name)
-            results[name]["file"] = write_predictions(
-                each.task, each.split, each.examples, logits, folder
-            )
-            written.append(results[name]["file"])
-    for folder in {os.path.dirname(path) for path in written}:
-        write_sums(folder, [os.path.basename(p) for p in written if os.path.dirname(p) == folder])
+            with locked(each.task.name):
+                path = write_predictions(each.task, each.split, each.examples, logits, folder)
+            results[name]["file"] = path
+            written[each.task.name].append(os.path.basename(path))
+    for name, files in written.items():
+        with locked(name):
+            write_sums(os.path.join(output_dir, name), files)
     return results
 
 

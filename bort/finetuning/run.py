@@ -654,8 +654,9 @@ def infer(
             f"--model_parameters {settings.classifier.model_parameters}: a model of {own}; give "
             f"one of {task.model_task or task.name}"
         )
-    refuse_answers_of_another(settings, task)
-    with memory_errors(MEMORY_CURE):
+    folder = os.path.join(settings.run.output_dir, task.name)
+    with lock_of_rank_0(folder, "--output_dir", communicator), memory_errors(MEMORY_CURE):
+        refuse_answers_of_another(settings, task)
         scoring = scoring_of(settings, communicator, devices)
         results = predict_sets(classifier, task, sets, scoring, settings.run.output_dir)
     if communicator.rank == 0:

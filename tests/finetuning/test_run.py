@@ -17,7 +17,7 @@ import pytest
 
 import finetune_classifier
 from bort.errors import Stopped, UserError
-from bort.files import read_json
+from bort.files import lock_folder, read_json
 from bort.saved_model import (
     ModelConfig,
     build_network,
@@ -656,6 +656,18 @@ def test_pairs_are_not_predicted_with_a_roberta_of_another_program(tmp_path):
     finetuned(TEST_DATA, tmp_path / "b", task_name="RTE", epochs=1, **flags)
     flags["model_parameters"] = tmp_path / "SST-2"  # single texts
     finetuned(TEST_DATA, tmp_path / "c", task_name="SST-2", only_inference=True, **flags)
+
+
+@pytest.mark.parametrize("folder", ["SuperGLUERTE", "AX-b"])
+def test_predictions_wait_for_no_other_writer_of_their_folders(tmp_path, folder):
+    write_classifier(tmp_path / "model", "SuperGLUERTE")
+    flags = {"only_inference": True, "model_name": None, "model_parameters": tmp_path / "model"}
+    with (
+        lock_folder(str(tmp_path / "out" / folder)),
+        pytest.raises(UserError, match=f"out/{folder}: process {os.getpid()} on .* is writing"),
+    ):
+        finetuned(TEST_DATA / "superglue", tmp_path / "out", task_name="SuperGLUERTE", **flags)
+    assert not list((tmp_path / "out" / folder).glob("*.json*"))
 
 
 @pytest.mark.parametrize("task_name", ["SuperGLUERTE", "AX-b"])
