@@ -126,7 +126,7 @@ class Preflight:
         left = max(0, self.settings.optimizer.num_steps - self._start)
         batches = before + left * self._loop.micro_batches
         return [
-            Row("updates an epoch", f"{per_epoch / self._loop.micro_batches:,.1f}"),
+            Row("updates per epoch", f"{per_epoch / self._loop.micro_batches:,.1f}"),
             Row("epochs planned", f"{batches / per_epoch:,.2f}"),
         ]
 
@@ -196,7 +196,7 @@ def device_rows(devices: Sequence[Context]) -> list[Row]:
         free = [mx.context.gpu_memory_info(device.device_id)[0] for device in devices]
         names += f", {min(free) / 2**30:.1f} GiB free"
     threads = f"{cpu_threads()} of {usable_cores()} cores"
-    return [Row("devices a process", names), Row("OpenMP threads", threads)]
+    return [Row("devices per process", names), Row("OpenMP threads", threads)]
 
 
 def data_rows(inputs: Inputs) -> list[Row]:
@@ -208,7 +208,7 @@ def data_rows(inputs: Inputs) -> list[Row]:
         Row("vocabulary", f"{manifest.vocab_size:,}"),
         Row("sequences", f"{manifest.totals['sequences']:,}"),
         Row("tokens", f"{manifest.totals['tokens']:,}"),
-        Row("micro-batches an epoch", f"{training.batches_per_epoch:,}"),
+        Row("micro-batches per epoch", f"{training.batches_per_epoch:,}"),
     ]
     if held_out is not None:
         rows.append(Row("held out", f"{held_out.batches_per_epoch:,} batches, same tokenizer"))

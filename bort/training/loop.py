@@ -470,10 +470,10 @@ class Loop:
         named = "; ".join(", ".join(names) for names in devices)
         return (
             f"{self.job.title}; {parameter_count(self.job.network):,} parameters; "
-            f"{self.job.stream.source.batches_per_epoch:,} batches an epoch; "
+            f"{self.job.stream.source.batches_per_epoch:,} batches per epoch; "
             f"{self.communicator.size} rank(s) x {len(self.devices)} device(s) ({named}), "
-            f"{self.micro_batches} micro-batch(es) an update; "
-            f"{os.environ.get('OMP_NUM_THREADS')} OpenMP thread(s) a rank; "
+            f"{self.micro_batches} micro-batch(es) per update; "
+            f"{os.environ.get('OMP_NUM_THREADS')} OpenMP thread(s) per rank; "
             f"from step {self.progress.step}"
         )
 

@@ -115,7 +115,7 @@ def test_the_other_rank_continues_alone(data, tmp_path, monkeypatch, uninterrupt
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "killed").exists()
     # Updates 7 and 8 are taken back: they came after the last metric line and the copy made then.
-    assert "1 rank(s) x 1 device(s) (cpu(0)), 2 micro-batch(es) an update" in done.stdout
+    assert "1 rank(s) x 1 device(s) (cpu(0)), 2 micro-batch(es) per update" in done.stdout
     assert "from step 6\n" in done.stdout
     run = tmp_path / "run"
     assert_same_training(run, weights(run), uninterrupted, weights(uninterrupted))

@@ -98,13 +98,13 @@ def test_a_complete_run_is_described(data, tmp_path, capsys):
     assert rows["NumPy"] == np.__version__
     assert rows["sequences"] == "25"
     per_epoch = make_run(data, ckpt_dir=folder).job.stream.source.batches_per_epoch
-    assert number(rows["micro-batches an epoch"]) == per_epoch
-    assert number(rows["updates an epoch"]) == per_epoch / 2
+    assert number(rows["micro-batches per epoch"]) == per_epoch
+    assert number(rows["updates per epoch"]) == per_epoch / 2
     assert number(rows["epochs planned"]) == pytest.approx(10**7 * 2 / per_epoch, abs=0.005)
     assert rows["teacher"] == f"{SHAPE}, same vocabulary"
     assert rows["student"].startswith(f"{SHAPE}, 26,045 parameters")
     assert rows["processes"] == "1"
-    assert rows["devices a process"] == "cpu(0)"
+    assert rows["devices per process"] == "cpu(0)"
     hours, seconds = number(rows["to the end"]), number(rows["further updates"])
     assert hours == pytest.approx(seconds * 10**7 / 3600, abs=0.0006 * 10**7 / 3600)
     assert "10,000,000 updates" in rows["to the end"]
@@ -177,9 +177,9 @@ def test_a_resumed_run_has_less_to_do_and_loses_nothing(data, tmp_path, capsys):
     rows = checked(capsys, data, folder, resume=True, num_steps=4)
     assert "0.00 h for 0 updates" in rows["to the end"], "it is past its end"
     # The first 8 updates took one micro-batch, the others are to take two.
-    per_epoch = number(rows["micro-batches an epoch"])
+    per_epoch = number(rows["micro-batches per epoch"])
     rows = checked(capsys, data, folder, resume=True, accumulate=2)
-    assert number(rows["updates an epoch"]) == pytest.approx(per_epoch / 2, abs=0.05)
+    assert number(rows["updates per epoch"]) == pytest.approx(per_epoch / 2, abs=0.05)
     planned = (8 + 12 * 2) / per_epoch
     assert number(rows["epochs planned"]) == pytest.approx(planned, abs=0.005)
     assert everything(folder) == before
