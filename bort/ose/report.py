@@ -116,7 +116,11 @@ def _winning_error(shape: Shape, gain: float, best: Shape, best_gain: float) -> 
     """Return the line on the error at which a shape wins over the best by size and speed."""
     if shape == best:
         return "  the best by size and speed: another one needs a lower error to win"
+    if not best_gain:
+        return "  wins whatever its error: W is 0 for every shape of the space"
     over = f"  wins over {best.name} (g = {best_gain:.3f}) "
+    if gain == best_gain:
+        return over + "when its error is lower"
     if gain > best_gain:
         return over + f"unless its error is {gain / best_gain:.2f} times higher"
     return over + f"when its error is at least {best_gain / gain:.2f} times lower"

@@ -52,8 +52,21 @@ def test_explain_with_other_counts_and_maximum_points(capsys):
     assert "the best by size and speed: another one needs a lower error to win" in best
     smaller = call(capsys, "--explain", "bort_1_1_1_1")[1]
     assert "(g = 0.817) unless its error is 1.22 times higher" in smaller
+    level = call(capsys, "--explain", "bort_2_8_256_512")[1]  # heads change neither
+    assert "wins over bort_2_4_256_512 (g = 0.817) when its error is lower\n" in level
     _, out = call(capsys, "--explain", "bort_12_16_3072_1024")
     assert "never wins: W is 0 whatever the error" in out
+
+
+def test_explain_against_a_space_of_one_shape(capsys, tmp_path):
+    space = tmp_path / "one.yaml"
+    space.write_text("architectures: [bort_1_2_8_4]\n")
+    flags = ["--space", space, "--explain"]
+    assert (
+        "  wins whatever its error: W is 0 for every shape"
+        in call(capsys, *flags, "bort_1_1_2_4")[1]
+    )
+    assert "never wins" in call(capsys, *flags, "bort_1_2_8_4")[1]
 
 
 def test_an_explained_name_that_is_none_stops_a_search_before_it_begins(capsys, tmp_path):
