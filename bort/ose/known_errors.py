@@ -64,12 +64,14 @@ def read_errors(source: str, space: Sequence[Shape]) -> tuple[Sequence[Shape], S
 def _read_row(where: str, row: Mapping[Optional[str], Any]) -> tuple[Shape, float]:
     if any(row.get(None, ())):  # the rest of a row; spreadsheets may write it empty
         raise UserError(f"{where}: has more fields than the header; numbers have decimal points")
+    if None in row.values():
+        raise UserError(f"{where}: has fewer fields than the header")
     try:
-        shape = shape_of(row["architecture"] or "")
+        shape = shape_of(row["architecture"])
     except UserError as problem:
         raise UserError(f"{where}: {problem}") from None
     try:
-        error = float(row["error"] or "")
+        error = float(row["error"])
     except ValueError:
         raise UserError(f"{where}: error {quoted(row['error'])}: must be a number") from None
     if error < 0:

@@ -193,8 +193,8 @@ def test_latency_is_listed_with_its_correlation(capsys, tmp_path, monkeypatch):
     [
         (["bort_4_8_768_1024,two"], "errors.csv:2: error 'two': must be a number"),
         (["bort_4_8_768_1024,1,5"], "errors.csv:2: has more fields than the header; numbers have"),
+        (["bort_4_8_768_1024"], "errors.csv:2: has fewer fields than the header"),
         (["bort_4_8_768_1024,-1"], "errors.csv:2: error -1.0: must not be negative"),
-        (["bort_4_8_768_1024"], "errors.csv:2: "),
         (["bort_4_8_768_1024,2", "bert,2"], "errors.csv:3: model name 'bert'"),
         (["bort_1_8_768_1024,2"], "errors.csv:2: bort_1_8_768_1024 is not in the space"),
         ([], "errors.csv: contains no errors"),
