@@ -7,7 +7,7 @@ from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 
-from bort.ose.candidates import Architecture
+from bort.ose.candidates import Architecture, name_of
 from bort.ose.search import Member, largest
 
 
@@ -58,7 +58,7 @@ def check_abnc(
         conditions.append(_growth_condition(members, costs, measure, outer))
         conditions.append(_amount_condition(members, costs, measure, outer))
     top = largest(members)
-    beyond = [str(tuple(m.architecture)) for m in members if m.cost > top.cost]
+    beyond = [name_of(m.architecture) for m in members if m.cost > top.cost]
     text = "one member is the largest in size and in operations"
     return [*conditions, Condition(text, not beyond, beyond[0] if beyond else "")]
 
@@ -80,9 +80,9 @@ def _growth_condition(
     if not faster.any():
         return Condition(text, True)
     start, end = np.argwhere(faster)[0]
-    names = f"{tuple(members[start].architecture)} to {tuple(members[end].architecture)}"
+    names = [name_of(members[index].architecture) for index in (start, end)]
     factors = f"{grown[start, end]:.3g} against {middle[start, end]:.3g} times"
-    return Condition(text, False, f"{names}: {factors}, and {faster.sum() - 1} more pairs")
+    return Condition(text, False, f"{' to '.join(names)}: {factors}{_others(faster, 'pair')}")
 
 
 def _amount_condition(
@@ -90,9 +90,16 @@ def _amount_condition(
 ) -> Condition:
     amount, middle = (_column(costs, layer, measure) for layer in (outer, "middle"))
     text = f"{measure}: the {outer} layer is smaller than a middle layer"
-    where = np.flatnonzero(amount >= middle)
-    if not len(where):
+    larger = amount >= middle
+    if not larger.any():
         return Condition(text, True)
-    first = where[0]
-    example = f"{tuple(members[first].architecture)}: {amount[first]:.3g} against "
-    return Condition(text, False, f"{example}{middle[first]:.3g}, and {len(where) - 1} more")
+    first = np.flatnonzero(larger)[0]
+    example = f"{name_of(members[first].architecture)}: {amount[first]:.3g} against "
+    return Condition(text, False, f"{example}{middle[first]:.3g}{_others(larger)}")
+
+
+def _others(failing: np.ndarray, what: str = "") -> str:
+    """Return how many fail besides the first, as the end of a line; nothing where none does."""
+    others = int(failing.sum()) - 1
+    plural = "s" if what and others > 1 else ""
+    return f", and {others:,} more {what}{plural}".rstrip() if others else ""

@@ -27,6 +27,11 @@ TIME_CAP, MEMORY_CAP = "time cap", "memory cap"
 FAILURES = ("", "diverged", TIME_CAP, MEMORY_CAP)
 
 
+def name_of(architecture: Architecture) -> str:
+    """Return the name of an architecture for messages; a tuple without one is shown as it is."""
+    return str(getattr(architecture, "name", architecture))
+
+
 class Candidate(NamedTuple):
     """One training run: an architecture, a set of hyperparameters, the number of the repeat."""
 

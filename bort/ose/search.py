@@ -41,6 +41,7 @@ from bort.ose.candidates import (
     Measurement,
     SearchJournal,
     SurrogateError,
+    name_of,
 )
 from bort.types import Hyperparameters
 
@@ -235,12 +236,12 @@ def check_maximum_point(top: Member, members: Sequence[Member]) -> None:
     """
     if not (top.size and top.cost):
         raise UserError(
-            f"maximum point {getattr(top.architecture, 'name', top.architecture)}: has "
+            f"maximum point {name_of(top.architecture)}: has "
             f"{top.size} parameters and {top.cost} operations; both must be above 0"
         )
     beyond = [m for m in members if m.size > top.size or m.cost > top.cost]
     if beyond:
-        names = [getattr(m.architecture, "name", m.architecture) for m in (top, beyond[-1])]
+        names = [name_of(m.architecture) for m in (top, beyond[-1])]
         raise UserError(
             f"maximum point {names[0]}: {names[1]} has more parameters or operations; give a "
             "maximum point that it does not exceed"
