@@ -534,6 +534,14 @@ def test_a_file_is_missing(tmp_path, name, message):
     assert message in refused(tmp_path)
 
 
+def test_an_error_names_the_folder_once(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[PAD]\n")
+    with pytest.raises(UserError, match=r"vocab\.txt:2: ") as caught:
+        read(str(tmp_path))
+    assert str(caught.value).count(str(tmp_path)) == 1
+
+
 def test_torch_weights_in_shards_are_named(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "model.safetensors").unlink()
