@@ -47,7 +47,14 @@ from bort.ose.report import (
     print_space,
     write_report,
 )
-from bort.ose.search import OseResult, check_maximum_point, extract, largest, ordered
+from bort.ose.search import (
+    OseResult,
+    check_maximum_point,
+    check_stride,
+    extract,
+    largest,
+    ordered,
+)
 from bort.ose.trained_error import (
     TrainedError,
     known_description,
@@ -102,6 +109,8 @@ def run_ose(
     if not training.data:
         return known_search(space, settings, everything)
     strides = read_strides(settings, len(space.members))
+    for stride in strides:  # now, not after T's training
+        check_stride(space.members, space.maximum_point, stride)
     with lock_folder(settings.output_dir, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
         with executor_of(training, communicator, cluster, settings.output_dir) as executor:
             errors = trained_errors(space, settings, training, manifests, executor)

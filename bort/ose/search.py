@@ -179,7 +179,7 @@ def extract(
 
     Raises:
         UserError: an empty space; a stride, a number of repeats or of sets of hyperparameters out
-            of range; a T that is not the largest; no W above 0.
+            of range; a T that is not the largest; no W above 0, if possible before any training.
         ValueError: an error below `lower_bound`, as soon as it is measured.
     """
     hparams = list(hparams)  # walked through twice
@@ -190,6 +190,7 @@ def extract(
         raise UserError(f"stride {stride}: must be from 1 to {len(members)}, the space's size")
     top = _maximum_member(members, maximum_point, parameter_size, inference_cost)
 
+    check_stride(members, top, stride)
     visited = members[::stride]
     trained = [m.architecture for m in visited if size_and_speed_gain(m, top) > 0]
     runs = itertools.product(trained, hparams, range(repeats))
@@ -223,8 +224,8 @@ def _best(table: Sequence[Evaluation], stride: int) -> Evaluation:
     best = max(table, key=lambda row: row.w)
     if best.w == 0:
         raise UserError(
-            f"stride {stride}: no visited architecture has a W above 0: no error is finite, or all "
-            "are T; give another stride or space, or find out why they failed"
+            f"stride {stride}: no visited architecture has a W above 0: no error is finite; "
+            "find out why they failed"
         )
     return best
 
@@ -245,6 +246,16 @@ def check_maximum_point(top: Member, members: Sequence[Member]) -> None:
         raise UserError(
             f"maximum point {names[0]}: {names[1]} has more parameters or operations; give a "
             "maximum point that it does not exceed"
+        )
+
+
+def check_stride(members: Sequence[Member], top: Member, stride: int) -> None:
+    """Raise `UserError` when W is 0 for all that a stride visits, whatever their errors."""
+    if not any(size_and_speed_gain(member, top) for member in members[::stride]):
+        raise UserError(
+            f"stride {stride}: all architectures that it visits have the parameters or the "
+            "operations of the maximum point, and W = 0 whatever their errors; give another "
+            "stride, space or maximum point"
         )
 
 

@@ -67,6 +67,8 @@ def test_explain_against_a_space_of_one_shape(capsys, tmp_path):
         in call(capsys, *flags, "bort_1_1_2_4")[1]
     )
     assert "never wins" in call(capsys, *flags, "bort_1_2_8_4")[1]
+    line = complaint(capsys, *flags[:2], "--errors", "synthetic", "--output_dir", tmp_path / "out")
+    assert "stride 1: all architectures that it visits have the parameters or the op" in line
 
 
 def test_an_explained_name_that_is_none_stops_a_search_before_it_begins(capsys, tmp_path):

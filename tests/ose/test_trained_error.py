@@ -147,6 +147,7 @@ def test_the_modes_set_optimiser_and_rate():
 def test_invalid_requests_are_refused(data, tmp_path, capsys):
     write_shards(tmp_path / "other", [4], seed=3, fingerprint="two")
     write_shards(tmp_path / "unknown", [4], seed=3, masked=False)
+    (tmp_path / "one.yaml").write_text(f"architectures: [{TOP.name}]\n")
     wrong = [
         ({"data_eval": None}, "--data and --data_eval go together"),
         ({"data_eval": tmp_path / "other"}, "made with another tokenizer"),
@@ -166,6 +167,7 @@ def test_invalid_requests_are_refused(data, tmp_path, capsys):
         ({"vocab_size": 60}, "--vocab_size 60: the shards have 61 tokens"),
         ({"max_length": 64}, "--max_length 64"),
         ({"stride": 4}, "stride 4: must be from 1 to 3"),
+        ({"space": tmp_path / "one.yaml"}, "stride 1: all architectures that it visits have the"),
         ({"data": tmp_path / "absent"}, "absent"),
     ]
     for more, message in wrong:
