@@ -4,8 +4,10 @@
 
 Needs torch and transformers, and nothing of this project. The recipe is that of
 finetune_classifier.py: AdamW without decay on biases and LayerNorm, linear warmup and decay,
-dropout 0.1, clipping to norm 1, and the best epoch on dev by the mean of the task's metrics. Prints
-them with the seed and the seconds as JSON for each seed.
+dropout 0.1, clipping to norm 1, and the best epoch on dev by the mean of the task's metrics. With
+--dropout gluonnlp, dropout is where GluonNLP's encoder and Bort's head have it: before the
+LayerNorm of the embeddings, not after it, and before the head's first dense layer, too. Prints the
+metrics with the seed and the seconds as JSON for each seed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from transformers import (
 
 WITHOUT_DECAY = ("bias", "LayerNorm.weight")
 WARMUP = 0.1
+DROPOUT = 0.1
 
 
 # Names of the columns of the texts and of the label, by the name of the task's folder.
@@ -78,6 +81,24 @@ def make_optimizer(network: torch.nn.Module, rate: float) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=rate, eps=1e-6)
 
 
+def move_dropout(network: torch.nn.Module, place: str) -> None:
+    """Move the dropout of a BERT to the places of GluonNLP and of Bort's head, or turn it off."""
+
+    def drop(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (torch.nn.functional.dropout(inputs[0], DROPOUT, module.training),)
+
+    if place == "gluonnlp":
+        embeddings = network.bert.embeddings
+        embeddings.dropout = torch.nn.Identity()
+        embeddings.LayerNorm.register_forward_pre_hook(drop)
+        network.bert.pooler.dense.register_forward_pre_hook(drop)
+    for module in network.modules() if place == "none" else ():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):  # of attention computed in one call
+            module.dropout_prob = 0.0
+
+
 class Run:
     """One fine-tuning run."""
 
@@ -88,6 +109,7 @@ class Run:
         self.network = AutoModelForSequenceClassification.from_pretrained(
             flags.folder, num_labels=1 if flags.data.name == "STS-B" else 2
         )
+        move_dropout(self.network, flags.dropout)
         self.train, self.dev = (read(flags.data / f"{part}.tsv") for part in ("train", "dev"))
 
     def logits(self, rows: list[Row]) -> torch.Tensor:
@@ -149,6 +171,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_len", type=int, default=128)
+    parser.add_argument("--dropout", choices=["bert", "gluonnlp", "none"], default="bert")
     flags = parser.parse_args()
     for seed in map(int, flags.seeds.split(",")):
         start = time.perf_counter()
