@@ -99,14 +99,15 @@ def encode_inputs(
     The longest texts of an input are cut first, to equal lengths.
 
     Raises `ValueError` for one text in place of an input, which is a sequence of texts: its letters
-    would be taken for texts; and for a `max_len` that leaves less than one token for each text.
+    would be taken for texts; `UserError` for a `max_len` that leaves less than a token for each.
     """
     inputs = [parts if isinstance(parts, str) else tuple(parts) for parts in inputs]
     if any(isinstance(parts, str) for parts in inputs):
         raise ValueError("inputs: expected sequences of texts, found one text; write (text,)")
     widest = max(map(len, inputs), default=0)
     if max_len < 2 * widest + 1:
-        raise ValueError(f"max_len {max_len}: leaves no tokens for {widest} texts")
+        texts = "texts" if widest > 1 else "text"
+        raise UserError(f"max_len {max_len}: leaves no tokens for {widest} {texts}")
     # Many inputs may share a passage: each text is encoded once.
     texts = list(dict.fromkeys(text for parts in inputs for text in parts))
     ids = dict(zip(texts, tokenizer.encode_batch(texts)))

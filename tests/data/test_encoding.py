@@ -54,7 +54,7 @@ def test_one_text_is_no_input_and_an_input_may_be_walked_through_once(tokenizer)
 
 def test_each_text_keeps_a_token_or_the_length_is_refused(tokenizer):
     assert [len(ids) for ids in encode_inputs(tokenizer, [PAIR], 5)] == [5]
-    with pytest.raises(ValueError, match="max_len 4: leaves no tokens for 2 texts"):
+    with pytest.raises(UserError, match="max_len 4: leaves no tokens for 2 texts"):
         encode_inputs(tokenizer, [PAIR], 4)
 
 
