@@ -358,6 +358,14 @@ def test_a_model_of_finetuning_may_have_a_correction_and_a_type(project):
     assert minilm[-2:] == ["--dtype", "float32"]
 
 
+def test_the_deepest_model_of_finetuning_has_a_smaller_rate_on_race(project):
+    grid = project.folder / "runs/experiments/finetuning/all-MiniLM-L6-v2-corrected/grid.yaml"
+    for task, rate in (("RACE-M", "3e-5"), ("MRPC", "1e-4")):
+        chosen = {"TASKS": task, "MODELS": "all-MiniLM-L6-v2-corrected"}
+        assert not project.run("finetuning", DATA_DIR="data", **chosen).returncode
+        assert grid.read_text() == f"seed: [1,2,3]\nlr: [{rate}]\n"
+
+
 def test_another_socrates_shares_the_draws_and_the_labeller(project):
     chosen = {"TASKS": "SST-2", "METHODS": "mistakes", "ROWS": "100"}
     others = {"DATA_DIR": "data", "SOCRATES": "paraphrase-MiniLM-L3-v2"}
