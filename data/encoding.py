@@ -106,8 +106,8 @@ def encode_inputs(
         raise ValueError("inputs: expected sequences of texts, found one text; write (text,)")
     widest = max(map(len, inputs), default=0)
     if max_len < 2 * widest + 1:
-        texts = "texts" if widest > 1 else "text"
-        raise UserError(f"max_len {max_len}: leaves no tokens for {widest} {texts}")
+        plural = "s" if widest > 1 else ""
+        raise UserError(f"max_len {max_len}: leaves no tokens for {widest} text{plural}")
     # Many inputs may share a passage: each text is encoded once.
     texts = list(dict.fromkeys(text for parts in inputs for text in parts))
     ids = dict(zip(texts, tokenizer.encode_batch(texts)))
