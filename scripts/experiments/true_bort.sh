@@ -6,9 +6,9 @@
 # bort_4_8_768_1024 is distilled on the text of teacher.sh with the specification's weights, from
 # the teacher run in each step. With 5e-4 after 50 steps of warmup, dropout and batches of 16 it did
 # not leave the plateau of word frequencies; with what is set below it does. It can be stopped at any
-# time: the same command goes on from the last checkpoint, at most 200 updates back. At the end of
+# time: the same command resumes from the last checkpoint, at most 200 updates back. At the end of
 # BORT_STEPS it, and random weights, are fine-tuned on SST-2 and MRPC, and it is converted for
-# Hugging Face with a card that says how little text it has seen. A larger BORT_STEPS goes on from
+# Hugging Face with a card that says how little text it has seen. A larger BORT_STEPS resumes from
 # there.
 # Results, in $EXPERIMENTS/true_bort: model, huggingface-STEPS, tasks, and the tables on standard
 # output.
