@@ -244,7 +244,7 @@ def read_folder(folder: str, token_types: str = KEEP, origin: str = "") -> Impor
             model_config = dataclasses.replace(model_config, one_separator=one)
         converted = _checked_arrays(tensors, description, model_config, tokenizer)
     except UserError as error:
-        named = str(error).startswith(folder)  # of a file in it
+        named = str(error).startswith(os.path.join(folder, ""))  # of a file in it
         raise UserError(str(error) if named else f"{folder}: {error}") from None
     network = _network(model_config, converted.parameters)
     return Import(SavedModel(network, model_config, tokenizer), converted.notices)

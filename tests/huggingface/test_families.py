@@ -542,6 +542,15 @@ def test_an_error_names_the_folder_once(tmp_path):
     assert str(caught.value).count(str(tmp_path)) == 1
 
 
+def test_an_error_that_begins_like_the_name_of_the_folder_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    write_folder(folder, model_type="mpnet")
+    with pytest.raises(UserError, match=r"^m: "):
+        read("m")
+
+
 def test_torch_weights_in_shards_are_named(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "model.safetensors").unlink()
