@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import shlex
 import sys
@@ -64,6 +65,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+        self._words: Sequence[str] = ()  # that were parsed last
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments; raises `UserError` for a flag that is empty."""
@@ -78,11 +80,39 @@ class OneLineParser(argparse.ArgumentParser):
                 word.encode("utf-8")
             except UnicodeEncodeError:
                 self.error(f"{quoted(word)}: is not UTF-8; rename the file or folder")
+        self._words = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print one line on stderr and exit with status 2."""
+        """Print one line on stderr and exit with status 2.
+
+        An unknown flag is named before a missing one, which may be the same, misspelt.
+        """
+        if message.startswith("the following arguments are required"):
+            unknown = self.without_types().parse_known_args(self._words)[1]
+            flags = " ".join(word for word in unknown if word.startswith("--"))
+            message = f"unrecognized arguments: {flags}" if flags else message
+        if message.startswith("unrecognized arguments"):
+            message += self._suggestion(message.split())
         self.exit(2, f"error: {shortened(message)} (see {self.prog} --help)\n")
+
+    def without_types(self) -> OneLineParser:
+        """Return a parser that takes the same flags, with any value or none.
+
+        It has all of them, so that an abbreviation means here what it means there.
+        """
+        lenient = OneLineParser(prog=self.prog, add_help=False)
+        for action in self._actions:
+            if action.option_strings:
+                lenient.add_argument(*action.option_strings, dest=action.dest, nargs="?")
+        return lenient
+
+    def _suggestion(self, words: Sequence[str]) -> str:
+        """Return the end of an error: the flags that unknown ones resemble, if any."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        names = [word.partition("=")[0] for word in words if word.startswith("--")]
+        close = [flag for name in names for flag in difflib.get_close_matches(name, known, 1)]
+        return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def parser_for(description: str, *classes: type, without: Collection[str] = ()) -> OneLineParser:
@@ -174,10 +204,7 @@ def _refuse_renamed(parser: OneLineParser, argv: Sequence[str], renamed: Mapping
 
 def _use_config(parser: OneLineParser, argv: Sequence[str] | None, classes: Sequence[type]) -> None:
     """Make the values of the file that --config names the defaults of a parser."""
-    first = OneLineParser(prog=parser.prog, add_help=False)
-    for action in parser._actions:  # all flags: an abbreviation means here what it means there
-        first.add_argument(*action.option_strings, dest=action.dest, nargs="?")
-    path = first.parse_known_args(argv)[0].config
+    path = parser.without_types().parse_known_args(argv)[0].config
     if path is None:
         return
     values = read_config(path, classes)

@@ -92,7 +92,10 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         (["--dish", "x", "--salt", "a"], "--salt: invalid float value"),
         (["--dish", "x", "--style", "raw"], "--style: invalid choice: 'raw'"),
         (["--dish", "x", "--spicy", "yes"], "unrecognized arguments: yes"),
-        (["--dish", "x", "--dessert", "cake"], "unrecognized arguments: --dessert cake"),
+        (["--dish", "x", "--dessert", "cake"], "unrecognized arguments: --dessert cake (see"),
+        (["--dish", "x", "--potions=3"], "--potions=3; did you mean --portions? (see"),
+        (["--dihs", "x", "--salt", "0.1"], "unrecognized arguments: --dihs; did you mean --dish?"),
+        (["--salt", "0.1"], "the following arguments are required: --dish"),
         (["--dish", "x\udcff"], r"'x\udcff': is not UTF-8; rename the file or folder"),
     ],
 )

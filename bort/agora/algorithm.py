@@ -116,6 +116,10 @@ class ImbalanceWarning(UserWarning):
     """A class has far more or far fewer rows than an equal share."""
 
 
+class SingleSetWarning(UserWarning):
+    """The search space has one set: the run ends before augmented examples could be used."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """Labelled examples: n inputs of any kind, and labels as an array of shape [n]."""
@@ -361,8 +365,9 @@ def agora(
     each round, including those recalled from the store.
 
     Raises `EmptySearchSpaceError`, `DevInTrainError`, `TestEqualsDevError`, `OtherRunError`, or
-    `ValueError` for a negative `seed`, before any fit; warns `WeakTimaeusWarning` and
-    `ImbalanceWarning`, which `warnings.simplefilter("error", ...)` turns into errors.
+    `ValueError` for a negative `seed`, before any fit; warns `WeakTimaeusWarning`,
+    `ImbalanceWarning` and `SingleSetWarning`, which `warnings.simplefilter("error", ...)` turns
+    into errors.
     """
     if seed < 0:  # NumPy's generators take none
         raise ValueError(f"seed {seed}: must not be negative")
@@ -371,6 +376,9 @@ def agora(
     test_inputs = list(test_inputs)  # a generator would be empty after the first check
     _check_data(train, dev, search_space, test_inputs)
     _check_labels(timaeus, train, dev, objective)
+    if len(search_space) == 1 and not settings.replay:
+        text = "the search space has one set, which the first round drops: no examples are added"
+        _warn(SingleSetWarning, f"{text}; give more sets, or set replay", stacklevel=3)
     store = Store() if store is None else store
     _check_store(store, seed, settings, search_space, train, dev)
     fitting = _Fitting(socrates, dev, search_space, objective, store, map_fits, settings.warm_start)
@@ -468,8 +476,8 @@ def _check_labels(timaeus: Timaeus, train: Examples, dev: Examples, objective: O
                 _warn(ImbalanceWarning, f"{text}; see the setting balance")
 
 
-def _warn(category: type[Warning], text: str) -> None:
-    warnings.warn(text, category, stacklevel=4)  # the line that called `agora`
+def _warn(category: type[Warning], text: str, stacklevel: int = 4) -> None:
+    warnings.warn(text, category, stacklevel=stacklevel)  # the line that called `agora`
 
 
 def _check_store(

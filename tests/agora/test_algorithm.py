@@ -737,10 +737,11 @@ def test_a_test_set_equal_to_dev_is_refused():
     run(AgoraSettings(max_rounds=1), test_inputs=noisy_dev().inputs[1:])
 
 
-def named_warnings(**arguments):
+def named_warnings(space=SPACE[:2], replay=0, **arguments):
+    settings = AgoraSettings(max_rounds=1, replay=replay)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        agora(Polynomial(), search_space=SPACE[:1], tau=TAU, settings=AgoraSettings(), **arguments)
+        agora(Polynomial(), search_space=space, tau=TAU, settings=settings, **arguments)
     assert all(one.filename == __file__ for one in caught)
     return [(one.category, str(one.message)) for one in caught]
 
@@ -772,6 +773,15 @@ def test_imbalance_is_named():
     one = Examples(x, np.ones(40, int))
     caught = named_warnings(timaeus=Rule(quadrants), train=one, dev=dev)
     assert "class 0 has 0.00 times" in caught[0][1]
+
+
+@pytest.mark.parametrize(("replay", "warned"), [(0, True), (1, False)])
+def test_a_space_of_one_set_adds_no_examples(replay, warned):
+    data = {"timaeus": Rule(quadrants), "train": points(20, seed=3), "dev": points(40, seed=1)}
+    caught = named_warnings(SPACE[:1], replay, **data)
+    assert [category for category, _ in caught] == [module.SingleSetWarning] * warned
+    if warned:
+        assert "one set, which the first round drops: no examples are added" in caught[0][1]
 
 
 # Pieces
