@@ -196,11 +196,12 @@ class Objective:
 
     `score(labels, predictions)` is a number, higher is better. `classes(values)` maps labels or
     predictions [n] to classes [n]: a prediction in another class than its label is a mistake, and
-    balance and Timaeus' accuracy are those of classes.
+    balance and Timaeus' accuracy are those of classes. `name(class)` is how messages call one.
     """
 
     score: Callable[[np.ndarray, np.ndarray], float]
     classes: Callable[[np.ndarray], np.ndarray]
+    name: Callable[[Any], str] = str
 
 
 def negative_squared_error(labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -220,7 +221,11 @@ def regression(
     def classes(values: np.ndarray) -> np.ndarray:
         return np.digitize(values, edges)  # type: ignore[return-value]  # typed as a scalar
 
-    return Objective(score, classes)
+    def name(number: int) -> str:
+        bounds = [-math.inf, *edges, math.inf]
+        return f"{bounds[number]:g} to {bounds[number + 1]:g}"
+
+    return Objective(score, classes, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,8 +477,8 @@ def _check_labels(timaeus: Timaeus, train: Examples, dev: Examples, objective: O
         for label in all_classes:
             ratio = float(np.mean(classes == label)) * len(all_classes)
             if abs(ratio - 1) > IMBALANCE:
-                text = f"class {label} has {ratio:.2f} times an equal share of {name}"
-                _warn(ImbalanceWarning, f"{text}; see the setting balance")
+                what = f"class {objective.name(label)} has {ratio:.2f} times an equal share"
+                _warn(ImbalanceWarning, f"{what} of {name}; see the setting balance")
 
 
 def _warn(category: type[Warning], text: str, stacklevel: int = 4) -> None:

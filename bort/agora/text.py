@@ -142,7 +142,7 @@ def objective_of(task: Task, dev: Sequence[Example], edges: Sequence[float]) -> 
         return agora.regression(edges, score)
     if task.kind == TaskKind.CANDIDATES:
         return Objective(score, lambda values: (np.asarray(values) > 0).astype(int))
-    return Objective(score, np.asarray)
+    return Objective(score, np.asarray, lambda label: task.labels[int(label)])
 
 
 # ---- Socrates ------------------------------------------------------------------------------------

@@ -775,6 +775,15 @@ def test_imbalance_is_named():
     assert "class 0 has 0.00 times" in caught[0][1]
 
 
+def test_bins_are_named_by_their_bounds():
+    few = Examples(points(40, seed=3).inputs, np.full(40, 0.25))
+    dev = Examples(points(40, seed=1).inputs, np.linspace(0, 4, 40))
+    bins = module.regression([1, 2.5])
+    caught = named_warnings(timaeus=Rule(lambda x: x[:, 0]), train=few, dev=dev, objective=bins)
+    assert "class 1 to 2.5 has 0.00 times an equal share of train" in caught[2][1]
+    assert "class 2.5 to inf has 0.00 times" in caught[3][1]
+
+
 @pytest.mark.parametrize(("replay", "warned"), [(0, True), (1, False)])
 def test_a_space_of_one_set_adds_no_examples(replay, warned):
     data = {"timaeus": Rule(quadrants), "train": points(20, seed=3), "dev": points(40, seed=1)}
