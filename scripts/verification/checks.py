@@ -346,12 +346,13 @@ def submission_names() -> dict[str, tuple[Any, str]]:
 def is_task_data(path: Path) -> bool:
     """Return whether a file holds a task's rows with their texts, not predictions.
 
-    SuperGLUE's AX-b and AX-g have one name for both.
+    GLUE's AX and SuperGLUE's AX-b and AX-g have one name for both.
     """
     with suppress(OSError, ValueError, RecursionError):
         with open_regular(str(path)) as file:
-            row = json.loads(file.readline(MAX_ROW))
-        return isinstance(row, dict) and any(name in row for name in ("sentence1", "premise"))
+            line = file.readline(MAX_ROW).decode()
+        row = line.rstrip().split("\t") if path.suffix == ".tsv" else json.loads(line)
+        return isinstance(row, (list, dict)) and ("sentence1" in row or "premise" in row)
     return False
 
 

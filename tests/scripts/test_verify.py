@@ -147,8 +147,12 @@ def test_a_run_that_was_stopped_before_its_first_line_is_unfinished(intact, tmp_
     assert table(capsys, copy)[1][str(copy)][1] == "damaged"
 
 
-def test_task_data_without_a_record_of_its_download_is_no_submission(tmp_path):
-    shutil.copytree(samples.TEST_DATA / "superglue" / "AX-g", tmp_path / "AX-g")
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("superglue/AX-g/AX-g.jsonl", "AX-g.jsonl"), ("glue/AX/diagnostic.tsv", "AX.tsv")],
+)
+def test_task_data_without_a_record_of_its_download_is_no_submission(tmp_path, source, name):
+    shutil.copy(samples.TEST_DATA / source, tmp_path / name)
     with pytest.raises(UserError, match="holds nothing that this project writes"):
         verify_folder(str(tmp_path))
 
