@@ -56,9 +56,9 @@ from bort.types import Block, JSONObject, TaskKind
 from bort.wordpiece import TOKENIZER_CONFIG, WordPiece
 
 CONFIG, README = "config.json", "README.md"
-# What is read of a folder, apart from weights of other forms: compared with SHA256SUMS.
+# What is read of a folder, apart from the weights: compared with SHA256SUMS.
 READ_FILES = (
-    *(CONFIG, WEIGHTS, "vocab.json", "merges.txt", "tokenizer.model"),
+    *(CONFIG, "vocab.json", "merges.txt", "tokenizer.model"),
     *(huggingface_tokenizer.JSON, TOKENIZER_CONFIG),
     *(huggingface_tokenizer.SPECIAL_TOKENS_MAP, huggingface_tokenizer.ADDED_TOKENS),
 )

@@ -13,6 +13,7 @@ import numpy as np
 
 from bort.errors import UserError, escaped, quoted, reasons
 from bort.files import MODEL_BYTES, is_lfs_pointer, open_regular, read_json_as
+from bort.sums import check_sum
 from bort.types import JSONMapping
 
 WEIGHTS, INDEX, TORCH_WEIGHTS = (
@@ -35,8 +36,8 @@ class _Index:
 def read_tensors(folder: str) -> dict[str, np.ndarray]:
     """Return the tensors of a folder by name.
 
-    Raises `UserError` when there are none, when a file is damaged, and for a type that is neither
-    a float of 16 to 64 bits nor an integer.
+    Raises `UserError` when there are none, when a file is damaged or has another sum than in
+    SHA256SUMS, and for a type that is neither a float of 16 to 64 bits nor an integer.
     """
     if os.path.exists(os.path.join(folder, WEIGHTS)):
         return _read_safetensors(os.path.join(folder, WEIGHTS))
@@ -61,6 +62,7 @@ def refuse_lfs_pointer(path: str) -> None:
 
 
 def _read_shards(folder: str) -> dict[str, np.ndarray]:
+    check_sum(os.path.join(folder, INDEX))
     index = read_json_as(os.path.join(folder, INDEX), _Index)
     arrays: dict[str, np.ndarray] = {}
     for name in sorted(set(index.weight_map.values())):
@@ -76,6 +78,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, deserialize
 
     refuse_lfs_pointer(path)
+    check_sum(path)
     name = os.path.basename(path)
     try:
         with open_regular(path, MODEL_BYTES) as file:
@@ -101,6 +104,7 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
     """Read pytorch_model.bin by torch's loader that runs no code of the file."""
     name = os.path.basename(path)
     refuse_lfs_pointer(path)
+    check_sum(path)
     try:
         import torch
     except ImportError:

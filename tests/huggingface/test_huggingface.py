@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from bort.bort import decode, encode, masked_hidden
 from bort.errors import UserError
-from bort.files import decode_json
+from bort.files import decode_json, write_json
 from bort.huggingface import check as huggingface_check
 from bort.huggingface import folder as huggingface_folder
 from bort.huggingface import weights as huggingface
@@ -37,6 +37,7 @@ from bort.huggingface.weights import from_huggingface, to_huggingface
 from bort.pretraining.teacher import load_teacher
 from bort.saved_model import ModelConfig, build_network, load_model, save_model
 from bort.shapes import BORT_OPTIONS, LAYER_NORM_EPS, Shape
+from bort.sums import write_sums
 from bort.tokenization import ByteLevelBPE, TokenizerSettings, load_tokenizer
 from data.encoding import encode_inputs
 from scripts.convert_from_huggingface import main as bring_back
@@ -937,6 +938,24 @@ def test_sharded_weights_are_read_by_their_index(tmp_path, folder, capsys):
         index.write_text(json.dumps({"weight_map": wrong}), encoding="utf-8")
         said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
         assert message in said
+
+
+@pytest.mark.parametrize(
+    "name", ["model-0.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+)
+def test_weights_of_every_form_are_compared_with_their_sums(tmp_path, folder, capsys, name):
+    whole = folder / "model.safetensors"
+    part = whole.rename(folder / "model-0.safetensors")
+    index = dict.fromkeys(safetensors_numpy.load_file(str(part)), part.name)
+    if name.endswith(".bin"):
+        part.rename(folder / name)
+    else:
+        write_json(str(folder / f"{whole.name}.index.json"), {"weight_map": index}, False)
+    write_sums(str(folder))
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    said = complaint(capsys, bring_back, folder, "--output", tmp_path / "back")
+    assert f"{folder / name}: its SHA-256 is not that in SHA256SUMS; restore the file" in said
 
 
 class FakeTensor:
