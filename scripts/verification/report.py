@@ -9,7 +9,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 from bort.errors import UserError, printable
 from bort.files import read_json
-from bort.huggingface.families import FAMILIES
+from bort.huggingface.families import FAMILIES, architecture_of
 from bort.sums import SUMS, check_sums
 from data.shards import MANIFEST_FILE, UNFINISHED_FILE
 from scripts.verification import checks
@@ -79,16 +79,30 @@ def _is_run_with(concern: str) -> Callable[[Path], bool]:
     return lambda folder: says(folder) and not is_pretraining(folder)
 
 
-def _is_of_another_family(folder: Path) -> bool:
-    """Return whether a Hugging Face folder holds a network that this project does not have."""
+def _is_another_network(folder: Path) -> bool:
+    """Return whether a Hugging Face folder holds a network that this project does not have.
+
+    It is of another family, or has another head.
+    """
     if not _has("config.json")(folder) or _has(SUMS)(folder):
         return False
     try:
         content = read_json(str(folder / "config.json"))
     except UserError:
         return False
-    model_type = content.get("model_type") if isinstance(content, dict) else None
-    return isinstance(model_type, str) and model_type not in FAMILIES
+    if not isinstance(content, dict):
+        return False
+    model_type, classes = content.get("model_type"), content.get("architectures")
+    is_other_family = isinstance(model_type, str) and model_type not in FAMILIES
+    return is_other_family or (isinstance(classes, list) and _is_another_class(classes))
+
+
+def _is_another_class(names: Sequence[object]) -> bool:
+    try:
+        architecture_of(", ".join(map(str, names)))
+    except UserError:
+        return bool(names)
+    return False
 
 
 # Data that may lie in the folder of something else.
@@ -166,7 +180,7 @@ def _rows_below(
 
 def _kinds_of(folder: Path) -> list[Kind]:
     """Return what a folder holds: one kind, and shards or a teacher cache beside it."""
-    if _is_of_another_family(folder):
+    if _is_another_network(folder):
         return []
     first = next((kind for kind in KINDS if kind.matches(folder)), None)
     if first is None:

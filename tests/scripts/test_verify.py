@@ -216,12 +216,23 @@ def test_shards_in_the_folder_of_a_run_are_checked(intact, tmp_path):
     assert [row.state for row in verify_folder(str(tmp_path))].count("damaged") == 1
 
 
-@pytest.mark.parametrize("model_type", ["t5", "gpt2", "bert"])
-def test_a_network_of_another_family_is_not_damaged(tmp_path, model_type):
-    write_json(str(tmp_path / "config.json"), {"model_type": model_type}, with_sum=False)
+@pytest.mark.parametrize(
+    ("config", "is_known"),
+    [
+        ({"model_type": "t5"}, False),
+        ({"model_type": "gpt2"}, False),
+        ({"model_type": "bert", "architectures": ["BertForQuestionAnswering"]}, False),
+        ({"architectures": ["DistilBertForSequenceClassification"]}, False),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, True),
+        ({"model_type": "bert", "architectures": []}, True),
+        ({"model_type": "bert"}, True),
+    ],
+)
+def test_a_network_of_another_family_or_head_is_not_damaged(tmp_path, config, is_known):
+    write_json(str(tmp_path / "config.json"), config, with_sum=False)
     for name in ("model.safetensors", "vocab.json", "merges.txt"):
         (tmp_path / name).write_bytes(b"")
-    if model_type == "bert":
+    if is_known:
         assert [row.state for row in verify_folder(str(tmp_path))] == ["damaged"]
     else:
         with pytest.raises(UserError, match="holds nothing that this project writes"):
