@@ -162,6 +162,20 @@ def temporary_name(path: str) -> str:
     return os.path.join(folder, f".{name}.{os.getpid():08x}{secrets.token_hex(4)}.tmp")
 
 
+@contextlib.contextmanager
+def temporary_folder(folder: str, name: str) -> Iterator[str]:
+    """Give a new folder in a folder, for what is made there before it is put in place.
+
+    It is removed at the end; `lock_folder` removes that of a writer that was killed.
+    """
+    path = temporary_name(os.path.join(folder, name))
+    os.mkdir(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_temporaries(folder: str, levels: int = _LEVELS) -> None:
     """Remove what killed writers left in a folder, but not where another process has the lock."""
     with contextlib.suppress(OSError):

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import socket
 import stat
 import time
 from array import array
 from bisect import bisect_right
-from contextlib import contextmanager
 from functools import partial
 from typing import Iterator, NamedTuple, Optional, Sequence
 
@@ -25,7 +23,7 @@ import numpy as np
 from bort.arrays import map_npy
 from bort.cluster import Cluster
 from bort.errors import UserError
-from bort.files import lock_folder, temporary_name
+from bort.files import lock_folder, temporary_folder, temporary_name
 from bort.jobs import Executor, Failures, stopped_by_sigterm
 from bort.progress import ProgressBar
 from bort.tokenization import TOKENIZER_FOLDER, TokenizerSettings, save_tokenizer
@@ -124,7 +122,9 @@ def make_shards_on(cluster: str, corpus: CorpusSettings, maker: InstanceMaker) -
     # SIGTERM cancels the batch jobs, too.
     with lock_folder(corpus.output_dir, "--output_dir"), stopped_by_sigterm():
         cluster_executor = Cluster(cluster, corpus.output_dir, threads=1)
-        with cluster_executor as executor, _index_folder(corpus.output_dir) as folder:
+        # The index lies on the disk that all machines share.
+        index_folder = temporary_folder(os.path.abspath(corpus.output_dir), "index")
+        with cluster_executor as executor, index_folder as folder:
             surveys = _survey(executor, sources, folder)
             files = [file for each in surveys for file in each.files]
             check_number_of_documents(files, corpus.num_outputs)
@@ -135,17 +135,6 @@ def make_shards_on(cluster: str, corpus: CorpusSettings, maker: InstanceMaker) -
         complete(corpus.output_dir, plan)
     report(plan, maker.settings, size, time.perf_counter() - start)
     return plan
-
-
-@contextmanager
-def _index_folder(output_dir: str) -> Iterator[str]:
-    """Give a temporary folder on the shared disk."""
-    folder = temporary_name(os.path.join(os.path.abspath(output_dir), "index"))
-    os.mkdir(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _readable_everywhere(corpus: CorpusSettings) -> list[TextSource]:

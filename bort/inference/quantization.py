@@ -14,7 +14,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence, TypeVar
 import numpy as np
 
 from bort.errors import UserError
-from bort.files import lock_folder, sha256_of, write_json
+from bort.files import lock_folder, sha256_of, temporary_folder, write_json
 from bort.inference.onnx_file import write_onnx
 from bort.inference.onnx_graph import build
 from bort.inference.runtime import (
@@ -201,7 +201,7 @@ class Quantization:
         """
         folder = int8_folder(self.path)
         try:
-            with lock_folder(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
+            with lock_folder(folder), temporary_folder(folder, "models") as temporary:
                 files = Int8Files.of(self.path, temporary)
                 record, checks = self._make(files, calibration_inputs, batch_size)
                 for path in files.models:

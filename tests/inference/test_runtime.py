@@ -721,6 +721,26 @@ def test_mistakes_are_reported_in_one_line_and_keep_what_was_there(quantized, tm
     assert "has no tokenizer/ beside it; restore it" in complaint(capsys, folder)
 
 
+def test_what_a_killed_quantization_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    quantization, folders = Quantization(str(save_classifier(tmp_path)), None), []
+
+    def stop(_self: Any, files: Any, *_: int) -> None:
+        folders.append(Path(files.folder))
+        raise UserError("stopped")
+
+    monkeypatch.setattr(Quantization, "_make", stop)
+    with pytest.raises(UserError, match="stopped"):
+        quantization.quantize(1, 1)
+    assert not (tmp_path / "int8").exists()
+    # As the folder of a process that is no more.
+    left = Path(str(folders[0]).replace(f"{os.getpid():08x}", f"{2**31:08x}"))
+    left.mkdir(parents=True)
+    (left / "best.onnx").touch()
+    with pytest.raises(UserError, match="stopped"):
+        quantization.quantize(1, 1)
+    assert not left.exists()
+
+
 def test_backend_for_a_network_needs_no_file(tiny_classifier, batch):
     expected = tiny_classifier(*map(nd.array, batch)).asnumpy()
     for name in {*available_backends()} - {"mxnet-int8"}:
