@@ -600,11 +600,16 @@ def slot() -> tuple[int, int]:
 
 
 def share_of_gpus(gpus: Optional[str], number: int, count: int) -> Optional[str]:
-    """Return the GPUs of job `number` of `count`: every `count`-th of "0,1,2", one at least."""
+    """Return the GPUs of job `number` of `count`: of "0,1,2" as many for each, one at least.
+
+    An update takes a micro-batch for each: jobs with unequal shares would train differently. GPUs
+    that are left over are not used.
+    """
     if not gpus:
         return gpus
     devices = gpus.split(",")
-    return ",".join(devices[number::count]) or devices[number % len(devices)]
+    each = max(1, len(devices) // count)
+    return ",".join(devices[number::count][:each]) or devices[number % len(devices)]
 
 
 def peak_megabytes(pid: Optional[int]) -> float:

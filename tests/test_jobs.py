@@ -371,7 +371,9 @@ def test_ranks_run_jobs_in_waves():
 
 def test_gpus_are_divided():
     assert [share_of_gpus("0,1", slot, 2) for slot in (0, 1)] == ["0", "1"]
-    assert [share_of_gpus("4,5,6", slot, 2) for slot in (0, 1)] == ["4,6", "5"]
+    assert [share_of_gpus("4,5,6,7", slot, 2) for slot in (0, 1)] == ["4,6", "5,7"]
+    # Equally: with two GPUs an update would take twice as many examples as with one.
+    assert [share_of_gpus("4,5,6", slot, 2) for slot in (0, 1)] == ["4", "5"]
     assert [share_of_gpus("1,2", slot, 3) for slot in (0, 1, 2)] == ["1", "2", "1"]
     assert (share_of_gpus("0,1", 0, 1), share_of_gpus(None, 1, 2)) == ("0,1", None)
 
