@@ -612,6 +612,11 @@ def share_of_gpus(gpus: Optional[str], number: int, count: int) -> Optional[str]
     return ",".join(devices[number::count][:each]) or devices[number % len(devices)]
 
 
+def gpus_of_each(gpus: Optional[str], count: int) -> int:
+    """Return how many of the GPUs each of `count` jobs has; 1 without any, as for the CPU."""
+    return len((share_of_gpus(gpus, 0, count) or "cpu").split(","))
+
+
 def peak_megabytes(pid: Optional[int]) -> float:
     """Return the most memory a process has had resident at once; 0 when it has ended."""
     with suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8") as handle:

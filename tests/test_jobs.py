@@ -24,6 +24,7 @@ from bort.jobs import (
     Ranks,
     Serial,
     WorkerPool,
+    gpus_of_each,
     peak_megabytes,
     run,
     share_of_gpus,
@@ -376,6 +377,8 @@ def test_gpus_are_divided():
     assert [share_of_gpus("4,5,6", slot, 2) for slot in (0, 1)] == ["4", "5"]
     assert [share_of_gpus("1,2", slot, 3) for slot in (0, 1, 2)] == ["1", "2", "1"]
     assert (share_of_gpus("0,1", 0, 1), share_of_gpus(None, 1, 2)) == ("0,1", None)
+    numbers = [gpus_of_each(*given) for given in (("0,1,2", 1), ("0,1,2", 2), ("0", 2), (None, 2))]
+    assert numbers == [3, 1, 1, 1]
 
 
 def test_a_rank_has_the_slot_that_horovod_gave_it(monkeypatch):

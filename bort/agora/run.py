@@ -21,7 +21,8 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Callable, Optional, Sequence
+from functools import partial
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import numpy as np
 
@@ -72,7 +73,9 @@ NEVER = 10**9  # no checkpoint inside a fit
 TEST_SUM = "test_sha256"  # of the rows on which the best of the grid was measured
 # The records of weights: those that every fit starts from, and those of the labeller.
 PRETRAINED, TIMAEUS = "pretrained", "timaeus"
-# Flags that may differ when a run is resumed. The content of the search space is compared.
+GPUS = "gpus"  # the record of the number of GPUs of a fit
+# Flags that may differ when a run is resumed. The content of the search space is compared, and the
+# number of GPUs of a fit.
 FREE = (
     "max_rounds",
     "workers",
@@ -333,9 +336,29 @@ class _Run:
             objective=agora_text.objective_of(data.task, data.dev, settings.run.edges),
             test_inputs=data.kept_out,
             store=store,
-            map_fits=self.map_fits,
+            map_fits=partial(self._fit_all, store),
             on_round=on_round,
         )
+
+    def _fit_all(
+        self, store: Store, function: Callable[[Any], Any], tasks: Sequence[Any]
+    ) -> Iterable[Any]:
+        """Make the fits of a round; raises `UserError` when those before had other GPUs.
+
+        An update takes a micro-batch for each: with another number a fit is another one.
+        """
+        run = self.settings.run
+        count = max(run.workers, jobs.slot()[1])  # of fits at a time on a machine
+        found, recorded = {"each": jobs.gpus_of_each(run.gpus, count)}, store.recall(GPUS)
+        if recorded is None:
+            store.record(GPUS, found)
+        elif recorded != found:
+            raise UserError(
+                f"{self.folder}: contains a run whose fits had {recorded['each']} GPU(s) each, now "
+                f"{found['each']}: their updates would take other numbers of examples; give --gpus "
+                "and --workers for as many, or another --output_dir"
+            )
+        return self.map_fits(function, tasks)
 
     def _check_weights(self, store: Store) -> None:
         """Record the weights of this run; raises `UserError` when they have changed."""

@@ -53,7 +53,8 @@ from bort.types import Hyperparameters, JSONObject
 from data.tasks import get_task
 
 PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
-# Flags that may differ when a sweep is resumed: they change no result.
+# Flags that may differ when a sweep is resumed: they change no result. The number of GPUs of a run
+# would: an update takes a micro-batch for each.
 FREE = (
     *("output_dir", "resume", "gpus", "log_interval", "ckpt_interval", "cache_dir"),
     "dev_batch_size",  # to be lowered where memory runs out
@@ -61,6 +62,7 @@ FREE = (
 LOCK_SECONDS = 60.0  # that a run waits for the end of one in its folder, on a machine that was lost
 STARTS = ("model_parameters", "pretrained_parameters")  # the flags that name weights
 WEIGHTS = "weights_sha256"  # the key of `weights_sha256` in sweep.json
+GPUS = "gpus_of_each"  # the key of the number of GPUs of a run there
 MAX_NAME = 255  # characters of a folder's name, all of them ASCII here
 STOPPED = "interrupted; rerun the same command to resume the sweep"
 
@@ -156,22 +158,25 @@ def sweep(
 
     `cluster` is the address of one that does the runs. A failed run does not affect the others.
     Raises `UserError` for failed runs at the end, and for a folder that contains a sweep with other
-    flags, on other rows or from other weights, or that another process writes.
+    flags, on other rows, from other weights or with other numbers of GPUs, or that another process
+    writes.
     """
     refuse_with_cluster(cluster, "--jobs", settings.jobs, 1)
     task = get_task(base.task.task_name, flag="--task_name")
     folder = os.path.join(base.run.output_dir, f"{task.name}-sweep")
     runs = runs_of(settings, base, folder)
     sets, start, weights = {}, base.classifier, ""
+    unfinished = any(run.metrics() is None for run in runs)
     try:
         sets = check_sets(base.task)
         start = fixed_weights(base.classifier)
         weights = weights_sha256(start)
     except UserError:  # a finished sweep shows its table without the data
-        if any(run.metrics() is None for run in runs):
+        if unfinished:
             raise
+    gpus = jobs.gpus_of_each(base.run.gpus, settings.jobs) if unfinished else None
     with lock_folder(folder, "--output_dir"), jobs.stopped_by_sigterm(STOPPED):
-        claim(folder, base, runs[0].hparams, sets, weights)
+        claim(folder, base, runs[0].hparams, sets, weights, gpus)
         set_damaged_aside(runs)
         keep_best_weights(runs)  # a kill may have come before
         remove_left_checkpoints(runs)
@@ -285,11 +290,13 @@ def claim(
     hparams: Hyperparameters,
     sets: Mapping[str, str],
     weights: str = "",
+    gpus: Optional[int] = None,
 ) -> None:
     """Record what all runs share: flags, rows and weights; raises `UserError` for other ones.
 
     sets: SHA-256 of the training and dev sets, empty when these are gone; they may have moved.
     weights: see `weights_sha256`; also empty when they are gone.
+    gpus: of each run; None when all have finished.
     What an earlier grid left to the flags stays recorded: its runs are there still. A flag that all
     earlier grids varied may have any value.
     """
@@ -302,8 +309,8 @@ def claim(
         earlier = read_json_as(path, _Grids).varied
         free.update(name for name in earlier if name not in recorded)
         varied.update(earlier)
-        known = recorded.get(SETS) if sets else None
-        if known == sets:
+        rows = recorded.get(SETS) if sets else None
+        if rows == sets:
             free.add("data_dir")
         changed = changed_flags(recorded, base, free)
         if changed:
@@ -311,7 +318,7 @@ def claim(
                 f"{folder}: contains a sweep with another {', '.join(changed)}; give another "
                 "--output_dir"
             )
-        if known and known != sets:
+        if rows and rows != sets:
             raise UserError(
                 f"{folder}: contains a sweep on other rows; restore them, or give another "
                 "--output_dir"
@@ -321,14 +328,21 @@ def claim(
                 f"{folder}: contains a sweep from other weights of the same name, such as an "
                 "earlier checkpoint; restore them, or give another --output_dir"
             )
+        if gpus and recorded.get(GPUS, gpus) != gpus:
+            raise UserError(
+                f"{folder}: contains a sweep whose runs had {recorded[GPUS]} GPU(s) each, now "
+                f"{gpus}: their updates would take other numbers of examples; give --gpus and "
+                "--jobs for as many, or another --output_dir"
+            )
     shared = {
         name: value
         for group in as_dict(*base).values()
         for name, value in group.items()
         if name not in {*hparams, *FREE} - {"output_dir"}
     }
-    sums = {**({SETS: dict(sets)} if sets else {}), **({WEIGHTS: weights} if weights else {})}
-    write_json(path, {**recorded, **shared, **sums, "varied": sorted(varied)})
+    known = {SETS: dict(sets), WEIGHTS: weights, GPUS: gpus}
+    given = {name: value for name, value in known.items() if value}
+    write_json(path, {**recorded, **shared, **given, "varied": sorted(varied)})
 
 
 def set_damaged_aside(runs: Sequence[SweepRun]) -> None:

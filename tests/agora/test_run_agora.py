@@ -261,6 +261,17 @@ def test_fits_at_a_time_divide_the_gpus(monkeypatch, slot, gpus):
     assert asked.value.args == (gpus,)
 
 
+def test_a_run_is_not_resumed_with_other_numbers_of_gpus(places, tmp_path, capsys, monkeypatch):
+    """A fit on two GPUs takes twice as many examples in an update as one on a single GPU."""
+    given = arguments(places, "SST-2", tmp_path, "--tau", "swap", "--max_rounds")
+    run_agora.main([*given, "1"])
+    monkeypatch.setattr("bort.jobs.gpus_of_each", lambda gpus, count: 2)
+    run_agora.main([*given, "1"])  # nothing is left to be fitted
+    with pytest.raises(SystemExit):
+        run_agora.main([*given, "2"])
+    assert "a run whose fits had 1 GPU(s) each, now 2: their updates" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_is_resumed(places, tmp_path, monkeypatch):
     from bort.agora import run as agora_run

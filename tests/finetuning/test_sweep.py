@@ -430,6 +430,18 @@ def test_another_sweep_is_refused(in_process, capsys):
     assert len(in_process.calls("start")) == 1
 
 
+def test_a_sweep_is_not_resumed_with_other_numbers_of_gpus(in_process, capsys):
+    """A run on two GPUs takes twice as many examples in an update as one on a single GPU."""
+    sweep.main(in_process.flags("--jobs", "2", "--gpus", "0,1,2,3", seed=[0], lr=[0.01]))
+    wider = {"seed": [0, 1], "lr": [0.01]}
+    with pytest.raises(SystemExit):
+        sweep.main(in_process.flags("--jobs", "4", "--gpus", "0,1,2,3", **wider))
+    assert "runs had 2 GPU(s) each, now 1: their updates" in capsys.readouterr().err
+    sweep.main(in_process.flags("--gpus", "4,5", **wider))
+    sweep.main(in_process.flags(**wider))  # all have finished: the table needs no GPUs
+    assert len(in_process.calls("start")) == 2
+
+
 def test_a_grid_in_between_does_not_hide_the_flags_of_the_first(in_process, capsys):
     sweep.main(in_process.flags("--epochs", "1", lr=[0.01]))
     sweep.main(in_process.flags("--epochs", "1", lr=[0.01], epochs=[2]))
