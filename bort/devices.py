@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from contextlib import contextmanager
 from typing import Iterator, Sequence
 
@@ -12,15 +11,11 @@ import numpy as np
 from mxnet import nd
 
 from bort.communicator import Communicator
-from bort.errors import UserError
+from bort.errors import UserError, lacks_memory
 from bort.processor import multiplies_bfloat16, require_bfloat16
 from bort.types import Context, NDArray
 
 GPU_WIDTH = 8  # tokens
-# What MXNet says when it finds no room for an array, on GPUs and on CPUs.
-OUT_OF_MEMORY = re.compile(
-    "out of memory|memory allocat|failed to allocate|bad_alloc|bad alloc", re.IGNORECASE
-)
 
 
 def devices_of(gpus: str | None, cpu_contexts: int, communicator: Communicator) -> list[Context]:
@@ -115,6 +110,6 @@ def memory_errors(cure: str) -> Iterator[None]:
     try:
         yield
     except (mx.MXNetError, MemoryError) as error:
-        if isinstance(error, mx.MXNetError) and not OUT_OF_MEMORY.search(str(error)):
+        if not lacks_memory(error):
             raise
         raise UserError(f"out of memory: {cure}") from None

@@ -20,6 +20,10 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _SCRIPTS = os.path.join(_ROOT, "scripts")
 _interrupts: list[int] = []  # the signals of Ctrl-C that came
 _LONG_WORD = re.compile(r"\S{400,}")
+# What MXNet says when it finds no room for an array, on GPUs and on CPUs.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|memory allocat|failed to allocate|bad_alloc|bad alloc", re.IGNORECASE
+)
 # In the error of a sum or broadcast under Horovod when another rank has ended.
 _RANK_ENDED = re.compile(r"Horovod has been shut down|Connection (reset|closed) by peer")
 
@@ -64,6 +68,14 @@ def reasons(error: BaseException) -> list[str]:
     """Return the lines of an exception's message, shortened; its class where it has no message."""
     lines = [line.strip() for line in str(error).splitlines()]
     return [escaped(line) for line in lines if line] or [type(error).__name__]
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an exception, of Python or of MXNet, is for lack of memory."""
+    is_of_mxnet = type(error).__name__ == "MXNetError"  # MXNet takes long to import
+    return isinstance(error, MemoryError) or (
+        is_of_mxnet and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
 
 
 def shortened(text: str) -> str:
@@ -115,9 +127,9 @@ def entry_point(main: Main[Result]) -> Main[Result]:
             if error.name != "mxnet":
                 raise
             _exit(1, f"error: {error}")
-        except MemoryError:
-            _exit(1, "error: out of memory; use smaller batches or fewer processes")
         except Exception as error:
+            if lacks_memory(error):
+                _exit(1, "error: out of memory; use smaller batches or fewer processes")
             _exit_if_interrupted()
             if type(error).__name__ == "MXNetError" and _RANK_ENDED.search(str(error)):
                 _exit(1, "error: another rank has ended, and this one with it; its output says why")

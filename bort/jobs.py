@@ -51,7 +51,7 @@ from typing import (
     TypeVar,
 )
 
-from bort.errors import Stopped, UserError
+from bort.errors import Stopped, UserError, lacks_memory
 from bort.mxnet_setup import cpu_threads, usable_cores
 
 if TYPE_CHECKING:  # it imports NumPy, which would take most of the time that a job takes to start
@@ -443,7 +443,7 @@ def sendable(error: Exception) -> Exception:
 
     Unless a user or the system caused it, it is a bug: its traceback goes to stderr.
     """
-    if not isinstance(error, (UserError, OSError, MemoryError)):
+    if not (isinstance(error, (UserError, OSError)) or lacks_memory(error)):
         traceback.print_exception(type(error), error, error.__traceback__)
     try:
         return pickle.loads(pickle.dumps(error))

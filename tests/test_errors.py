@@ -107,6 +107,7 @@ def test_a_process_ends_with_status_1_and_a_traceback_only_if_the_mistake_is_our
         (PermissionError(13, "Permission denied", "a.txt"), 1, "error: a.txt: Permission denied\n"),
         (OSError(28, "No space left on device"), 1, "No space left on device\n"),
         (MemoryError(), 1, "out of memory"),
+        (MXNetError("\nCheck failed: cudaMalloc failed: out of memory"), 1, "smaller batches"),
         (ImportError("MXNet needs docstrings", name="mxnet"), 1, "error: MXNet needs docstrings"),
         (UserError("a\nb\udc80"), 1, "error: a b\\udc80\n"),
     ],

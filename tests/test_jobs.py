@@ -367,6 +367,15 @@ def test_ranks_run_jobs_in_waves():
     assert ranks.finished()
 
 
+def test_lack_of_memory_is_no_bug_of_a_job(capfd):
+    """What MXNet raises for it is sent without a traceback, which an error of ours has."""
+    error = type("MXNetError", (RuntimeError,), {})
+    assert str(jobs.sendable(error("std::bad_alloc"))) == "MXNetError: std::bad_alloc"
+    assert capfd.readouterr().err == ""
+    jobs.sendable(error("Check failed: shape is not known"))
+    assert "shape is not known" in capfd.readouterr().err
+
+
 # ---- shares, signals -----------------------------------------------------------------------------
 
 

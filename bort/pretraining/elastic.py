@@ -20,10 +20,11 @@ from horovod.common.exceptions import HorovodInternalError
 from mxnet import nd
 
 from bort.communicator import Horovod
+from bort.devices import memory_errors
 from bort.errors import UserError
 from bort.files import lock_folder
 from bort.pretraining.config import PretrainingSettings
-from bort.pretraining.run import checked_devices, pretraining_loop
+from bort.pretraining.run import MEMORY_CURE, checked_devices, pretraining_loop
 from bort.reporter import FolderReporter
 from bort.training.job import Metrics
 from bort.training.loop import Loop
@@ -102,9 +103,10 @@ def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[Me
         )
     devices = checked_devices(settings, communicator)
     reporter = FolderReporter(settings.run.ckpt_dir, communicator)
-    state = ElasticState(pretraining_loop(settings, communicator, devices, reporter))
-    with state.lock:
-        return elastic.run_fn(_train, communicator.reinit)(state)
+    with memory_errors(MEMORY_CURE):
+        state = ElasticState(pretraining_loop(settings, communicator, devices, reporter))
+        with state.lock:
+            return elastic.run_fn(_train, communicator.reinit)(state)
 
 
 def _train(state: ElasticState) -> list[Metrics]:

@@ -18,10 +18,17 @@ from mxnet import nd
 from bort import checkpoint
 from bort.bort import parameter_count
 from bort.communicator import Communicator
+from bort.devices import memory_errors
 from bort.errors import UserError
 from bort.mxnet_setup import cpu_threads, usable_cores
 from bort.pretraining.config import PretrainingSettings
-from bort.pretraining.run import Inputs, checked_devices, open_data, pretraining_loop
+from bort.pretraining.run import (
+    MEMORY_CURE,
+    Inputs,
+    checked_devices,
+    open_data,
+    pretraining_loop,
+)
 from bort.pretraining.teacher_cache import read_cache_manifest
 from bort.reporter import NullReporter
 from bort.training.loop import Loop, MicroBatch
@@ -67,7 +74,8 @@ class Preflight:
         ]
         for name, stage in stages:
             try:
-                self.rows += stage()
+                with memory_errors(MEMORY_CURE):
+                    self.rows += stage()
             except UserError as error:
                 self.rows.append(Row(name, str(error), failed=True))
             failed = sum(row.failed for row in self.rows)

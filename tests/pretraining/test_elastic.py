@@ -154,3 +154,19 @@ def test_elastic_training_needs_an_elastic_horovodrun(data, tmp_path, monkeypatc
     settings = settings_of_run(data, ckpt_dir=tmp_path)
     with pytest.raises(UserError, match="--host-discovery-script"):
         run_elastic(settings, SingleProcess())
+
+
+def test_lack_of_memory_is_explained(data, tmp_path, monkeypatch):
+    from mxnet import MXNetError
+
+    from bort.communicator import SingleProcess
+    from bort.pretraining import elastic
+    from tests.pretraining.helpers import settings_of_run
+
+    def fail(*_):
+        raise MXNetError("Check failed: cudaMalloc retry failed: out of memory")
+
+    monkeypatch.setenv("HOROVOD_ELASTIC", "1")
+    monkeypatch.setattr(elastic, "pretraining_loop", fail)
+    with pytest.raises(UserError, match=r"^out of memory: lower --batch_size"):
+        elastic.run_elastic(settings_of_run(data, ckpt_dir=tmp_path), SingleProcess())

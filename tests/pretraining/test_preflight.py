@@ -220,6 +220,17 @@ def test_what_is_wrong_is_named_and_nothing_is_started(
     assert not (tmp_path / "run").exists()
 
 
+def test_updates_that_do_not_fit_into_memory_are_named(data, tmp_path, monkeypatch, capsys):
+    from mxnet import MXNetError
+
+    def fail(loop):
+        raise MXNetError("Check failed: cudaMalloc retry failed: out of memory")
+
+    monkeypatch.setattr(preflight, "time_updates", fail)
+    rows = checked(capsys, data, tmp_path / "run", status=1)
+    assert rows["speed"].startswith("FAIL out of memory: lower --batch_size and raise --accumulate")
+
+
 def test_an_old_gluonnlp_is_wrong(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight.nlp, "__version__", "0.9.1")
     rows = checked(capsys, data, tmp_path / "run", status=1)
