@@ -22,7 +22,7 @@ from mxnet import nd
 from bort.communicator import Horovod
 from bort.devices import memory_errors
 from bort.errors import UserError
-from bort.files import lock_folder
+from bort.files import await_unlocked, lock_folder
 from bort.pretraining.config import PretrainingSettings
 from bort.pretraining.run import MEMORY_CURE, checked_devices, pretraining_loop
 from bort.reporter import FolderReporter
@@ -33,6 +33,9 @@ from bort.types import JSONObject
 # Whose error messages mean that a sum or broadcast failed. Other errors, such as lack of memory,
 # would be raised again after every restart.
 COLLECTIVE_FAILURE = re.compile("Horovod|gloo|nccl", re.IGNORECASE)
+# That a new rank 0 waits for the lock of the one before: it may be about to end, or a file server
+# may not know yet that its machine was lost.
+LOCK_SECONDS = 120.0
 
 
 class ElasticState(elastic.State):
@@ -65,17 +68,24 @@ class ElasticState(elastic.State):
 
         Horovod gives rank 0 to a worker that was there before, if any is left.
         """
-        self._lock_folder()
+        self.lock_folder()
         with lost_workers():
             if self._saved is None:
                 self.loop.load_checkpoint()
             self.loop.broadcast_state()
             self.save()
 
-    def _lock_folder(self) -> None:
-        """Lock the folder of the run once this process is rank 0, also after rank 0 was lost."""
+    def lock_folder(self) -> None:
+        """Lock the folder of the run once this process is rank 0, also after rank 0 was lost.
+
+        Raises `UserError` when another process still holds the lock after `LOCK_SECONDS`; at the
+        start of the job, it is that of another run, and at once.
+        """
         if self.loop.communicator.rank == 0 and not self._locked:
-            self.lock.enter_context(lock_folder(self.loop.job.saving.folder, "--ckpt_dir"))
+            folder = self.loop.job.saving.folder
+            if self._saved is not None:
+                await_unlocked(folder, LOCK_SECONDS)
+            self.lock.enter_context(lock_folder(folder, "--ckpt_dir"))
             self._locked = True
 
 
@@ -110,6 +120,7 @@ def run_elastic(settings: PretrainingSettings, communicator: Horovod) -> list[Me
 
 
 def _train(state: ElasticState) -> list[Metrics]:
+    state.lock_folder()  # Horovod does not call `sync` where hosts were only taken away
     with lost_workers():
         # Workers that have joined a run which began with fewer must not end it.
         state.loop.start(may_idle=True)

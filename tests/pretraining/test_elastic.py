@@ -6,12 +6,14 @@ import re
 import shlex
 import socket
 import textwrap
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bort.errors import UserError
+from bort.files import lock_folder
 from tests.pretraining.helpers import (
     arguments,
     assert_same_training,
@@ -154,6 +156,31 @@ def test_elastic_training_needs_an_elastic_horovodrun(data, tmp_path, monkeypatc
     settings = settings_of_run(data, ckpt_dir=tmp_path)
     with pytest.raises(UserError, match="--host-discovery-script"):
         run_elastic(settings, SingleProcess())
+
+
+def test_a_new_rank_0_waits_for_the_lock_of_the_one_before(data, tmp_path, monkeypatch):
+    from bort.pretraining import elastic
+    from tests.pretraining.helpers import make_run
+
+    run = make_run(data, ckpt_dir=tmp_path, num_steps=1)
+    state = elastic.ElasticState(run)
+    monkeypatch.setattr("bort.files._LOCK_POLL", 0.01)
+    monkeypatch.setattr(elastic, "LOCK_SECONDS", 0.1)
+    with lock_folder(str(tmp_path)):
+        with pytest.raises(UserError, match="is writing there"):
+            state.lock_folder()  # at the start it is that of another run
+        state.save()
+        with pytest.raises(UserError, match="is writing there"):
+            state.lock_folder()
+    former = ExitStack()
+    former.enter_context(lock_folder(str(tmp_path)))
+    monkeypatch.setattr(elastic, "LOCK_SECONDS", 60.0)
+    monkeypatch.setattr("bort.files.time.sleep", lambda _: former.close())
+    # Horovod calls this function alone where hosts, that of rank 0 among them, were taken away.
+    with state.lock:
+        elastic._train(state)
+        with pytest.raises(UserError, match="is writing there"), lock_folder(str(tmp_path)):
+            pass
 
 
 def test_lack_of_memory_is_explained(data, tmp_path, monkeypatch):
