@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import sys
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
 
@@ -344,7 +345,24 @@ def check_resume(
             "checkpoint; evaluations from now on do not compare with those before",
             file=sys.stderr,
         )
+    best_counts = best_counts and _has_best(settings.run.ckpt_dir, state["best_step"])
     return Resumed(data.get("accumulate", settings.data.accumulate), best_counts)
+
+
+def _has_best(folder: str, step: Optional[int]) -> bool:
+    """Return whether the best checkpoint so far, if there is one, still is in the folder.
+
+    A later one, which `--start_step` takes back, may have replaced it. Then the next evaluation is
+    the best again: a score that no checkpoint has would keep the run without a best one.
+    """
+    if step is None or os.path.isdir(checkpoint.path_of(folder, step)):
+        return True
+    print(
+        f"warning: {folder}: the best checkpoint, of step {step}, is gone; the best one of now on "
+        "takes its place",
+        file=sys.stderr,
+    )
+    return False
 
 
 def _warn_of_changes(settings: PretrainingSettings, then: Mapping[str, JSONMapping]) -> None:

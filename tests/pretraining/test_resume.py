@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -255,6 +256,24 @@ def test_the_best_score_starts_over_on_other_held_out_data(data, tmp_path, capsy
     assert state["best_score"] != best
     warning = "warning: --data_eval {}: not the held-out shards of the checkpoint; "
     assert warning.format(tmp_path / "other") in capsys.readouterr().err
+
+
+def test_a_best_checkpoint_that_a_later_one_had_replaced_is_replaced_again(data, tmp_path, capsys):
+    """Steps 2 and 6 are the best; --start_step 4 takes back the second, the first was pruned."""
+    given = {"ckpt_dir": tmp_path, "eval_interval": 2, "ckpt_interval": 1, "keep_checkpoints": 3}
+    run = make_run(data, **given, data_eval=data / "test", num_steps=6)
+    scores = {2: 2.0, 4: 1.0, 6: 3.0}
+    scored = dataclasses.replace(
+        run.job.evaluation, score=lambda metrics: scores[run.progress.step]
+    )
+    run.job = dataclasses.replace(run.job, evaluation=scored)
+    run.run()
+    assert checkpoint.steps(str(tmp_path)) == [4, 5, 6]
+    capsys.readouterr()
+    finished_run(data, **given, data_eval=data / "test", num_steps=6, start_step=4, lr=0.0)
+    warned = f"warning: {tmp_path}: the best checkpoint, of step 2, is gone; the best one of now on"
+    assert warned in capsys.readouterr().err
+    assert os.readlink(tmp_path / "checkpoint_best") == "step-0000006"
 
 
 def test_the_first_held_out_data_is_not_warned_of(data, tmp_path, capsys):
