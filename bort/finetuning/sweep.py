@@ -58,6 +58,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "finetune_classifier.py"
 FREE = (
     *("output_dir", "resume", "gpus", "log_interval", "ckpt_interval", "cache_dir"),
     "dev_batch_size",  # to be lowered where memory runs out
+    "on_nonfinite",  # of the runs that it has ended: `skip` lets them continue
 )
 LOCK_SECONDS = 60.0  # that a run waits for the end of one in its folder, on a machine that was lost
 STARTS = ("model_parameters", "pretrained_parameters")  # the flags that name weights
