@@ -397,6 +397,8 @@ def _ended(run: SweepRun, error: BaseException) -> SweepRun:
         print(f"error: {error}", file=sys.stderr)
     elif not isinstance(error, ProcessDiedError):
         raise error
+    elif error.status < 0:  # of a signal: the log does not say why
+        print(f"error: {run}: {error}", file=sys.stderr)
     return run
 
 

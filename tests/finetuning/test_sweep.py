@@ -218,6 +218,19 @@ def test_more_jobs_than_gpus_and_threads_of_the_user(tried, monkeypatch):
     assert {call["threads"] for call in tried.calls("start")} == {"5"}
 
 
+def test_a_run_that_was_killed_is_named_with_the_reason(in_process, monkeypatch, capsys):
+    """Its log ends with a line about its training."""
+
+    def killed(*_):
+        raise ProcessDiedError(-signal.SIGKILL)
+
+    monkeypatch.setattr(module.jobs, "become_program", killed)
+    with pytest.raises(SystemExit):
+        sweep.main(in_process.flags(lr=[0.01]))
+    said = capsys.readouterr().err
+    assert "error: lr=0.01: a worker process was killed, as the system does when memory" in said
+
+
 def test_an_interrupted_sweep_lets_its_runs_save(tried):
     grid = tried.flags("--jobs", "2", seed=[0, 1, 2], lr=[0.01])
     code = (
