@@ -296,7 +296,7 @@ def claim(
     """Record what all runs share: flags, rows and weights; raises `UserError` for other ones.
 
     sets: SHA-256 of the training and dev sets, empty when these are gone; they may have moved.
-    weights: see `weights_sha256`; also empty when they are gone.
+    weights: see `weights_sha256`; also empty when they are gone; they may have another name.
     gpus: of each run; None when all have finished.
     What an earlier grid left to the flags stays recorded: its runs are there still. A flag that all
     earlier grids varied may have any value.
@@ -313,6 +313,10 @@ def claim(
         rows = recorded.get(SETS) if sets else None
         if rows == sets:
             free.add("data_dir")
+        if weights and recorded.get(WEIGHTS) == weights:
+            free.update(
+                name for name in STARTS if recorded.get(name) and getattr(base.classifier, name)
+            )
         changed = changed_flags(recorded, base, free)
         if changed:
             raise UserError(
@@ -327,7 +331,7 @@ def claim(
         if weights and recorded.get(WEIGHTS, weights) != weights:
             raise UserError(
                 f"{folder}: contains a sweep from other weights of the same name, such as an "
-                "earlier checkpoint; restore them, or give another --output_dir"
+                "earlier checkpoint; name or restore them, or give another --output_dir"
             )
         if gpus and recorded.get(GPUS, gpus) != gpus:
             raise UserError(

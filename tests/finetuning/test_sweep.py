@@ -421,6 +421,29 @@ def test_all_runs_of_a_sweep_start_from_one_checkpoint(in_process):
     assert recorded["pretrained_parameters"] == str(link)
 
 
+def test_a_sweep_is_resumed_from_its_checkpoint_by_name(in_process, capsys):
+    """The run that is named has trained on since; its newest checkpoint is another one."""
+    for name in ("step-1", "step-2"):
+        (in_process.folder / name).mkdir()
+        (in_process.folder / name / "body.params").write_text(name)
+    link = in_process.folder / "newest"
+    link.symlink_to("step-1", target_is_directory=True)
+    sweep.main(in_process.flags("--pretrained_parameters", str(link), seed=[0], lr=[0.01]))
+    link.unlink()
+    link.symlink_to("step-2", target_is_directory=True)
+    wider = {"seed": [0, 1], "lr": [0.01]}
+    for other in (link, in_process.folder / "step-2"):
+        with pytest.raises(SystemExit):
+            sweep.main(in_process.flags("--pretrained_parameters", str(other), **wider))
+        assert "contains a sweep " in capsys.readouterr().err
+    first = str(in_process.folder / "step-1")
+    with pytest.raises(SystemExit):  # what else the file is taken for
+        sweep.main(in_process.flags("--model_parameters", first, **wider))
+    assert "contains a sweep with another --pretrained_parameters" in capsys.readouterr().err
+    sweep.main(in_process.flags("--pretrained_parameters", first, **wider))
+    assert {call["weights"] for call in in_process.calls("start")} == {f"{first}/body.params"}
+
+
 def test_a_broken_test_file_is_found_before_any_run(tried, tmp_path, capsys):
     folder = write_reviews(tmp_path / "data") / "SST-2"
     (folder / "test.tsv").write_text("index\tsentence\n0\tfine\n1\n")
