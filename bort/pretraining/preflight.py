@@ -8,7 +8,7 @@ import platform
 import shutil
 import time
 from contextlib import closing
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 
 import gluonnlp as nlp
 import mxnet as mx
@@ -58,6 +58,7 @@ class Preflight:
         self.communicator = communicator
         self.rows: list[Row] = []
         self._devices: list[Context] = []
+        self._found: Optional[checkpoint.Checkpoint] = None  # the one to be resumed, on rank 0
 
     def check(self) -> list[Row]:
         """Go through all stages up to the first that fails on any rank; returns the rows."""
@@ -98,8 +99,10 @@ class Preflight:
         )
 
     def _folder_rows(self) -> list[Row]:
+        """Open the checkpoint to be resumed, on rank 0: other machines need not have the folder."""
         run = self.settings.run
-        self._found = checkpoint.requested(run.ckpt_dir, run.resume, run.start_step)
+        if self.communicator.rank == 0:
+            self._found = checkpoint.requested(run.ckpt_dir, run.resume, run.start_step)
         self._start = self._found.state["step"] if self._found else 0
         return [Row("checkpoints", f"{run.ckpt_dir}, from step {self._start}")]
 

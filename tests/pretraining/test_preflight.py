@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bort.communicator import SingleProcess
+from bort.errors import UserError
 from bort.pretraining import preflight
 from tests import reference
 from tests.pretraining.helpers import (
@@ -229,6 +230,15 @@ def test_updates_that_do_not_fit_into_memory_are_named(data, tmp_path, monkeypat
     monkeypatch.setattr(preflight, "time_updates", fail)
     rows = checked(capsys, data, tmp_path / "run", status=1)
     assert rows["speed"].startswith("FAIL out of memory: lower --batch_size and raise --accumulate")
+
+
+def test_only_rank_0_reads_checkpoints(data, tmp_path):
+    """As in a run: the machines of the other ranks need not have the folder."""
+    settings, ranks = settings_of_run(data, ckpt_dir=tmp_path, start_step=2), SingleProcess()
+    with pytest.raises(UserError, match="has no such checkpoint"):
+        preflight.Preflight(settings, ranks)._folder_rows()
+    ranks.rank = 1
+    assert not preflight.Preflight(settings, ranks)._folder_rows()[0].failed
 
 
 def test_an_old_gluonnlp_is_wrong(data, tmp_path, monkeypatch, capsys):
