@@ -160,7 +160,7 @@ def load_space(name: str) -> list[Shape]:
         raise UserError(f"--space {name}: must be {', '.join(SPACES)}, or a .yaml file")
     content = read_yaml(name)
     if isinstance(content, dict) and set(content) == {"architectures"}:
-        space = [shape_of(each) for each in _listed(name, content, "architectures", str)]
+        space = [_shape(name, each) for each in _listed(name, content, "architectures", str)]
     elif isinstance(content, dict) and set(content) == set(Shape._fields):
         values = {key: _listed(name, content, key, int) for key in Shape._fields}
         check_size(name, values, MAX_SHAPES)
@@ -172,6 +172,13 @@ def load_space(name: str) -> list[Shape]:
     if not space:
         raise UserError(f"{name}: no combination has heads that divide the hidden size")
     return space
+
+
+def _shape(path: str, model_name: str) -> Shape:
+    try:
+        return shape_of(model_name)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _listed(path: str, content: JSONObject, key: str, expected: type) -> list[Any]:

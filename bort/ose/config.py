@@ -181,11 +181,13 @@ def check_request(
         raise UserError(
             "nothing to do: give --list, --explain, --errors, --data or --measure_latency"
         )
-    if settings.explain:
+    named = {"--explain": settings.explain, "--maximum_point": space.maximum_point}
+    for flag, model_name in named.items():
         try:
-            shape_of(settings.explain)
+            if model_name:
+                shape_of(model_name)
         except UserError as error:
-            raise UserError(f"--explain: {error}") from None
+            raise UserError(f"{flag}: {error}") from None
     if settings.errors and training.data:
         raise UserError("--errors replaces training: leave out --data or --errors")
     if settings.compare_strides and not (settings.errors or training.data):

@@ -262,7 +262,7 @@ def test_spaces_of_a_file(tmp_path):
         ("layers: [true]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "integers from 1"),
         ("layers: [1]\nheads: [3]\nhidden: [8]\nintermediate: [4]\n", "no combination"),
         ("architectures: []\n", "a list of model names"),
-        ("architectures: [bert]\n", "model name 'bert'"),
+        ("architectures: [bert]\n", r"space\.yaml: model name 'bert'"),
         ("layers: [1\n", "is not YAML"),
     ],
 )

@@ -245,7 +245,8 @@ def test_other_invalid_input(capsys, tmp_path):
             "maximum point bort_4_4_512_256: bort_9_4_512_256 has more",
         ),
         (["--errors", "synthetic", "--explain", "bort_9_4_512_256"], "maximum point"),
-        (["--explain", "bort"], "model name 'bort'"),
+        (["--explain", "bort"], "--explain: model name 'bort'"),
+        (["--list", "--maximum_point", "bort"], "--maximum_point: model name 'bort'"),
     ]
     for argv, message in wrong:
         out = ["--output_dir", tmp_path / "out"]
