@@ -559,15 +559,14 @@ def finished_run(
     checkpoint to continue from.
     """
     before = read_json_as(os.path.join(folder, "config.json"), dict[str, JSONObject])
-    now = as_dict(*settings)
-    changed = [
-        f"--{name} {value}, not {now[concern][name]}"
-        for concern, values in before.items()
-        for name, value in values.items()
-        if name in now.get(concern, {})
-        and name not in IRRELEVANT_FLAGS
-        and not same_value(name, value, now[concern][name])
-    ]
+    changed = []
+    for part in settings:
+        recorded = before.get(type(part).__name__, {})
+        for flag in dataclasses.fields(part):
+            # A flag that the file does not know had its default.
+            then, now = recorded.get(flag.name, flag.default), getattr(part, flag.name)
+            if flag.name not in IRRELEVANT_FLAGS and not same_value(flag.name, then, now):
+                changed.append(f"--{flag.name} {then}, not {now}")
     if changed:
         raise UserError(
             f"{folder}: the run there has finished, with {'; '.join(changed)}; a finished run "

@@ -790,6 +790,12 @@ def test_a_finished_run_is_not_continued_with_other_flags(reviews, tmp_path, cap
         name = list(flags)[-1]
         assert f"has finished, with --{name} " in complaint(capsys, line)
     assert (tmp_path / "SST-2" / "metrics.json").read_bytes() == before
+    config = tmp_path / "SST-2" / "config.json"  # as of a version without --pooling
+    content = read_json(str(config))
+    del content["ClassifierSettings"]["pooling"]
+    config.write_text(json.dumps(content))
+    line = arguments(reviews, tmp_path, resume=True, epochs=1, pooling="mean")
+    assert "has finished, with --pooling cls, not mean;" in complaint(capsys, line)
     same = {"epochs": 1, "resume": True, "log_interval": 1, "dev_batch_size": 7}
     assert finetuned(reviews, Path(f"{tmp_path}/../{tmp_path.name}"), **same) == found
     assert finetuned(f"{reviews}/../{reviews.name}", tmp_path, **same, task_name="sst") == found
