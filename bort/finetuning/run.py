@@ -498,7 +498,10 @@ def _warn_of_changes(config: JSONMapping, then: JSONMapping) -> None:
             for concern in (ClassifierSettings, FinetuningOptimizerSettings)
             for flag, value in config.get(concern.__name__, {}).items()
             if flag not in UNREMARKABLE_FLAGS
-            and not same_value(flag, then.get(concern.__name__, {}).get(flag, value), value)
+            # A flag that the checkpoint does not know had its default.
+            and not same_value(
+                flag, then.get(concern.__name__, {}).get(flag, getattr(concern, flag)), value
+            )
         ]
     )
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import finetune_classifier
+from bort import checkpoint
 from bort.errors import Stopped, UserError
 from bort.files import lock_folder, read_json
 from bort.saved_model import (
@@ -500,6 +501,18 @@ def test_changed_flags_of_a_resumed_run_are_named(
     shutil.copytree(finished[0], tmp_path, symlinks=True, dirs_exist_ok=True)
     make_run(reviews, tmp_path, **{**RESUMED, **flags, "resume": True}).loop.setup()
     assert capsys.readouterr().err == warned
+
+
+def test_a_flag_that_a_checkpoint_does_not_know_had_its_default(
+    reviews, tmp_path, finished, capsys
+):
+    shutil.copytree(finished[0], tmp_path, symlinks=True, dirs_exist_ok=True)
+    path = str(tmp_path / "SST-2" / "checkpoint_last")
+    state = checkpoint.load(path).state
+    del state["settings"]["FinetuningOptimizerSettings"]["bias_correction"]
+    checkpoint.write_state(path, state)
+    make_run(reviews, tmp_path, **RESUMED, bias_correction=True, resume=True).loop.setup()
+    assert capsys.readouterr().err.startswith("warning: --bias_correction: not what the checkpoint")
 
 
 def test_a_run_is_not_resumed_from_other_weights(reviews, tmp_path, finished):
