@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from typing import Any, Sequence
+from typing import Any, Collection, Sequence
 
 from bort.config import check_limits
 from bort.errors import UserError, quoted
@@ -15,6 +15,8 @@ from bort.types import Hyperparameters
 
 MAX_INTEGER = 2**63 - 1
 EXACT_INTEGERS = 2**53  # from here on a float may stand for several integers
+# Flags that have no effect beside another one: a grid of them would train the same again.
+UNUSED = {"epochs": "training_steps", "prob": "model_parameters", "cpu_contexts": "gpus"}
 
 
 def read_space(path: str, *defaults: Any) -> list[Hyperparameters]:
@@ -22,13 +24,15 @@ def read_space(path: str, *defaults: Any) -> list[Hyperparameters]:
 
     `defaults` are instances of settings dataclasses: their numeric fields are what a grid may
     vary, with the types and `option` limits of the fields (YAML reads 1e-4 as text). Returns every
-    combination, the last name's values changing fastest. Raises `UserError`.
+    combination, the last name's values changing fastest. Raises `UserError`, also for a name that
+    another one, or a value of `defaults`, leaves without effect.
     """
     types = {name: number for each in defaults for name, number in _numbers_of(type(each)).items()}
     content = _read_grid(path)
     unknown = [str(name) for name in content if name not in types]
     if unknown:
         raise UserError(f"{path}: {', '.join(unknown)}: unknown; known are {', '.join(types)}")
+    _refuse_unused(path, content, defaults)
     check_size(path, content)
     values = {
         name: dict.fromkeys(_typed(path, name, value, types[name]) for value in listed)
@@ -38,6 +42,13 @@ def read_space(path: str, *defaults: Any) -> list[Hyperparameters]:
     for hparams in space:
         _check(path, defaults, hparams)
     return space
+
+
+def _refuse_unused(path: str, content: Collection[str], defaults: Sequence[Any]) -> None:
+    for name, other in UNUSED.items():
+        given = other in content or any(getattr(each, other, None) for each in defaults)
+        if name in content and given:
+            raise UserError(f"{path}: {name}: has no effect with {other}; leave one of them out")
 
 
 def _numbers_of(settings_class: type) -> dict[str, type]:

@@ -530,6 +530,7 @@ def test_published_space():
             "205,379 combinations; at most 10,000 are allowed",
         ),
         ("lr: ['\xe4']", "lr: 'ä' is not a float"),
+        ("epochs: [1, 2]\ntraining_steps: [9]", "epochs: has no effect with training_steps; leave"),
     ],
 )
 def test_invalid_grids_are_refused(tmp_path, content, message):
@@ -549,6 +550,22 @@ def test_a_value_counts_once_and_the_last_name_changes_fastest(tmp_path):
     assert found == [(1, 1e-3), (1, 2e-3), (0, 1e-3), (0, 2e-3)]
     with pytest.raises(UserError, match="cannot be read"):
         read_space(str(tmp_path / "missing.yaml"), *DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("epochs", ("--training_steps", "9")),
+        ("prob", ("--model_parameters", "runs/CB")),
+        ("cpu_contexts", ("--gpus", "0")),
+    ],
+)
+def test_a_grid_of_a_flag_without_effect_is_refused(in_process, capsys, name, flags):
+    with pytest.raises(SystemExit):
+        sweep.main(in_process.flags(*flags, lr=[0.01], **{name: [1, 2]}))
+    said = capsys.readouterr().err
+    assert f"grid.yaml: {name}: has no effect with {flags[0][2:]}; leave one of them out" in said
+    assert not in_process.results.exists()
 
 
 def test_the_program_itself(tmp_path):
