@@ -537,8 +537,10 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> JSONOb
     folder = os.path.join(run.output_dir, task.name)
     if run.only_inference:
         return infer(settings, communicator, devices, task)
-    if run.resume and os.path.exists(os.path.join(folder, METRICS)):
-        return finished_run(folder, settings, communicator)
+    has_finished = run.resume and os.path.exists(os.path.join(folder, METRICS))
+    if communicator.broadcast_object(has_finished):  # other machines need not have the folder
+        found = finished_run(folder, settings) if communicator.rank == 0 else {}
+        return communicator.broadcast_object(found)
     checkpoint.require_usable(folder, "--output_dir")
     refuse_other_config(folder, "--output_dir", {FinetuningRunSettings.__name__})
     data, rows = read_task_data(task, settings.task, run.seed)
@@ -553,9 +555,7 @@ def finetune(settings: FinetuningSettings, communicator: Communicator) -> JSONOb
         return conclude(training, rows, sets, scoring_of(settings, communicator, devices))
 
 
-def finished_run(
-    folder: str, settings: FinetuningSettings, communicator: Communicator
-) -> JSONObject:
+def finished_run(folder: str, settings: FinetuningSettings) -> JSONObject:
     """Return the content of a finished run's metrics.json.
 
     Raises `UserError` when it was made with other flags that decide its result: it has left no
@@ -576,11 +576,10 @@ def finished_run(
             "cannot be continued, name another --output_dir"
         )
     path = os.path.join(folder, METRICS)
-    if communicator.rank == 0:
-        if checkpoint.steps(folder):  # it was killed at its very end
-            with lock_folder(folder, "--output_dir"):
-                checkpoint.remove_all(folder)
-        print(f"{path}: the run has finished, nothing to do")
+    if checkpoint.steps(folder):  # it was killed at its very end
+        with lock_folder(folder, "--output_dir"):
+            checkpoint.remove_all(folder)
+    print(f"{path}: the run has finished, nothing to do")
     try:
         return read_json_as(path, JSONObject)
     except UserError as error:

@@ -17,6 +17,7 @@ import pytest
 
 import finetune_classifier
 from bort import checkpoint
+from bort.communicator import SingleProcess
 from bort.errors import Stopped, UserError
 from bort.files import lock_folder, read_json
 from bort.saved_model import (
@@ -31,7 +32,14 @@ from bort.wordpiece import read_wordpiece
 from data.submission import check_submission
 from data.tasks import get_task, task_names
 from tests.conftest import ROOT
-from tests.finetuning.helpers import SHAPE, arguments, finetuned, make_run, write_reviews
+from tests.finetuning.helpers import (
+    SHAPE,
+    arguments,
+    finetuned,
+    make_run,
+    settings_of,
+    write_reviews,
+)
 from tests.fuzz.samples import write_classifier, write_masked_lm
 from tests.pretraining.helpers import assert_same_training, digest, metrics
 from tests.wordpieces import write_vocabulary
@@ -812,6 +820,19 @@ def test_a_finished_run_is_not_continued_with_other_flags(reviews, tmp_path, cap
     same = {"epochs": 1, "resume": True, "log_interval": 1, "dev_batch_size": 7}
     assert finetuned(reviews, Path(f"{tmp_path}/../{tmp_path.name}"), **same) == found
     assert finetuned(f"{reviews}/../{reviews.name}", tmp_path, **same, task_name="sst") == found
+
+
+def test_rank_0_says_whether_a_run_has_finished(reviews, tmp_path, monkeypatch):
+    """Another machine need not have the folder of the run."""
+    from bort.finetuning import run as finetuning
+
+    second = SingleProcess()
+    second.rank = 1
+    answers = iter([True, {"task": "SST-2"}])
+    monkeypatch.setattr(second, "broadcast_object", lambda mine: next(answers), raising=False)
+    settings = settings_of(reviews, tmp_path, resume=True)
+    assert finetuning.finetune(settings, second) == {"task": "SST-2"}
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_path_of_the_same_name_is_not_that_of_the_finished_run(reviews, tmp_path, capsys):
