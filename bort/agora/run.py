@@ -211,8 +211,9 @@ def run_agora(settings: AgoraTextSettings, cluster: Optional[str] = None) -> JSO
     `cluster` is the address of one that makes the fits. Warnings are one line each on stderr.
     """
     communicator = communicator_of_environment()
-    if cluster and communicator.size > 1:
-        raise UserError("--cluster: horovodrun spreads the fits over its ranks; leave it out")
+    if communicator.size > 1 and (cluster or settings.run.workers > 1):
+        flag = "--cluster" if cluster else "--workers"
+        raise UserError(f"{flag}: horovodrun spreads the fits over its ranks; leave it out")
     refuse_with_cluster(cluster, "--workers", settings.run.workers, 1)
     if settings.classifier.model_parameters:
         raise UserError(

@@ -27,11 +27,10 @@ from bort.errors import UserError, quoted
 from bort.files import read_yaml
 from bort.grids import check_size, combinations
 from bort.ose.abnc import LayerCost, Layers
-from bort.shapes import MAX_LENGTH, Shape, shape_of
+from bort.shapes import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, Shape, shape_of
 from bort.types import Hyperparameters, JSONObject
 
 Space = Callable[[], "list[Shape]"]
-MAX_DIMENSION = 1_000_000  # of a shape in a file
 MAX_SHAPES = 2_000  # of a space: all pairs of shapes are compared
 
 
@@ -182,10 +181,10 @@ def _shape(path: str, model_name: str) -> Shape:
 
 
 def _listed(path: str, content: JSONObject, key: str, expected: type) -> list[Any]:
-    values = content[key]
+    values, largest = content[key], MAX_LAYERS if key == "layers" else MAX_SIZE
     fits = isinstance(values, list) and values and all(type(each) is expected for each in values)
-    if not fits or (expected is int and not 1 <= min(values) <= max(values) <= MAX_DIMENSION):
-        names = f"integers from 1 to {MAX_DIMENSION:,}" if expected is int else "model names"
+    if not fits or (expected is int and not 1 <= min(values) <= max(values) <= largest):
+        names = f"integers from 1 to {largest:,}" if expected is int else "model names"
         raise UserError(f"{path}: {key} must be a list of {names}, not {quoted(values)}")
     check_size(path, {key: values}, MAX_SHAPES)
     return values

@@ -12,6 +12,7 @@ import pytest
 
 from bort.agora.labellers import ModelTimaeus
 from bort.bort import get_bort_model
+from bort.communicator import SingleProcess
 from bort.files import lock_folder, read_json
 from bort.finetuning.config import (
     ClassifierSettings,
@@ -336,6 +337,18 @@ def test_mistakes_are_named_and_leave_nothing(places, tmp_path, capsys, more, me
     with pytest.raises(SystemExit):
         run_agora.main([*arguments(places, "SST-2", tmp_path / "out"), *more])
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_and_processes_are_not_combined(places, tmp_path, capsys, monkeypatch):
+    from bort.agora import run as agora_run
+
+    ranks = SingleProcess()
+    ranks.size = 2
+    monkeypatch.setattr(agora_run, "communicator_of_environment", lambda: ranks)
+    with pytest.raises(SystemExit):
+        run_agora.main([*arguments(places, "SST-2", tmp_path / "out"), "--workers", "2"])
+    assert "--workers: horovodrun spreads the fits over its ranks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -250,11 +250,12 @@ def test_spaces_of_a_file(tmp_path):
         ("layers: 1\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "layers must be a list"),
         ("layers: [0]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "layers must be a list"),
         (
-            f"layers: {list(range(1, 2000))}\nheads: [1, 2, 4, 8, 16, 32]\nhidden: [64]\n"
+            f"layers: {list(range(1, 1000))}\nheads: [1, 2, 4, 8, 16, 32]\nhidden: [64, 128]\n"
             "intermediate: [64]\n",
-            r"11,994 combinations; at most 2,000 are allowed",
+            r"11,988 combinations; at most 2,000 are allowed",
         ),
-        ("layers: [2147483648]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "integers from 1"),
+        ("layers: [1001]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n", "from 1 to 1,000, not"),
+        ("layers: [2]\nheads: [2]\nhidden: [2147483648]\nintermediate: [4]\n", "to 1,000,000, not"),
         (
             "layers: [1]\nlayers: [2]\nheads: [2]\nhidden: [8]\nintermediate: [4]\n",
             "again on line 2",
