@@ -19,7 +19,7 @@ import numpy as np
 
 from bort.config import option, required
 from bort.errors import UserError
-from bort.files import WHOLE_BYTES, atomic_write, lock_folder, open_regular
+from bort.files import WHOLE_BYTES, atomic_write, lock_folder, open_regular, remove_temporaries
 from bort.generators import generator_for
 from bort.sums import SUMS, write_sums
 from bort.types import TaskKind
@@ -93,6 +93,9 @@ def _write(
     files: Mapping[str, bytes], sets: Sequence[Set], task: Task, header: Optional[bytes]
 ) -> None:
     """Write the files that are missing, and read all sets back."""
+    folders = {os.path.dirname(path) for path in files}
+    for folder in folders:  # the lock is that of one of them
+        remove_temporaries(folder, levels=0)
     missing = [path for path, content in files.items() if not _is_there(path, content)]
     try:
         for path in missing:
@@ -102,7 +105,7 @@ def _write(
         for each in sets:
             _read_back(each, task, header)
         written = {os.path.dirname(path) for path in missing}
-        for folder in {os.path.dirname(path) for path in files}:
+        for folder in folders:
             # A program that was killed may have left files without their sums.
             if folder in written or not os.path.exists(os.path.join(folder, SUMS)):
                 write_sums(folder, _names_in(folder, files))

@@ -69,6 +69,15 @@ def test_sums_that_a_kill_prevented_are_written_by_the_next_run(tmp_path):
             sums.unlink()
 
 
+def test_what_a_killed_draw_left_is_removed_from_the_folder_of_every_set(tmp_path):
+    draw_subset.main(arguments(tmp_path, draws=2))
+    before = sorted(tmp_path.rglob("*"))
+    for each in tmp_path.rglob("train.tsv"):
+        (each.parent / f".train.tsv.{2**31:08x}00000000.tmp").touch()
+    draw_subset.main(arguments(tmp_path, draws=2))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_two_draws_into_one_folder_do_not_mix(tmp_path, capsys):
     with lock_folder(str(tmp_path / "draw-0" / "glue" / "SST-2")), pytest.raises(SystemExit):
         draw_subset.main(arguments(tmp_path))
