@@ -559,7 +559,7 @@ def _without_sum(content: Any, path: str, verify: bool = True) -> Any:
     if verify and expected != _json_sha256_of(content, path):
         raise UserError(
             f"{path}: its content is not that of its {OWN_SUM}: damaged, or edited; restore it, "
-            "or delete that line to accept the edit"
+            "or delete that line and the comma before it to accept the edit"
         )
     return content
 

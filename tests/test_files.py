@@ -392,6 +392,13 @@ def test_json_that_was_edited_is_named_and_its_sum_may_be_left_out(tmp_path):
         with pytest.raises(UserError, match=r"x\.json: its content is not .* delete that line"):
             read(str(path))
     assert files.read_json(str(path), verify=False)["total"] == 5
+    files.write_json(str(path), {"entries": [1], "total": 4})
+    edited = path.read_text().replace("4", "5", 1)
+    path.write_text(edited)
+    with pytest.raises(UserError, match="or delete that line and the comma before it to accept"):
+        files.read_json(str(path))
+    path.write_text(edited[: edited.rindex(",")] + "\n}\n")  # as the message says
+    assert files.read_json_as(str(path), Listing) == Listing([1], 5)
     path.write_text(json.dumps(summed, indent=7, sort_keys=True))  # reformatted
     assert files.read_json_as(str(path), Listing) == Listing([1], 4)
     files.write_json(str(path), {"entries": [1], "total": 5}, with_sum=False)
