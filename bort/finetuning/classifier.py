@@ -12,7 +12,7 @@ from bort import saved_model
 from bort.bort import set_dtype
 from bort.config import command_of
 from bort.devices import resolve_dtype
-from bort.errors import UserError
+from bort.errors import UserError, escaped
 from bort.finetuning.config import ClassifierSettings, FinetuningSettings, TaskSettings
 from bort.parameters import load_parameters, parameter_file
 from bort.saved_model import ModelConfig, load_model, model_config_path, read_model_config
@@ -126,9 +126,13 @@ def load_classifier(
         task.labels,
         task.num_outputs,
     ):
+        found, expected = (
+            escaped(", ".join(labels)) or "none" for labels in (model_config.labels, task.labels)
+        )
+        differ = f" ({found} instead of {expected})" if found != expected else ""
         raise UserError(
             f"{path}: a model of {model_config.task or model_config.kind}, whose labels are not "
-            f"those of {task.name}; give one of {task.model_task or task.name}"
+            f"those of {task.name}{differ}; give one of {task.model_task or task.name}"
         )
     check_inputs_version(task, model_config.inputs_version, path)
     tokenizer = saved_model.require_tokenizer(tokenizer, path)

@@ -716,7 +716,8 @@ def test_diagnostics_are_predicted_with_the_model_of_their_task(tmp_path):
         finetuned(
             TEST_DATA / "glue", tmp_path / "x", task_name="QNLI", model_parameters=rte, **flags
         )
-    with pytest.raises(UserError, match="whose labels are not those of BoolQ"):
+    labels = r"\(entailment, not_entailment instead of false, true\)"
+    with pytest.raises(UserError, match=f"whose labels are not those of BoolQ {labels}; give one"):
         finetuned(
             TEST_DATA / "superglue", tmp_path, task_name="BoolQ", model_parameters=rte, **flags
         )
