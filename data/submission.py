@@ -78,11 +78,14 @@ def check_submission(
     check_sum(str(path))
     found = task.parse_submission(path, examples)
     wanted = _official_index(task, split, examples)
+    if withdrawn := task.withdrawn_version(split, len(found)):  # the data may be old, too
+        raise UserError(
+            f"{path}: has {len(found)} rows instead of {task.official_rows(split)}: they answer "
+            f"{withdrawn}, which the leaderboard no longer takes; predict the test set of today, "
+            f"which scripts/download_data.py {task.name} fetches"
+        )
     if len(found) != len(wanted):
-        withdrawn = task.withdrawn_version(split, len(found))
         cure = "" if examples else "; for another test set than the official one give --data_dir"
-        if withdrawn:
-            cure = f": they answer {withdrawn}, which the leaderboard no longer takes"
         raise UserError(f"{path}: has {len(found)} rows instead of {len(wanted)}{cure}")
     # Sets drawn from the train and dev files may have the same index twice themselves.
     if len(set(found)) != len(found) and sorted(map(str, found)) != sorted(map(str, wanted)):

@@ -340,8 +340,10 @@ def test_a_drawn_set_may_have_an_index_twice_itself(tmp_path):
 def test_answers_for_the_withdrawn_qnli_are_named(tmp_path):
     rows = "".join(f"{number}\tentailment\n" for number in range(5740))
     path = write_cola(tmp_path, HEADER + rows, "QNLI.tsv")
-    with pytest.raises(UserError, match=r"5740 rows instead of 5463: they answer QNLI v1"):
-        check_submission(path, get_task("QNLI"), "test")
+    of_old_data = [Example(number, ()) for number in range(5740)]
+    for examples in (None, of_old_data):
+        with pytest.raises(UserError, match=r"5740 rows instead of 5463: they answer QNLI v1"):
+            check_submission(path, get_task("QNLI"), "test", examples)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
