@@ -198,7 +198,7 @@ def load_parameters(model: Block, path: str, ignore_prefixes: Sequence[str] = ()
     if missing and any(name.startswith("bort.") for name in surplus):
         raise UserError(
             f"{path}: a fine-tuned classifier, not a pretrained model; finetune_classifier.py "
-            "--model_parameters trains it further"
+            "--model_parameters trains it further, on a task that has its labels"
         )
     if missing or surplus:
         listing = [f"missing {_listing(missing)}"] * bool(missing)

@@ -132,7 +132,8 @@ def test_a_pretrained_body_supplies_weights_shape_and_vocabulary(reviews, tmp_pa
 def test_a_pretrained_model_and_a_classifier_in_the_others_place_are_named(reviews, tmp_path):
     write_classifier(tmp_path / "classifier")
     write_masked_lm(tmp_path / "pretrained")
-    with pytest.raises(UserError, match=r"best\.params: a fine-tuned classifier, not a pre"):
+    message = r"best\.params: a fine-tuned classifier, not a pre.* on a task that has its labels"
+    with pytest.raises(UserError, match=message):
         make_run(reviews, tmp_path, pretrained_parameters=tmp_path / "classifier", model_name=None)
     with pytest.raises(UserError, match="pretrained: a pretrained model, not a classifier"):
         make_run(reviews, tmp_path, model_parameters=tmp_path / "pretrained", model_name=None)
