@@ -607,8 +607,12 @@ def _unusable(symbol: str, use: str, error: Exception) -> UserError:
 
 
 def metadata_of(path: str, model_config: ModelConfig) -> dict[str, str]:
-    """Return what an ONNX file records about the saved model it was made from."""
+    """Return what an ONNX file records about the saved model it was made from.
+
+    Not the details: the command has local paths, which are private, and the file may be published.
+    """
+    described = dataclasses.asdict(dataclasses.replace(model_config, details={}))
     return {
         "parameters_sha256": sha256_of(path),
-        "model config": json.dumps(dataclasses.asdict(model_config), ensure_ascii=False),
+        "model config": json.dumps(described, ensure_ascii=False),
     }

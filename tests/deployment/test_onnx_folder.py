@@ -134,6 +134,14 @@ def test_the_config_names_labels_and_the_files_their_model(tmp_path):
     assert 'AutoModelForSequenceClassification.from_pretrained("FOLDER", { dtype: "fp32" })' in card
 
 
+def test_no_file_has_local_paths(tmp_path):
+    details = {"command": "python finetune_classifier.py --data_dir /home/me/private"}
+    folder = export(tmp_path, "classification", details=details)
+    assert "--data_dir private" in (folder / "README.md").read_text("utf-8")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert [path.name for path in files if b"/home/me" in path.read_bytes()] == []
+
+
 def test_the_card_of_a_multiple_choice_names_no_class_that_transformers_js_lacks(tmp_path):
     card = (export(tmp_path, "multiple_choice") / "README.md").read_text("utf-8")
     assert "ORTModelForMultipleChoice" in card
