@@ -47,6 +47,7 @@ def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
 
     GLUE scores CoLA and AX by it, SuperGLUE AX-b.
     """
+    labels, predictions = _paired(labels, predictions)
     classes, numbers = np.unique(np.concatenate([labels, predictions]), return_inverse=True)
     actual, predicted = np.split(np.eye(len(classes))[numbers], 2)  # one-hot, [n, classes]
     covariance = _covariance(actual, predicted)
@@ -89,8 +90,9 @@ def exact_groups(groups: Sequence[Hashable], labels: np.ndarray, predictions: np
 
     groups: [n] the question that each answer belongs to.
     """
+    labels, predictions = _paired(labels, predictions)
     right: dict[Hashable, bool] = defaultdict(lambda: True)
-    for group, same in zip(groups, np.asarray(labels) == np.asarray(predictions)):
+    for group, same in zip(groups, labels == predictions):
         right[group] &= bool(same)
     return sum(right.values()) / len(right)
 

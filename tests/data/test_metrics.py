@@ -28,11 +28,16 @@ def test_hand_worked_example():
     assert metrics.matthews(LABELS, PREDICTIONS) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "f1", "macro_f1", "pearson", "spearman"])
-@pytest.mark.parametrize("predictions", [PREDICTIONS[:1], PREDICTIONS[:-1], PREDICTIONS[:, None]])
+@pytest.mark.parametrize(
+    "name", ["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "exact_groups"]
+)
+@pytest.mark.parametrize(
+    "predictions", [PREDICTIONS[:1], PREDICTIONS[:-1], PREDICTIONS[:-2], PREDICTIONS[:, None]]
+)
 def test_predictions_of_another_shape_than_the_labels_are_refused(name, predictions):
+    groups = [range(8)] if name == "exact_groups" else []
     with pytest.raises(ValueError, match=r"labels have shape \(8,\), predictions \("):
-        getattr(metrics, name)(LABELS, predictions)
+        getattr(metrics, name)(*groups, LABELS, predictions)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
