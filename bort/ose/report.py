@@ -150,7 +150,7 @@ def _standing(member: Member, top: Member, result: OseResult) -> list[str]:
         limit = w_coefficient(member, top, 1.0) / best.w
         lines = [f"  wins over {best.architecture.name} (W = {best.w:.4g}) below error {limit:.4g}"]
     for row in own:
-        rank = 1 + sum(rival.w > row.w for rival in rivals)
+        rank = 1 + sum(other.w > row.w for other in result.table)
         shown = "none" if row.error is None else row.failure or f"{row.error:.4g}"
         lines.append(f"  error {shown}, W = {row.w:.4g}: rank {rank} of {len(result.table)}")
     return lines

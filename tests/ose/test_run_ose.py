@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from bort.ose import run
-from bort.ose.bert_family import bert_small_space
+from bort.ose.bert_family import BertFamily, bert_small_space
 from bort.ose.known_errors import read_errors
+from bort.ose.report import OrderedSpace, explanation
+from bort.ose.search import extract, ordered
 from bort.shapes import shape_of
 from scripts import run_ose
 
@@ -69,6 +71,22 @@ def test_explain_against_a_space_of_one_shape(capsys, tmp_path):
     assert "never wins" in call(capsys, *flags, "bort_1_2_8_4")[1]
     line = complaint(capsys, *flags[:2], "--errors", "synthetic", "--output_dir", tmp_path / "out")
     assert "stride 1: all architectures that it visits have the parameters or the op" in line
+
+
+def test_every_row_of_an_explained_shape_has_its_own_rank():
+    names = ["bort_1_2_8_4", "bort_2_2_8_4", "bort_4_2_8_4"]
+    family, shapes = BertFamily(), [shape_of(name) for name in names]
+    members = ordered(shapes, family.parameter_size, family.inference_cost)
+    errors = {(1, 1.0): 4.0, (1, 2.0): 2.0, (2, 1.0): 100.0, (2, 2.0): 90.0}
+    result = extract(
+        shapes,
+        family.parameter_size,
+        family.inference_cost,
+        lambda shape, steps, hparams, generator: errors[shape.layers, hparams["lr"]],
+        hparams=[{"lr": 1.0}, {"lr": 2.0}],
+    )
+    lines = explanation(OrderedSpace(family, members, members[-1]), shapes[0], result)
+    assert [line.partition("rank ")[2] for line in lines[-2:]] == ["2 of 6", "1 of 6"]
 
 
 def test_an_explained_name_that_is_none_stops_a_search_before_it_begins(capsys, tmp_path):
