@@ -704,6 +704,7 @@ def conclude(
 ) -> JSONObject:
     """Write the predictions of the best model and metrics.json; returns the metrics."""
     loop, data, folder = run.loop, run.data, run.loop.job.saving.folder
+    seconds = run.history.seconds  # of the training: the predictions below do not count
     best_step = loop.progress.best_step
     if best_step is None:
         raise UserError(f"{folder}: no evaluation gave a score; lower --lr")
@@ -713,7 +714,6 @@ def conclude(
     loop.communicator.broadcast(loop.parameters())
     bfloat16.refresh(run.classifier.network.collect_params().values())
     answers = predict_sets(run.classifier, data.task, sets, scoring, os.path.dirname(folder))
-    seconds = run.history.seconds
     metrics = {
         "task": data.task.name,
         "model": run.classifier.model_config.model,

@@ -300,6 +300,22 @@ def test_training_steps_end_the_run_within_an_epoch(reviews, tmp_path):
     assert [one["step"] for one in found["history"]] == [8, 11]
 
 
+def test_the_seconds_of_a_run_are_those_of_its_training(reviews, tmp_path, monkeypatch):
+    from bort.finetuning import run as finetuning
+
+    predict_sets, seconds = finetuning.predict_sets, [4.0]
+
+    def slow(*each: Any) -> Any:
+        seconds.append(100.0)
+        return predict_sets(*each)
+
+    monkeypatch.setattr(finetuning, "predict_sets", slow)
+    monkeypatch.setattr(finetuning.History, "seconds", property(lambda _: seconds[-1]))
+    found = finetuned(reviews, tmp_path, epochs=1)
+    assert found["seconds"] == 4.0
+    assert found["examples_per_second"] == 64 / 4
+
+
 class Scripted:
     """Stands in for the metrics of a task: the evaluations of a run are given in advance."""
 
