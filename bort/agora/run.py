@@ -252,9 +252,8 @@ class _Run:
         self.folder = _folder(settings)
         # A fit that diverges must not end the run.
         optimizer = dataclasses.replace(settings.optimizer, on_nonfinite="skip")
-        self.space = read_space(
-            settings.run.search_space, optimizer, settings.classifier, FinetuningRunSettings()
-        )
+        run = FinetuningRunSettings(gpus=settings.run.gpus)
+        self.space = read_space(settings.run.search_space, optimizer, settings.classifier, run)
         self.data = read_rows(task, settings.task)
         self.prediction_sets = read_prediction_sets(task, settings.task, settings.run.output_dir)
         fits = os.path.join(self.folder, "fits")

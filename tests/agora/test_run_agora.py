@@ -340,6 +340,15 @@ def test_mistakes_are_named_and_leave_nothing(places, tmp_path, capsys, more, me
     assert not (tmp_path / "out").exists()
 
 
+def test_a_space_of_replicas_on_the_cpu_has_no_effect_on_gpus(tmp_path, capsys):
+    space = tmp_path / "space.yaml"
+    space.write_text("cpu_contexts: [1, 2]\n")
+    given = ("--task_name", "SST-2", "--search_space", str(space), "--timaeus", "absent")
+    with pytest.raises(SystemExit):
+        run_agora.main([*given, "--gpus", "0", "--output_dir", str(tmp_path / "out")])
+    assert "cpu_contexts: has no effect with gpus; leave one" in capsys.readouterr().err
+
+
 def test_ranks_and_processes_are_not_combined(places, tmp_path, capsys, monkeypatch):
     from bort.agora import run as agora_run
 
