@@ -63,8 +63,11 @@ class Report:
         if len(self.rounds) > self._before:
             self.write()
 
-    def finish(self, best: Best, first: ModelMetrics, last: ModelMetrics, seconds: float) -> None:
-        """Add the metrics of the best of the grid (the first round) and of the run's best."""
+    def finish(self, best: Best, first: ModelMetrics, last: ModelMetrics) -> None:
+        """Add the metrics of the best of the grid (the first round) and of the run's best.
+
+        `seconds` are those of all fits: they survive interruptions.
+        """
         self.content["best_of_grid"] = first._asdict()
         self.content["best"] = {
             "theta": dict(best.hparams),
@@ -74,7 +77,7 @@ class Report:
             "score": best.score,
             **last._asdict(),
         }
-        self.content["seconds"] = seconds
+        self.content["seconds"] = sum(record.seconds for record in self.rounds)
         self.write()
         plot_rounds(os.path.join(self.folder, "agora.png"), self.rounds)
         print(f"best of the grid  {metrics_line(first)}")

@@ -18,7 +18,6 @@ import math
 import os
 import shutil
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -281,7 +280,7 @@ class _Run:
             return self._rounds(tau, timaeus, source)
 
     def _rounds(self, tau: agora.Tau, timaeus: agora.Timaeus, source: str) -> JSONObject:
-        settings, data, start = self.settings, self.data, time.perf_counter()
+        settings, data = self.settings, self.data
         report = Report(self.folder, data, self.space, source)
         store = agora_text.open_store(self.folder)
         self._check_weights(store)
@@ -312,7 +311,7 @@ class _Run:
         best = self.write_best(result)
         grid = store.recall("best_of_grid")
         first = ModelMetrics(grid["dev"], grid["test"])
-        report.finish(result.best, first, best, time.perf_counter() - start)
+        report.finish(result.best, first, best)
         shutil.rmtree(self.socrates.folder, ignore_errors=True)
         return report.content
 

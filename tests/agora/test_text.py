@@ -423,13 +423,14 @@ def test_the_report_of_a_run(finished, tmp_path, capsys, figures):
         ModelMetrics({"accuracy": 0.5}, {"accuracy": 0.25}),
         ModelMetrics({"accuracy": 1.0}, None),
     )
-    report.finish(result.best, first, last, 12.0)
+    report.finish(result.best, first, last)
     content = json.loads((tmp_path / "agora.json").read_text())
     assert content["rows"] == {"train": 12, "dev": 50, "test": len(TEST)}
     assert content["search_space"] == SPACE
     assert content["best_of_grid"] == {"dev": {"accuracy": 0.5}, "test": {"accuracy": 0.25}}
     assert content["best"]["theta"] == dict(result.best.hparams)
     assert len(content["rounds"]) == len(result.rounds)
+    assert content["seconds"] == sum(record.seconds for record in result.rounds)
     for kept, record in zip(content["rounds"], result.rounds):
         assert kept["space"] == list(record.space)
         assert kept["scores"] == list(record.scores)
