@@ -122,8 +122,13 @@ def _winning_error(shape: Shape, gain: float, best: Shape, best_gain: float) -> 
     if gain == best_gain:
         return over + "when its error is lower"
     if gain > best_gain:
-        return over + f"unless its error is {gain / best_gain:.2f} times higher"
-    return over + f"when its error is at least {best_gain / gain:.2f} times lower"
+        return over + f"unless its error is {_factor(gain / best_gain)} times higher"
+    return over + f"when its error is at least {_factor(best_gain / gain)} times lower"
+
+
+def _factor(ratio: float) -> str:
+    """Return a ratio above 1 with two decimals, or with five where these might read 1.00."""
+    return f"{ratio:.2f}" if ratio >= 1.01 else f"{ratio:.6g}"
 
 
 def _cost_lines(family: BertFamily, member: Member) -> list[str]:

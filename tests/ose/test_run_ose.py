@@ -56,6 +56,8 @@ def test_explain_with_other_counts_and_maximum_points(capsys):
     assert "(g = 0.817) unless its error is 1.22 times higher" in smaller
     level = call(capsys, "--explain", "bort_2_8_256_512")[1]  # heads change neither
     assert "wins over bort_2_4_256_512 (g = 0.817) when its error is lower\n" in level
+    heads = call(capsys, "--explain", "bort_2_8_256_512", "--all_operations")[1]
+    assert "when its error is at least 1.00008 times lower" in heads  # not 1.00 times lower
     _, out = call(capsys, "--explain", "bort_12_16_3072_1024")
     assert "never wins: W is 0 whatever the error" in out
 
