@@ -116,9 +116,11 @@ class FileTimaeus:
         """
         self._require_shapes({_shape(each) for each in inputs})
         self._require_appended()
-        missing = [each for each in inputs if input_key(each) not in self.known]
+        # Each once: dev may have a row twice, and its labels could differ.
+        missing = {input_key(each): each for each in inputs if input_key(each) not in self.known}
         if missing:
-            write_lines(self.to_label, ({"inputs": each, "label": None} for each in missing))
+            lines = ({"inputs": each, "label": None} for each in missing.values())
+            write_lines(self.to_label, lines)
             raise LabelsMissingError(
                 f"{self.path}: {len(missing)} inputs have no label; replace null in "
                 f"{self.to_label} by {self._names() or 'the value'}, append "

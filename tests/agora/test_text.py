@@ -323,6 +323,16 @@ def test_labels_made_elsewhere(finished, tmp_path):
     assert not wanted.exists()
 
 
+def test_an_input_that_dev_has_twice_is_labelled_once(tmp_path):
+    labels, wanted = tmp_path / "labels.jsonl", tmp_path / "to_label.jsonl"
+    inputs = [(("a",),), (("b",),), (("a",),)]
+    with pytest.raises(LabelsMissingError, match="2 inputs have no label"):
+        FileTimaeus(TASK, str(labels), str(wanted)).label(inputs)
+    labels.write_text(wanted.read_text().replace("null", '"1"', 1).replace("null", '"0"', 1))
+    found = FileTimaeus(TASK, str(labels), str(tmp_path / "none.jsonl")).label(inputs)
+    assert found.tolist() == [1, 0, 1]
+
+
 def test_labels_that_were_entered_in_the_file_of_missing_ones_are_kept(tmp_path):
     labels, wanted = tmp_path / "labels.jsonl", tmp_path / "to_label.jsonl"
     line = '{"inputs": [["a"]], "label": %s}\n'
