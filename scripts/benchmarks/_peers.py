@@ -14,10 +14,8 @@ from unittest import mock
 
 from bort.errors import UserError
 from bort.mxnet_setup import cpu_threads
-from bort.shapes import shape_of
+from bort.shapes import body_shape
 
-# Layers, units and units of the feed-forward layer of GluonNLP's models.
-ROBERTA = {"roberta_12_768_12": (12, 768, 3072), "roberta_24_1024_16": (24, 1024, 4096)}
 UPDATE_BYTES = 28  # a parameter, its moments: read and written; its gradient: read; all float32
 
 
@@ -74,11 +72,17 @@ def whole_batches(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size) * batch_size
 
 
-def pytorch_command(python: str, kind: str, dtype: str, settings: Any, *flags: str) -> list[str]:
+def pytorch_command(
+    kind: str, dtype: str, settings: Any, model: str, teacher: Optional[str] = None
+) -> list[str]:
     """Return the command of a process that makes PyTorch's steps, in an environment of its own."""
-    script = str(Path(__file__).with_name("_pytorch.py"))
-    sizes = [f"--{f}={getattr(settings, f)}" for f in ("batch_size", "length", "vocab_size")]
-    return [python, script, kind, "--dtype", dtype, "--threads", str(cpu_threads()), *sizes, *flags]
+    command = [settings.pytorch, str(Path(__file__).with_name("_pytorch.py")), kind]
+    command += ["--dtype", dtype, "--threads", str(cpu_threads())]
+    command += [f"--{f}={getattr(settings, f)}" for f in ("batch_size", "length", "vocab_size")]
+    for flag, name in {"--model": model, "--teacher": teacher}.items():
+        if name:
+            command += [flag, ",".join(map(str, body_shape(name)))]
+    return command
 
 
 class Work(NamedTuple):
@@ -93,11 +97,7 @@ def encoder_flops(name: str, tokens: int, length: int, last: int) -> float:
 
     Of the last layer only `last` positions are computed, and the keys and values of all.
     """
-    if name in ROBERTA:
-        layers, units, inner = ROBERTA[name]
-    else:
-        shape = shape_of(name)
-        layers, units, inner = shape.layers, shape.hidden, shape.intermediate
+    layers, _, inner, units = body_shape(name)
     projections = 2 * units * units  # of one token: queries, keys, values, output each
     rest = 2 * projections + 4 * units * inner + 4 * length * units
     whole = (layers - 1) * tokens * (2 * projections + rest)
@@ -111,7 +111,7 @@ def decoder_flops(units: int, vocab_size: int, positions: int) -> float:
 
 def units_of(name: str) -> int:
     """Return the width of a model."""
-    return ROBERTA[name][1] if name in ROBERTA else shape_of(name).hidden
+    return body_shape(name).hidden
 
 
 def product_rate(dtype: str) -> float:

@@ -1,12 +1,13 @@
 """Training steps of PyTorch, for comparison: run in a process and environment of their own.
 
-    PYTHON scripts/benchmarks/_pytorch.py pretraining|finetuning --batch_size 4 --length 128 ...
+    PYTHON scripts/benchmarks/_pytorch.py pretraining|finetuning --model 4,8,768,1024 ...
 
 Needs torch and transformers, and nothing of this project. Makes a step for every line read and
 prints the seconds it took.
 
-Each step is what a careful user writes: Hugging Face's RoBERTa in Bort's shape, autocast where the
-dtype is bfloat16, fused AdamW, clipping to norm 1, and the decoder at the masked positions alone.
+Each step is what a careful user writes: Hugging Face's RoBERTa in the shape of our network,
+autocast where the dtype is bfloat16, fused AdamW, clipping to norm 1, and the decoder at the masked
+positions alone.
 """
 
 from __future__ import annotations
@@ -21,17 +22,11 @@ from transformers import RobertaConfig, RobertaForMaskedLM, RobertaForSequenceCl
 
 MLM_WEIGHT, TEACHER_WEIGHT, TEMPERATURE = 0.1, 0.5, 2.0
 MASKED = 0.15
-# Layers, heads, units, units of the feed-forward layer.
-SHAPES = {
-    "bort": (4, 8, 1024, 768),
-    "roberta_12_768_12": (12, 12, 768, 3072),
-    "roberta_24_1024_16": (24, 16, 1024, 4096),
-}
 
 
-def shape(name: str, vocab_size: int) -> RobertaConfig:
-    """Return the configuration of a network."""
-    layers, heads, units, intermediate = SHAPES[name]
+def config_of(shape: str, vocab_size: int) -> RobertaConfig:
+    """Return the configuration of a shape: layers, heads, intermediate and hidden size."""
+    layers, heads, intermediate, units = map(int, shape.split(","))
     return RobertaConfig(
         vocab_size=vocab_size,
         num_hidden_layers=layers,
@@ -73,10 +68,10 @@ class Pretraining(Step):
     """Masked-LM loss, with a teacher its divergence too."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
-        super().__init__(flags, RobertaForMaskedLM(shape("bort", flags.vocab_size)))
+        super().__init__(flags, RobertaForMaskedLM(config_of(flags.model, flags.vocab_size)))
         self.teacher = None
         if flags.teacher:
-            self.teacher = RobertaForMaskedLM(shape(flags.teacher, flags.vocab_size)).eval()
+            self.teacher = RobertaForMaskedLM(config_of(flags.teacher, flags.vocab_size)).eval()
         masks = round(MASKED * flags.length)
         places = torch.rand(self.ids.shape).argsort(1)[:, :masks] + (
             flags.length * torch.arange(flags.batch_size)[:, None]
@@ -106,7 +101,8 @@ class Finetuning(Step):
     """Cross-entropy of a classifier with two classes."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
-        super().__init__(flags, RobertaForSequenceClassification(shape("bort", flags.vocab_size)))
+        config = config_of(flags.model, flags.vocab_size)
+        super().__init__(flags, RobertaForSequenceClassification(config))
         self.labels = torch.arange(flags.batch_size) % 2
 
     def loss(self) -> torch.Tensor:
@@ -120,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("pretraining", "finetuning"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--model", required=True)
     parser.add_argument("--teacher")
     for name in ("batch_size", "length", "vocab_size", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)

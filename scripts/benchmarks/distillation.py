@@ -166,9 +166,8 @@ def _commands_apart(
         default = max(1, (os.cpu_count() or 2) // 2)  # MXNet's own choice
         yield f"original, {name}, default threads", command, default
     if settings.pytorch:
-        given = ["--teacher", teacher] if teacher else []
         for dtype in settings.dtypes.split(","):
-            command = pytorch_command(settings.pytorch, "pretraining", dtype, settings, *given)
+            command = pytorch_command("pretraining", dtype, settings, STUDENT, teacher)
             yield f"PyTorch{_label(dtype)}, {name}", command, cpu_threads()
 
 

@@ -88,7 +88,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[str, float]:
         for dtype in dtypes:
             ways[f"ours, {dtype}"] = timed(our_step(settings, os.path.join(folder, dtype), dtype))
             if settings.pytorch:
-                command = pytorch_command(settings.pytorch, "finetuning", dtype, settings)
+                command = pytorch_command("finetuning", dtype, settings, settings.model)
                 apart = opened.enter_context(step_apart(command, cpu_threads()))
                 ways[f"PyTorch, {dtype}"] = apart
         for way in list(ways.values()) * 2:

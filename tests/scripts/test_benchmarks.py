@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -121,6 +122,41 @@ def test_every_step_of_fine_tuning_that_is_measured_is_a_full_one(
     for _ in range(3):
         step()
     assert set(rows) == {batch_size}
+
+
+def test_steps_of_pytorch_are_of_the_model_that_is_fine_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import finetuning
+
+    given, python = tmp_path / "given", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >{given}\nwhile read -r _; do echo 1; done\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(finetuning, "print_floors", lambda *_: None)
+    flags = ["--model", "bort_1_2_16_8", "--batch_size", "2", "--length", "8", "--repeats", "1"]
+    finetuning.main([*flags, "--vocab_size", "100", "--pytorch", str(python)])
+    assert given.read_text().endswith(" --model 1,2,16,8\n")
+
+
+def test_steps_of_pytorch_are_of_the_student_and_the_teacher_that_are_distilled() -> None:
+    from benchmarks.distillation import DistillationBenchmarkSettings, _commands_apart
+
+    settings = DistillationBenchmarkSettings(no_original=True, pytorch="python")
+    for name, shape in {"roberta_12_768_12": "12,12,3072,768", "bort_2_2_16_8": "2,2,16,8"}.items():
+        ((_, command, _),) = _commands_apart(name, name, settings)
+        assert command[-4:] == ["--model", "4,8,768,1024", "--teacher", shape]
+
+
+def test_a_shape_is_that_of_pytorchs_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("torch", "torch.nn", "transformers"):
+        monkeypatch.setitem(sys.modules, module, mock.MagicMock(RobertaConfig=dict))
+    monkeypatch.delitem(sys.modules, "benchmarks._pytorch", raising=False)
+    from benchmarks import _pytorch
+
+    monkeypatch.delitem(sys.modules, "benchmarks._pytorch")
+    config = _pytorch.config_of("6,12,1536,384", 30522)
+    assert (config["num_hidden_layers"], config["num_attention_heads"]) == (6, 12)
+    assert (config["intermediate_size"], config["hidden_size"]) == (1536, 384)
 
 
 def test_a_process_that_ends_instead_of_making_a_step_is_named() -> None:
