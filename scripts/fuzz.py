@@ -98,8 +98,8 @@ def one_case(settings: FuzzSettings, folder: Path) -> int:
     """Run one case again here, and show the damage and the traceback."""
     from tests.fuzz import formats, harness
 
+    form = formats.one_named(settings.only, has_sums=settings.flips)
     formats.prepare_imports()
-    (form, *_) = formats.named(settings.only, has_sums=settings.flips)
     samples = harness.make_samples([form], folder / "samples", flips=settings.flips)
     runner = samples.runner(form, settings.seed, folder / "work")
     case = runner.run(settings.case, keep=True)

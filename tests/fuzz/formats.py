@@ -720,6 +720,16 @@ def named(names: str, has_sums: bool = False) -> Sequence[Format]:
     return chosen
 
 
+def one_named(name: str, has_sums: bool = False) -> Format:
+    """Return the format of a name, or the only one whose name holds it."""
+    found = named(name, has_sums)
+    exact = [form for form in found if form.name.lower() == name.lower()]
+    if len(exact or found) > 1:
+        several = ", ".join(form.name for form in found)
+        raise SystemExit(f"error: --only {name}: --case needs one format; there are {several}")
+    return (exact or found)[0]
+
+
 def prepare_imports() -> None:
     """Import what readers need, so that a child that is forked has it; no thread is started.
 

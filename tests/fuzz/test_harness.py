@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bort.errors import UserError
-from tests.fuzz import harness, mutators
+from tests.fuzz import formats, harness, mutators
 from tests.fuzz.harness import Format, Noticed, Tally, WrongValueError
 
 VALID = b"a valid file\n"
@@ -88,6 +88,18 @@ def test_what_takes_too_long_or_too_much_is_ended(tmp_path, monkeypatch):
         (tmp_path / str(number)).mkdir()
         tally = run(tmp_path / str(number), read, cases=1)
         assert set(tally.counts) == {"hang"}
+
+
+def test_the_case_of_a_format_is_found_by_its_name():
+    names = [form.name for form in formats.all_formats()]
+    assert [formats.one_named(name).name for name in names] == names
+
+
+def test_a_case_needs_one_format():
+    assert formats.one_named("DOWNLOADED").name == "downloaded archive"
+    for name in ("", "journal"):
+        with pytest.raises(SystemExit, match=f"--only {name}: --case needs one format; there are"):
+            formats.one_named(name)
 
 
 def test_flipped_bits_are_counted_where_they_have_an_effect():
