@@ -9,17 +9,17 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
-import numpy as np
-
+from benchmarks._peers import whole_batches
+from benchmarks.workers import write_shards
 from bort.config import option, parse
 from bort.errors import UserError
 
 WARMUP = 5  # steps before the clock starts: memory is found and kernels are chosen
 MASKED = 0.15
 VOCABULARY = 50_265
+SEQUENCES = 512
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,11 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Speed]:
     """Run the benchmark; returns a row for float32 and one for float16."""
     (settings,) = parse(str(__doc__), argv, GpuBenchmarkSettings)
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(f"{folder}/shards", settings.length)
+        sequences = whole_batches(SEQUENCES, settings.batch_size)
+        write_shards(f"{folder}/shards", 1, sequences, settings.length, VOCABULARY)
         speeds = [measure(settings, dtype, folder) for dtype in ("float32", "float16")]
     print(table(speeds, settings))
     return speeds
-
-
-def write_shards(folder: str, length: int, sequences: int = 512) -> None:
-    """Write a shard of random sequences of one length."""
-    from data.shards import Manifest, ShardWriter, id_type, shard_name, write_manifest
-
-    generator, masks = np.random.default_rng(0), round(MASKED * length)
-    Path(folder).mkdir()
-    with ShardWriter(str(Path(folder, shard_name(0))), id_type(VOCABULARY)) as writer:
-        for _ in range(sequences):
-            ids = generator.integers(5, VOCABULARY, length)
-            positions = np.sort(generator.choice(length, masks, replace=False))
-            labels = generator.integers(5, VOCABULARY, masks)
-            writer.write(ids, np.array([length]), positions, labels, np.array([masks]))
-        entry = writer.finish(documents=sequences, sentences=sequences, unknown=0)
-    tokenizer = {"fingerprint": "random", "vocab_size": VOCABULARY, "pad_id": 1}
-    write_manifest(folder, "manifest.json", Manifest(tokenizer, {}, [], [entry]))
 
 
 def measure(settings: GpuBenchmarkSettings, dtype: str, folder: str) -> Speed:
