@@ -28,7 +28,7 @@ class GpuBenchmarkSettings:
 
     gpus: str = option("0", "GPU numbers such as 0,1")
     peak_tflops: Optional[float] = option(
-        None, "peak of one GPU in the precision, for the share of it", minimum=1e-3
+        None, "peak of one GPU in float32, for the share of it", minimum=1e-3
     )
     student_model: str = option("bort_4_8_768_1024", "shape of the student")
     batch_size: int = option(32, "sequences per micro-batch and GPU", minimum=1)
@@ -112,13 +112,13 @@ def flops_per_token(model: str, length: int) -> float:
 
 
 def table(speeds: Sequence[Speed], settings: GpuBenchmarkSettings) -> str:
-    """Format the rows; the share of the peak where that is known."""
+    """Format the rows; that of float32 with the share of the peak where that is known."""
     count = len(settings.gpus.split(","))
     lines = [f"{settings.student_model}, {count} GPU(s), batches of {settings.batch_size} x "
              f"{settings.length} tokens"]  # fmt: skip
     for dtype, tokens, tflops in speeds:
         share = ""
-        if settings.peak_tflops:
+        if settings.peak_tflops and dtype == "float32":
             share = f"  {tflops / (count * settings.peak_tflops):6.1%} of the peak"
         lines.append(f"{dtype:<8} {tokens:>12,.0f} tokens/s  {tflops:8.2f} TFLOP/s{share}")
     return "\n".join(lines)

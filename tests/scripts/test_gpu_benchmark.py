@@ -33,9 +33,10 @@ def test_steps_are_counted_and_their_operations(tmp_path, monkeypatch):
     flops = 6 * (layer + decoder)
     assert gpu.flops_per_token("bort_1_2_16_16", 16) == pytest.approx(flops)
     assert speed.tflops == pytest.approx(flops * speed.tokens_per_second / 1e12)
-    said = gpu.table([speed], settings).splitlines()
+    said = gpu.table([speed, speed._replace(dtype="float16")], settings).splitlines()
     assert said[0] == "bort_1_2_16_16, 1 GPU(s), batches of 2 x 16 tokens"
     assert said[1].endswith("of the peak")
+    assert said[2].endswith("TFLOP/s")  # the peak is float32's
 
 
 @pytest.mark.parametrize(("batch_size", "sequences"), [(32, 512), (48, 528), (600, 600)])
