@@ -113,7 +113,11 @@ def test_the_job_file_of_a_command_with_cluster(slurm, tmp_path):
     assert not list(slurm.glob("scheduler-*"))
 
 
-def test_a_job_whose_scheduler_does_not_start_ends(slurm):
+@pytest.mark.parametrize("left", [None, "{\n}"])
+def test_a_job_whose_scheduler_does_not_start_ends(slurm, left):
+    """Also one that Slurm has requeued: a killed node has left the file of another scheduler."""
+    if left:
+        (slurm / "scheduler-1.json").write_text(left)
     (slurm / ".venv" / "bin" / "activate").write_text("PATH=/usr/bin:/bin\n")  # without dask
     command = ["bash", str(ROOT / "scripts/slurm/cluster.sbatch"), PROGRAM]
     variables = {**os.environ, "SLURM_SUBMIT_DIR": str(slurm), "SLURM_JOB_ID": "1"}
