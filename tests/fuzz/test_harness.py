@@ -70,24 +70,34 @@ def test_a_changed_value_of_a_checksummed_file_is_wrong(tmp_path):
     assert set(tally.counts) == {"accepted wrongly"}
 
 
-def test_what_takes_too_long_or_too_much_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "CPU_SECONDS", 0.2)
-    monkeypatch.setattr(harness, "MEGABYTES", 200)
+def endless(folder: Path) -> None:
+    while True:
+        pass
 
-    def endless(folder: Path) -> None:
-        while True:
-            pass
 
-    held = []
+def greedy(folder: Path) -> None:
+    held = np.ones(60_000_000)
+    time.sleep(10)
+    del held
 
-    def greedy(folder: Path) -> None:
-        held.append(np.ones(60_000_000))
-        time.sleep(60)
 
-    for number, read in enumerate((endless, greedy)):
-        (tmp_path / str(number)).mkdir()
-        tally = run(tmp_path / str(number), read, cases=1)
-        assert set(tally.counts) == {"hang"}
+def sleeping(folder: Path) -> None:
+    time.sleep(10)
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "read", "why"),
+    [
+        ("CPU_SECONDS", 0.2, endless, "0.2 s of computation"),
+        ("MEGABYTES", 200, greedy, "200 MB"),
+        ("WALL_SECONDS", 0.2, sleeping, "0.2 s without an end"),
+    ],
+)
+def test_what_takes_too_long_or_too_much_is_ended(tmp_path, monkeypatch, limit, most, read, why):
+    monkeypatch.setattr(harness, limit, most)
+    tally = run(tmp_path, read, cases=1)
+    assert set(tally.counts) == {"hang"}
+    assert [case.detail for case in tally.problems] == [why]
 
 
 def test_the_case_of_a_format_is_found_by_its_name():
