@@ -20,12 +20,14 @@ from typing import Any, Optional, Sequence
 
 import numpy as np
 
+from benchmarks._peers import whole_batches
 from bort.config import option, parse
 from bort.errors import UserError
 from bort.mxnet_setup import usable_cores
 from bort.types import JSONObject
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SEQUENCES = 8
 _MASKED = 0.15
 _SEQUENCES_AT_ONCE = 10_000
 
@@ -35,7 +37,9 @@ class WorkersBenchmarkSettings:
     """What is trained, and how long."""
 
     student_model: str = option("bort_4_8_768_1024", "shape")
-    batch_size: int = option(8, "sequences per update", minimum=1)
+    batch_size: Optional[int] = option(
+        None, "sequences per update (default: 8, or as many more as the cores divide)", minimum=1
+    )
     length: int = option(128, "tokens per sequence", minimum=8, maximum=512)
     vocab_size: int = option(50265, "tokens of the vocabulary", minimum=100)
     steps: int = option(9, "updates of each run; the first third is not counted", minimum=3)
@@ -46,9 +50,10 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[int, float]:
     """Measure, print, return {processes: median tokens per second}."""
     (settings,) = parse(str(__doc__), argv, WorkersBenchmarkSettings)
     processes = (1, usable_cores())
-    if settings.batch_size % processes[1]:
+    batch_size = settings.batch_size or whole_batches(SEQUENCES, processes[1])
+    if batch_size % processes[1]:
         raise UserError(
-            f"--batch_size {settings.batch_size}: not divisible by the {processes[1]} cores"
+            f"--batch_size {batch_size}: not divisible by the {processes[1]} cores; give a multiple"
         )
     speeds: dict[int, list[float]] = {count: [] for count in processes}
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +64,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict[int, float]:
             flags = {
                 "data": shards,
                 "student_model": settings.student_model,
-                "batch_size": settings.batch_size // count,
+                "batch_size": batch_size // count,
                 "num_steps": settings.steps,
                 "log_interval": settings.steps // 3,
                 "ckpt_dir": run,

@@ -37,6 +37,28 @@ def test_random_shards_are_full_and_the_same_each_time(tmp_path: Path) -> None:
     assert shards.manifest.shards == open_shards(str(tmp_path / "two")).manifest.shards
 
 
+@pytest.mark.parametrize(("cores", "sequences"), [(2, 8), (6, 12), (64, 64)])
+def test_any_number_of_cores_divides_the_sequences_of_an_update(
+    monkeypatch: pytest.MonkeyPatch, cores: int, sequences: int
+) -> None:
+    from benchmarks import workers
+
+    given = {}
+
+    def started(processes: int, flags: dict[str, Any]) -> None:
+        given[processes] = flags["batch_size"]
+
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    monkeypatch.setattr(workers, "write_shards", lambda *_: None)
+    monkeypatch.setattr(workers, "start_training", started)
+    monkeypatch.setattr(workers, "require_success", lambda *_: None)
+    monkeypatch.setattr(workers, "metric_lines", lambda _: [{"tokens_per_second": 1.0}] * 2)
+    assert workers.main([]) == {1: 1.0, cores: 1.0}
+    assert given == {1: sequences, cores: sequences // cores}
+    with pytest.raises(UserError, match=f"--batch_size 7: not divisible by the {cores} cores; giv"):
+        workers.main(["--batch_size", "7"])
+
+
 def test_a_process_left_behind_is_found() -> None:
     from benchmarks.starvation import _family, _private_memory, _still_there
 
