@@ -1,4 +1,4 @@
-"""setup_env.sh, download_model.sh and run_tests.sh with stand-ins for the commands they call."""
+"""setup_env.sh, download_model.sh, run_tests.sh and .ci/run with stand-ins for their commands."""
 
 from __future__ import annotations
 
@@ -171,6 +171,45 @@ def test_run_tests_ends_with_the_worst_status(
     assert run.stdout.startswith("set up")
     assert "-m not (slow or distributed or cluster or gpu)\n" in run.stdout
     assert "-m (distributed or cluster) and not slow\n" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("venv", "status", "said"),
+    [
+        ("exit 1", 0, "skipped: {python} cannot make an environment"),
+        ("printf '#!/bin/sh\\nexit 3' >$3/bin/python; /bin/chmod +x $3/bin/python", 3, ""),
+    ],
+)
+def test_ci_tests_every_other_python_that_makes_an_environment(
+    pythons: SearchPath, venv: str, status: int, said: str
+) -> None:
+    """As often as it is run: Debian's Python without ensurepip leaves a folder behind."""
+    ci = executable(pythons.project / ".ci/run", "")
+    shutil.copy(ROOT / ".ci/run", ci)
+    executable(pythons.project / "scripts/run_tests.sh", "echo tests")
+    pythons.python("../project/.venv/bin/python", 12)
+    making = f"/bin/mkdir -p $3/bin; {venv}"
+    python = pythons.command("python3.9", f"case $1 in -c) echo 3.9;; *) {making};; esac")
+    (pythons.bin / "rm").symlink_to(shutil.which("rm"))
+    for _ in range(2):
+        run = subprocess.run(
+            [ci],
+            env={"PATH": str(pythons.bin), "HOME": "/nonexistent"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (run.returncode, run.stderr) == (status, "")
+        first, *others = filter(None, run.stdout.splitlines())
+        assert first == "tests"
+        assert others == [
+            "== quick and integration tests on Python 3.9",
+            *filter(None, [said.format(python=python)]),
+            "== quick and integration tests on Python 3.10",
+            "skipped: this machine has no Python 3.10",
+            "== quick and integration tests on Python 3.11",
+            "skipped: this machine has no Python 3.11",
+        ]
 
 
 @pytest.mark.parametrize(("chosen", "seen"), [({}, "1"), ({"CUDA_VISIBLE_DEVICES": "4,6"}, "6")])
