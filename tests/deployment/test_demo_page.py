@@ -194,6 +194,7 @@ def seen_on(page: Path, tmp_path_factory: Any, inputs: list[list[str]], *flags: 
     with served(page) as url:
         seen = browse(folder, url, inputs, *flags)
     assert seen["errors"] == []
+    assert len(seen["answers"]) == len(inputs), seen["loaded"]  # none where it is not ready
     assert all(address.startswith(url) for address in seen["addresses"])
     assert (folder / "screenshot.png").stat().st_size > 10_000
     return seen

@@ -224,6 +224,7 @@ def test_transformers_js_loads_it_under_node(kind, tokenizer, tmp_path, tmp_path
     pairs += [[first, second] for first, second in zip(TEXTS, TEXTS[1:])]
     answers = run_under_node(node_folder(tmp_path_factory), folder, "fp32", pairs)
     small = run_under_node(node_folder(tmp_path_factory), folder, "q8", pairs)
+    assert len(answers) == len(small) == len(pairs)
     for texts, answer, rounded in zip(pairs, answers, small):
         (ids,) = encode_inputs(saved.tokenizer, [[one for one in texts if one]], MAX_LEN)
         assert answer["ids"] == rounded["ids"] == ids.tolist()

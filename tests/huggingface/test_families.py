@@ -840,6 +840,7 @@ def test_masks_are_filled_as_transformers_does(real, tmp_path):
     found = list(fill_mask(str(tmp_path / "here"), texts))
     theirs = transformers.pipeline("fill-mask", str(real / "bert-tiny"), top_k=5)
     expected = [theirs(texts[0]), *theirs(texts[1])]
+    assert len(found) == len(expected) == 3
     for ours, words in zip(found, expected):
         assert [word.token for word in ours] == [word["token_str"] for word in words]
         np.testing.assert_allclose(

@@ -531,6 +531,7 @@ def test_another_runtime_gives_the_same_answers(tmp_path, tokenizer, capfdbinary
         [json.loads(line) for line in run(capfdbinary, tmp_path, *flags, name)]
         for name in ("mxnet", "onnx")
     )
+    assert len(ours) == len(others) == len(TEXTS)
     for one, other in zip(ours, others):
         assert one["label"] == other["label"]
         assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)

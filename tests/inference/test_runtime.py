@@ -267,6 +267,7 @@ def test_auto_predicts_as_mxnet_does(quantized):
         list(predict(str(quantized), ["a fine film", "a dull film"], runtime=name))
         for name in ("mxnet", "auto")
     ]
+    assert [len(each) for each in answers] == [2, 2]
     for exact, fast in zip(*answers):
         assert exact.label == fast.label
         assert fast.probabilities == pytest.approx(exact.probabilities, abs=1e-5)
