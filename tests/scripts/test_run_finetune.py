@@ -577,7 +577,8 @@ def real_horovodrun(project):
 @pytest.mark.usefixtures("real_horovodrun")
 def test_ctrl_c_leaves_ranks_more_than_horovodruns_5_seconds_to_save(project):
     make_stoppable(project, ".venv/bin/python")
-    slow = STOPPABLE.replace("time.sleep(0.4)", "time.sleep(7)")
+    slow = STOPPABLE.replace("time.sleep(0.2)", "time.sleep(7)")
+    assert slow != STOPPABLE
     (project.folder / "stoppable.py").write_text(slow)
     running = Running(project, "run_pretraining_distillation", "2", "train", "test")
     missing = {"started", "[1]<stdout>:started"}
