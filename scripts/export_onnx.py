@@ -11,8 +11,8 @@ network also takes positions int64 [masks], indices into the flattened [batch * 
 returns logits [masks, vocabulary].
 
 With `--layout huggingface` a new folder is written that optimum and transformers.js load: config,
-tokenizer, onnx/model.onnx and onnx/model_quantized.onnx, which is int8, with the inputs input_ids
-and attention_mask and the output logits.
+tokenizer, onnx/model.onnx and onnx/model_quantized.onnx, which is int8, with the inputs input_ids,
+attention_mask and, for a model with token types, token_type_ids, and the output logits.
 """
 
 from __future__ import annotations
