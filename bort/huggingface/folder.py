@@ -58,7 +58,7 @@ from bort.wordpiece import TOKENIZER_CONFIG, WordPiece
 CONFIG, README = "config.json", "README.md"
 # What is read of a folder, apart from the weights: compared with SHA256SUMS.
 READ_FILES = (
-    *(CONFIG, "vocab.json", "merges.txt", "tokenizer.model"),
+    *(CONFIG, "vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"),
     *(huggingface_tokenizer.JSON, TOKENIZER_CONFIG),
     *(huggingface_tokenizer.SPECIAL_TOKENS_MAP, huggingface_tokenizer.ADDED_TOKENS),
 )

@@ -29,6 +29,7 @@ from bort.huggingface.tokenizer import gives_types
 from bort.inference.pipelines import fill_mask
 from bort.saved_model import ModelConfig, SavedModel, build_network, load_model
 from bort.shapes import BodyOptions
+from bort.sums import write_sums
 from bort.wordpiece import Normalizer, WordPiece
 from scripts.convert_from_huggingface import main as convert
 from tests.conftest import ROOT
@@ -532,6 +533,14 @@ def test_a_file_is_missing(tmp_path, name, message):
     write_folder(tmp_path)
     (tmp_path / name).unlink()
     assert message in refused(tmp_path)
+
+
+def test_a_vocabulary_is_compared_with_its_sum(tmp_path):
+    write_folder(tmp_path)
+    write_sums(str(tmp_path))
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(path.read_bytes() + b"another\n")
+    assert f"{path}: its SHA-256 is not that in SHA256SUMS; restore the file" in refused(tmp_path)
 
 
 def test_an_error_names_the_folder_once(tmp_path):
