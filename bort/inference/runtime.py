@@ -609,10 +609,11 @@ def _unusable(symbol: str, use: str, error: Exception) -> UserError:
 def metadata_of(path: str, model_config: ModelConfig) -> dict[str, str]:
     """Return what an ONNX file records about the saved model it was made from.
 
+    The SHA-256 is that of the parameters that were loaded: a run may have replaced the file since.
     Not the details: the command has local paths, which are private, and the file may be published.
     """
     described = dataclasses.asdict(dataclasses.replace(model_config, details={}))
     return {
-        "parameters_sha256": sha256_of(path),
+        "parameters_sha256": model_config.sha256 or sha256_of(path),
         "model config": json.dumps(described, ensure_ascii=False),
     }

@@ -23,6 +23,7 @@ from onnx import helper
 
 from bort import mxnet_setup, processor, saved_model
 from bort.errors import UserError
+from bort.files import sha256_of
 from bort.inference import onnx_file, onnx_graph, runtime
 from bort.inference.classification import _short_turns, load_classifier
 from bort.inference.onnx_file import maps_constants, read_metadata
@@ -720,6 +721,18 @@ def test_mistakes_are_reported_in_one_line_and_keep_what_was_there(quantized, tm
     assert sorted(after) == sorted([*before, "notes.txt"])
     shutil.rmtree(folder / "tokenizer")
     assert "has no tokenizer/ beside it; restore it" in complaint(capsys, folder)
+
+
+def test_a_record_names_the_parameters_that_were_loaded(tmp_path):
+    """A fine-tuning that still runs replaces them while the models are made."""
+    path = save_classifier(tmp_path)
+    model = saved_model.load_model(str(path))
+    loaded = model.model_config.sha256
+    reference.redraw(model.network, seed=4)
+    saved_model.save_model(str(path), *model)
+    assert sha256_of(str(path)) != loaded
+    metadata = runtime.metadata_of(str(path), model.model_config)
+    assert metadata["parameters_sha256"] == loaded
 
 
 def test_what_a_killed_quantization_left_is_removed_by_the_next(tmp_path, monkeypatch):
