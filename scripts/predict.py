@@ -67,10 +67,10 @@ class PredictSettings:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Predict every line of the input; returns the number of predictions."""
     from bort.files import refuse_overwriting
-    from bort.inference.prediction_files import predict_file
+    from bort.inference.prediction_files import STDIN, predict_file
 
     (settings,) = parse(str(__doc__), argv, PredictSettings)
-    refuse_overwriting(settings.output, settings.input)
+    refuse_overwriting(settings.output, "/dev/stdin" if settings.input == STDIN else settings.input)
     return predict_file(
         lambda: load(settings),
         settings.input,

@@ -754,6 +754,23 @@ def test_an_output_never_replaces_what_is_read(tmp_path, tokenizer, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_an_output_never_replaces_what_standard_input_reads(tmp_path, tokenizer, capsys):
+    saved(tmp_path, tokenizer)
+    source = tmp_path / "in.txt"
+    source.write_text("a fine film\n")
+    before = os.dup(0)
+    with open(source, encoding="utf-8") as file:
+        os.dup2(file.fileno(), 0)
+    try:
+        with pytest.raises(SystemExit):
+            program.main(["--model_parameters", str(tmp_path), "--output", str(source)])
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+    assert "would overwrite what it is made from" in capsys.readouterr().err
+    assert source.read_text() == "a fine film\n"
+
+
 def test_an_interrupt_leaves_no_output(tmp_path, tokenizer, capsys, monkeypatch):
     saved(tmp_path, tokenizer)
     path = first_line(tmp_path, "a film\n")
