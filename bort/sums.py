@@ -94,7 +94,8 @@ def _parsed(found: re.Match[str]) -> tuple[str, str]:
     escaped, digest, name = found.groups()
     if escaped:
         name = re.sub(r"\\(.)", lambda found: "\n" if found[1] == "n" else found[1], name)
-    return name, digest
+    # As of `sha256sum ./*` and of `find`; other programs write capital letters.
+    return name.removeprefix("./"), digest.lower()
 
 
 def _is_file(folder: str, name: str) -> bool:

@@ -77,6 +77,22 @@ def test_a_list_that_others_wrote_is_read_and_kept(tmp_path):
         check_sum(str(tmp_path / "theirs"))
 
 
+def test_a_list_of_find_and_one_in_capital_letters_are_compared_and_replaced(tmp_path):
+    path = tmp_path / "model"
+    path.write_text("a")
+    digest = sha256_of(str(path))
+    for line in (f"{digest}  ./model\n", f"{digest.upper()}  model\n"):
+        path.write_text("a")
+        (tmp_path / SUMS).write_text(line)
+        check_sum(str(path))
+        path.write_text("b")
+        with pytest.raises(UserError, match=r"model: its SHA-256 is not that in SHA256SUMS"):
+            check_sum(str(path))
+        write_sums(str(tmp_path), ["model"])
+        assert listed(str(tmp_path)) == ["model"]
+        check_sums(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "name", [b"two\nlines", b"back\\slash\\n", b"not \xff utf-8", "\U0001f600.tsv".encode(), b" "]
 )
