@@ -241,7 +241,8 @@ def write_json(path: str, content: Any, with_sum: bool = True) -> None:
 def new_folder(path: str) -> Iterator[str]:
     """Give a folder to fill that becomes `path` when all went well, and is removed otherwise.
 
-    What writers of `path` left that were killed is removed.
+    So are the folders above it that were made here. What writers of `path` left that were killed is
+    removed.
 
     Raises `UserError` when `path` is there already or cannot be made.
     """
@@ -249,6 +250,7 @@ def new_folder(path: str) -> Iterator[str]:
     if os.path.lexists(path):
         raise UserError(f"--output {path}: already exists; name a new folder")
     temporary = temporary_name(path)
+    parents = _missing_folders(os.path.dirname(path))
     try:
         remove_left_overs_of(path)
         os.makedirs(temporary)
@@ -263,6 +265,7 @@ def new_folder(path: str) -> Iterator[str]:
         raise UserError(str(error).replace(temporary, path)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(parents)
 
 
 def remove_left_overs_of(path: str) -> None:

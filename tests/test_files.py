@@ -131,6 +131,16 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
         pass
 
 
+def test_the_folders_above_a_new_folder_stay_with_it_alone(tmp_path):
+    path = str(tmp_path / "new" / "below" / "a")
+    with contextlib.suppress(RuntimeError), files.new_folder(path):
+        raise RuntimeError
+    assert left(tmp_path) == []
+    with files.new_folder(path):
+        pass
+    assert left(Path(path)) == []
+
+
 def test_a_file_of_a_new_folder_that_cannot_be_written_is_named_as_it_was_to_be(tmp_path):
     said = f"^{tmp_path}/a/file: cannot be written"
     with pytest.raises(UserError, match=said), files.new_folder(f"{tmp_path}/a") as folder:
