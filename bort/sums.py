@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
-from typing import Collection, Optional
+from typing import Collection, Iterator, Optional
 
 from bort.errors import UserError
 from bort.files import (
@@ -25,15 +27,32 @@ def write_sums(folder: str, names: Optional[Collection[str]] = None) -> None:
 
     Sums of other files that are there stay, and lines that are no sums.
     """
-    if names is None:
-        paths = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
-        names = [os.path.relpath(path, folder) for path in paths]
-    others = [line for line in _read_lines(folder) if not _SUM.fullmatch(line)]
-    sums = {name: digest for name, digest in _read_sums(folder) if _is_file(folder, name)}
-    sums.update({name: sha256_of(os.path.join(folder, name)) for name in names if name != SUMS})
-    with atomic_write(os.path.join(folder, SUMS), "wb") as file:
-        file.writelines(os.fsencode(f"{line}\n") for line in others)
-        file.writelines(os.fsencode(_line(name, digest)) for name, digest in sorted(sums.items()))
+    with _alone(folder):
+        if names is None:
+            paths = [
+                os.path.join(place, name) for place, _, files in os.walk(folder) for name in files
+            ]
+            names = [os.path.relpath(path, folder) for path in paths]
+        others = [line for line in _read_lines(folder) if not _SUM.fullmatch(line)]
+        sums = {name: digest for name, digest in _read_sums(folder) if _is_file(folder, name)}
+        sums.update({name: sha256_of(os.path.join(folder, name)) for name in names if name != SUMS})
+        with atomic_write(os.path.join(folder, SUMS), "wb") as file:
+            file.writelines(os.fsencode(f"{line}\n") for line in others)
+            file.writelines(
+                os.fsencode(_line(name, digest)) for name, digest in sorted(sums.items())
+            )
+
+
+@contextlib.contextmanager
+def _alone(folder: str) -> Iterator[None]:
+    """Wait for another program that writes a list there: each has to read what the other wrote."""
+    handle = os.open(folder or ".", os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_sums(folder: str, names: Optional[Collection[str]] = None) -> None:

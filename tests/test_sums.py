@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,20 @@ def test_sums_of_other_files_stay_and_those_of_files_that_are_gone_do_not(tmp_pa
     check_sums(str(tmp_path), ["a", "c"])
     with pytest.raises(UserError, match="b: its SHA-256 is not that in SHA256SUMS"):
         check_sum(str(tmp_path / "b"))
+
+
+def test_two_programs_write_one_list_after_each_other(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as the first does while it adds b
+    second = threading.Thread(target=write_sums, args=(str(tmp_path), ["a"]))
+    second.start()
+    second.join(0.5)
+    (tmp_path / SUMS).write_text(f"{sha256_of(str(tmp_path / 'b'))}  b\n")
+    os.close(handle)
+    second.join()
+    assert listed(str(tmp_path)) == ["a", "b"]
 
 
 def test_a_list_that_others_wrote_is_read_and_kept(tmp_path):
