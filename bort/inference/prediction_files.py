@@ -97,6 +97,9 @@ class LineReader:
     def _read(self) -> None:
         try:
             chunk = os.read(self._descriptor, READ_BYTES)
+        except BlockingIOError:  # a program that shares the stream has made it so
+            select.select([self._descriptor], [], [])
+            return
         except OSError as error:
             raise UserError(f"{self._name}: cannot be read ({error.strerror})") from None
         first, *others = chunk.split(b"\n")

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -395,6 +396,19 @@ def test_a_slow_pipe_is_answered_line_by_line(tmp_path, tokenizer):
     assert [number for number, _ in next(found)] == [3, 4]
     os.close(start)
     assert list(found) == []
+    os.close(end)
+
+
+def test_a_stream_that_does_not_wait_is_waited_for():
+    """As a terminal is that another program has left in this state."""
+    end, start = os.pipe()
+    os.set_blocking(end, False)
+    reader = LineReader(end, "pipe")
+    assert not reader.ready()
+    later = threading.Timer(0.2, lambda: (os.write(start, b"one\n"), os.close(start)))
+    later.start()
+    assert [line.content for line in reader] == [b"one"]
+    later.join()
     os.close(end)
 
 
