@@ -371,7 +371,8 @@ def parquet_texts(source: TextSource, start: int = 0) -> Iterator[tuple[int, str
 
     Null is an empty text.
 
-    Raises `UserError` without pyarrow, and for a file that is damaged or lacks the column.
+    Raises `UserError` without pyarrow, for a file that is damaged or lacks the column, and when a
+    server fails.
     """
     try:
         import pyarrow as pa
@@ -382,6 +383,11 @@ def parquet_texts(source: TextSource, start: int = 0) -> Iterator[tuple[int, str
             "pyarrow==19.0.1"
         ) from None
     _refuse_lfs_pointer(source)
+    with remote_errors(source.path, source.shown):
+        yield from _rows_of(pa, pq, source, start)
+
+
+def _rows_of(pa: Any, pq: Any, source: TextSource, start: int) -> Iterator[tuple[int, str]]:
     try:
         if not is_remote(source.path):
             open_regular(source.path).close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from bort.errors import UserError
 from data import corpus, remote, shard_jobs
 from data.corpus import documents_from, find_inputs, read_documents
 from data.shard_jobs import survey_files
-from data.text_formats import TextSource
+from data.text_formats import TextSource, parquet_texts
 from tests.conftest import ROOT
 from tests.data.test_create_pretraining_data import content, flags
 from tests.data.test_shard_jobs import Jobs
@@ -82,6 +83,27 @@ def test_parquet_is_read(tmp_path):
     source = TextSource("memory://rows/a.parquet")
     assert [one.decode().strip() for one in read_documents(source)] == texts
     assert [start for start, _ in documents_from(source, 5)] == [5, 6, 7, 8]
+
+
+def test_a_server_that_fails_in_the_middle_of_parquet_is_named(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["A row of text."] * 90}), path, row_group_size=30)
+
+    class Failing(io.FileIO):
+        """A file whose server fails after the end, where parquet has its schema, was read."""
+
+        def read(self, size=-1):
+            if self.tell() < 100:
+                raise StatusError(503)  # no OSError
+            return super().read(size)
+
+    monkeypatch.setattr("data.text_formats.open_remote", lambda address: Failing(path))
+    monkeypatch.setattr("data.text_formats.is_lfs_pointer", lambda address: False)
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read \(StatusError: 503"):
+        list(parquet_texts(TextSource("https://a.example/a.parquet")))
 
 
 def test_a_part_is_read_by_ranges(bucket, tmp_path, monkeypatch):
