@@ -266,8 +266,9 @@ def _make_missing_shards(
 def unfinished_manifest(folder: str, plan: Manifest) -> Iterator[Callable[[ShardEntry], None]]:
     """Keep the manifest of a folder that is not complete; give what adds a finished shard to it.
 
-    It is written when a shard is added, unless that would take more than `_SHARE_OF_WRITING` of the
-    time: with very many shards a killed run makes the last ones again.
+    It replaces that of a folder which was complete before it lost shards. It is written when a
+    shard is added, unless that would take more than `_SHARE_OF_WRITING` of the time: with very many
+    shards a killed run makes the last ones again.
     """
     next_write = 0.0
 
@@ -285,6 +286,8 @@ def unfinished_manifest(folder: str, plan: Manifest) -> Iterator[Callable[[Shard
             write()
 
     write()
+    with suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, MANIFEST_FILE))
     try:
         yield add
     finally:

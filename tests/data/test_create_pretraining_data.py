@@ -646,6 +646,33 @@ def test_shards_are_in_the_order_of_their_numbers(tmp_path):
     assert names == ["part-00007.npz", "part-99999.npz", "part-100000.npz"]
 
 
+def test_a_run_over_the_manifest_of_lost_shards_is_resumed(tmp_path, monkeypatch):
+    """That manifest knows none of the shards that an interrupted run has made."""
+    out = tmp_path / "out"
+    create(out, num_outputs=3)
+    for shard in out.glob("*.npz"):
+        shard.unlink()
+    write = preparation.write_shard
+
+    def interrupted(path, *arguments):
+        if path.endswith("part-00002.npz"):
+            raise UserError("interrupted")
+        return write(path, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation, "write_shard", interrupted)
+        with pytest.raises(SystemExit):
+            create(out, num_outputs=3, random_seed=7)
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*.npz")}
+    assert len(made) == 2
+    with pytest.raises(UserError, match="was interrupted: run it again, it resumes"):
+        open_shards(str(out))
+    with pytest.raises(SystemExit):
+        create(out, num_outputs=3)  # other settings than those of the two shards
+    create(out, num_outputs=3, random_seed=7)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
