@@ -81,6 +81,7 @@ class FilePart(NamedTuple):
     skip: int  # documents with the same start that come before it
     documents: int
     bytes: int  # of their text
+    length: int  # the same without the last line end of a file
 
 
 class ShardPart(NamedTuple):
@@ -209,6 +210,7 @@ class DocumentIndex:
         surveys: Sequence[Survey],
     ) -> None:
         self._sources, self._files = sources, files
+        self._surveyed = [file for survey in surveys for file in survey.files]
         # The number of the first document of each file, and the text before it; then the totals.
         self._firsts = [0, *itertools.accumulate(file.documents for file in files)]
         self._positions = [0, *itertools.accumulate(file.bytes for file in files)]
@@ -260,12 +262,14 @@ class DocumentIndex:
             whole = self._files[file]
             is_last = first + count == whole.documents
             stop = whole.bytes if is_last else int(positions[first + count])
+            text_end = self._surveyed[file].bytes - 1 if is_last else stop
             yield FilePart(
                 self._sources[file],
                 int(starts[first]),
                 first - int(np.searchsorted(starts, starts[first])),
                 count,
                 stop - int(positions[first]),
+                text_end - int(positions[first]),
             )
             begin, file = after, file + 1
 
@@ -336,9 +340,9 @@ def _sized_documents(part: ShardPart) -> Iterator[tuple[bytes, int]]:
         located = documents_from(each.source, each.start)
         chosen = itertools.islice(located, each.skip, each.skip + each.documents)
         found = sized((text for _, text in chosen), each.documents, each.bytes)
-        left = each.documents
-        for document in found:
-            left -= 1
-            yield document
-        if left:
+        documents = length = 0
+        for document, size in found:
+            documents, length = documents + 1, length + len(document)
+            yield document, size
+        if (documents, length) != (each.documents, each.length):
             raise UserError(f"{each.source.shown}: {CHANGED}")

@@ -155,6 +155,8 @@ def test_shards_begin_where_those_of_one_process_do(tmp_path, seed):
             assert sum(each.documents for part in parts for each in part.files) == documents
             total = sum(file.bytes for file in files)
             assert sum(each.bytes for part in parts for each in part.files) == total
+            lengths = sum(each.length for part in parts for each in part.files)
+            assert lengths == total - len(files)
 
 
 def test_only_missing_shards_are_made(tmp_path, here):
@@ -223,13 +225,23 @@ def test_another_tokenizer_on_a_machine_is_refused(tmp_path):
         shard_jobs.write_part(settings, "another", str(tmp_path), part)
 
 
-def test_text_that_changed_after_the_survey_is_reported(tmp_path, here, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:5000],
+        lambda text: text.rstrip() + b" And more of the last document.\n",
+        lambda text: text.replace(b" the ", b" that ", 1),
+    ],
+)
+def test_text_that_changed_after_the_survey_is_reported(
+    tmp_path, here, monkeypatch, capsys, change
+):
     text = tmp_path / "a.txt"
     text.write_bytes(SAMPLE.read_bytes())
     parts = DocumentIndex.parts
 
     def changed(self, *args):
-        text.write_bytes(SAMPLE.read_bytes()[:5000])
+        text.write_bytes(change(SAMPLE.read_bytes()))
         return parts(self, *args)
 
     monkeypatch.setattr(DocumentIndex, "parts", changed)
