@@ -339,15 +339,33 @@ def _continue(url: str, part: Path) -> Optional[int]:
         have = handle.seek(0, os.SEEK_END)
         headers = {"Range": f"bytes={have}-"} if have else {}
         opener = urllib.request.build_opener(_CheckedRedirects())
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as answer:
+        with _connection_errors():
+            answer = opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+        with answer:
             start, total = _range_of(answer, have)
             handle.seek(start)
             handle.truncate()
-            while chunk := answer.read(_CHUNK):
+            while chunk := _read(answer):
                 if handle.tell() + len(chunk) > MAX_BYTES:
                     raise UserError(f"{url}: is larger than {MAX_BYTES} bytes")
                 handle.write(chunk)
     return total
+
+
+def _read(answer: Any) -> bytes:
+    with _connection_errors():
+        return answer.read(_CHUNK)
+
+
+@contextlib.contextmanager
+def _connection_errors() -> Iterator[None]:
+    """Turn any `OSError` into one of `_BROKEN`: it is of the connection, not of a file."""
+    try:
+        yield
+    except _BROKEN:
+        raise
+    except OSError as error:
+        raise urllib.error.URLError(error) from None
 
 
 def _range_of(answer: Any, have: int) -> tuple[int, Optional[int]]:

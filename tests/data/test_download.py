@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
 import http.server
 import io
 import json
@@ -193,6 +195,25 @@ def test_broken_connection_is_continued(server, tmp_path):
     get(server, tmp_path, "CoLA")
     assert [requested for _, requested in server.requests] == [None, "bytes=400-", "bytes=800-"]
     assert len(server.files[path]) < 1200
+
+
+@pytest.mark.parametrize("step", ["begin", "read"])
+def test_an_error_of_the_network_is_not_one_of_the_disk(server, tmp_path, monkeypatch, step):
+    """No route and errors of TLS are an OSError without a class of their own."""
+    offer(server, "CoLA")
+    whole, failures = getattr(http.client.HTTPResponse, step), [1]
+
+    def lost(*arguments):
+        if failures and failures.pop():
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        return whole(*arguments)
+
+    monkeypatch.setattr(http.client.HTTPResponse, step, lost)
+    get(server, tmp_path, "CoLA")
+    failures += [1] * 3
+    offer(server, "RTE")
+    with pytest.raises(UserError, match=r"RTE\.zip: \[Errno 113\] No route to host; run this"):
+        get(server, tmp_path, "RTE")
 
 
 def test_a_download_that_was_given_up_is_resumed(server, tmp_path):
