@@ -219,13 +219,19 @@ def _decompress_zstd(file: Any) -> Iterator[bytes]:
 def text_pieces(source: TextSource, start: int = 0) -> Iterator[bytes]:
     """Yield a file's text from byte `start` in pieces.
 
-    Raises `UserError` for a binary file, markup or a table, which it names.
+    Raises `UserError` for a binary file, markup or a table, which it names, and for lines that end
+    with CR alone: all of them would be one sentence.
     """
     _refuse_lfs_pointer(source)
     for number, piece in enumerate(read_pieces(source.path, source.shown, start)):
         kind = number == start == 0 and (_kind_of_binary(piece) or _kind_of_marked(source, piece))
         if kind:
             raise UserError(f"{source.shown}: is {kind}, not text; {_ACCEPTED}")
+        if number == start == 0 and b"\r" in piece.rstrip() and b"\n" not in piece:
+            raise UserError(
+                f"{source.shown}: its lines end with CR alone, as on old Macs; convert the file, "
+                "e.g. with tr '\\r' '\\n'"
+            )
         yield piece
 
 

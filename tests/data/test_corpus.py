@@ -497,3 +497,13 @@ def test_zstd_expands_a_little_at_a_time(tmp_path):
     sizes = list(map(len, read_pieces(str(path))))
     assert sum(sizes) == len(text)
     assert max(sizes) < 10 * text_formats.READ_BYTES
+
+
+def test_lines_that_end_with_cr_alone_are_refused(tmp_path):
+    """All documents would be one, of a single sentence."""
+    path = tmp_path / "mac.txt"
+    path.write_bytes(b"One.\rTwo.\r\rThree.\r")
+    with pytest.raises(UserError, match=r"mac\.txt: its lines end with CR alone.*tr '.r' '.n'"):
+        scan(TextSource(str(path)))
+    path.write_bytes(b"One sentence.\r")
+    assert scan(TextSource(str(path))).documents == 1
